@@ -1,0 +1,52 @@
+"""MiCS for today's PyTorch: sharded data parallelism that stays inside small partition groups.
+
+The whole public surface is here. Names are loaded when first used, so that the pure modules
+(``mics.topology``, ``mics.traffic``) can be imported without torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from mics.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from mics import traffic as traffic
+    from mics.accumulation import micro_steps as micro_steps
+    from mics.errors import DisagreementError as DisagreementError
+    from mics.errors import MicroStepError as MicroStepError
+    from mics.errors import MicsError as MicsError
+    from mics.errors import MicsWarning as MicsWarning
+    from mics.errors import ShardError as ShardError
+    from mics.errors import TopologyError as TopologyError
+    from mics.mesh import init_mesh as init_mesh
+    from mics.model_sharding import shard as shard
+    from mics.sharding import fully_shard as fully_shard
+    from mics.topology import Topology as Topology
+    from mics.units import ledger as ledger
+
+_HOME = {
+    "DisagreementError": "mics.errors",
+    "MicroStepError": "mics.errors",
+    "MicsError": "mics.errors",
+    "MicsWarning": "mics.errors",
+    "ShardError": "mics.errors",
+    "Topology": "mics.topology",
+    "TopologyError": "mics.errors",
+    "fully_shard": "mics.sharding",
+    "init_mesh": "mics.mesh",
+    "ledger": "mics.units",
+    "micro_steps": "mics.accumulation",
+    "shard": "mics.model_sharding",
+}
+
+__all__ = ["__version__", "traffic", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "traffic":
+        return importlib.import_module("mics.traffic")
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'mics' has no attribute {name!r}")

@@ -1,0 +1,209 @@
+"""micro_steps: the two-hop schedule, and what makes it impossible to get wrong.
+
+Hop 1 (reduce-scatter in the partition group) runs in every micro-step, hop 2 (all-reduce over the
+replicas) in the last one only, overlapped with its backward (MiCS section 3.4).
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from mics import compat
+from mics.errors import MicroStepError, MicsWarning
+from mics.hop_two import HopTwo
+from mics.units import Unit, units_of
+
+Batch = TypeVar("Batch")
+Normalise = Literal["micro_steps"] | Callable[[Any], int | torch.Tensor] | None
+
+
+def micro_steps(
+    model: nn.Module, batches: Iterable[Batch], *, normalise: Normalise = None
+) -> Iterator[Batch]:
+    """Iterate over the micro-batches of one step; hop 2 runs on the last one only.
+
+    ::
+
+        for batch in mics.micro_steps(model, batches):
+            loss(model(batch)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    ``batches`` may be any iterable, its length need not be known: one batch is read ahead to know
+    the last. Every rank passes the same number of batches.
+
+    Args:
+        model: a model sharded by mics, or a module that contains such models.
+        batches: the micro-batches of one step; at least one.
+        normalise: what the accumulated gradient is divided by.
+            ``None``: nothing; gradients add up as PyTorch's do, averaged over ranks.
+            ``"micro_steps"``: their number, for losses that are means over a micro-batch.
+            A function ``batch -> tokens`` (int or scalar tensor): the tokens of all micro-steps of
+            all ranks, for losses that are *sums* over tokens. This is the exact mean per token
+            however unevenly tokens are spread.
+
+    Raises:
+        MicroStepError: no batch; gradient sync was switched off; a step of this model is open
+            elsewhere; ``state_dict`` between micro-steps; ``optimizer.step`` before the last one.
+    """
+    units = units_of(model)
+    _refuse_unreduced(units)
+    if normalise is not None and normalise != "micro_steps" and not callable(normalise):
+        raise MicroStepError(
+            f"normalise = {normalise!r} is not a choice.",
+            write='normalise=None, "micro_steps", or a function from a batch to its tokens',
+        )
+    return _run(model, units, iter(batches), normalise)
+
+
+class _OpenStep:
+    """A step between its first micro-batch and its last."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.index = 0
+        self._guard = model.register_state_dict_pre_hook(self._refuse_state_dict)  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        self._guard.remove()
+
+    def _refuse_state_dict(self, *_: Any) -> None:
+        raise MicroStepError(
+            "state_dict() was called between micro-steps: the gradients accumulated so far are in "
+            "no state dict, so a run resumed from it would lose them.",
+            numbers=f"{self.index} micro-step(s) of this step have run.",
+            write="save after the loop over mics.micro_steps(...)",
+        )
+
+
+_open_steps: weakref.WeakKeyDictionary[nn.Module, _OpenStep] = weakref.WeakKeyDictionary()
+
+
+def _run(
+    model: nn.Module, units: list[Unit], batches: Iterator[Batch], normalise: Normalise
+) -> Iterator[Batch]:
+    nothing = object()
+    batch: Any = next(batches, nothing)
+    if batch is nothing:
+        raise MicroStepError(
+            "micro_steps was given no micro-batch.",
+            numbers="0 batches.",
+            write="at least one batch per step on every rank",
+        )
+    _abandon(model, units)
+    step = _open_steps[model] = _OpenStep(model)
+    tokens: list[int | torch.Tensor] = []
+    try:
+        while batch is not nothing:
+            following: Any = next(batches, nothing)
+            _set_all_reduce(model, following is nothing)
+            if callable(normalise):
+                tokens.append(normalise(batch))
+            yield batch
+            if _open_steps.get(model) is not step:
+                raise MicroStepError(
+                    "Another micro_steps began on this model before this one had ended.",
+                    numbers=f"This one had run {step.index + 1} micro-step(s).",
+                    write="one loop over mics.micro_steps(...) at a time",
+                )
+            step.index += 1
+            batch = following
+        # Only after a last micro-step without a backward is anything left to do here.
+        for hop in _hops(units):
+            hop.synchronise()
+    finally:
+        if _open_steps.get(model) is step and batch is nothing:
+            del _open_steps[model]
+        _set_all_reduce(model, True)
+        step.close()
+    if normalise == "micro_steps":
+        _scale(units, lambda unit: 1.0 / step.index)
+    elif callable(normalise):
+        total = _total(tokens, units[0])
+        _scale(units, lambda unit: _ranks_averaged(unit) / total)
+
+
+def _abandon(model: nn.Module, units: list[Unit]) -> None:
+    """Clear what a step that was left early (an exception, a break) has left behind."""
+    left = _open_steps.pop(model, None)
+    if left is None:
+        return
+    left.close()
+    for module in model.modules():
+        if isinstance(module, FSDPModule) and compat.is_root(module):
+            compat.reset_iteration(module)
+    partial = [hop for hop in _hops(units) if hop.has_partial_gradients]
+    for hop in partial:
+        hop.drop_gradients()
+    if partial:
+        warnings.warn(
+            f"A step was left after {left.index + 1} micro-step(s), before hop 2; its gradients "
+            "have been dropped.",
+            MicsWarning,
+            stacklevel=3,
+        )
+
+
+def _refuse_unreduced(units: list[Unit]) -> None:
+    unreduced = [unit for unit in units if not compat.wants_reduce(unit.group)]
+    if not unreduced:
+        return
+    size = sum(
+        compat.padded_shard_numel(unit.group, trainable=True)
+        * unit.groups.shard.size()
+        * compat.reduce_dtype(unit.group).itemsize
+        for unit in unreduced
+    )
+    raise MicroStepError(
+        "set_requires_gradient_sync(False) is in force: it keeps whole gradients on every rank "
+        "instead of shards, which is the memory MiCS saves.",
+        numbers=f"{len(unreduced)} group(s), {size / 2**20:.2f} MiB of unsharded gradients.",
+        write="model.set_requires_gradient_sync(True); micro_steps defers hop 2 by itself",
+    )
+
+
+def _set_all_reduce(model: nn.Module, wanted: bool) -> None:
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_requires_all_reduce(wanted, recurse=False)
+
+
+def _hops(units: list[Unit]) -> list[HopTwo]:
+    return [unit.hop_two for unit in units if unit.hop_two is not None]
+
+
+# -- normalisation -------------------------------------------------------------------------------
+
+
+def _ranks_averaged(unit: Unit) -> float:
+    """What FSDP2 and hop 2 together divided the sum over ranks by."""
+    factor = compat.divide_factor(unit.group)
+    return factor if factor is not None else unit.groups.shard.size() * unit.groups.num_replicas
+
+
+def _total(tokens: list[int | torch.Tensor], unit: Unit) -> torch.Tensor:
+    """Tokens of all micro-steps of all ranks, at least 1; no host synchronisation."""
+    device = unit.groups.device
+    counts = [torch.as_tensor(n, device=device).to(torch.float64) for n in tokens]
+    total = torch.stack(counts).sum()
+    for group in (unit.groups.shard, unit.groups.replicas):
+        if group is not None:
+            dist.all_reduce(total, group=group)
+    return total.clamp(min=1.0)
+
+
+@torch.no_grad()
+def _scale(units: list[Unit], factor: Callable[[Unit], float | torch.Tensor]) -> None:
+    for unit in units:
+        for param in compat.sharded_params(unit.group):
+            if param.grad is not None:
+                local = param.grad.to_local()  # type: ignore[attr-defined]
+                scale = factor(unit)
+                local.mul_(scale.to(local.dtype) if isinstance(scale, torch.Tensor) else scale)

@@ -1,0 +1,238 @@
+"""Flat or hierarchical: decided by a short measurement, once, the same on every rank.
+
+On slow links the hierarchical form wins by the bytes it saves; on fabrics of hundreds of GB/s per
+node flat can win for large messages. Nothing but a measurement on the links at hand can tell, so
+each (group, collective, size class, dtype) is timed once before the first step, the slowest rank's
+times are agreed on, and the outcome is kept in a profile file for the next run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from mics import compat
+from mics.agreement import gather_text
+from mics.collectives import Decide, hierarchical_all_gather, hierarchical_reduce_scatter
+from mics.console import say
+from mics.errors import ShardError
+from mics.mesh import Choice, Groups, StageGroups, stage_groups
+from mics.topology import Ranks, nodes_of
+from mics.traffic import Collective, Form
+
+Collectives = Literal["auto", "flat", "hierarchical"]
+"""How a user asks for it: measured, or forced."""
+
+_REPEATS = 5
+_MARGIN = 0.03  # a tie goes to flat: one collective instead of two, no extra buffer
+_FORMAT = 1
+
+
+def decide_by(groups: Groups, collectives: Collectives) -> Decide:
+    """The function the communication objects ask: forced, or what ``measure`` found.
+
+    Raises:
+        ShardError: ``collectives`` is none of the three words.
+    """
+    if collectives not in ("auto", "flat", "hierarchical"):
+        raise ShardError(
+            f"collectives = {collectives!r} is not a choice.",
+            write='collectives="auto", "flat" or "hierarchical"',
+        )
+
+    def decide(
+        collective: Collective, ranks: Ranks, message_bytes: int, dtype: torch.dtype
+    ) -> Form:
+        if collectives != "auto":
+            return collectives
+        return _nearest(groups, _choice(groups, collective, ranks, message_bytes, dtype))
+
+    return decide
+
+
+def measure(
+    groups: Groups,
+    group: dist.ProcessGroup,
+    ranks: Ranks,
+    collective: Collective,
+    message_bytes: int,
+    dtype: torch.dtype,
+) -> None:
+    """Time both forms of one collective, unless it is known already, and keep the faster.
+
+    Collective over the whole mesh; every rank ends with the same choice.
+    """
+    pair = stage_groups(groups, ranks)
+    if pair is None or message_bytes == 0:
+        return
+    choice = _choice(groups, collective, ranks, message_bytes, dtype)
+    if choice in groups.layout.choices:
+        return
+    _read_profile(groups)
+    if choice in groups.layout.choices:
+        return
+    numel = 2**choice.size_class // dtype.itemsize // group.size() * group.size()
+    numel = max(numel, group.size())
+    flat, hierarchical = _time_forms(groups, group, pair, collective, numel, dtype)
+    wins = hierarchical < flat * (1 - _MARGIN)
+    groups.layout.choices[choice] = "hierarchical" if wins else "flat"
+    say(
+        f"{collective} of {_size(2**choice.size_class)} {choice.dtype} over "
+        f"{choice.nodes} nodes x {choice.ranks_per_node}: {groups.layout.choices[choice]} "
+        f"(flat {flat * 1e3:.2f} ms, hierarchical {hierarchical * 1e3:.2f} ms)"
+    )
+    _write_profile(groups, choice, flat, hierarchical)
+
+
+def profile_path() -> Path:
+    """Where measurements are kept: ``$MICS_PROFILE``, else the user's cache folder."""
+    named = os.environ.get("MICS_PROFILE")
+    if named:
+        return Path(named)
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "torch-mics" / "profile.json"
+
+
+def _choice(
+    groups: Groups, collective: Collective, ranks: Ranks, message_bytes: int, dtype: torch.dtype
+) -> Choice:
+    rows = nodes_of(ranks, groups.gpus_per_node)
+    size_class = max(0, (message_bytes - 1).bit_length())
+    return Choice(
+        collective, len(rows), len(rows[0]), size_class, str(dtype).removeprefix("torch.")
+    )
+
+
+def _nearest(groups: Groups, wanted: Choice) -> Form:
+    """The nearest measured choice, for a size that was not measured (part of a group unused)."""
+    exact = groups.layout.choices.get(wanted)
+    if exact is not None:
+        return exact
+    alike = [c for c in groups.layout.choices if c[:3] == wanted[:3]]
+    if not alike:
+        return "flat"
+    nearest = min(alike, key=lambda c: (abs(c.size_class - wanted.size_class), c))
+    return groups.layout.choices[nearest]
+
+
+def _time_forms(
+    groups: Groups,
+    group: dist.ProcessGroup,
+    pair: StageGroups,
+    collective: Collective,
+    numel: int,
+    dtype: torch.dtype,
+) -> tuple[float, float]:
+    """Median seconds of the flat and the hierarchical form, of the slowest rank of the mesh."""
+    whole = torch.zeros(numel, dtype=dtype, device=groups.device)
+    shard = torch.zeros(numel // group.size(), dtype=dtype, device=groups.device)
+    runs: tuple[Callable[[], object], Callable[[], object]]
+    if collective == "all_gather":
+        runs = (
+            lambda: compat.all_gather(whole, shard, group),
+            lambda: hierarchical_all_gather(whole, shard, pair),
+        )
+    else:
+        total = dist.ReduceOp.SUM
+        runs = (
+            lambda: compat.reduce_scatter(shard, whole, total, group),
+            lambda: hierarchical_reduce_scatter(shard, whole, total, pair),
+        )
+    times: tuple[list[float], list[float]] = ([], [])
+    for repeat in range(_REPEATS + 1):
+        for run, into in zip(runs, times, strict=True):
+            _synchronize(groups.device)
+            dist.barrier(group)
+            start = time.perf_counter()
+            run()
+            _synchronize(groups.device)
+            if repeat > 0:  # the first one connects and warms up
+                into.append(time.perf_counter() - start)
+    medians = torch.tensor([statistics.median(t) for t in times], device=groups.device)
+    for everyone in (group, groups.shard, groups.replicas):
+        if everyone is not None:
+            dist.all_reduce(medians, dist.ReduceOp.MAX, group=everyone)
+    flat, hierarchical = medians.tolist()
+    return flat, hierarchical
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:g} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:g} KiB"
+
+
+# -- the profile file ----------------------------------------------------------------------------
+
+
+def _cluster(groups: Groups) -> str:
+    """What a measurement is valid for."""
+    device = groups.device
+    name = "cpu" if device.type == "cpu" else torch.get_device_module(device).get_device_name()
+    return f"{dist.get_backend(groups.shard)} on {name}, {dist.get_world_size()} ranks, " + (
+        f"{groups.gpus_per_node} per node, torch {torch.__version__}"
+    )
+
+
+def _is_first(groups: Groups) -> bool:
+    return groups.shard.rank() == 0 and (groups.replicas is None or groups.replicas.rank() == 0)
+
+
+def _read_profile(groups: Groups) -> None:
+    """Take over what the first rank's profile knows of this cluster."""
+    text = ""
+    if _is_first(groups):
+        known = _load(profile_path()).get(_cluster(groups), {})
+        text = json.dumps(known)
+    if groups.replicas is not None:
+        text = gather_text(text, groups.replicas, groups.device)[0]
+    text = gather_text(text, groups.shard, groups.device)[0]
+    for key, entry in json.loads(text).items():
+        collective, nodes, ranks_per_node, size_class, dtype = key.split(" ")
+        choice = Choice(collective, int(nodes), int(ranks_per_node), int(size_class), dtype)
+        groups.layout.choices.setdefault(choice, entry["form"])
+
+
+def _write_profile(groups: Groups, choice: Choice, flat: float, hierarchical: float) -> None:
+    if not _is_first(groups):
+        return
+    path = profile_path()
+    profile = _load(path)
+    profile.setdefault(_cluster(groups), {})[" ".join(map(str, choice))] = {
+        "form": groups.layout.choices[choice],
+        "flat_seconds": flat,
+        "hierarchical_seconds": hierarchical,
+    }
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_suffix(f".{os.getpid()}.tmp")
+        scratch.write_text(json.dumps({"format": _FORMAT, "clusters": profile}, indent=1) + "\n")
+        scratch.replace(path)
+    except OSError as error:
+        say(f"cannot keep the measurement in {path}: {error}; it will be taken again next time")
+
+
+def _load(path: Path) -> dict[str, dict[str, dict[str, object]]]:
+    try:
+        document = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        say(f"cannot read {path}: {error}; measuring again")
+        return {}
+    if not isinstance(document, dict) or document.get("format") != _FORMAT:
+        say(f"{path} is not a profile of format {_FORMAT}; measuring again")
+        return {}
+    clusters: dict[str, dict[str, dict[str, object]]] = document["clusters"]
+    return clusters

@@ -1,0 +1,227 @@
+"""The only file that touches private torch names.
+
+Each entry says which versions need it and why (read in the source of 2.11 to 2.15, run on 2.13).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.autograd import Variable
+from torch.distributed.distributed_c10d import _coalescing_manager
+from torch.distributed.fsdp import FSDPModule
+
+ReduceOp = dist.ReduceOp | dist.ReduceOp.RedOpType
+
+# torch 2.13 renamed the single-tensor collectives and made the old names warn.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def all_gather(
+    output: torch.Tensor, input: torch.Tensor, group: dist.ProcessGroup, async_op: bool = False
+) -> dist.Work | None:
+    """All-gather ``input`` of ``group.rank()`` into row ``group.rank()`` of ``output``."""
+    work: dist.Work | None = _all_gather(output, input, group=group, async_op=async_op)
+    return work
+
+
+def reduce_scatter(
+    output: torch.Tensor,
+    input: torch.Tensor,
+    op: ReduceOp,
+    group: dist.ProcessGroup,
+    async_op: bool = False,
+) -> dist.Work | None:
+    """Reduce ``input`` over the group, keep row ``group.rank()`` in ``output``."""
+    work: dist.Work | None = _reduce_scatter(output, input, op=op, group=group, async_op=async_op)
+    return work
+
+
+def coalesced(group: dist.ProcessGroup, async_ops: bool = False) -> Any:
+    """Context that issues the collectives inside it as one; yields a handle with ``wait()``.
+
+    2.11 to 2.15: the only spelling of coalescing. ``device=`` is left out on purpose: Gloo raises
+    "does not implement startCoalescing" with it, and both backends take the fast path without it.
+    """
+    return _coalescing_manager(group=group, async_ops=async_ops)
+
+
+def is_premul_sum(op: ReduceOp) -> bool:
+    """Whether ``op`` scales its input, which must happen in one stage only.
+
+    2.11 to 2.15: ``PREMUL_SUM`` is a ``ReduceOp`` object whose kind is only readable at ``.op``.
+    """
+    kinds: Any = dist.ReduceOp.RedOpType
+    return bool(getattr(op, "op", op) == kinds.PREMUL_SUM)
+
+
+# -- FSDP2 parameter groups ----------------------------------------------------------------------
+
+
+def param_groups(module: nn.Module) -> list[Any]:
+    """The FSDP2 parameter groups of one module ([] when it is not sharded).
+
+    2.11 keeps a single ``_fsdp_param_group``, 2.12 and later a list. Needed because the setters
+    for communication objects refuse modules with several groups.
+    """
+    if not isinstance(module, FSDPModule):
+        return []
+    state = module._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    group = getattr(state, "_fsdp_param_group", None)
+    return [] if group is None else [group]
+
+
+def modules_of(group: Any) -> tuple[nn.Module, ...]:
+    """The modules that share one parameter group."""
+    modules: tuple[nn.Module, ...] = group.modules
+    return modules
+
+
+def shard_group(group: Any) -> dist.ProcessGroup:
+    """The partition group a parameter group is sharded over."""
+    shard: dist.ProcessGroup = group.mesh_info.shard_process_group
+    return shard
+
+
+def is_replicated_by_torch(group: Any) -> bool:
+    """Whether torch itself runs hop 2 for this parameter group (a 2-D mesh of its own)."""
+    return bool(group._is_hsdp)
+
+
+def set_comms(group: Any, all_gather: Any, reduce_scatter: Any) -> None:
+    """Give one parameter group its communication objects.
+
+    The public ``set_custom_all_gather`` is per module and refuses modules with several groups;
+    these are the two assignments it makes.
+    """
+    group._all_gather_comm = all_gather
+    group._reduce_scatter_comm = reduce_scatter
+
+
+def sharded_params(group: Any) -> list[nn.Parameter]:
+    """The sharded parameters of a group, in the order FSDP2 communicates them."""
+    return [fsdp_param.sharded_param for fsdp_param in group.fsdp_params]
+
+
+def padded_shard_numel(group: Any, *, trainable: bool) -> int:
+    """Elements of one rank's padded shard of a group, all parameters or the trainable ones."""
+    return sum(
+        fsdp_param.padded_sharded_param_size.numel()
+        for fsdp_param in group.fsdp_params
+        if fsdp_param.sharded_param.requires_grad or not trainable
+    )
+
+
+def param_names(group: Any) -> list[str]:
+    """Names of a group's parameters; local to their module before the first forward."""
+    return [p._param_fqn or p._module_info.param_name for p in group.fsdp_params]
+
+
+def gather_dtype(group: Any) -> torch.dtype:
+    """The dtype a group is all-gathered in."""
+    dtype: torch.dtype = group.mp_policy.param_dtype or group.fsdp_params[0].sharded_param.dtype
+    return dtype
+
+
+def reduce_dtype(group: Any) -> torch.dtype:
+    """The dtype a group's gradients are reduced in (what ``MixedPrecisionPolicy`` documents)."""
+    dtype: torch.dtype = group.mp_policy.reduce_dtype or gather_dtype(group)
+    return dtype
+
+
+def reshards_after_forward(group: Any) -> bool:
+    """Whether the parameters are freed after forward and gathered again in backward."""
+    return bool(group._reshard_after_forward)
+
+
+def backward_gather_group(group: Any) -> dist.ProcessGroup:
+    """The group of the all-gather in backward: smaller when ``reshard_after_forward`` is an int."""
+    shard: dist.ProcessGroup = group.post_forward_mesh_info.shard_process_group
+    return shard
+
+
+def wants_all_reduce(group: Any) -> bool:
+    """The flag ``FSDPModule.set_requires_all_reduce`` sets; it has no getter."""
+    return bool(group.all_reduce_grads)
+
+
+def wants_reduce(group: Any) -> bool:
+    """The flag ``FSDPModule.set_requires_gradient_sync`` sets; it has no getter."""
+    return bool(group.reduce_grads)
+
+
+def divide_factor(group: Any) -> float | None:
+    """What ``FSDPModule.set_gradient_divide_factor`` set; it has no getter."""
+    factor: float | None = group.gradient_divide_factor
+    return factor
+
+
+def sums_only(group: Any) -> bool:
+    """What ``FSDPModule.set_force_sum_reduction_for_comms`` set; it has no getter."""
+    return bool(group.force_sum_reduction_for_comms)
+
+
+def root_param_groups(group: Any) -> list[Any]:
+    """Every parameter group under the root of ``group``, in module order (after lazy init)."""
+    for module in modules_of(group):
+        if isinstance(module, FSDPModule):
+            states = module._get_fsdp_state()._state_ctx.all_states
+            return [g for state in states for g in _groups_of_state(state)]
+    return [group]
+
+
+def _groups_of_state(state: Any) -> Iterator[Any]:
+    if hasattr(state, "_fsdp_param_groups"):
+        yield from state._fsdp_param_groups
+    elif state._fsdp_param_group is not None:
+        yield state._fsdp_param_group
+
+
+def is_root(module: FSDPModule) -> bool:
+    """Whether the first forward made this module the root of its FSDP2 tree."""
+    return bool(module._get_fsdp_state()._is_root)
+
+
+def reset_iteration(root: FSDPModule) -> None:
+    """Bring FSDP2 back to rest after an exception inside forward or backward.
+
+    2.13 has ``reset_iter_state``; 2.11 and 2.12 have nothing public, so parameters are resharded
+    and the forward-root marker cleared, the two things the next forward stumbles over.
+    """
+    if hasattr(root, "reset_iter_state"):
+        root.reset_iter_state()
+        return
+    for module in root.modules():  # type: ignore[attr-defined]
+        if isinstance(module, FSDPModule):
+            state = module._get_fsdp_state()
+            state._state_ctx.iter_forward_root = None
+            state._state_ctx.post_backward_final_callback_queued = False
+            module.reshard()
+
+
+# -- autograd ------------------------------------------------------------------------------------
+
+
+def in_backward() -> bool:
+    """Whether this thread is inside a backward pass (activation recomputation included)."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def at_end_of_backward(callback: Callable[[], None]) -> None:
+    """Run ``callback`` once when the current backward pass has finished.
+
+    2.11 to 2.15: how FSDP2 and DDP end their own backward; autograd has no public form.
+    """
+    Variable._execution_engine.queue_callback(callback)
+
+
+def num_gradient_hooks(param: torch.Tensor) -> int:
+    """How many post-accumulate-gradient hooks ``param`` has; torch only offers to add one."""
+    return len(getattr(param, "_post_accumulate_grad_hooks", None) or ())

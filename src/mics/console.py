@@ -1,0 +1,13 @@
+"""What mics says while it works: one voice, rank 0's, on standard error."""
+
+from __future__ import annotations
+
+import sys
+
+import torch.distributed as dist
+
+
+def say(text: str) -> None:
+    """Print ``text`` once for the whole job."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(f"mics: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,44 @@
+"""What mics raises: what is wrong, the numbers, and what to write instead."""
+
+from __future__ import annotations
+
+
+class MicsError(Exception):
+    """Base of every error mics raises on purpose.
+
+    Args:
+        what: what is wrong, one sentence.
+        numbers: the values that show it, one sentence; may be empty.
+        write: what to write instead; may be empty.
+    """
+
+    def __init__(self, what: str, *, numbers: str = "", write: str = "") -> None:
+        self.what = what
+        self.numbers = numbers
+        self.write = write
+        lines = [what]
+        if numbers:
+            lines.append(f"  {numbers}")
+        if write:
+            lines.append(f"  Write: {write}")
+        super().__init__("\n".join(lines))
+
+
+class TopologyError(MicsError):
+    """Nodes, ranks or partition size that do not fit together."""
+
+
+class DisagreementError(MicsError):
+    """Ranks that were started with different versions, models or settings."""
+
+
+class ShardError(MicsError):
+    """A model that cannot be sharded as asked."""
+
+
+class MicroStepError(MicsError):
+    """A two-hop schedule that would lose or leak gradients."""
+
+
+class MicsWarning(UserWarning):
+    """Something legal that costs time, memory or a step."""

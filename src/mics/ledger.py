@@ -1,0 +1,216 @@
+"""Counts what was communicated: calls, bytes and time per hop, collective and stage.
+
+The ledger is the measurement that ``traffic.py`` predicts. It records the message of every
+collective as it is issued and turns messages into bytes per link with the same formulas, so that
+``mics.ledger(model).traffic() == mics.traffic.mics(...)`` holds exactly or something is wrong.
+Nothing here synchronises a device: on a GPU, times come from events read after they have passed.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mics.traffic import Collective, Count, Flow, Key, StageMessage, Traffic, stage_flow
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Time of one key since the last reset.
+
+    ``total`` runs from issue to completion. ``exposed`` is how long the caller's thread was held
+    up; on a GPU the thread is not, and what the *device* waited for is unknown: ``None``.
+    """
+
+    total: float = 0.0
+    exposed: float | None = 0.0
+
+    def __add__(self, other: Seconds) -> Seconds:
+        if self.exposed is None or other.exposed is None:
+            return Seconds(self.total + other.total, None)
+        return Seconds(self.total + other.total, self.exposed + other.exposed)
+
+
+class Ledger:
+    """Counts of one communication unit on this rank, since the last reset.
+
+    Args:
+        rank: this process' world rank.
+        gpus_per_node: ranks per node, which decides the link class of a message.
+    """
+
+    def __init__(self, *, rank: int, gpus_per_node: int) -> None:
+        self._rank = rank
+        self._gpus_per_node = gpus_per_node
+        self._lock = threading.Lock()
+        self._calls: dict[tuple[Key, StageMessage], int] = {}
+        self._seconds: dict[Key, Seconds] = {}
+        self._events: deque[tuple[Key, Any, Any]] = deque()
+
+    def issue(
+        self, hop: int, collective: Collective, message: StageMessage, device: torch.device
+    ) -> Span:
+        """Count one collective and return the span that times it."""
+        key = Key(hop, collective, message.stage)
+        with self._lock:
+            self._calls[key, message] = self._calls.get((key, message), 0) + 1
+        return Span(self, key, device)
+
+    def traffic(self) -> Traffic:
+        """What this rank sent since the last reset, comparable with a prediction."""
+        with self._lock:
+            calls = dict(self._calls)
+        counts: dict[Key, Count] = {}
+        for (key, message), n in calls.items():
+            one = stage_flow(key.collective, message, self._rank, self._gpus_per_node)
+            flow = Flow(
+                one.intra_bytes * n,
+                one.inter_bytes * n,
+                one.intra_messages * n,
+                one.inter_messages * n,
+            )
+            count = Count(n, message.message_bytes * n, flow)
+            counts[key] = counts.get(key, Count()) + count
+        return Traffic(counts)
+
+    def seconds(self) -> dict[Key, Seconds]:
+        """Time per key since the last reset; GPU work that has not finished is not in it yet."""
+        self._collect_events()
+        with self._lock:
+            return dict(self._seconds)
+
+    def reset(self) -> None:
+        """Forget everything counted so far."""
+        with self._lock:
+            self._calls.clear()
+            self._seconds.clear()
+            self._events.clear()
+
+    def _add_seconds(self, key: Key, seconds: Seconds) -> None:
+        with self._lock:
+            self._seconds[key] = self._seconds.get(key, Seconds()) + seconds
+
+    def _add_events(self, key: Key, start: Any, end: Any) -> None:
+        self._events.append((key, start, end))
+        if len(self._events) > 64:
+            self._collect_events()
+
+    def _collect_events(self) -> None:
+        while self._events and self._events[0][2].query():
+            key, start, end = self._events.popleft()
+            self._add_seconds(key, Seconds(start.elapsed_time(end) / 1e3, None))
+
+
+class Span:
+    """The time of one collective, from the moment it was issued.
+
+    Use as a context around a blocking call, or ``follow`` a work handle and ``wait`` for it.
+    """
+
+    def __init__(self, ledger: Ledger, key: Key, device: torch.device) -> None:
+        self._ledger = ledger
+        self._key = key
+        self._on_cpu = device.type == "cpu"
+        self._start = time.perf_counter()
+        self._start_event: Any = None
+        self._device = device
+
+    def __enter__(self) -> Span:
+        # A second stage is issued with the first but starts after it.
+        self._start = time.perf_counter()
+        self._start_event = None if self._on_cpu else _record_event(self._device)
+        return self
+
+    def __exit__(
+        self,
+        error: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            return
+        if self._on_cpu:
+            spent = time.perf_counter() - self._start
+            self._ledger._add_seconds(self._key, Seconds(spent, spent))
+        else:
+            end = _record_event(self._device)
+            self._ledger._add_events(self._key, self._start_event, end)
+
+    def follow(self, work: dist.Work) -> None:
+        """Time an asynchronous CPU collective to its completion, in the backend's own thread."""
+
+        def done(_: object) -> None:
+            self._ledger._add_seconds(self._key, Seconds(time.perf_counter() - self._start, 0.0))
+
+        work.get_future().add_done_callback(done)
+
+    def wait(self, work: dist.Work) -> None:
+        """Wait for an asynchronous collective; the time spent here is what was exposed."""
+        start = time.perf_counter()
+        work.wait()
+        self._ledger._add_seconds(self._key, Seconds(0.0, time.perf_counter() - start))
+
+
+@dataclass(frozen=True)
+class LedgerView:
+    """The ledgers of a whole model, read together."""
+
+    ledgers: tuple[Ledger, ...]
+
+    def traffic(self) -> Traffic:
+        """What this rank sent since the last reset."""
+        return sum((ledger.traffic() for ledger in self.ledgers), Traffic({}))
+
+    def seconds(self) -> dict[Key, Seconds]:
+        """Time per hop, collective and stage since the last reset."""
+        total: dict[Key, Seconds] = {}
+        for ledger in self.ledgers:
+            for key, seconds in ledger.seconds().items():
+                total[key] = total.get(key, Seconds()) + seconds
+        return total
+
+    def reset(self) -> None:
+        """Start counting anew."""
+        for ledger in self.ledgers:
+            ledger.reset()
+
+    def __str__(self) -> str:
+        return "\n".join(_table(self.traffic(), self.seconds()))
+
+
+def _table(traffic: Traffic, seconds: dict[Key, Seconds]) -> Iterable[str]:
+    yield (
+        f"{'hop':<4}{'collective':<16}{'stage':<7}{'calls':>7}{'sent intra':>13}{'sent inter':>13}"
+        f"{'total':>11}{'exposed':>11}"
+    )
+    for key, count in sorted(traffic.counts.items()):
+        spent = seconds.get(key)
+        yield (
+            f"{key.hop:<4}{key.collective:<16}{key.stage:<7}{count.calls:>7}"
+            f"{_megabytes(count.flow.intra_bytes):>13}{_megabytes(count.flow.inter_bytes):>13}"
+            f"{_milliseconds(spent.total if spent else None):>11}"
+            f"{_milliseconds(spent.exposed if spent else None):>11}"
+        )
+
+
+def _megabytes(amount: Any) -> str:
+    return f"{float(amount) / 1e6:.3f} MB"
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "n/a" if seconds is None else f"{seconds * 1e3:.1f} ms"
+
+
+def _record_event(device: torch.device) -> Any:
+    module = torch.get_device_module(device)
+    event = module.Event(enable_timing=True)
+    event.record(module.current_stream(device))
+    return event

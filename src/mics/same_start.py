@@ -1,0 +1,72 @@
+"""Every rank starts from the same weights, whatever its seed.
+
+FSDP2 keeps each rank's shard of *that rank's* weights. Ranks that were seeded differently would
+train a patchwork inside a partition group and different models across replicas, without a word.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from mics import compat
+from mics.console import say
+from mics.mesh import Groups
+
+_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@torch.no_grad()
+def same_start(module: nn.Module, groups: Groups, ignored: set[nn.Parameter]) -> None:
+    """Give every rank of the mesh the first rank's parameters and buffers.
+
+    Fingerprints are compared first, so equal weights cost one small message. Parameters that are
+    sharded already, on the meta device, or ignored are left alone.
+    """
+    tensors = {
+        name: tensor
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]
+        if not isinstance(tensor, DTensor) and not tensor.is_meta and tensor not in ignored
+    }
+    if not tensors:
+        return
+    names = list(tensors)
+    mine = torch.stack([_fingerprint(tensors[name]).to(groups.device) for name in names])
+    different = torch.zeros(len(names), dtype=torch.int32, device=groups.device)
+    chain = [group for group in (groups.replicas, groups.shard) if group is not None]
+    for group in chain:
+        rows = torch.empty(group.size() * len(names), dtype=torch.int64, device=groups.device)
+        compat.all_gather(rows, mine, group)
+        table = rows.view(group.size(), -1)
+        different |= (table != table[0]).any(dim=0).int()
+    for group in chain:
+        dist.all_reduce(different, dist.ReduceOp.MAX, group=group)
+    unequal = [name for name, flag in zip(names, different.tolist(), strict=True) if flag]
+    for name in unequal:
+        _broadcast_first(tensors[name], groups, chain)
+    if unequal and not groups.layout.said_different_start:
+        groups.layout.said_different_start = True
+        say(
+            f"ranks had different initial values ({unequal[0]} and others; were they seeded "
+            "differently?): every rank now starts from the first rank's"
+        )
+
+
+def _fingerprint(tensor: torch.Tensor) -> torch.Tensor:
+    """A sum over the bits, equal on every rank that has the same values. Shape ()."""
+    flat = tensor.detach().contiguous().view(-1)
+    if flat.is_complex():
+        flat = torch.view_as_real(flat).view(-1)
+    bits = flat.view(_INTEGER[flat.element_size()]).to(torch.int64)
+    # Weighted, so that values in another order do not pass for the same.
+    weights = torch.arange(1, bits.numel() + 1, device=bits.device) % 8191 + 1
+    return (bits * weights).sum()
+
+
+def _broadcast_first(tensor: torch.Tensor, groups: Groups, chain: list[dist.ProcessGroup]) -> None:
+    on_device = tensor.detach().to(groups.device).contiguous()
+    for group in chain:  # across replicas first, then inside each partition group
+        dist.broadcast(on_device, group=group, group_src=0)
+    tensor.copy_(on_device)

@@ -1,0 +1,204 @@
+"""fully_shard: FSDP2's, with hierarchical collectives, a two-hop schedule and a ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy
+from torch.distributed.fsdp import fully_shard as torch_fully_shard
+
+from mics import compat
+from mics.agreement import check_agreement
+from mics.choice import Collectives, decide_by, measure
+from mics.collectives import AllGather, ReduceScatter
+from mics.errors import ShardError
+from mics.hop_two import HopTwo
+from mics.ledger import Ledger
+from mics.mesh import Groups, default_device_type, groups_of, ranks_of, start
+from mics.same_start import same_start
+from mics.units import Unit, attach, units_on
+from mics.version import __version__
+
+Modules = TypeVar("Modules", nn.Module, list[nn.Module])
+
+
+def fully_shard(
+    module: Any,
+    *,
+    mesh: DeviceMesh | None = None,
+    reshard_after_forward: bool | int | None = None,
+    shard_placement_fn: Callable[[nn.Parameter], Any] | None = None,
+    mp_policy: MixedPrecisionPolicy | None = None,
+    offload_policy: OffloadPolicy | None = None,
+    ignored_params: set[nn.Parameter] | None = None,
+    dp_mesh_dims: Any = None,
+    collectives: Collectives = "auto",
+    gpus_per_node: int | None = None,
+) -> Any:
+    """Apply FSDP2 to ``module``: same keywords, same return as torch's ``fully_shard``.
+
+    Call it bottom-up, as FSDP2's. The differences are inside: all-gathers and reduce-scatters of a
+    partition group that spans nodes may run in two stages, a 2-D mesh's all-reduce becomes hop 2
+    (see ``hop_two.py``), everything is counted, and every rank starts from the same weights.
+    Parameters are DTensors on the mesh's shard axis. Collective over the mesh.
+
+    Args:
+        module: a module, or a list of modules to be one communication unit.
+        mesh: 1-D (shard) or 2-D (replicate, shard); by default 1-D over the world, as FSDP2.
+        reshard_after_forward: as FSDP2: True, False, or the ranks to reshard to.
+        shard_placement_fn: as FSDP2.
+        mp_policy: as FSDP2. ``reduce_dtype`` is always passed on explicitly, because leaving it
+            out means another dtype from torch 2.15 on.
+        offload_policy: as FSDP2.
+        ignored_params: as FSDP2.
+        dp_mesh_dims: as FSDP2 (torch 2.12 and later); only its ``shard`` may be set.
+        collectives: "auto" measures flat against hierarchical once; or force one of them.
+        gpus_per_node: k, if the mesh did not come from ``mics.init_mesh`` and the launcher's word
+            is not right.
+
+    Returns:
+        ``module``, now an FSDPModule.
+
+    Raises:
+        TopologyError: a mesh whose rank order FSDP2 would corrupt.
+        DisagreementError: ranks pass different modules, settings or versions.
+        ShardError: an argument that cannot be honoured.
+    """
+    mesh = mesh if mesh is not None else _world_mesh()
+    modules = module if isinstance(module, list) else [module]
+    if dp_mesh_dims is not None:
+        groups = groups_of(_axes(mesh, dp_mesh_dims), gpus_per_node=gpus_per_node)
+    else:
+        groups = groups_of(mesh, gpus_per_node=gpus_per_node)
+    ignored = ignored_params or set()
+    _check_ranks_agree(modules, groups, reshard_after_forward, mp_policy, collectives, ignored)
+    for one in modules:
+        same_start(one, groups, ignored)
+    keywords: dict[str, Any] = {
+        "mesh": groups.mesh,
+        "reshard_after_forward": reshard_after_forward,
+        "shard_placement_fn": shard_placement_fn,
+        "mp_policy": _explicit(mp_policy or MixedPrecisionPolicy()),
+        "offload_policy": offload_policy or OffloadPolicy(),
+        "ignored_params": ignored_params,
+    }
+    if dp_mesh_dims is not None:
+        keywords |= {"mesh": mesh, "dp_mesh_dims": dp_mesh_dims}
+    sharded = torch_fully_shard(module, **keywords)
+    for group in compat.param_groups(modules[0]):
+        if compat.shard_group(group) is groups.shard:
+            _attach(modules[0], group, groups, collectives)
+    return sharded
+
+
+def _attach(module: nn.Module, group: Any, groups: Groups, collectives: Collectives) -> None:
+    """Give one parameter group its communication objects, its hop 2 and its ledger."""
+    decide = decide_by(groups, collectives)
+    if collectives == "auto":
+        _measure(group, groups)
+    rank = torch.distributed.get_rank()
+    ledger = Ledger(rank=rank, gpus_per_node=groups.gpus_per_node)
+    hop_two = None
+    if groups.replicas is not None and not compat.is_replicated_by_torch(group):
+        hop_two = HopTwo(
+            group, groups.replicas, ledger, groups.device, lambda: _hops_of_root(group)
+        )
+        module.register_forward_pre_hook(_before_forward(hop_two))
+    compat.set_comms(
+        group,
+        AllGather(groups, ledger, decide),
+        ReduceScatter(groups, ledger, decide, hop_two.before_reduce if hop_two else None),
+    )
+    attach(module, Unit(group, groups, ledger, hop_two))
+
+
+def _measure(group: Any, groups: Groups) -> None:
+    shard_ranks = ranks_of(groups.shard)
+    p = groups.shard.size()
+    gather, reduce = compat.gather_dtype(group), compat.reduce_dtype(group)
+    gather_bytes = compat.padded_shard_numel(group, trainable=False) * gather.itemsize * p
+    reduce_bytes = compat.padded_shard_numel(group, trainable=True) * reduce.itemsize * p
+    measure(groups, groups.shard, shard_ranks, "all_gather", gather_bytes, gather)
+    measure(groups, groups.shard, shard_ranks, "reduce_scatter", reduce_bytes, reduce)
+    if compat.reshards_after_forward(group):
+        backward = compat.backward_gather_group(group)
+        if backward is not groups.shard:
+            measure(groups, backward, ranks_of(backward), "all_gather", gather_bytes, gather)
+
+
+def _before_forward(hop_two: HopTwo) -> Callable[..., None]:
+    def hook(*_: Any) -> None:
+        hop_two.before_forward()
+
+    return hook
+
+
+def _hops_of_root(group: Any) -> list[HopTwo]:
+    owners = [(g, compat.modules_of(g)[0]) for g in compat.root_param_groups(group)]
+    units = [unit for g, module in owners for unit in units_on(module) if unit.group is g]
+    return [unit.hop_two for unit in units if unit.hop_two is not None]
+
+
+def _explicit(policy: MixedPrecisionPolicy) -> MixedPrecisionPolicy:
+    """Spell out the reduce dtype that torch up to 2.14 takes when it is left out."""
+    if policy.reduce_dtype is not None or policy.param_dtype is None:
+        return policy
+    return MixedPrecisionPolicy(
+        param_dtype=policy.param_dtype,
+        reduce_dtype=policy.param_dtype,
+        output_dtype=policy.output_dtype,
+        cast_forward_inputs=policy.cast_forward_inputs,
+    )
+
+
+def _world_mesh() -> DeviceMesh:
+    world, _ = start()
+    return init_device_mesh(default_device_type(), (world,), mesh_dim_names=("shard",))
+
+
+def _axes(mesh: DeviceMesh, dims: Any) -> DeviceMesh:
+    """The shard axis of a mesh with other axes beside it."""
+    if dims.replicate is not None or len(dims.shard_names) != 1:
+        raise ShardError(
+            "dp_mesh_dims must name exactly one shard axis and no replicate axis.",
+            numbers=f"It names shard={dims.shard!r}, replicate={dims.replicate!r}.",
+            write='mesh=mesh["replicate", "shard"] without dp_mesh_dims',
+        )
+    return mesh[dims.shard_names[0]]
+
+
+def _check_ranks_agree(
+    modules: list[nn.Module],
+    groups: Groups,
+    reshard_after_forward: bool | int | None,
+    mp_policy: MixedPrecisionPolicy | None,
+    collectives: str,
+    ignored: set[nn.Parameter],
+) -> None:
+    facts = {
+        "version": [f"torch {torch.__version__}", f"mics {__version__}"],
+        "model": [f"module {i}: {type(m).__name__}" for i, m in enumerate(modules)]
+        + [
+            f"{name} {tuple(param.shape)} {str(param.dtype).removeprefix('torch.')}"
+            f"{'' if param.requires_grad else ' frozen'}{' ignored' if param in ignored else ''}"
+            for module in modules
+            for name, param in module.named_parameters()
+        ],
+        "sharding arguments": [
+            f"reshard_after_forward={reshard_after_forward}",
+            f"mp_policy={mp_policy}",
+            f"collectives={collectives}",
+        ],
+    }
+    for group in (groups.shard, groups.replicas):
+        if group is not None:
+            check_agreement(facts, group, groups.device)
+
+
+def sharded_modules(model: nn.Module) -> list[FSDPModule]:
+    """The modules of ``model`` that FSDP2 manages, in module order."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]

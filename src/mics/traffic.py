@@ -1,0 +1,289 @@
+"""Bytes and messages per link class, predicted with pure arithmetic.
+
+Every formula counts what *one rank sends* when each collective runs as a ring over its group in
+rank order, the algorithm of Gloo and of NCCL for large messages. With M the bytes of the gathered
+message, n the group size, k ranks per node and N nodes in the group:
+
+=========================  ======================  ==========================================
+collective                 bytes sent by a rank    bytes into a node over the slow link
+=========================  ======================  ==========================================
+all-gather, flat           M (n - 1) / n           M (n - 1) / n    (one edge of the ring)
+reduce-scatter, flat       M (n - 1) / n           M (n - 1) / n
+all-reduce                 2 M (n - 1) / n         2 M (n - 1) / n
+all-gather, hierarchical   inter (M/k)(N - 1)/N    M (N - 1) / N  =  M (n - k) / n
+                           intra M (k - 1)/k
+reduce-scatter, hier.      the mirror              the mirror
+=========================  ======================  ==========================================
+
+Sources: the hierarchical volume is MiCS section 3.3 (``(p - k) M / p`` against ``(p - 1) M / p``),
+the two-hop schedule section 3.4, the ring terms the bandwidth-optimal ring of Patarasuk and Yuan.
+Bytes are exact rationals, so a prediction and a count can be compared with ``==``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Literal, NamedTuple
+
+from mics.topology import Ranks, Topology, has_two_stages, nodes_of
+
+Collective = Literal["all_gather", "reduce_scatter", "all_reduce"]
+Stage = Literal["flat", "inter", "intra"]
+Form = Literal["flat", "hierarchical"]
+
+
+class Key(NamedTuple):
+    """Where traffic belongs: hop 1 or 2, which collective, which stage of it."""
+
+    hop: int
+    collective: Collective
+    stage: Stage
+
+
+@dataclass(frozen=True)
+class Flow:
+    """What one rank sends over each link class: bytes and messages."""
+
+    intra_bytes: Fraction = Fraction(0)
+    inter_bytes: Fraction = Fraction(0)
+    intra_messages: int = 0
+    inter_messages: int = 0
+
+    def __add__(self, other: Flow) -> Flow:
+        return Flow(
+            self.intra_bytes + other.intra_bytes,
+            self.inter_bytes + other.inter_bytes,
+            self.intra_messages + other.intra_messages,
+            self.inter_messages + other.inter_messages,
+        )
+
+
+@dataclass(frozen=True)
+class Count:
+    """Calls of one collective, the bytes of its messages, and the flow they cause.
+
+    ``message_bytes`` is the size of the gathered (or reduced) buffer, not what crosses a link.
+    """
+
+    calls: int = 0
+    message_bytes: int = 0
+    flow: Flow = field(default_factory=Flow)
+
+    def __add__(self, other: Count) -> Count:
+        return Count(
+            self.calls + other.calls,
+            self.message_bytes + other.message_bytes,
+            self.flow + other.flow,
+        )
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Counts by key, for one rank. Two are equal when every key is."""
+
+    counts: Mapping[Key, Count]
+
+    def __add__(self, other: Traffic) -> Traffic:
+        keys = dict.fromkeys([*self.counts, *other.counts])
+        return Traffic(
+            {k: self.counts.get(k, Count()) + other.counts.get(k, Count()) for k in keys}
+        )
+
+    @property
+    def flow(self) -> Flow:
+        """Everything this rank sends."""
+        return sum((c.flow for c in self.counts.values()), Flow())
+
+    def hop(self, hop: int) -> Flow:
+        """What this rank sends in hop 1 or hop 2."""
+        return sum((c.flow for key, c in self.counts.items() if key.hop == hop), Flow())
+
+
+@dataclass(frozen=True)
+class Block:
+    """One communication unit (an FSDP2 parameter group), sizes in bytes after padding.
+
+    Args:
+        gather_bytes: all shards together, in the dtype that is all-gathered.
+        reduce_bytes: all shards together, in the dtype that is reduce-scattered.
+        sync_bytes: one rank's shard in the dtype of hop 2; ``reduce_bytes / p`` as a rule.
+        gathers: all-gathers per micro-step: one per use in forward, one more per use in
+            backward when the block is resharded after forward.
+        reduces: reduce-scatters per micro-step: one per use, 0 for a frozen block.
+    """
+
+    gather_bytes: int
+    reduce_bytes: int
+    sync_bytes: int
+    gathers: int = 2
+    reduces: int = 1
+
+
+# -- one collective ------------------------------------------------------------------------------
+
+
+def ring_flow(
+    collective: Collective, ranks: Sequence[int], rank: int, message_bytes: int, gpus_per_node: int
+) -> Flow:
+    """What ``rank`` sends in one ring collective over ``ranks``.
+
+    A rank sends ``n - 1`` chunks of ``message_bytes / n`` to its successor (twice that in an
+    all-reduce), so all of it goes over the one link that joins the two.
+    """
+    n = len(ranks)
+    if n == 1:
+        return Flow()
+    rounds = (2 if collective == "all_reduce" else 1) * (n - 1)
+    sent = Fraction(message_bytes * rounds, n)
+    successor = ranks[(ranks.index(rank) + 1) % n]
+    if successor // gpus_per_node == rank // gpus_per_node:
+        return Flow(intra_bytes=sent, intra_messages=rounds)
+    return Flow(inter_bytes=sent, inter_messages=rounds)
+
+
+class StageMessage(NamedTuple):
+    """One stage of a collective, for one rank: its group and the bytes of its message."""
+
+    stage: Stage
+    ranks: Ranks
+    message_bytes: int
+    repeats: int  # coalesced collectives of message_bytes / repeats each, issued as one call
+
+
+def stages(
+    ranks: Sequence[int], rank: int, message_bytes: int, gpus_per_node: int, form: Form
+) -> list[StageMessage]:
+    """The stages of an all-gather or reduce-scatter over ``ranks``, as ``rank`` sees them.
+
+    Hierarchical over N nodes of k ranks: the inter stage moves M / k over N ranks, the intra stage
+    is N coalesced collectives of M / N over k ranks.
+    """
+    if form == "flat" or not has_two_stages(ranks, gpus_per_node):
+        return [StageMessage("flat", tuple(ranks), message_bytes, 1)]
+    rows = nodes_of(ranks, gpus_per_node)
+    row = next(row for row in rows if rank in row)
+    column = tuple(other[row.index(rank)] for other in rows)
+    return [
+        StageMessage("inter", column, message_bytes // len(row), 1),
+        StageMessage("intra", row, message_bytes, len(rows)),
+    ]
+
+
+def stage_flow(
+    collective: Collective, message: StageMessage, rank: int, gpus_per_node: int
+) -> Flow:
+    """What ``rank`` sends in one stage."""
+    one = ring_flow(
+        collective, message.ranks, rank, message.message_bytes // message.repeats, gpus_per_node
+    )
+    return sum((one for _ in range(message.repeats)), Flow())
+
+
+# -- one step ------------------------------------------------------------------------------------
+
+
+def mics(
+    topology: Topology,
+    blocks: Iterable[Block],
+    micro_steps: int,
+    *,
+    all_gather: Form = "hierarchical",
+    reduce_scatter: Form = "hierarchical",
+    hop_2_every_micro_step: bool = False,
+    rank: int = 0,
+) -> Traffic:
+    """Traffic of one step of ``rank`` under MiCS (section 3.4).
+
+    Hop 1, every micro-step and block: the all-gathers and the reduce-scatters of the block inside
+    the partition group. Hop 2, once a step and block: an all-reduce of the shard over the replicas.
+    ``hop_2_every_micro_step`` gives the alternative schedule the paper compares with.
+    """
+    p_group, r_group = topology.partition_group_of(rank), topology.replication_group_of(rank)
+    k = topology.gpus_per_node
+    counts: dict[Key, Count] = {}
+
+    def add(hop: int, collective: Collective, message: StageMessage, calls: int) -> None:
+        if calls == 0 or len(message.ranks) == 1:
+            return
+        flow = stage_flow(collective, message, rank, k)
+        once = Count(1, message.message_bytes, flow)
+        key = Key(hop, collective, message.stage)
+        counts[key] = counts.get(key, Count()) + _times(once, calls)
+
+    for block in blocks:
+        for message in stages(p_group, rank, block.gather_bytes, k, all_gather):
+            add(1, "all_gather", message, micro_steps * block.gathers)
+        for message in stages(p_group, rank, block.reduce_bytes, k, reduce_scatter):
+            add(1, "reduce_scatter", message, micro_steps * block.reduces)
+        if block.reduces:
+            message = StageMessage("flat", r_group, block.sync_bytes, 1)
+            add(2, "all_reduce", message, micro_steps if hop_2_every_micro_step else 1)
+    return Traffic(counts)
+
+
+def fsdp(
+    topology: Topology, blocks: Iterable[Block], micro_steps: int, *, rank: int = 0
+) -> Traffic:
+    """Traffic of one step of ``rank`` under FSDP full shard / ZeRO-3: one partition, the world."""
+    world = Topology(topology.nodes, topology.gpus_per_node, topology.world)
+    return mics(world, blocks, micro_steps, all_gather="flat", reduce_scatter="flat", rank=rank)
+
+
+def hsdp(
+    topology: Topology,
+    blocks: Iterable[Block],
+    micro_steps: int,
+    *,
+    deferred: bool,
+    rank: int = 0,
+) -> Traffic:
+    """Traffic of one step of ``rank`` under FSDP2's HSDP, with or without a deferred all-reduce."""
+    return mics(
+        topology,
+        blocks,
+        micro_steps,
+        all_gather="flat",
+        reduce_scatter="flat",
+        hop_2_every_micro_step=not deferred,
+        rank=rank,
+    )
+
+
+def ddp(
+    topology: Topology,
+    blocks: Iterable[Block],
+    micro_steps: int,
+    *,
+    deferred: bool,
+    rank: int = 0,
+) -> Traffic:
+    """Traffic of one step of ``rank`` under DDP; ``deferred`` as with ``no_sync``.
+
+    One all-reduce of a block's whole gradient over the world: MiCS with p = 1.
+    """
+    alone = Topology(topology.nodes, topology.gpus_per_node, 1)
+    whole = [
+        Block(b.gather_bytes, b.reduce_bytes, b.reduce_bytes, b.gathers, b.reduces) for b in blocks
+    ]
+    return mics(alone, whole, micro_steps, hop_2_every_micro_step=not deferred, rank=rank)
+
+
+def node_inter_bytes(per_rank: Sequence[Traffic]) -> Fraction:
+    """Bytes that leave a node over the slow link, given the traffic of each of its ranks."""
+    return sum((t.flow.inter_bytes for t in per_rank), Fraction(0))
+
+
+def _times(count: Count, n: int) -> Count:
+    flow = count.flow
+    return Count(
+        count.calls * n,
+        count.message_bytes * n,
+        Flow(
+            flow.intra_bytes * n,
+            flow.inter_bytes * n,
+            flow.intra_messages * n,
+            flow.inter_messages * n,
+        ),
+    )

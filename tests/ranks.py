@@ -1,0 +1,128 @@
+"""Start ranks as forked Gloo processes and collect what they return or raise."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import pickle
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+SECONDS = 150.0
+
+
+class RankFailed(AssertionError):
+    """A rank raised; the message is its own traceback."""
+
+
+def run_ranks(
+    function: Callable[..., Any], world: int, *args: Any, ranks_per_node: int | None = None
+) -> list[Any]:
+    """Run ``function(*args)`` on ``world`` ranks; return what each returned, in rank order.
+
+    The first rank that raises ends all of them and its traceback is raised here.
+    """
+    results = collect_ranks(function, world, *args, ranks_per_node=ranks_per_node)
+    failed = [text for kind, text in results if kind == "raised"]
+    if failed:
+        raise RankFailed(failed[0])
+    return [value for _, value in results]
+
+
+def errors_of_ranks(
+    function: Callable[..., Any], world: int, *args: Any, ranks_per_node: int | None = None
+) -> list[str]:
+    """Run on all ranks, every one of which must raise; return the tracebacks."""
+    results = collect_ranks(
+        function, world, *args, ranks_per_node=ranks_per_node, stop_at_first=False
+    )
+    returned = [rank for rank, (kind, _) in enumerate(results) if kind == "returned"]
+    assert not returned, f"ranks {returned} did not raise"
+    return [text for _, text in results]
+
+
+def collect_ranks(
+    function: Callable[..., Any],
+    world: int,
+    *args: Any,
+    ranks_per_node: int | None = None,
+    stop_at_first: bool = True,
+) -> list[tuple[str, Any]]:
+    """Run on all ranks; ("returned", value) or ("raised", traceback) for each."""
+    context = mp.get_context("fork")
+    with tempfile.TemporaryDirectory() as folder:
+        pipes: list[Connection] = []
+        processes = []
+        for rank in range(world):
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(
+                target=_rank_main,
+                args=(rank, world, ranks_per_node or world, folder, theirs, function, args),
+            )
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # fork with threads (3.12)
+                process.start()
+            theirs.close()
+            pipes.append(ours)
+            processes.append(process)
+        results: dict[int, tuple[str, Any]] = {}
+        try:
+            while len(results) < world:
+                ready = wait([p for r, p in enumerate(pipes) if r not in results], SECONDS)
+                if not ready:
+                    missing = [r for r in range(world) if r not in results]
+                    raise TimeoutError(f"ranks {missing} said nothing for {SECONDS} s")
+                for pipe in ready:
+                    rank = pipes.index(pipe)
+                    try:
+                        results[rank] = pickle.loads(pipe.recv_bytes())
+                    except EOFError:
+                        results[rank] = ("raised", f"rank {rank} died without a word")
+                if stop_at_first and any(kind == "raised" for kind, _ in results.values()):
+                    break
+        finally:
+            for process in processes:
+                process.join(0.2 if len(results) < world else 10)
+                if process.is_alive():
+                    process.kill()
+                    process.join()
+    return [results.get(rank, ("stopped", "")) for rank in range(world)]
+
+
+def _rank_main(
+    rank: int,
+    world: int,
+    ranks_per_node: int,
+    folder: str,
+    pipe: Connection,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> None:
+    for name in ("MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID"):
+        os.environ.pop(name, None)
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_RANK": str(rank % ranks_per_node),
+        "LOCAL_WORLD_SIZE": str(ranks_per_node),
+        "MICS_PROFILE": os.environ.get("MICS_PROFILE", f"{folder}/profile.json"),
+    }
+    torch.set_num_threads(1)
+    try:
+        store = dist.FileStore(f"{folder}/store", world)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+        answer = ("returned", function(*args))
+    except BaseException:
+        answer = ("raised", f"rank {rank}: {traceback.format_exc()}")
+    # Plain pickle copies tensors; the pipe's own would share memory that dies with this process.
+    pipe.send_bytes(pickle.dumps(answer))
+    pipe.close()
+    # Gloo sometimes aborts in static destructors; everything of interest has been sent.
+    os._exit(0)
