@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 from mics import compat
-from mics.ledger import Ledger, Span
+from mics.ledgers import Ledger, Span
 from mics.mesh import Groups, StageGroups, ranks_of, stage_groups
 from mics.topology import Ranks
 from mics.traffic import Collective, Form, Stage, StageMessage, stages

@@ -40,7 +40,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from mics import compat
 from mics.errors import MicroStepError, MicsWarning
-from mics.ledger import Ledger, Span
+from mics.ledgers import Ledger, Span
 from mics.mesh import ranks_of
 from mics.traffic import StageMessage
 

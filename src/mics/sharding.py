@@ -17,7 +17,7 @@ from mics.choice import Collectives, decide_by, measure
 from mics.collectives import AllGather, ReduceScatter
 from mics.errors import ShardError
 from mics.hop_two import HopTwo
-from mics.ledger import Ledger
+from mics.ledgers import Ledger
 from mics.mesh import Groups, default_device_type, groups_of, ranks_of, start
 from mics.same_start import same_start
 from mics.units import Unit, attach, units_on

@@ -9,7 +9,7 @@ from torch import nn
 
 from mics.errors import ShardError
 from mics.hop_two import HopTwo
-from mics.ledger import Ledger, LedgerView
+from mics.ledgers import Ledger, LedgerView
 from mics.mesh import Groups
 
 _ATTRIBUTE = "_mics_units"
