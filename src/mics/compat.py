@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.autograd import Variable
+from torch.distributed._composable.checkpoint_activation import checkpoint
 from torch.distributed.distributed_c10d import _coalescing_manager
 from torch.distributed.fsdp import FSDPModule
 
@@ -204,6 +205,15 @@ def reset_iteration(root: FSDPModule) -> None:
             state._state_ctx.iter_forward_root = None
             state._state_ctx.post_backward_final_callback_queued = False
             module.reshard()
+
+
+def checkpoint_activations(block: nn.Module) -> None:
+    """Make ``block`` recompute its activations in backward, its structure and names unchanged.
+
+    2.11 to 2.15: the composable form lives at a private path; the wrapper form, private too,
+    renames every parameter.
+    """
+    checkpoint(block)
 
 
 # -- autograd ------------------------------------------------------------------------------------

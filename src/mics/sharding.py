@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy
+from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.fsdp import fully_shard as torch_fully_shard
 
 from mics import compat
@@ -22,8 +22,6 @@ from mics.mesh import Groups, default_device_type, groups_of, ranks_of, start
 from mics.same_start import same_start
 from mics.units import Unit, attach, units_on
 from mics.version import __version__
-
-Modules = TypeVar("Modules", nn.Module, list[nn.Module])
 
 
 def fully_shard(
@@ -75,7 +73,12 @@ def fully_shard(
     else:
         groups = groups_of(mesh, gpus_per_node=gpus_per_node)
     ignored = ignored_params or set()
-    _check_ranks_agree(modules, groups, reshard_after_forward, mp_policy, collectives, ignored)
+    arguments = {
+        "reshard_after_forward": reshard_after_forward,
+        "mp_policy": mp_policy,
+        "collectives": collectives,
+    }
+    check_ranks_agree(modules, groups, ignored, arguments)
     for one in modules:
         same_start(one, groups, ignored)
     keywords: dict[str, Any] = {
@@ -134,7 +137,9 @@ def _before_forward(hop_two: HopTwo) -> Callable[..., None]:
     def hook(*_: Any) -> None:
         hop_two.before_forward()
 
-    return hook
+    # As FSDP2's own hooks: not part of any compiled graph.
+    outside_graphs: Callable[..., None] = torch.compiler.disable(hook, recursive=True)
+    return outside_graphs
 
 
 def _hops_of_root(group: Any) -> list[HopTwo]:
@@ -171,14 +176,17 @@ def _axes(mesh: DeviceMesh, dims: Any) -> DeviceMesh:
     return mesh[dims.shard_names[0]]
 
 
-def _check_ranks_agree(
+def check_ranks_agree(
     modules: list[nn.Module],
     groups: Groups,
-    reshard_after_forward: bool | int | None,
-    mp_policy: MixedPrecisionPolicy | None,
-    collectives: str,
     ignored: set[nn.Parameter],
+    arguments: Mapping[str, object],
 ) -> None:
+    """Compare versions, parameters (name, order, shape, dtype) and arguments over the mesh.
+
+    Raises:
+        DisagreementError: on every rank, naming the ranks that differ from the first and where.
+    """
     facts = {
         "version": [f"torch {torch.__version__}", f"mics {__version__}"],
         "model": [f"module {i}: {type(m).__name__}" for i, m in enumerate(modules)]
@@ -188,17 +196,8 @@ def _check_ranks_agree(
             for module in modules
             for name, param in module.named_parameters()
         ],
-        "sharding arguments": [
-            f"reshard_after_forward={reshard_after_forward}",
-            f"mp_policy={mp_policy}",
-            f"collectives={collectives}",
-        ],
+        "sharding arguments": [f"{name}={value}" for name, value in arguments.items()],
     }
     for group in (groups.shard, groups.replicas):
         if group is not None:
             check_agreement(facts, group, groups.device)
-
-
-def sharded_modules(model: nn.Module) -> list[FSDPModule]:
-    """The modules of ``model`` that FSDP2 manages, in module order."""
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]

@@ -1,0 +1,134 @@
+"""Gives a meta-device model its values, one unit at a time, so that it never exists whole.
+
+Peak memory is what has been sharded so far plus the unit at hand. Values depend on the seed and on
+the module's name only, not on the number of ranks, the partition size or the order of work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from mics.errors import ShardError
+
+Initialise = Callable[[nn.Module], None]
+
+
+class Materialiser:
+    """Materialises the units of one model.
+
+    Args:
+        model: the model; its module names seed the values.
+        device: where the values go.
+        seed: the same on every rank.
+        initialise: sets the values of one module's own parameters and buffers. By default a
+            transformers model's ``_init_weights``, else the module's ``reset_parameters``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        device: torch.device,
+        seed: int,
+        initialise: Initialise | None = None,
+    ) -> None:
+        self._names = {module: name for name, module in model.named_modules()}
+        self._device = device
+        self._seed = seed
+        self._initialise = initialise or getattr(model, "_init_weights", None) or _reset
+        self._made: dict[int, nn.Parameter] = {}  # by the id of the meta parameter, for ties
+        self._kept: list[nn.Parameter] = []  # keeps those ids from being used again
+
+    @torch.no_grad()
+    def materialise(self, unit: nn.Module) -> None:
+        """Give values to everything in ``unit`` that is on the meta device and not sharded.
+
+        Raises:
+            ShardError: a parameter or buffer was left without a value.
+        """
+        owners = [m for m in _children_first(unit) if _own_meta(m)]
+        if not owners:
+            return
+        for module in owners:
+            self._allocate(module)
+        devices = [] if self._device.type == "cpu" else [self._device.index]
+        with torch.random.fork_rng(devices, device_type=self._device.type if devices else "cuda"):
+            # A parent may refine what its children set (GPT-2 scales its residual projections).
+            for module in _children_first(unit):
+                if module in owners or self._is_fresh(module):
+                    torch.manual_seed(self._seed_of(module))
+                    self._initialise(module)
+        for module in owners:
+            self._check(module)
+
+    def _is_fresh(self, module: nn.Module) -> bool:
+        """Whether all parameters of ``module`` were made here, so that it may be initialised."""
+        params = list(module.parameters())
+        made = {id(param) for param in self._made.values()}
+        return bool(params) and all(id(param) in made for param in params)
+
+    def _allocate(self, module: nn.Module) -> None:
+        for name, param in list(module.named_parameters(recurse=False)):
+            if not param.is_meta:
+                continue
+            if id(param) not in self._made:
+                value = torch.empty_like(param, device=self._device)
+                made = nn.Parameter(_unset(value), requires_grad=param.requires_grad)
+                made.__dict__.update(param.__dict__)
+                self._made[id(param)] = made
+                self._kept.append(param)
+            setattr(module, name, self._made[id(param)])
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_meta:
+                persistent = name not in module._non_persistent_buffers_set
+                value = _unset(torch.empty_like(buffer, device=self._device))
+                module.register_buffer(name, value, persistent=persistent)
+
+    def _seed_of(self, module: nn.Module) -> int:
+        key = f"{self._seed} {self._names.get(module, '')}"
+        return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1
+
+    def _check(self, module: nn.Module) -> None:
+        tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for name, tensor in tensors:
+            if tensor.is_floating_point() and bool(tensor.isnan().any()):
+                path = ".".join(part for part in (self._names.get(module, ""), name) if part)
+                raise ShardError(
+                    f"{path} was on the meta device and nothing set its values.",
+                    numbers=f"Shape {tuple(tensor.shape)}, in a {type(module).__name__}.",
+                    write="mics.shard(model, initialise=function of a module that sets its own "
+                    f"parameters), or {type(module).__name__}.reset_parameters()",
+                )
+
+
+def _reset(module: nn.Module) -> None:
+    reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+    if reset is not None:
+        reset()
+
+
+def _unset(value: torch.Tensor) -> torch.Tensor:
+    """Mark a fresh tensor, so that a value nobody set is found out."""
+    return value.fill_(float("nan")) if value.is_floating_point() else value.zero_()
+
+
+def _own_meta(module: nn.Module) -> bool:
+    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return any(t.is_meta and not isinstance(t, DTensor) for t in tensors)
+
+
+def _children_first(module: nn.Module) -> list[nn.Module]:
+    seen: dict[nn.Module, None] = {}
+
+    def walk(m: nn.Module) -> None:
+        for child in m.children():
+            walk(child)
+        seen.setdefault(m)
+
+    walk(module)
+    return list(seen)

@@ -1,0 +1,175 @@
+"""shard: a whole model at once, partition size and blocks found, meta device respected."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
+from torch.distributed.tensor import DTensor
+
+from mics import compat
+from mics.blocks import Blocks, find_blocks, units_of_block
+from mics.choice import Collectives
+from mics.console import say
+from mics.errors import ShardError
+from mics.materialise import Initialise, Materialiser
+from mics.mesh import Groups, default_device_type, groups_of, init_mesh, start
+from mics.partition_choice import choose_partition, device_memory, model_state_bytes
+from mics.sharding import check_ranks_agree, fully_shard
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def shard(
+    model: Model,
+    *,
+    partition: int | Literal["auto"] = "auto",
+    mesh: DeviceMesh | None = None,
+    gpus_per_node: int | None = None,
+    blocks: Blocks = None,
+    reshard_after_forward: bool | int | None = None,
+    mp_policy: MixedPrecisionPolicy | None = None,
+    offload_policy: OffloadPolicy | None = None,
+    ignored_params: set[nn.Parameter] | None = None,
+    initialise: Initialise | None = None,
+    activation_checkpointing: bool = False,
+    compile: bool | Mapping[str, Any] = False,
+    collectives: Collectives = "auto",
+) -> Model:
+    """Shard a whole model, in place; prints which partition size and why.
+
+    The repeated blocks are found and sharded one by one, what is left becomes the root unit.
+    Parameters on the meta device get their values unit by unit, so that at no time more than the
+    rank's share and one unit exist. Every rank starts from the same weights. Collective over all
+    ranks.
+
+    Args:
+        model: any module with repeated blocks, transformers models included.
+        partition: p; "auto" takes the smallest whose pooled memory holds the model states.
+        mesh: a mesh to use instead of making one; then ``partition`` must be left alone.
+        gpus_per_node: k, by default what the launcher says.
+        blocks: block classes, block modules or a predicate, where they cannot be guessed.
+        reshard_after_forward: as FSDP2's, for the blocks; the root follows FSDP2's default.
+        mp_policy: as FSDP2's; by default bf16 computation and fp32 reduction.
+        offload_policy: as FSDP2's.
+        ignored_params: as FSDP2's.
+        initialise: sets the values of one module that was on the meta device; by default
+            transformers' ``_init_weights`` or the module's ``reset_parameters``.
+        activation_checkpointing: recompute each block in backward instead of keeping activations.
+        compile: ``torch.compile`` each block; a mapping is passed on as its keywords.
+        collectives: "auto" measures flat against hierarchical once; or force one of them.
+
+    Returns:
+        ``model``, an FSDPModule now; ``state_dict``, optimizers and checkpoints work as on any.
+
+    Raises:
+        ShardError: no blocks, does not fit, or a meta parameter nobody initialises.
+        TopologyError: p or k do not fit the world.
+        DisagreementError: ranks disagree on versions, arguments or the model.
+    """
+    policy = mp_policy or MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16, reduce_dtype=torch.float32
+    )
+    ignored = ignored_params or set()
+    if mesh is None:
+        mesh, reason = _mesh_for(model, partition, gpus_per_node)
+    elif partition != "auto":
+        raise ShardError(
+            "mesh and partition were both given.",
+            numbers=f"The mesh has shape {tuple(mesh.shape)}, partition = {partition}.",
+            write="one of them",
+        )
+    else:
+        reason = f"partition {mesh.size(mesh.ndim - 1)}: the mesh's"
+    groups = groups_of(mesh, gpus_per_node=gpus_per_node)
+    found = find_blocks(model, blocks)
+    check_ranks_agree([model], groups, ignored, {"blocks": ", ".join(found)})
+    materialiser = Materialiser(
+        model,
+        device=_home(groups, offload_policy),
+        seed=_agreed_seed(groups),
+        initialise=initialise,
+    )
+    keywords: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": policy,
+        "offload_policy": offload_policy,
+        "ignored_params": ignored_params,
+        "collectives": collectives,
+    }
+    num_parameters = sum(p.numel() for p in model.parameters())
+    for block in found.values():
+        materialiser.materialise(block)
+        if activation_checkpointing:
+            compat.checkpoint_activations(block)
+        if compile:
+            block.compile(**({} if compile is True else compile))
+        for unit in units_of_block(block, ignored):
+            fully_shard(unit, reshard_after_forward=reshard_after_forward, **keywords)
+    materialiser.materialise(model)
+    for unit in units_of_block(model, ignored | _sharded(model)):
+        fully_shard(unit, **keywords)
+    say(_summary(model, num_parameters, len(found), groups, reason, policy))
+    return model
+
+
+def _mesh_for(
+    model: nn.Module, partition: int | Literal["auto"], gpus_per_node: int | None
+) -> tuple[DeviceMesh, str]:
+    world, launched_per_node = start()
+    k = gpus_per_node or launched_per_node
+    if partition != "auto":
+        mesh = init_mesh(partition=partition, gpus_per_node=gpus_per_node)
+        return mesh, f"partition {partition}: as asked"
+    if world % k != 0:
+        init_mesh(partition="auto", gpus_per_node=gpus_per_node)  # says what is wrong
+    device_type = default_device_type()
+    device = torch.device(device_type)
+    memory = torch.tensor(device_memory(device, launched_per_node), device=device)
+    dist.all_reduce(memory, dist.ReduceOp.MIN)
+    choice = choose_partition(
+        model_state_bytes(model), int(memory), nodes=world // k, gpus_per_node=k
+    )
+    mesh = init_mesh(partition=choice.partition, gpus_per_node=gpus_per_node)
+    return mesh, choice.reason
+
+
+def _home(groups: Groups, offload_policy: OffloadPolicy | None) -> torch.device:
+    """Where parameters live: on the CPU when they are offloaded (``CPUOffloadPolicy``)."""
+    offloaded = offload_policy is not None and type(offload_policy) is not OffloadPolicy
+    return torch.device("cpu") if offloaded else groups.device
+
+
+def _agreed_seed(groups: Groups) -> int:
+    """The first rank's seed, on every rank."""
+    seed = torch.tensor(torch.initial_seed() % 2**63, dtype=torch.int64, device=groups.device)
+    for group in (groups.replicas, groups.shard):
+        if group is not None:
+            dist.broadcast(seed, group=group, group_src=0)
+    return int(seed)
+
+
+def _sharded(model: nn.Module) -> set[nn.Parameter]:
+    return {p for p in model.parameters() if isinstance(p, DTensor)}
+
+
+def _summary(
+    model: nn.Module,
+    num_parameters: int,
+    num_blocks: int,
+    groups: Groups,
+    reason: str,
+    policy: MixedPrecisionPolicy,
+) -> str:
+    compute = str(policy.param_dtype or "parameter dtype").removeprefix("torch.")
+    reduce = str(policy.reduce_dtype or policy.param_dtype or "gradient dtype")
+    return (
+        f"{type(model).__name__}, {num_parameters:,} parameters in {num_blocks} blocks and a root; "
+        f"{groups.num_replicas} replica(s) x partition of {groups.shard.size()}; computes in "
+        f"{compute}, reduces in {reduce.removeprefix('torch.')}\nmics: {reason}"
+    )
