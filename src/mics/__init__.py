@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mics.sharding import fully_shard as fully_shard
     from mics.topology import Topology as Topology
     from mics.units import ledger as ledger
+    from mics.units import predict_traffic as predict_traffic
 
 _HOME = {
     "DisagreementError": "mics.errors",
@@ -38,6 +39,7 @@ _HOME = {
     "init_mesh": "mics.mesh",
     "ledger": "mics.units",
     "micro_steps": "mics.accumulation",
+    "predict_traffic": "mics.units",
     "shard": "mics.model_sharding",
 }
 

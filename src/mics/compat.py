@@ -13,8 +13,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.autograd import Variable
 from torch.distributed._composable.checkpoint_activation import checkpoint
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _coalescing_manager
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_common import HSDPMeshInfo
 
 ReduceOp = dist.ReduceOp | dist.ReduceOp.RedOpType
 
@@ -142,10 +144,35 @@ def reshards_after_forward(group: Any) -> bool:
     return bool(group._reshard_after_forward)
 
 
+def is_resharded_root(group: Any, model: nn.Module) -> bool:
+    """Whether FSDP2's first forward will stop resharding this group, ``model`` being the root."""
+    (first, *_) = modules_of(group)
+    if first is not model or not isinstance(first, FSDPModule):
+        return False
+    state = first._get_fsdp_state()
+    return state._is_root is None and bool(state._auto_reshard_after_forward)
+
+
 def backward_gather_group(group: Any) -> dist.ProcessGroup:
     """The group of the all-gather in backward: smaller when ``reshard_after_forward`` is an int."""
     shard: dist.ProcessGroup = group.post_forward_mesh_info.shard_process_group
     return shard
+
+
+def reshard_to(group: Any, mesh: DeviceMesh) -> None:
+    """Let a group reshard to the second axis of ``mesh`` after forward.
+
+    2.11 to 2.15: ``reshard_after_forward=int`` makes a mesh and its communicators in every call
+    (pytorch#147179), and makes them from the shard axis alone, so that partition groups side by
+    side would use one rendezvous key for different groups. The group must have been made with
+    ``reshard_after_forward=True``.
+    """
+    info = HSDPMeshInfo(mesh, shard_mesh_dim=1, replicate_mesh_dim=0)
+    group.post_forward_mesh_info = info
+    for fsdp_param in group.fsdp_params:
+        fsdp_param.post_forward_mesh_info = info
+        whole = torch.empty(fsdp_param._orig_size, device="meta")
+        fsdp_param._init_sharded_post_forward_param_metadata(whole)
 
 
 def wants_all_reduce(group: Any) -> bool:

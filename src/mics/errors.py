@@ -24,7 +24,7 @@ class MicsError(Exception):
         super().__init__("\n".join(lines))
 
 
-class TopologyError(MicsError):
+class TopologyError(MicsError, ValueError):
     """Nodes, ranks or partition size that do not fit together."""
 
 
@@ -32,7 +32,7 @@ class DisagreementError(MicsError):
     """Ranks that were started with different versions, models or settings."""
 
 
-class ShardError(MicsError):
+class ShardError(MicsError, ValueError):
     """A model that cannot be sharded as asked."""
 
 

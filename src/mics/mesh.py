@@ -51,6 +51,7 @@ class NodeLayout:
     gpus_per_node: int
     stages: dict[Ranks, StageGroups | None] = field(default_factory=dict)
     choices: dict[Choice, Form] = field(default_factory=dict)
+    post_forward: dict[int, DeviceMesh] = field(default_factory=dict)
     said_different_start: bool = False
 
 
@@ -61,6 +62,7 @@ class Groups:
     ``replicas`` is ``None`` when there is only one replica (p = world) or the mesh is 1-D.
     """
 
+    whole: DeviceMesh  # as it was given, 1-D or 2-D
     mesh: DeviceMesh  # 1-D, the shard axis
     shard: dist.ProcessGroup
     replicas: dist.ProcessGroup | None
@@ -198,7 +200,7 @@ def groups_of(mesh: DeviceMesh, *, gpus_per_node: int | None = None) -> Groups:
             write=f"gpus_per_node={layout.gpus_per_node}, or leave it out",
         )
     replicas = mesh.get_group(0) if mesh.ndim == 2 and mesh.size(0) > 1 else None
-    return Groups(_shard_axis_of(mesh), shard, replicas, layout)
+    return Groups(mesh, _shard_axis_of(mesh), shard, replicas, layout)
 
 
 def stage_groups(groups: Groups, ranks: Ranks) -> StageGroups | None:
@@ -225,6 +227,30 @@ def stage_groups(groups: Groups, ranks: Ranks) -> StageGroups | None:
     )
     groups.layout.stages[ranks] = made
     return made
+
+
+def post_forward_mesh(groups: Groups, size: int) -> DeviceMesh:
+    """The mesh ``reshard_after_forward=size`` reshards to: shape (ranks / size, size), made once.
+
+    Collective over the partition group the first time.
+    """
+    if size not in groups.layout.post_forward:
+        rows = groups.whole.mesh.view(-1, size)
+        rank = dist.get_rank()
+        row, column = (int(i) for i in (rows == rank).nonzero()[0])
+        shard = dist.new_group(
+            rows[row].tolist(), use_local_synchronization=True, group_desc="mics_post_forward"
+        )
+        others = dist.new_group(
+            rows[:, column].tolist(), use_local_synchronization=True, group_desc="mics_unused"
+        )
+        groups.layout.post_forward[size] = DeviceMesh.from_group(
+            [others, shard],
+            groups.whole.device_type,
+            mesh=rows,
+            mesh_dim_names=("post_forward_replicate", "post_forward_shard"),
+        )
+    return groups.layout.post_forward[size]
 
 
 def ranks_of(group: dist.ProcessGroup) -> Ranks:

@@ -18,7 +18,14 @@ from mics.collectives import AllGather, ReduceScatter
 from mics.errors import ShardError
 from mics.hop_two import HopTwo
 from mics.ledgers import Ledger
-from mics.mesh import Groups, default_device_type, groups_of, ranks_of, start
+from mics.mesh import (
+    Groups,
+    default_device_type,
+    groups_of,
+    post_forward_mesh,
+    ranks_of,
+    start,
+)
 from mics.same_start import same_start
 from mics.units import Unit, attach, units_on
 from mics.version import __version__
@@ -81,9 +88,10 @@ def fully_shard(
     check_ranks_agree(modules, groups, ignored, arguments)
     for one in modules:
         same_start(one, groups, ignored)
+    smaller = _smaller_group(reshard_after_forward, groups)
     keywords: dict[str, Any] = {
         "mesh": groups.mesh,
-        "reshard_after_forward": reshard_after_forward,
+        "reshard_after_forward": reshard_after_forward if smaller is None else True,
         "shard_placement_fn": shard_placement_fn,
         "mp_policy": _explicit(mp_policy or MixedPrecisionPolicy()),
         "offload_policy": offload_policy or OffloadPolicy(),
@@ -94,8 +102,31 @@ def fully_shard(
     sharded = torch_fully_shard(module, **keywords)
     for group in compat.param_groups(modules[0]):
         if compat.shard_group(group) is groups.shard:
+            if smaller is not None:
+                compat.reshard_to(group, smaller)
             _attach(modules[0], group, groups, collectives)
     return sharded
+
+
+def _smaller_group(reshard_after_forward: bool | int | None, groups: Groups) -> DeviceMesh | None:
+    """The mesh to reshard to after forward, when that is fewer ranks than the partition group.
+
+    FSDP2 makes one, with new communicators, in every call; here all units share it.
+    """
+    if reshard_after_forward is None or isinstance(reshard_after_forward, bool):
+        return None
+    p = groups.shard.size()
+    possible = [size for size in range(2, p) if p % size == 0]
+    if reshard_after_forward in (1, p):
+        return None  # FSDP2 reads these as False and True
+    if reshard_after_forward not in possible:
+        raise ShardError(
+            f"reshard_after_forward = {reshard_after_forward} does not divide the partition group "
+            f"of {p} ranks.",
+            numbers=f"Possible: {' '.join(map(str, possible)) or 'none'}, True and False.",
+            write="reshard_after_forward=True",
+        )
+    return post_forward_mesh(groups, reshard_after_forward)
 
 
 def _attach(module: nn.Module, group: Any, groups: Groups, collectives: Collectives) -> None:
@@ -116,7 +147,7 @@ def _attach(module: nn.Module, group: Any, groups: Groups, collectives: Collecti
         AllGather(groups, ledger, decide),
         ReduceScatter(groups, ledger, decide, hop_two.before_reduce if hop_two else None),
     )
-    attach(module, Unit(group, groups, ledger, hop_two))
+    attach(module, Unit(group, groups, ledger, hop_two, decide))
 
 
 def _measure(group: Any, groups: Groups) -> None:
@@ -138,7 +169,7 @@ def _before_forward(hop_two: HopTwo) -> Callable[..., None]:
         hop_two.before_forward()
 
     # As FSDP2's own hooks: not part of any compiled graph.
-    outside_graphs: Callable[..., None] = torch.compiler.disable(hook, recursive=True)
+    outside_graphs: Callable[..., None] = torch.compiler.disable(hook, recursive=True)  # type: ignore[no-untyped-call]
     return outside_graphs
 
 

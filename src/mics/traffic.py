@@ -109,9 +109,12 @@ class Block:
         gather_bytes: all shards together, in the dtype that is all-gathered.
         reduce_bytes: all shards together, in the dtype that is reduce-scattered.
         sync_bytes: one rank's shard in the dtype of hop 2; ``reduce_bytes / p`` as a rule.
-        gathers: all-gathers per micro-step: one per use in forward, one more per use in
-            backward when the block is resharded after forward.
+        gathers: all-gathers over the partition group per micro-step: one per use in forward, one
+            more per use in backward when the block is resharded after forward.
         reduces: reduce-scatters per micro-step: one per use, 0 for a frozen block.
+        backward_gathers: all-gathers in backward over a smaller group, when the block is resharded
+            to ``backward_partition`` ranks after forward.
+        backward_partition: that number of ranks; 0 when there is none.
     """
 
     gather_bytes: int
@@ -119,6 +122,8 @@ class Block:
     sync_bytes: int
     gathers: int = 2
     reduces: int = 1
+    backward_gathers: int = 0
+    backward_partition: int = 0
 
 
 # -- one collective ------------------------------------------------------------------------------
@@ -200,26 +205,71 @@ def mics(
     the partition group. Hop 2, once a step and block: an all-reduce of the shard over the replicas.
     ``hop_2_every_micro_step`` gives the alternative schedule the paper compares with.
     """
-    p_group, r_group = topology.partition_group_of(rank), topology.replication_group_of(rank)
-    k = topology.gpus_per_node
+    seen_by_rank = View(
+        rank,
+        topology.partition_group_of(rank),
+        topology.replication_group_of(rank),
+        topology.gpus_per_node,
+    )
+    hop_2_runs = micro_steps if hop_2_every_micro_step else 1
+    return sum(
+        (
+            block_traffic(
+                seen_by_rank,
+                block,
+                micro_steps,
+                hop_2_runs,
+                all_gather=all_gather,
+                reduce_scatter=reduce_scatter,
+            )
+            for block in blocks
+        ),
+        Traffic({}),
+    )
+
+
+class View(NamedTuple):
+    """The groups of one rank: what its traffic depends on."""
+
+    rank: int
+    partition: Ranks
+    replicas: Ranks
+    gpus_per_node: int
+
+
+def block_traffic(
+    view: View,
+    block: Block,
+    micro_steps: int,
+    hop_2_runs: int,
+    *,
+    all_gather: Form,
+    reduce_scatter: Form,
+) -> Traffic:
+    """Traffic of one block in one step, for any partition and replication group."""
+    rank, partition, replicas, k = view
     counts: dict[Key, Count] = {}
 
-    def add(hop: int, collective: Collective, message: StageMessage, calls: int) -> None:
-        if calls == 0 or len(message.ranks) == 1:
-            return
-        flow = stage_flow(collective, message, rank, k)
-        once = Count(1, message.message_bytes, flow)
-        key = Key(hop, collective, message.stage)
-        counts[key] = counts.get(key, Count()) + _times(once, calls)
+    def add(hop: int, collective: Collective, messages: list[StageMessage], calls: int) -> None:
+        for message in messages:
+            if calls and len(message.ranks) > 1:
+                flow = stage_flow(collective, message, rank, k)
+                once = Count(1, message.message_bytes, flow)
+                key = Key(hop, collective, message.stage)
+                counts[key] = counts.get(key, Count()) + _times(once, calls)
 
-    for block in blocks:
-        for message in stages(p_group, rank, block.gather_bytes, k, all_gather):
-            add(1, "all_gather", message, micro_steps * block.gathers)
-        for message in stages(p_group, rank, block.reduce_bytes, k, reduce_scatter):
-            add(1, "reduce_scatter", message, micro_steps * block.reduces)
-        if block.reduces:
-            message = StageMessage("flat", r_group, block.sync_bytes, 1)
-            add(2, "all_reduce", message, micro_steps if hop_2_every_micro_step else 1)
+    gather = stages(partition, rank, block.gather_bytes, k, all_gather)
+    add(1, "all_gather", gather, micro_steps * block.gathers)
+    if block.backward_gathers:
+        first = partition.index(rank) // block.backward_partition * block.backward_partition
+        smaller = partition[first : first + block.backward_partition]
+        gather = stages(smaller, rank, block.gather_bytes, k, all_gather)
+        add(1, "all_gather", gather, micro_steps * block.backward_gathers)
+    reduce = stages(partition, rank, block.reduce_bytes, k, reduce_scatter)
+    add(1, "reduce_scatter", reduce, micro_steps * block.reduces)
+    if block.reduces:
+        sync = StageMessage("flat", replicas, block.sync_bytes, 1)
+        add(2, "all_reduce", [sync], hop_2_runs)
     return Traffic(counts)
 
 

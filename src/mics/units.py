@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 
+from mics import compat
+from mics.collectives import Decide
 from mics.errors import ShardError
 from mics.hop_two import HopTwo
 from mics.ledgers import Ledger, LedgerView
-from mics.mesh import Groups
+from mics.mesh import Groups, ranks_of
+from mics.traffic import Block, Traffic, View, block_traffic
 
 _ATTRIBUTE = "_mics_units"
 
@@ -23,6 +27,7 @@ class Unit:
     groups: Groups
     ledger: Ledger
     hop_two: HopTwo | None  # None with one replica
+    decide: Decide  # flat or hierarchical
 
 
 def attach(module: nn.Module, unit: Unit) -> None:
@@ -49,6 +54,61 @@ def units_of(model: nn.Module) -> list[Unit]:
             write="model = mics.shard(model), or mics.fully_shard(block, mesh=mesh) for each block",
         )
     return units
+
+
+def predict_traffic(model: nn.Module, *, micro_steps: int = 1) -> Traffic:
+    """What one step of ``model`` will send on this rank, every block used once per micro-step.
+
+    ::
+
+        view = mics.ledger(model)
+        view.reset()
+        ...                                           # one step of 4 micro-steps
+        assert view.traffic() == mics.predict_traffic(model, micro_steps=4)
+
+    Raises:
+        ShardError: the model was not sharded by mics.
+    """
+    rank = dist.get_rank()
+    total = Traffic({})
+    for unit in units_of(model):
+        groups, block = unit.groups, block_of(unit, model)
+        replicas = (rank,) if groups.replicas is None else ranks_of(groups.replicas)
+        partition = ranks_of(groups.shard)
+        gather, reduce = compat.gather_dtype(unit.group), compat.reduce_dtype(unit.group)
+        total += block_traffic(
+            View(rank, partition, replicas, groups.gpus_per_node),
+            block,
+            micro_steps,
+            hop_2_runs=1,
+            all_gather=unit.decide("all_gather", partition, block.gather_bytes, gather),
+            reduce_scatter=unit.decide("reduce_scatter", partition, block.reduce_bytes, reduce),
+        )
+    return total
+
+
+def block_of(unit: Unit, model: nn.Module) -> Block:
+    """The sizes of one unit as ``traffic.py`` wants them; ``model`` is the root."""
+    group, p = unit.group, unit.groups.shard.size()
+    reduce_itemsize = compat.reduce_dtype(group).itemsize
+    gather_numel = compat.padded_shard_numel(group, trainable=False)
+    shard_numel = compat.padded_shard_numel(group, trainable=True)
+    gathers, backward_gathers, backward_partition = 1, 0, 0
+    if compat.reshards_after_forward(group) and not compat.is_resharded_root(group, model):
+        backward_partition = compat.backward_gather_group(group).size()
+        if backward_partition == p:
+            gathers, backward_partition = 2, 0
+        else:
+            backward_gathers = 1
+    return Block(
+        gather_bytes=gather_numel * p * compat.gather_dtype(group).itemsize,
+        reduce_bytes=shard_numel * p * reduce_itemsize,
+        sync_bytes=shard_numel * reduce_itemsize,
+        gathers=gathers,
+        reduces=1 if shard_numel else 0,
+        backward_gathers=backward_gathers,
+        backward_partition=backward_partition,
+    )
 
 
 def ledger(model: nn.Module) -> LedgerView:
