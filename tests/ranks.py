@@ -13,7 +13,9 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
+import torch._dynamo  # FSDP2 imports it on its first call; once here instead of once per rank
 import torch.distributed as dist
+import torch.distributed.fsdp
 
 SECONDS = 150.0
 

@@ -229,7 +229,8 @@ class HopTwo:
         """Identity and edit count of the first gradient, to see whether anyone changed it."""
         for param in compat.sharded_params(self.group):
             if param.grad is not None:
-                return id(param.grad), _local(param.grad)._version
+                # Operations on a DTensor count on the DTensor, not on its local tensor.
+                return id(param.grad), param.grad._version
         return None
 
     def _reset_backward(self) -> None:
