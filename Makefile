@@ -1,0 +1,49 @@
+# The development commands. `make` alone lists them.
+
+PYTHON ?= python3
+# Passed on to pip, e.g. PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# to take torch without CUDA on Linux.
+PIP_ARGS ?=
+
+BIN := .venv/bin
+# One thread per rank: the ranks of tests and examples share this machine's cores.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help setup demo test check lint bench clean
+
+help:
+	@echo "make setup   create .venv with the exact versions of constraints.txt"
+	@echo "make demo    train a small Llama on 8 ranks, predicted bytes against counted"
+	@echo "make test    format, lint, types and every test"
+	@echo "make check   the same without the slow tests"
+	@echo "make lint    format, lint and types only"
+	@echo "make bench   measure the overhead, write benchmarks/results/"
+	@echo "make clean   remove .venv and caches"
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/python -m torch.distributed.run --standalone --local-addr 127.0.0.1 \
+		--nproc-per-node 8 examples/transformers_model.py
+
+test: setup lint
+	$(BIN)/python -m pytest
+
+check: setup lint
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python benchmarks/overhead.py
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build dist src/*.egg-info

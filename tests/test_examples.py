@@ -1,0 +1,86 @@
+"""The examples run as their first lines say, and train as the scripts they replace."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+
+
+def torchrun(script: Path, ranks: int, scratch: Path) -> str:
+    """Run ``script`` on ``ranks`` ranks; return what it printed on standard output."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launch += ["--local-addr", "127.0.0.1", "--nproc-per-node", str(ranks)]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "MICS_PROFILE": str(scratch / "profile.json"),
+    }
+    done = subprocess.run(
+        [*launch, str(script)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Warning" not in done.stderr, done.stderr
+    return done.stdout
+
+
+def losses(output: str) -> list[float]:
+    found = [float(number) for number in re.findall(r"loss (\S+)", output)]
+    assert len(found) == 20, output
+    return found
+
+
+def without_mics(example: Path) -> str:
+    """The script as it was: lines marked "# +" taken out, lines marked "# -" put back."""
+    lines = [line for line in example.read_text().splitlines() if not line.endswith("  # +")]
+    return "\n".join(re.sub(r"^( *)# - ", r"\1", line) for line in lines) + "\n"
+
+
+@pytest.mark.parametrize("name", ["from_fsdp2", "from_ddp"])
+def test_taking_the_marked_lines_back_leaves_a_script_without_mics(name: str) -> None:
+    before = without_mics(EXAMPLES / f"{name}.py")
+    compile(before, name, "exec")
+    code = re.sub(r'""".*?"""|#.*', "", before, flags=re.DOTALL)
+    assert "mics" not in code
+
+
+def test_from_fsdp2_changes_one_line() -> None:
+    added = [x for x in (EXAMPLES / "from_fsdp2.py").read_text().splitlines() if "  # +" in x]
+    assert added == ["from mics import fully_shard  # +"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["from_fsdp2", "from_ddp"])
+def test_an_example_has_the_losses_of_the_script_it_replaces(name: str, tmp_path: Path) -> None:
+    example = EXAMPLES / f"{name}.py"
+    (tmp_path / "before.py").write_text(without_mics(example))
+    before = losses(torchrun(tmp_path / "before.py", 4, tmp_path))
+    after = losses(torchrun(example, 4, tmp_path))
+    assert after == pytest.approx(before, abs=2e-4)  # printed with four decimals
+    assert after[-1] < after[0] / 10
+
+
+@pytest.mark.slow
+def test_the_demo_learns_and_its_bytes_are_those_predicted_and_in_the_readme(
+    tmp_path: Path,
+) -> None:
+    output = torchrun(EXAMPLES / "transformers_model.py", 8, tmp_path)
+    bits = losses(output)
+    assert 7.5 < bits[0] < 8.5, "an untrained model knows nothing of 256 bytes"
+    assert max(bits[-3:]) < 5.5
+    table = output[output.index("bytes node 0 sends") :].strip()
+    assert table.endswith("counted = predicted, every stage and link: 8 of 8 ranks")
+    for predicted, counted in re.findall(r"([\d,]{4,}) +([\d,]{4,})$", table, re.MULTILINE):
+        assert predicted == counted
+    assert table in (ROOT / "README.md").read_text()
