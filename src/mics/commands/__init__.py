@@ -1,0 +1,24 @@
+"""The verbs of the command line, one module each.
+
+A verb's module has a frozen dataclass ``Config`` (its options; the docstrings are the help) and a
+function ``run(config) -> int`` that returns the exit code: 0 ok, 1 failed, 2 usage. To add a verb,
+write that module and add its line to ``VERBS``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One verb: its name is also its module's; modules are imported when a verb is run."""
+
+    name: str
+    summary: str
+    example: str
+
+
+VERBS = (
+    Verb("doctor", "check ranks, groups and links", "mics doctor --ranks 8 --gpus-per-node 2"),
+)
