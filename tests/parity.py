@@ -68,7 +68,7 @@ class Run:
     clip: float | None = None
     model: dict[str, Any] = field(default_factory=dict)
     shard: dict[str, Any] = field(default_factory=dict)
-    mp_policy: MixedPrecisionPolicy = MixedPrecisionPolicy()
+    mp_policy: MixedPrecisionPolicy = field(default_factory=MixedPrecisionPolicy)
 
 
 @dataclass

@@ -41,8 +41,6 @@ class Materialiser:
         self._device = device
         self._seed = seed
         self._initialise = initialise or getattr(model, "_init_weights", None) or _reset
-        self._made: dict[int, nn.Parameter] = {}  # by the id of the meta parameter, for ties
-        self._kept: list[nn.Parameter] = []  # keeps those ids from being used again
 
     @torch.no_grad()
     def materialise(self, unit: nn.Module) -> None:
@@ -54,35 +52,30 @@ class Materialiser:
         owners = [m for m in _children_first(unit) if _own_meta(m)]
         if not owners:
             return
+        # Tied parameters share a unit, so ties need not be remembered (and values kept) longer.
+        made: dict[nn.Parameter, nn.Parameter] = {}
         for module in owners:
-            self._allocate(module)
+            self._allocate(module, made)
+        fresh = {id(param) for param in made.values()}
         devices = [] if self._device.type == "cpu" else [self._device.index]
         with torch.random.fork_rng(devices, device_type=self._device.type if devices else "cuda"):
             # A parent may refine what its children set (GPT-2 scales its residual projections).
             for module in _children_first(unit):
-                if module in owners or self._is_fresh(module):
+                if module in owners or _consists_of(module, fresh):
                     torch.manual_seed(self._seed_of(module))
                     self._initialise(module)
         for module in owners:
             self._check(module)
 
-    def _is_fresh(self, module: nn.Module) -> bool:
-        """Whether all parameters of ``module`` were made here, so that it may be initialised."""
-        params = list(module.parameters())
-        made = {id(param) for param in self._made.values()}
-        return bool(params) and all(id(param) in made for param in params)
-
-    def _allocate(self, module: nn.Module) -> None:
+    def _allocate(self, module: nn.Module, made: dict[nn.Parameter, nn.Parameter]) -> None:
         for name, param in list(module.named_parameters(recurse=False)):
             if not param.is_meta:
                 continue
-            if id(param) not in self._made:
-                value = torch.empty_like(param, device=self._device)
-                made = nn.Parameter(_unset(value), requires_grad=param.requires_grad)
-                made.__dict__.update(param.__dict__)
-                self._made[id(param)] = made
-                self._kept.append(param)
-            setattr(module, name, self._made[id(param)])
+            if param not in made:
+                value = _unset(torch.empty_like(param, device=self._device))
+                made[param] = nn.Parameter(value, requires_grad=param.requires_grad)
+                made[param].__dict__.update(param.__dict__)
+            setattr(module, name, made[param])
         for name, buffer in list(module.named_buffers(recurse=False)):
             if buffer.is_meta:
                 persistent = name not in module._non_persistent_buffers_set
@@ -115,6 +108,12 @@ def _reset(module: nn.Module) -> None:
 def _unset(value: torch.Tensor) -> torch.Tensor:
     """Mark a fresh tensor, so that a value nobody set is found out."""
     return value.fill_(float("nan")) if value.is_floating_point() else value.zero_()
+
+
+def _consists_of(module: nn.Module, fresh: set[int]) -> bool:
+    """Whether all parameters of ``module`` are fresh, so that it may set them once more."""
+    params = list(module.parameters())
+    return bool(params) and all(id(param) in fresh for param in params)
 
 
 def _own_meta(module: nn.Module) -> bool:

@@ -102,7 +102,7 @@ def shard(
         "ignored_params": ignored_params,
         "collectives": collectives,
     }
-    num_parameters = sum(p.numel() for p in model.parameters())
+    whole = f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters"
     for block in found.values():
         materialiser.materialise(block)
         if activation_checkpointing:
@@ -114,7 +114,7 @@ def shard(
     materialiser.materialise(model)
     for unit in units_of_block(model, ignored | _sharded(model)):
         fully_shard(unit, **keywords)
-    say(_summary(model, num_parameters, len(found), groups, reason, policy))
+    say(_summary(whole, len(found), groups, reason, policy))
     return model
 
 
@@ -159,8 +159,7 @@ def _sharded(model: nn.Module) -> set[nn.Parameter]:
 
 
 def _summary(
-    model: nn.Module,
-    num_parameters: int,
+    whole: str,
     num_blocks: int,
     groups: Groups,
     reason: str,
@@ -169,7 +168,7 @@ def _summary(
     compute = str(policy.param_dtype or "parameter dtype").removeprefix("torch.")
     reduce = str(policy.reduce_dtype or policy.param_dtype or "gradient dtype")
     return (
-        f"{type(model).__name__}, {num_parameters:,} parameters in {num_blocks} blocks and a root; "
+        f"{whole} in {num_blocks} blocks and a root; "
         f"{groups.num_replicas} replica(s) x partition of {groups.shard.size()}; computes in "
         f"{compute}, reduces in {reduce.removeprefix('torch.')}\nmics: {reason}"
     )

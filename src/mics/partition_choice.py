@@ -55,19 +55,19 @@ def choose_partition(
         needed = -(-state_bytes // int(budget))
         raise ShardError(
             f"The model does not fit: one replica over all {possible[-1]} rank(s) still needs "
-            f"{_gib(state_bytes / possible[-1])} of model states per rank.",
-            numbers=f"A rank has {_gib(device_bytes)}, of which {_FOR_STATES:.0%} may be model "
-            f"states; {_gib(state_bytes)} in all (Adam: 4 values per trainable parameter).",
+            f"{_size(state_bytes / possible[-1])} of model states per rank.",
+            numbers=f"A rank has {_size(device_bytes)}, of which {_FOR_STATES:.0%} may be model "
+            f"states; {_size(state_bytes)} in all (Adam: 4 values per trainable parameter).",
             write=f"at least {needed} ranks, a smaller model, or CPU offload",
         )
     p = fitting[0]
     reason = (
-        f"partition {p}: the smallest that fits, {_gib(state_bytes / p)} of model states in "
-        f"{_gib(device_bytes)} per rank ({1 - _FOR_STATES:.0%} kept for activations)"
+        f"partition {p}: the smallest that fits, {_size(state_bytes / p)} of model states in "
+        f"{_size(device_bytes)} per rank ({1 - _FOR_STATES:.0%} kept for activations)"
     )
     smaller = [q for q in possible if q < p]
     if smaller:
-        reason += f"; {smaller[-1]} would need {_gib(state_bytes / smaller[-1])}"
+        reason += f"; {smaller[-1]} would need {_size(state_bytes / smaller[-1])}"
     return PartitionChoice(p, reason)
 
 
@@ -79,5 +79,5 @@ def device_memory(device: torch.device, ranks_per_host: int) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks_per_host
 
 
-def _gib(num_bytes: float) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB"
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.2f} MiB"

@@ -15,6 +15,7 @@ from mics import compat
 from mics.console import say
 from mics.mesh import Groups
 
+_PIECE = 2**16
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -59,10 +60,14 @@ def _fingerprint(tensor: torch.Tensor) -> torch.Tensor:
     flat = tensor.detach().contiguous().view(-1)
     if flat.is_complex():
         flat = torch.view_as_real(flat).view(-1)
-    bits = flat.view(_INTEGER[flat.element_size()]).to(torch.int64)
-    # Weighted, so that values in another order do not pass for the same.
-    weights = torch.arange(1, bits.numel() + 1, device=bits.device) % 8191 + 1
-    return (bits * weights).sum()
+    bits = flat.view(_INTEGER[flat.element_size()])
+    # Weighted, so that values in another order do not pass for the same. In pieces, because the
+    # products take more room than the tensor.
+    weights = torch.arange(1, min(bits.numel(), _PIECE) + 1, device=bits.device)
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for piece in bits.split(_PIECE):
+        total = total * 31 + (piece * weights[: piece.numel()]).sum()
+    return total
 
 
 def _broadcast_first(tensor: torch.Tensor, groups: Groups, chain: list[dist.ProcessGroup]) -> None:

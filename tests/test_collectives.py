@@ -1,0 +1,180 @@
+"""Hierarchical collectives equal flat ones, for every dtype and reduction FSDP2 uses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mics
+from mics import compat
+from mics.choice import decide_by
+from mics.collectives import AllGather, ReduceScatter
+from mics.ledgers import Ledger
+from mics.mesh import Groups, groups_of, ranks_of, stage_groups
+from mics.traffic import Key
+
+N = 5  # elements of a shard: odd on purpose
+
+
+def _comms(form: Any, partition: int = 8, k: int = 2) -> tuple[Groups, Ledger, AllGather, Any]:
+    groups = groups_of(mics.init_mesh(partition=partition, gpus_per_node=k))
+    ledger = Ledger(rank=dist.get_rank(), gpus_per_node=k)
+    decide = decide_by(groups, form)
+    return groups, ledger, AllGather(groups, ledger, decide), ReduceScatter(groups, ledger, decide)
+
+
+def _shard_of(rank: int, dtype: torch.dtype) -> torch.Tensor:
+    return (torch.arange(N) + 10 * rank).to(dtype)
+
+
+def _gather(partition: int, k: int, dtype: torch.dtype, async_op: bool) -> None:
+    groups, ledger, gather, _ = _comms("hierarchical", partition, k)
+    group = groups.shard
+    output = gather.allocate((partition * N,), dtype=dtype, device=torch.device("cpu"))
+    output.zero_()
+    mine = output.narrow(0, N * group.rank(), N)  # as FSDP2 does: the input is in the output
+    mine.copy_(_shard_of(dist.get_rank(), dtype))
+    work = gather(output, mine, group, async_op=async_op)
+    if async_op:
+        assert isinstance(work, dist.Work)
+        work.wait()
+        work.wait()  # waiting twice is allowed
+    else:
+        assert work is None
+    expected = torch.cat([_shard_of(r, dtype) for r in ranks_of(group)])
+    assert torch.equal(output, expected)
+    calls = {key.stage: count.calls for key, count in ledger.traffic().counts.items()}
+    assert calls == ({"inter": 1, "intra": 1} if partition > k > 1 else {"flat": 1})
+
+
+@pytest.mark.parametrize("async_op", [False, True])
+@pytest.mark.parametrize(("partition", "k"), [(8, 2), (8, 4), (4, 2), (4, 4), (4, 1)])
+def test_all_gather_puts_every_shard_in_group_rank_order(
+    partition: int, k: int, async_op: bool
+) -> None:
+    run_ranks(_gather, 8, partition, k, torch.float32, async_op)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float16, torch.int64])
+def test_all_gather_moves_bytes_of_any_dtype(dtype: torch.dtype) -> None:
+    run_ranks(_gather, 8, 8, 2, dtype, False)
+
+
+def _reduce(op_name: str, dtype: torch.dtype, partition: int, k: int) -> None:
+    op = getattr(dist.ReduceOp, op_name)
+    groups, ledger, _, scatter = _comms("hierarchical", partition, k)
+    _, _, _, flat = _comms("flat", partition, k)
+    rank, p = groups.shard.rank(), groups.shard.size()
+    cpu = torch.device("cpu")
+    inputs = [
+        torch.randint(-8, 8, (p * N,), generator=torch.Generator().manual_seed(r)).to(dtype)
+        for r in ranks_of(groups.shard)
+    ]
+    outputs = []
+    for comm in (scatter, flat):
+        whole = comm.allocate((p * N,), dtype=dtype, device=cpu)
+        whole.copy_(inputs[rank])
+        output = comm.allocate((N,), dtype=dtype, device=cpu)
+        comm(output, whole, groups.shard, op)
+        outputs.append(output)
+    total = torch.stack([i.double() for i in inputs]).sum(0)[rank * N : (rank + 1) * N]
+    exact = total / p if op_name == "AVG" else total  # small integers: exact in every dtype here
+    assert torch.equal(outputs[0].double(), exact)
+    assert torch.equal(outputs[0], outputs[1])
+    assert {k.stage for k in ledger.traffic().counts} == {"inter", "intra"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("op", ["AVG", "SUM"])
+def test_two_stage_reductions_are_exact(op: str, dtype: torch.dtype) -> None:
+    run_ranks(_reduce, 8, op, dtype, 8, 2)
+
+
+def _premul_stages() -> None:
+    """Gloo has no PREMUL_SUM; what matters is which stage is asked for which operation."""
+    groups, _, _, scatter = _comms("hierarchical")
+    premul: Any = dist.ReduceOp.PREMUL_SUM(0.25)  # type: ignore[operator]
+    assert compat.is_premul_sum(premul)
+    assert not compat.is_premul_sum(dist.ReduceOp.SUM)
+    assert not compat.is_premul_sum(dist.ReduceOp.AVG)
+    asked: list[Any] = []
+    real = compat.reduce_scatter
+
+    def recording(output: Any, input: Any, op: Any, group: Any, async_op: bool = False) -> Any:
+        asked.append((group.size(), op))
+        emulated = dist.ReduceOp.SUM
+        return real(output, input * 0.25 if compat.is_premul_sum(op) else input, emulated, group)
+
+    compat.reduce_scatter = recording  # this forked process only
+    whole, output = torch.ones(8 * N), torch.empty(N)
+    scatter(output, whole, groups.shard, premul)
+    assert torch.equal(output, torch.full((N,), 8 * 0.25))
+    intra, inter = asked[:-1], asked[-1]
+    assert len(intra) == 4 and all(size == 2 and op is premul for size, op in intra)
+    assert inter == (4, dist.ReduceOp.SUM)
+
+
+def test_premul_sum_scales_in_the_first_stage_only() -> None:
+    run_ranks(_premul_stages, 8)
+
+
+class _Copies(TorchDispatchMode):
+    """Counts the operators that copy data, those inside Gloo's collectives included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name()
+        copying = ("copy", "clone", "cat", "index", "contiguous")
+        self.count += name.startswith("aten::") and any(word in name for word in copying)
+        return func(*args, **(kwargs or {}))
+
+
+def _count_copies() -> dict[str, int]:
+    copies = {}
+    for form in ("flat", "hierarchical"):
+        groups, _, gather, scatter = _comms(form)
+        output = torch.zeros(8 * N)
+        mine = output.narrow(0, N * groups.shard.rank(), N)
+        with _Copies() as counted:
+            gather(output, mine, groups.shard)
+        copies[f"{form} all_gather"] = counted.count
+        with _Copies() as counted:
+            scatter(torch.empty(N), torch.ones(8 * N), groups.shard, dist.ReduceOp.SUM)
+        copies[f"{form} reduce_scatter"] = counted.count
+    return copies
+
+
+def test_no_stage_reorders_by_copying() -> None:
+    """Gloo itself copies once in every reduce-scatter: 1 flat, 4 + 1 in two stages of 4 nodes."""
+    copies = run_ranks(_count_copies, 8)[0]
+    assert copies["flat all_gather"] == copies["hierarchical all_gather"] == 0
+    assert copies["flat reduce_scatter"] == 1
+    assert copies["hierarchical reduce_scatter"] == 4 + 1
+
+
+def _two_groups() -> dict[Any, int]:
+    """reshard_after_forward=int calls one object with two groups."""
+    groups, ledger, gather, _ = _comms("hierarchical")
+    for ranks in (list(range(8)), [0, 1, 2, 3] if dist.get_rank() < 4 else [4, 5, 6, 7]):
+        group = dist.new_group(ranks, use_local_synchronization=True)
+        output = torch.zeros(len(ranks) * N)
+        mine = output.narrow(0, N * group.rank(), N)
+        mine.copy_(_shard_of(dist.get_rank(), torch.float32))
+        gather(output, mine, group)
+        assert torch.equal(output, torch.cat([_shard_of(r, torch.float32) for r in ranks]))
+        pair = stage_groups(groups, tuple(ranks))
+        assert pair is not None and pair.inter.size() == len(ranks) // 2
+    return {key: count.calls for key, count in ledger.traffic().counts.items()}
+
+
+def test_one_object_serves_groups_of_different_size() -> None:
+    calls = run_ranks(_two_groups, 8)[0]
+    assert calls == {Key(1, "all_gather", "inter"): 2, Key(1, "all_gather", "intra"): 2}
