@@ -77,8 +77,9 @@ def _summary(report: Report) -> str:
     if launcher == LOCAL:
         launcher = "none; mics started these ranks here, on the loopback interface"
     world = len(report.facts)
+    on = "1 host" if len(hosts) == 1 else f"{len(hosts)} hosts"
     lines = [
-        ("ranks", f"{world} on {len(hosts)} host(s), {first.backend} on {first.device}"),
+        ("ranks", f"{world} on {on}, {first.backend} on {first.device}"),
         ("launcher", launcher),
         ("versions", ", ".join(f"{name} {text}" for name, text in first.versions.items())),
     ]
