@@ -193,9 +193,8 @@ def _total(tokens: list[int | torch.Tensor], unit: Unit) -> torch.Tensor:
     device = unit.groups.device
     counts = [torch.as_tensor(n, device=device).to(torch.float64) for n in tokens]
     total = torch.stack(counts).sum()
-    for group in (unit.groups.shard, unit.groups.replicas):
-        if group is not None:
-            dist.all_reduce(total, group=group)
+    for group in unit.groups.axes:
+        dist.all_reduce(total, group=group)
     return total.clamp(min=1.0)
 
 

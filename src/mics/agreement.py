@@ -6,6 +6,7 @@ Only plain text crosses between ranks (UTF-8 in uint8 tensors), never pickle.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -13,6 +14,8 @@ import torch.distributed as dist
 
 from mics import compat
 from mics.errors import DisagreementError
+
+_MOST_NAMED = 8
 
 
 def gather_text(text: str, group: dist.ProcessGroup, device: torch.device) -> list[str]:
@@ -33,54 +36,61 @@ def gather_text(text: str, group: dist.ProcessGroup, device: torch.device) -> li
 
 
 def check_agreement(
-    facts: Mapping[str, Sequence[str]], group: dist.ProcessGroup, device: torch.device
+    facts: Mapping[str, Sequence[str]], groups: Sequence[dist.ProcessGroup], device: torch.device
 ) -> None:
-    """Raise on every rank of the group when any rank's facts differ from the first rank's.
+    """Raise on every rank when any rank's facts differ from the first rank's.
 
     Args:
-        facts: for each subject ("torch version", "model"), its lines in order.
-        group: the ranks to compare.
-        device: where the group's backend communicates.
+        facts: for each subject ("version", "model"), its lines in order.
+        groups: one group, or the groups of a mesh's axes, innermost first; together they reach
+            every rank that is compared, so that all of them see the same and none is left waiting.
+        device: where the groups' backend communicates.
 
     Raises:
-        DisagreementError: names the subject, the first line that differs, and the ranks.
+        DisagreementError: names the subject, the ranks that differ, and the first line that does.
     """
-    if group.size() == 1:
-        return
-    digest = hashlib.sha256("\n".join(f"{s}:{_digest(facts[s])}" for s in facts).encode())
-    mine = torch.tensor(list(digest.digest()), dtype=torch.uint8, device=device)
-    all_digests = torch.empty(group.size() * mine.numel(), dtype=torch.uint8, device=device)
-    compat.all_gather(all_digests, mine, group)
-    rows = all_digests.view(group.size(), -1)
-    if bool((rows == rows[0]).all()):
-        return
-    # Every rank sees the same rows, so every rank comes here and raises the same error.
-    texts = [
-        gather_text("\n".join([str(len(lines)), *lines]), group, device) for lines in facts.values()
-    ]
-    ranks = dist.get_process_group_ranks(group)
-    for subject, by_rank in zip(facts, texts, strict=True):
-        if len(set(by_rank)) > 1:
-            raise _disagreement(subject, by_rank, ranks)
-    raise DisagreementError(
-        "Ranks compare different subjects.",
-        numbers=f"This rank compares {', '.join(facts)}.",
-        write="the same script and the same version of mics on every rank",
-    )
+    mine = torch.tensor([dist.get_rank(), *map(_digest, facts.values())], device=device)
+    table = mine.unsqueeze(0)  # [ranks, 1 + subjects]
+    for group in groups:
+        rows = table.new_empty(group.size() * table.numel())
+        compat.all_gather(rows, table.reshape(-1), group)
+        table = rows.view(-1, mine.numel())
+    ranks, digests = table[:, 0].tolist(), table[:, 1:]
+    for column, subject in enumerate(facts):
+        same = (digests[:, column] == digests[0, column]).tolist()
+        if not all(same):
+            odd = [rank for rank, equal in zip(ranks, same, strict=True) if not equal]
+            ours, theirs = _lines_of([ranks[0], odd[0]], facts[subject], groups, device)
+            raise _disagreement(subject, ranks[0], odd, ours, theirs)
 
 
-def _disagreement(subject: str, by_rank: list[str], ranks: list[int]) -> DisagreementError:
-    lines = [text.split("\n")[1:] for text in by_rank]
-    odd = [i for i, text in enumerate(by_rank) if text != by_rank[0]]
-    ours, theirs = lines[0], lines[odd[0]]
+def _lines_of(
+    ranks: list[int],
+    mine: Sequence[str],
+    groups: Sequence[dist.ProcessGroup],
+    device: torch.device,
+) -> list[list[str]]:
+    """The lines of some ranks, on every rank. Collective."""
+    rank = dist.get_rank()
+    known: dict[str, list[str]] = {str(rank): list(mine)} if rank in ranks else {}
+    for group in groups:
+        for text in gather_text(json.dumps(known), group, device):
+            known |= json.loads(text)
+    return [known[str(rank)] for rank in ranks]
+
+
+def _disagreement(
+    subject: str, first: int, odd: list[int], ours: list[str], theirs: list[str]
+) -> DisagreementError:
     at = next(
         (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b),
         min(len(ours), len(theirs)),
     )
+    named = ", ".join(map(str, odd[:_MOST_NAMED]))
+    more = f" and {len(odd) - _MOST_NAMED} more" if len(odd) > _MOST_NAMED else ""
     return DisagreementError(
-        f"Ranks disagree on {subject}: rank(s) {', '.join(str(ranks[i]) for i in odd)} differ from "
-        f"rank {ranks[0]}.",
-        numbers=f"Entry {at}: rank {ranks[0]} has {_entry(ours, at)}, rank {ranks[odd[0]]} has "
+        f"Ranks disagree on {subject}: rank(s) {named}{more} differ from rank {first}.",
+        numbers=f"Entry {at}: rank {first} has {_entry(ours, at)}, rank {odd[0]} has "
         f"{_entry(theirs, at)} (of {len(ours)} and {len(theirs)} entries).",
         write=f"the same {subject} on every rank",
     )
@@ -90,5 +100,7 @@ def _entry(lines: list[str], at: int) -> str:
     return repr(lines[at]) if at < len(lines) else "nothing"
 
 
-def _digest(lines: Sequence[str]) -> str:
-    return hashlib.sha256("\n".join([str(len(lines)), *lines]).encode()).hexdigest()
+def _digest(lines: Sequence[str]) -> int:
+    """63 bits of a hash, so that it fits an int64 tensor."""
+    text = "\n".join([str(len(lines)), *lines])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1

@@ -157,9 +157,8 @@ def _time_forms(
             if repeat > 0:  # the first one connects and warms up
                 into.append(time.perf_counter() - start)
     medians = torch.tensor([statistics.median(t) for t in times], device=groups.device)
-    for everyone in (group, groups.shard, groups.replicas):
-        if everyone is not None:
-            dist.all_reduce(medians, dist.ReduceOp.MAX, group=everyone)
+    for axis in groups.axes:
+        dist.all_reduce(medians, dist.ReduceOp.MAX, group=axis)
     flat, hierarchical = medians.tolist()
     return flat, hierarchical
 
@@ -195,9 +194,8 @@ def _read_profile(groups: Groups) -> None:
     if _is_first(groups):
         known = _load(profile_path()).get(_cluster(groups), {})
         text = json.dumps(known)
-    if groups.replicas is not None:
-        text = gather_text(text, groups.replicas, groups.device)[0]
-    text = gather_text(text, groups.shard, groups.device)[0]
+    for axis in groups.axes[::-1]:
+        text = gather_text(text, axis, groups.device)[0]
     for key, entry in json.loads(text).items():
         collective, nodes, ranks_per_node, size_class, dtype = key.split(" ")
         choice = Choice(collective, int(nodes), int(ranks_per_node), int(size_class), dtype)

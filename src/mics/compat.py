@@ -248,7 +248,12 @@ def checkpoint_activations(block: nn.Module) -> None:
 
 def in_backward() -> bool:
     """Whether this thread is inside a backward pass (activation recomputation included)."""
-    return bool(torch._C._current_graph_task_id() != -1)
+    return backward_id() != -1
+
+
+def backward_id() -> int:
+    """A number for the backward pass this thread is in, -1 outside; no two have the same."""
+    return int(torch._C._current_graph_task_id())
 
 
 def at_end_of_backward(callback: Callable[[], None]) -> None:

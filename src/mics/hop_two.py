@@ -9,12 +9,14 @@ mixes up gradients when the set of used parameters changes. With ``.grad`` as th
 gradient can be, none of these can happen.
 
 [Note: when hop 2 starts]
-FSDP2 runs a parameter's post-accumulate hooks right after it has added to ``.grad``. When the last
-parameter of a group has its gradient, and no further use of the group is to come in this backward,
+Before FSDP2 touches a group's ``.grad`` it asks the communication object for a buffer. That is
+where a hop 2 under way is waited for, and where the backward's end is told to expect this group:
+whatever way the gradient came about, it is synchronised by then. Most groups are earlier: FSDP2
+runs a parameter's post-accumulate hooks right after it has added to ``.grad``, and when the last
+parameter of a group has its gradient and no further use of the group is to come in this backward,
 the group's ``.grad`` shards (views of one flat buffer) are all-reduced in place: on a stream of
-ours on a GPU, asynchronously on Gloo, in both cases beside the rest of the backward. Groups that
-never get that far (unused parameters, unused blocks) follow at the end of the backward. Before
-FSDP2 touches ``.grad`` again it asks for a buffer, and there a hop 2 under way is waited for.
+ours on a GPU, asynchronously on Gloo, in both cases beside the rest of the backward. Groups with
+unused parameters, and blocks unused in the last micro-step, are left to the end.
 
 [Note: repeated hop 2]
 When gradients that went through hop 2 are still in ``.grad`` and more are added (accumulation
@@ -82,12 +84,12 @@ class HopTwo:
         self._peers = peers
         self._hooked: dict[int, nn.Parameter] = {}  # position in the group -> hooked parameter
         self._num_trainable = 0
+        self._backward = -1  # the backward pass the next three belong to
         self._uses = 0  # forwards whose backward is still to come
         self._arrived: set[int] = set()  # parameters that have this use's gradient
-        self._unsynced = False  # .grad holds something no other replica has seen
         self._synced_in_this_backward = False
-        self._synced_version: tuple[int, int] | None = None  # of the first gradient after hop 2
-        self._end_queued = False
+        self._unsynced = False  # .grad holds something no other replica has seen
+        self._synced_version: tuple[int, int, int] | None = None  # of the first gradient after hop 2
         self._flight: _Flight | None = None
         _guard_optimizers()
 
@@ -118,21 +120,16 @@ class HopTwo:
     # -- called during forward and backward ------------------------------------------------------
 
     def before_forward(self) -> None:
-        """Count a use, and see that every sharded parameter reports its gradient."""
-        if not torch.is_grad_enabled() or compat.in_backward():
-            return  # evaluation, or the recomputation of a checkpointed block
-        self._uses += 1
-        params = compat.sharded_params(self.group)
-        self._num_trainable = sum(param.requires_grad for param in params)
-        for position, param in enumerate(params):
-            known = self._hooked.get(position) is param and compat.num_gradient_hooks(param)
-            if param.requires_grad and not known:
-                param.register_post_accumulate_grad_hook(self._after_accumulation)  # type: ignore[no-untyped-call]
-                self._hooked[position] = param
+        """Count a use: with more of them to come, a gradient is not complete yet."""
+        if torch.is_grad_enabled() and not compat.in_backward():  # no evaluation, no recomputation
+            self._uses += 1
 
     def before_reduce(self) -> None:
         """FSDP2 is about to add to ``.grad``: nothing of ours may be reading or writing it."""
         self._wait()
+        self._expect_end_of_backward()
+        self._watch_parameters()
+        self._unsynced = True
         if self._synced_version is None:
             return
         version, self._synced_version = self._synced_version, None
@@ -145,13 +142,31 @@ class HopTwo:
         if untouched and not self._synced_in_this_backward and self._wanted():
             _warn_once_about_repeats(self._replicas.size(), sum(g.nbytes for g in gradients))
 
+    def _expect_end_of_backward(self) -> None:
+        """Queue the end of this backward, once; one that raised never had its own."""
+        current = compat.backward_id()
+        if current == self._backward:
+            return
+        peers = self._peers()
+        for hop in peers:
+            hop._backward = current
+            hop._arrived.clear()
+            hop._synced_in_this_backward = False
+        compat.at_end_of_backward(lambda: _end_backward(peers))
+
+    def _watch_parameters(self) -> None:
+        """See that every sharded parameter reports its gradient, and to nobody else before us."""
+        params = compat.sharded_params(self.group)
+        self._num_trainable = sum(param.requires_grad for param in params)
+        for position, param in enumerate(params):
+            ours = self._hooked.get(position) is param
+            if compat.num_gradient_hooks(param) > ours:
+                raise _other_hook_error(self.group, self._replicas.size())
+            if param.requires_grad and compat.num_gradient_hooks(param) == 0:
+                param.register_post_accumulate_grad_hook(self._after_accumulation)  # type: ignore[no-untyped-call]
+                self._hooked[position] = param
+
     def _after_accumulation(self, param: torch.Tensor) -> None:
-        self._unsynced = True
-        if not self._end_queued:
-            peers = self._peers()
-            for hop in peers:
-                hop._end_queued = True
-            compat.at_end_of_backward(lambda: _end_backward(peers))
         self._arrived.add(id(param))
         if len(self._arrived) < self._num_trainable:
             return
@@ -167,7 +182,6 @@ class HopTwo:
 
     @torch.no_grad()
     def _start(self) -> None:
-        self._refuse_other_hooks()
         self._unsynced = False
         self._synced_in_this_backward = True
         gradients = self.gradients()
@@ -225,30 +239,36 @@ class HopTwo:
                 _copy_back(flight)
         self._synced_version = self._version()
 
-    def _version(self) -> tuple[int, int] | None:
-        """Identity and edit count of the first gradient, to see whether anyone changed it."""
+    def _version(self) -> tuple[int, int, int] | None:
+        """What changes when the first gradient is zeroed, replaced or used by an optimizer.
+
+        Editing a DTensor in place counts on the DTensor, not on its local tensor; an optimizer's
+        ``zero_grad(set_to_none=False)`` counts on neither, but comes after a step.
+        """
         for param in compat.sharded_params(self.group):
             if param.grad is not None:
-                # Operations on a DTensor count on the DTensor, not on its local tensor.
-                return id(param.grad), param.grad._version
+                return id(param.grad), param.grad._version, _optimizer_steps
         return None
 
     def _reset_backward(self) -> None:
         self._uses = 0
         self._arrived.clear()
         self._synced_in_this_backward = False
-        self._end_queued = False
+        self._backward = -1
 
-    def _refuse_other_hooks(self) -> None:
-        for param in compat.sharded_params(self.group):
-            if param.grad is not None and compat.num_gradient_hooks(param) > 1:
-                raise MicroStepError(
-                    "A post-accumulate-gradient hook (an optimizer in backward?) would see the "
-                    "gradient before hop 2 has averaged it over the replicas.",
-                    numbers=f"Group of {', '.join(compat.param_names(self.group)[:3])}, ...: "
-                    f"{self._replicas.size()} replicas.",
-                    write="optimizer.step() after backward, or partition=<world size>",
-                )
+
+def _other_hook_error(group: Any, replicas: int) -> MicroStepError:
+    return MicroStepError(
+        "A post-accumulate-gradient hook (an optimizer in backward?) would see the gradient before "
+        "hop 2 has averaged it over the replicas.",
+        numbers=f"Group of {_first_names(group)}; {replicas} replicas.",
+        write="optimizer.step() after backward, or partition=<world size>",
+    )
+
+
+def _first_names(group: Any) -> str:
+    names = compat.param_names(group)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _end_backward(peers: list[HopTwo]) -> None:
@@ -313,6 +333,7 @@ def _hop_two_stream(device: torch.device) -> torch.Stream:
 # -- guards --------------------------------------------------------------------------------------
 
 _open: weakref.WeakSet[HopTwo] = weakref.WeakSet()
+_optimizer_steps = 0
 
 
 @functools.cache
@@ -324,6 +345,8 @@ def _guard_optimizers() -> None:
 def _refuse_partial_gradients(
     optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
     if not _open:
         return
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -334,8 +357,7 @@ def _refuse_partial_gradients(
             raise MicroStepError(
                 "optimizer.step() was called before the last micro-step: the gradients are sums "
                 "of this replica alone, and the replicas would drift apart.",
-                numbers=f"Hop 2 has not run for the group of "
-                f"{', '.join(compat.param_names(hop.group)[:3])}, ... "
+                numbers=f"Hop 2 has not run for the group of {_first_names(hop.group)} "
                 f"({hop._replicas.size()} replicas).",
                 write="let the loop over mics.micro_steps(...) finish, or drop the gradients with "
                 "optimizer.zero_grad()",

@@ -74,6 +74,11 @@ class Groups:
         return self.layout.gpus_per_node
 
     @property
+    def axes(self) -> list[dist.ProcessGroup]:
+        """The groups of the mesh's axes, innermost first; together they reach every rank of it."""
+        return [self.shard] if self.replicas is None else [self.shard, self.replicas]
+
+    @property
     def num_replicas(self) -> int:
         """R."""
         return 1 if self.replicas is None else self.replicas.size()
@@ -129,7 +134,7 @@ def init_mesh(
                 f"device_type={device_type}",
             ],
         },
-        world_group,
+        [world_group],
         device,
     )
     p = gpus_per_node if partition == "auto" else partition

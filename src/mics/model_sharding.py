@@ -148,9 +148,8 @@ def _home(groups: Groups, offload_policy: OffloadPolicy | None) -> torch.device:
 def _agreed_seed(groups: Groups) -> int:
     """The first rank's seed, on every rank."""
     seed = torch.tensor(torch.initial_seed() % 2**63, dtype=torch.int64, device=groups.device)
-    for group in (groups.replicas, groups.shard):
-        if group is not None:
-            dist.broadcast(seed, group=group, group_src=0)
+    for group in groups.axes[::-1]:
+        dist.broadcast(seed, group=group, group_src=0)
     return int(seed)
 
 

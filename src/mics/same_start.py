@@ -36,7 +36,7 @@ def same_start(module: nn.Module, groups: Groups, ignored: set[nn.Parameter]) ->
     names = list(tensors)
     mine = torch.stack([_fingerprint(tensors[name]).to(groups.device) for name in names])
     different = torch.zeros(len(names), dtype=torch.int32, device=groups.device)
-    chain = [group for group in (groups.replicas, groups.shard) if group is not None]
+    chain = groups.axes[::-1]
     for group in chain:
         rows = torch.empty(group.size() * len(names), dtype=torch.int64, device=groups.device)
         compat.all_gather(rows, mine, group)
@@ -65,7 +65,7 @@ def _fingerprint(tensor: torch.Tensor) -> torch.Tensor:
     # products take more room than the tensor.
     weights = torch.arange(1, min(bits.numel(), _PIECE) + 1, device=bits.device)
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
-    for piece in bits.split(_PIECE):
+    for piece in torch.split(bits, _PIECE):
         total = total * 31 + (piece * weights[: piece.numel()]).sum()
     return total
 

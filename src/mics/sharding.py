@@ -229,6 +229,4 @@ def check_ranks_agree(
         ],
         "sharding arguments": [f"{name}={value}" for name, value in arguments.items()],
     }
-    for group in (groups.shard, groups.replicas):
-        if group is not None:
-            check_agreement(facts, group, groups.device)
+    check_agreement(facts, groups.axes, groups.device)
