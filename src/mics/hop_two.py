@@ -89,7 +89,7 @@ class HopTwo:
         self._arrived: set[int] = set()  # parameters that have this use's gradient
         self._synced_in_this_backward = False
         self._unsynced = False  # .grad holds something no other replica has seen
-        self._synced_version: tuple[int, int, int] | None = None  # of the first gradient after hop 2
+        self._synced_version: tuple[int, int, int] | None = None  # of .grad as hop 2 left it
         self._flight: _Flight | None = None
         _guard_optimizers()
 

@@ -60,7 +60,7 @@ def fully_shard(
             out means another dtype from torch 2.15 on.
         offload_policy: as FSDP2.
         ignored_params: as FSDP2.
-        dp_mesh_dims: as FSDP2 (torch 2.12 and later); only its ``shard`` may be set.
+        dp_mesh_dims: as FSDP2 (torch 2.12 and later), one shard and at most one replicate axis.
         collectives: "auto" measures flat against hierarchical once; or force one of them.
         gpus_per_node: k, if the mesh did not come from ``mics.init_mesh`` and the launcher's word
             is not right.
@@ -98,7 +98,9 @@ def fully_shard(
         "ignored_params": ignored_params,
     }
     if dp_mesh_dims is not None:
-        keywords |= {"mesh": mesh, "dp_mesh_dims": dp_mesh_dims}
+        # Replication is left out: hop 2 is ours.
+        shard_only = type(dp_mesh_dims)(shard=dp_mesh_dims.shard_names[0])
+        keywords |= {"mesh": mesh, "dp_mesh_dims": shard_only}
     sharded = torch_fully_shard(module, **keywords)
     for group in compat.param_groups(modules[0]):
         if compat.shard_group(group) is groups.shard:
@@ -197,14 +199,19 @@ def _world_mesh() -> DeviceMesh:
 
 
 def _axes(mesh: DeviceMesh, dims: Any) -> DeviceMesh:
-    """The shard axis of a mesh with other axes beside it."""
-    if dims.replicate is not None or len(dims.shard_names) != 1:
+    """The (replicate, shard) axes, or the shard axis alone, of a mesh with other axes beside them.
+
+    Raises:
+        ShardError: an axis would have to be flattened from several, or there is none to shard on.
+    """
+    names = [*dims.replicate_names, *dims.shard_names]
+    if len(dims.shard_names) != 1 or len(dims.replicate_names) > 1:
         raise ShardError(
-            "dp_mesh_dims must name exactly one shard axis and no replicate axis.",
+            "dp_mesh_dims must name one shard axis and at most one replicate axis.",
             numbers=f"It names shard={dims.shard!r}, replicate={dims.replicate!r}.",
-            write='mesh=mesh["replicate", "shard"] without dp_mesh_dims',
+            write="a mesh whose ranks are flattened into those two axes from the start",
         )
-    return mesh[dims.shard_names[0]]
+    return mesh[tuple(names)]
 
 
 def check_ranks_agree(
