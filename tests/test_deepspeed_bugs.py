@@ -474,6 +474,19 @@ def test_deepspeed_misleading_shape_errors_name_the_parameter(tmp_path):
         assert "model.out.weight" in error or "model.out.bias" in error
 
 
+def test_deepspeed_ranks_with_other_shapes_are_named_before_anything_hangs():
+    """Found: ranks that disagreed hung in the next collective."""
+
+    def rank() -> None:
+        model = seeded(UnevenMLP)
+        if dist.get_rank() == 3:
+            model.out = nn.Linear(13, 6)
+        shard_blocks(mics.fully_shard, model, mesh=mics.init_mesh(partition=2))
+
+    for error in errors_of_ranks(rank, 4):
+        assert "out.weight (5, 13)" in error and "out.weight (6, 13)" in error
+
+
 def test_deepspeed_megatron_328_nothing_needs_a_configuration():
     """Megatron-DeepSpeed #328: MiCS_Init insisted on a configuration file."""
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from models import UnevenMLP, gradients, loss_of, seeded, shard_blocks
 from ranks import run_ranks
 from side_by_side import FullyShard, micro_batches, one_axis, train, train_alone, two_axes
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import DataParallelMeshDims, MixedPrecisionPolicy
 from torch.distributed.fsdp import fully_shard as torch_fully_shard
@@ -160,6 +161,55 @@ def test_an_optimizer_step_on_partial_gradients_is_refused():
     run_ranks(script, 4)
 
 
+def test_an_optimizer_inside_backward_is_refused_with_replicas_and_works_without():
+    def script() -> bool:
+        refused = []
+        for mesh in (one_axis(), two_axes()):
+            model = shard_blocks(mics.fully_shard, seeded(UnevenMLP), mesh=mesh)
+            before = model.blocks[0][0].weight.to_local().clone()
+            for param in model.parameters():
+                param.register_post_accumulate_grad_hook(_descend)
+            try:
+                loss_of(model, micro_batches(model, 0, 1)[0]).backward()
+                refused.append(False)
+                assert not torch.equal(model.blocks[0][0].weight.to_local(), before)
+            except mics.MicroStepError as error:
+                assert "optimizer in backward" in str(error)
+                refused.append(True)
+        return refused
+
+    assert run_ranks(script, 4) == [[False, True]] * 4
+
+
+def _descend(param: nn.Parameter) -> None:
+    with torch.no_grad():
+        param.add_(param.grad, alpha=-0.1)
+    param.grad = None
+
+
+def test_an_all_reduce_hook_sees_the_gradient_before_hop_two():
+    """torch calls it after its all-reduce, and not at all without one."""
+
+    def script() -> list[list[torch.Tensor]]:
+        seen: list[list[torch.Tensor]] = []
+        for fully_shard in (torch_fully_shard, mics.fully_shard):
+            model = fully_shard(seeded(UnevenMLP), mesh=two_axes())
+            calls: list[torch.Tensor] = []
+            seen.append(calls)
+            model.set_all_reduce_hook(lambda gradient, calls=calls: calls.append(gradient.clone()))
+            for i, example in enumerate(micro_batches(model, 0, 2)):
+                model.set_requires_all_reduce(i == 1)
+                loss_of(model, example).backward()
+        return seen
+
+    answers = run_ranks(script, 4)
+    for rank in (0, 1):  # of the first replica; rank + 2 holds the same shard in the second
+        (torchs, ours), (_, others) = answers[rank], answers[rank + 2]
+        assert (len(torchs), len(ours), len(others)) == (1, 2, 2)
+        mean = torch.stack([*ours, *others]).sum(dim=0) / 2
+        torch.testing.assert_close(torchs[0], mean, rtol=2e-6, atol=2e-6)
+
+
 def test_accumulating_with_hop_two_on_every_backward_warns_once():
     def script() -> list[str]:
         model = shard_blocks(mics.fully_shard, seeded(UnevenMLP), mesh=two_axes())
@@ -173,13 +223,14 @@ def test_accumulating_with_hop_two_on_every_backward_warns_once():
 
 def test_meshes_with_more_axes_are_refused_with_what_to_write():
     def script() -> None:
-        mesh = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("replicate", "tp", "shard"))
+        names = ("replicate", "inter", "intra")
+        mesh = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=names)
         with pytest.raises(mics.TopologyError, match=r'mesh\["replicate", "shard"\]'):
             mics.fully_shard(seeded(UnevenMLP), mesh=mesh)
-        dims = DataParallelMeshDims(shard="shard", replicate="replicate")
-        with pytest.raises(mics.ShardError, match=r'mesh\["replicate", "shard"\]'):
+        dims = DataParallelMeshDims(shard=("inter", "intra"), replicate="replicate")
+        with pytest.raises(mics.ShardError, match="one shard axis"):  # torch flattens them
             mics.fully_shard(seeded(UnevenMLP), mesh=mesh, dp_mesh_dims=dims)
-        model = mics.fully_shard(seeded(UnevenMLP), mesh=mesh["replicate", "shard"])
+        model = mics.fully_shard(seeded(UnevenMLP), mesh=mesh["replicate", "intra"])
         loss_of(model, model.example(dist.get_rank())).backward()
 
     run_ranks(script, 4)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from typing import Any
-
-import pytest
 import torch
 import torch.distributed as dist
 from models import (
@@ -29,11 +25,8 @@ from side_by_side import (
     two_axes,
 )
 from torch import nn
-from torch._dynamo.backends.registry import lookup_backend
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor, Shard
-from torch.utils.checkpoint import checkpoint
 
 
 def test_ignored_parameters_stay_whole_and_local():
@@ -184,86 +177,3 @@ def test_offloading_to_the_cpu():
         )
     )
     assert_like_alone(answers[0][1], train_alone(UnevenMLP, micro_steps=2, clip=0.05))
-
-
-def test_wrapped_blocks_are_recomputed():
-    runs = []
-
-    class Wrapped(UnevenMLP):
-        def __init__(self) -> None:
-            super().__init__()
-            for block in self.blocks:
-                block.register_forward_pre_hook(lambda *_: runs.append(1))
-            self.blocks = nn.ModuleList(checkpoint_wrapper(block) for block in self.blocks)
-
-    def script(fully_shard: FullyShard) -> Answer:
-        runs.clear()
-        answer = train(fully_shard, Wrapped, mesh=two_axes(), steps=2)
-        return answer | {"runs": len(runs)}
-
-    ours = same_as_torch(script)[0][1]
-    assert ours["runs"] == 2 * 2 * 2  # two blocks, two steps, each forward twice
-    alone = weights(UnevenMLP()) | train_alone(UnevenMLP)["weights"]
-    for name, weight in ours["weights"].items():
-        plain = alone[name.replace("_checkpoint_wrapped_module.", "")]
-        torch.testing.assert_close(weight, plain, rtol=2e-6, atol=2e-6)
-
-
-def test_checkpointing_around_a_sharded_block():
-    class Checkpointed(UnevenMLP):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            for block in self.blocks:
-                x = x + checkpoint(block, x, use_reentrant=False)
-            return self.out(x)
-
-    answers = same_as_torch(lambda fs: train(fs, Checkpointed, mesh=two_axes()))
-    assert_like_alone(answers[0][1], train_alone(UnevenMLP))
-
-
-def test_reset_iter_state_after_an_exception_in_forward():
-    class Fails(UnevenMLP):
-        fails = False
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            x = x + self.blocks[0](x)
-            if self.fails:
-                raise ValueError("out of memory, say")
-            return self.out(x + self.blocks[1](x))
-
-    def script(fully_shard: FullyShard) -> Answer:
-        model = shard_blocks(fully_shard, seeded(Fails), mesh=two_axes())
-        model.fails = True
-        with pytest.raises(ValueError, match="out of memory"):
-            model(model.example(0)[0])
-        model.fails = False
-        model.reset_iter_state()
-        loss_of(model, micro_batches(model, 0, 1)[0]).backward()
-        return {"gradients": gradients(model)}
-
-    same_as_torch(script)
-
-
-@pytest.mark.slow
-def test_compiled_blocks():
-    def script(fully_shard: FullyShard) -> Answer:
-        torch.compiler.reset()
-        # Dynamo looks whether an activation has a gradient, and torch warns of that.
-        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
-        graphs = []
-
-        def backend(graph: Any, inputs: Any) -> Any:
-            graphs.append(graph)
-            return lookup_backend("aot_eager")(graph, inputs)
-
-        class Compiled(TiedTransformer):
-            def __init__(self) -> None:
-                super().__init__()
-                for block in self.blocks:
-                    block.compile(backend=backend)
-
-        keywords = {"mesh": two_axes(), "micro_steps": 2, "accumulate": "all-reduce"}
-        return train(fully_shard, Compiled, **keywords) | {"graphs": len(graphs)}
-
-    ours = same_as_torch(script)[0][1]
-    assert ours.pop("graphs") > 0
-    assert_like_alone(ours, train_alone(TiedTransformer, micro_steps=2))

@@ -232,6 +232,14 @@ def test_two_forwards_before_two_backwards():
     same_as_torch(script)
 
 
+def test_gradients_kept_as_zeros_start_the_next_step_from_zero():
+    # Warnings are errors here: that nothing is accumulated must be seen.
+    answers = same_as_torch(
+        lambda fs: train(fs, UnevenMLP, mesh=two_axes(), steps=3, set_to_none=False)
+    )
+    assert_like_alone(answers[0][1], train_alone(UnevenMLP, steps=3))
+
+
 @pytest.mark.parametrize("how", ["every backward", "gradient sync", "all-reduce"])
 def test_gradient_divide_factor_is_torchs(how):
     """2 is the partition size (AVG in hop 1), 3 needs sums: Gloo has no PREMUL_SUM."""
