@@ -1,8 +1,7 @@
 """The holes in accumulating gradients under FSDP2's HSDP, and that mics has none of them.
 
 Each test shows the hole with plain ``torch.distributed.fsdp.fully_shard`` on a 2-D mesh first, so
-that it fails when torch closes it, then the same steps with mics. The letters are those of
-docs/log.md, "Nine holes".
+that it fails when torch closes it, then the same steps with mics.
 """
 
 from __future__ import annotations
