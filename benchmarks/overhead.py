@@ -158,11 +158,19 @@ def _mesh(work: Workload) -> DeviceMesh:
     kind = "cuda" if torch.accelerator.is_available() else "cpu"
     if not dist.is_initialized():
         if kind == "cuda":
-            torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
+            _choose_gpu(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group()
     world = dist.get_world_size()
     shape = (world // work.partition, work.partition)
     return init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def _choose_gpu(local_rank: int) -> None:
+    gpus = torch.accelerator.device_count()
+    torch.accelerator.set_device_index(local_rank % gpus)
+    if int(os.environ["LOCAL_WORLD_SIZE"]) > gpus:
+        # NCCL refuses a GPU twice on one host: ranks that share one pass for hosts of their own.
+        os.environ |= {"NCCL_HOSTID": str(local_rank), "NCCL_SOCKET_IFNAME": "lo"}
 
 
 def _synchronize(kind: str) -> None:
@@ -233,6 +241,12 @@ def report(work: Workload, results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _accelerators() -> str:
+    if not torch.accelerator.is_available():
+        return "no GPU, Gloo"
+    return f"{torch.accelerator.device_count()} x {torch.cuda.get_device_name()}, NCCL"
+
+
 def _milliseconds(spread: dict[str, float]) -> str:
     low, median, high = (spread[k] * 1e3 for k in ("quartile 1", "median", "quartile 3"))
     return f"{median:.1f} ms ({low:.1f} to {high:.1f})"
@@ -257,8 +271,7 @@ def main() -> None:
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "torch": torch.__version__,
         "mics": mics.__version__,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, "
-        + ("GPU" if torch.accelerator.is_available() else "no GPU, Gloo"),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {_accelerators()}",
         "workload": asdict(work),
         "time": launch(work, "time"),
         "memory": {name: launch(work, name) for name in ENGINES},
@@ -266,8 +279,9 @@ def main() -> None:
     text = report(work, results)
     print(text)
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "overhead.json").write_text(json.dumps(results, indent=1) + "\n")
-    (RESULTS / "overhead.md").write_text(text)
+    name = "overhead_gpu" if torch.accelerator.is_available() else "overhead"
+    (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    (RESULTS / f"{name}.md").write_text(text)
 
 
 if __name__ == "__main__":

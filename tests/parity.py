@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import mics
+from mics.mesh import default_device_type
 
 WIDTH = 13
 ROWS = 4  # per rank and micro-step
@@ -85,6 +86,11 @@ def batches(run: Run, world: int) -> Iterator[torch.Tensor]:
         yield torch.randn(run.micro_steps, world, ROWS, WIDTH, generator=generator)
 
 
+def device() -> torch.device:
+    """Where this process trains: its accelerator, else the CPU."""
+    return torch.device(default_device_type())
+
+
 def loss_of(output: torch.Tensor) -> torch.Tensor:
     return (output.float() ** 2).mean()
 
@@ -99,12 +105,12 @@ def make_optimizer(run: Run, model: nn.Module) -> torch.optim.Optimizer:
 def train_alone(run: Run, world: int) -> Outcome:
     """One process, every micro-step on the concatenated batch of all ranks."""
     torch.manual_seed(0)
-    model = Stack(**run.model)
+    model = Stack(**run.model).to(device())
     optimizer = make_optimizer(run, model)
     losses, norms = [], []
     for step in batches(run, world):
         total = 0.0
-        for micro in step:
+        for micro in step.to(device()):
             loss = loss_of(model(micro.reshape(-1, WIDTH))) / run.micro_steps
             loss.backward()
             total += loss.item()
@@ -113,7 +119,7 @@ def train_alone(run: Run, world: int) -> Outcome:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(total)
-    return Outcome(losses, {n: p.detach().clone() for n, p in model.named_parameters()}, norms)
+    return Outcome(losses, {n: p.detach().cpu() for n, p in model.named_parameters()}, norms)
 
 
 def train_sharded(run: Run) -> Outcome:
@@ -131,8 +137,9 @@ def train_sharded(run: Run) -> Outcome:
     optimizer = make_optimizer(run, model)
     losses, norms = [], []
     for step in batches(run, world):
-        total = torch.zeros(())
-        for micro in mics.micro_steps(model, step[:, rank], normalise="micro_steps"):
+        total = torch.zeros((), device=device())
+        mine = step[:, rank].to(device())
+        for micro in mics.micro_steps(model, mine, normalise="micro_steps"):
             loss = loss_of(model(micro))
             loss.backward()
             total += loss.detach() / run.micro_steps
@@ -147,7 +154,7 @@ def train_sharded(run: Run) -> Outcome:
 
 
 def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.full_tensor().detach().clone() for name, p in model.named_parameters()}
+    return {name: p.full_tensor().detach().cpu() for name, p in model.named_parameters()}
 
 
 def distance(ours: Outcome, reference: Outcome) -> float:

@@ -1,7 +1,12 @@
-"""Start ranks as forked Gloo processes and collect what they return or raise."""
+"""Start ranks as processes of this machine and collect what they return or raise.
+
+Gloo ranks are forked. NCCL ranks are spawned, because CUDA does not survive a fork; they may share
+one GPU, each being told that it is a host of its own (NCCL refuses a GPU twice on one host).
+"""
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing as mp
 import os
 import pickle
@@ -9,8 +14,9 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch._dynamo  # FSDP2 imports it on its first call; once here instead of once per rank
@@ -25,13 +31,17 @@ class RankFailed(AssertionError):
 
 
 def run_ranks(
-    function: Callable[..., Any], world: int, *args: Any, ranks_per_node: int | None = None
+    function: Callable[..., Any],
+    world: int,
+    *args: Any,
+    ranks_per_node: int | None = None,
+    backend: Literal["gloo", "nccl"] = "gloo",
 ) -> list[Any]:
     """Run ``function(*args)`` on ``world`` ranks; return what each returned, in rank order.
 
     The first rank that raises ends all of them and its traceback is raised here.
     """
-    results = collect_ranks(function, world, *args, ranks_per_node=ranks_per_node)
+    results = collect_ranks(function, world, *args, ranks_per_node=ranks_per_node, backend=backend)
     failed = [text for kind, text in results if kind == "raised"]
     if failed:
         raise RankFailed(failed[0])
@@ -56,18 +66,21 @@ def collect_ranks(
     *args: Any,
     ranks_per_node: int | None = None,
     stop_at_first: bool = True,
+    backend: Literal["gloo", "nccl"] = "gloo",
 ) -> list[tuple[str, Any]]:
-    """Run on all ranks; ("returned", value) or ("raised", traceback) for each."""
-    context = mp.get_context("fork")
+    """Run on all ranks; ("returned", value) or ("raised", traceback) for each.
+
+    A rank that is done stays until all are: its sockets must not close under a rank that is still
+    connecting, and a rank that waits for it must not be saved by its end.
+    """
+    context = mp.get_context("fork" if backend == "gloo" else "spawn")
     with tempfile.TemporaryDirectory() as folder:
         pipes: list[Connection] = []
         processes = []
         for rank in range(world):
-            ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(
-                target=_rank_main,
-                args=(rank, world, ranks_per_node or world, folder, theirs, function, args),
-            )
+            ours, theirs = context.Pipe()
+            place = Place(rank, world, ranks_per_node or world, folder, backend)
+            process = context.Process(target=_rank_main, args=(place, theirs, function, args))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # fork with threads (3.12)
                 process.start()
@@ -90,6 +103,9 @@ def collect_ranks(
                 if stop_at_first and any(kind == "raised" for kind, _ in results.values()):
                     break
         finally:
+            for pipe in pipes:
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.send_bytes(b"leave")
             for process in processes:
                 process.join(0.2 if len(results) < world else 10)
                 if process.is_alive():
@@ -98,33 +114,47 @@ def collect_ranks(
     return [results.get(rank, ("stopped", "")) for rank in range(world)]
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where one rank stands."""
+
+    rank: int
+    world: int
+    ranks_per_node: int
+    folder: str
+    backend: str
+
+
 def _rank_main(
-    rank: int,
-    world: int,
-    ranks_per_node: int,
-    folder: str,
-    pipe: Connection,
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
+    place: Place, pipe: Connection, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
+    _set_environment(place)
+    torch.set_num_threads(1)
+    try:
+        if place.backend == "nccl":
+            torch.accelerator.set_device_index(place.rank % torch.accelerator.device_count())
+        store = dist.FileStore(f"{place.folder}/store", place.world)
+        backend = "gloo" if place.backend == "gloo" else "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world)
+        answer = ("returned", function(*args))
+    except BaseException:
+        answer = ("raised", f"rank {place.rank}: {traceback.format_exc()}")
+    # Plain pickle copies tensors; the pipe's own would share memory that dies with this process.
+    pipe.send_bytes(pickle.dumps(answer))
+    pipe.poll(SECONDS)  # until the others are done too
+    # Gloo sometimes aborts in static destructors; everything of interest has been sent.
+    os._exit(0)
+
+
+def _set_environment(place: Place) -> None:
     for name in ("MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID"):
         os.environ.pop(name, None)
     os.environ |= {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(world),
-        "LOCAL_RANK": str(rank % ranks_per_node),
-        "LOCAL_WORLD_SIZE": str(ranks_per_node),
-        "MICS_PROFILE": os.environ.get("MICS_PROFILE", f"{folder}/profile.json"),
+        "RANK": str(place.rank),
+        "WORLD_SIZE": str(place.world),
+        "LOCAL_RANK": str(place.rank % place.ranks_per_node),
+        "LOCAL_WORLD_SIZE": str(place.ranks_per_node),
+        "MICS_PROFILE": os.environ.get("MICS_PROFILE", f"{place.folder}/profile.json"),
     }
-    torch.set_num_threads(1)
-    try:
-        store = dist.FileStore(f"{folder}/store", world)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
-        answer = ("returned", function(*args))
-    except BaseException:
-        answer = ("raised", f"rank {rank}: {traceback.format_exc()}")
-    # Plain pickle copies tensors; the pipe's own would share memory that dies with this process.
-    pipe.send_bytes(pickle.dumps(answer))
-    pipe.close()
-    # Gloo sometimes aborts in static destructors; everything of interest has been sent.
-    os._exit(0)
+    if place.backend == "nccl":
+        os.environ |= {"NCCL_HOSTID": str(place.rank), "NCCL_SOCKET_IFNAME": "lo"}

@@ -95,10 +95,15 @@ def test_two_stage_reductions_are_exact(op: str, dtype: torch.dtype) -> None:
     run_ranks(_reduce, 8, op, dtype, 8, 2)
 
 
+def _premul_sum(factor: float) -> Any:
+    kind: Any = dist.ReduceOp.PREMUL_SUM
+    return kind(factor) if callable(kind) else dist._make_nccl_premul_sum(factor)  # before 2.13
+
+
 def _premul_stages() -> None:
     """Gloo has no PREMUL_SUM; what matters is which stage is asked for which operation."""
     groups, _, _, scatter = _comms("hierarchical")
-    premul: Any = dist.ReduceOp.PREMUL_SUM(0.25)  # type: ignore[operator]
+    premul = _premul_sum(0.25)
     assert compat.is_premul_sum(premul)
     assert not compat.is_premul_sum(dist.ReduceOp.SUM)
     assert not compat.is_premul_sum(dist.ReduceOp.AVG)

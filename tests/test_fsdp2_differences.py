@@ -14,7 +14,7 @@ from ranks import run_ranks
 from side_by_side import FullyShard, micro_batches, one_axis, train, train_alone, two_axes
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import DataParallelMeshDims, MixedPrecisionPolicy
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.fsdp import fully_shard as torch_fully_shard
 from torch.distributed.tensor import Replicate, Shard
 
@@ -227,9 +227,6 @@ def test_meshes_with_more_axes_are_refused_with_what_to_write():
         mesh = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=names)
         with pytest.raises(mics.TopologyError, match=r'mesh\["replicate", "shard"\]'):
             mics.fully_shard(seeded(UnevenMLP), mesh=mesh)
-        dims = DataParallelMeshDims(shard=("inter", "intra"), replicate="replicate")
-        with pytest.raises(mics.ShardError, match="one shard axis"):  # torch flattens them
-            mics.fully_shard(seeded(UnevenMLP), mesh=mesh, dp_mesh_dims=dims)
         model = mics.fully_shard(seeded(UnevenMLP), mesh=mesh["replicate", "intra"])
         loss_of(model, model.example(dist.get_rank())).backward()
 

@@ -309,7 +309,7 @@ def test_hole_g_unknown_length_exceptions_and_early_exits_lose_or_leak_nothing()
     assert "optimizer.step() was called before the last micro-step" in messages["left early"]
     assert "(2 replicas)" in messages["left early"]
     assert "optimizer.zero_grad()" in messages["left early"]
-    assert "left after 2 micro-step(s)" in messages["dropped"]
+    assert "left in its micro-step 2" in messages["dropped"]
     assert "micro_steps was given no micro-batch" in messages["none"]
 
 

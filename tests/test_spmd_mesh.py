@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from ranks import errors_of_ranks, run_ranks
 from torch import nn
+from torch.distributed import fsdp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import DataParallelMeshDims
 from torch.distributed.fsdp import fully_shard as torch_fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 import mics
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(fsdp, "DataParallelMeshDims"), reason="dp_mesh_dims came with torch 2.12"
+)
 
 
 def _gradients(fully_shard: Any, mesh: DeviceMesh) -> list[torch.Tensor]:
@@ -23,7 +28,7 @@ def _gradients(fully_shard: Any, mesh: DeviceMesh) -> list[torch.Tensor]:
     for layer in model:
         for name, param in list(layer.named_parameters()):
             setattr(layer, name, nn.Parameter(distribute_tensor(param.data, mesh, everywhere)))
-    dims = DataParallelMeshDims(shard="shard", replicate="replicate")
+    dims = fsdp.DataParallelMeshDims(shard="shard", replicate="replicate")
     for module in (*model, model):
         fully_shard(module, mesh=mesh, dp_mesh_dims=dims)
     x = torch.randn(4, 8, generator=torch.Generator().manual_seed(dist.get_rank()))
@@ -46,7 +51,7 @@ def test_dp_mesh_dims_give_the_gradients_of_torch() -> None:
 
 def _flattened() -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
-    dims = DataParallelMeshDims(shard=("a", "b"))
+    dims = fsdp.DataParallelMeshDims(shard=("a", "b"))
     mics.fully_shard(nn.Linear(4, 4), mesh=mesh, dp_mesh_dims=dims)
 
 

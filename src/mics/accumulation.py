@@ -139,12 +139,17 @@ def _abandon(model: nn.Module, units: list[Unit]) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule) and compat.is_root(module):
             compat.reset_iteration(module)
-    partial = [hop for hop in _hops(units) if hop.has_partial_gradients]
-    for hop in partial:
+    # Units whose backward had ended are ahead of the others, by a micro-step or by hop 2: what is
+    # there is no step's gradient.
+    params = [param for unit in units for param in compat.sharded_params(unit.group)]
+    dropped = any(param.grad is not None for param in params)
+    for hop in _hops(units):
         hop.drop_gradients()
-    if partial:
+    for param in params:
+        param.grad = None
+    if dropped:
         warnings.warn(
-            f"A step was left after {left.index + 1} micro-step(s), before hop 2; its gradients "
+            f"A step was left in its micro-step {left.index + 1}, before its end; its gradients "
             "have been dropped.",
             MicsWarning,
             stacklevel=3,

@@ -16,7 +16,7 @@ from torch.distributed._composable.checkpoint_activation import checkpoint
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _coalescing_manager
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp._fully_shard._fsdp_common import HSDPMeshInfo
+from torch.distributed.fsdp._fully_shard._fsdp_common import HSDPMeshInfo, TrainingState
 
 ReduceOp = dist.ReduceOp | dist.ReduceOp.RedOpType
 
@@ -220,18 +220,47 @@ def is_root(module: FSDPModule) -> bool:
 def reset_iteration(root: FSDPModule) -> None:
     """Bring FSDP2 back to rest after an exception inside forward or backward.
 
-    2.13 has ``reset_iter_state``; 2.11 and 2.12 have nothing public, so parameters are resharded
-    and the forward-root marker cleared, the two things the next forward stumbles over.
+    2.13 and later: the public ``reset_iter_state``; 2.11 and 2.12 have none, so what it resets is
+    reset here. No version drops the whole gradients of a unit whose backward was cut short; they
+    would be added to the next ones.
     """
+    groups = [group for module in root.modules() for group in param_groups(module)]  # type: ignore[attr-defined]
     if hasattr(root, "reset_iter_state"):
         root.reset_iter_state()
-        return
+    else:
+        _reset_by_hand(root, groups)
+    for group in groups:
+        for fsdp_param in group.fsdp_params:
+            fsdp_param.unsharded_accumulated_grad = None
+            if hasattr(fsdp_param, "_unsharded_param"):
+                fsdp_param._unsharded_param.grad = None
+
+
+def _reset_by_hand(root: FSDPModule, groups: list[Any]) -> None:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()  # an error path: nothing is overlapped with it
     for module in root.modules():  # type: ignore[attr-defined]
-        if isinstance(module, FSDPModule):
-            state = module._get_fsdp_state()
-            state._state_ctx.iter_forward_root = None
-            state._state_ctx.post_backward_final_callback_queued = False
-            module.reshard()
+        if not isinstance(module, FSDPModule):
+            continue
+        state: Any = module._get_fsdp_state()
+        state._comm_ctx.all_gather_state = None
+        state._comm_ctx.reduce_scatter_state = None
+        state._comm_ctx.post_forward_order.clear()
+        state._state_ctx.iter_forward_root = None
+        state._state_ctx.post_backward_final_callback_queued = False
+        state._modules_to_run_forward.clear()
+        state._training_state = TrainingState.IDLE
+    for group in groups:
+        gathered = group._all_gather_result
+        if gathered is not None and isinstance(gathered.all_gather_work, dist.Work):
+            gathered.all_gather_work.wait()
+        group._all_gather_result = None
+        group._post_reduce_event = None
+        group._all_reduce_state = None
+        group._reshard_after_forward_event = None
+        group._post_forward_indices.clear()
+        group._training_state = TrainingState.IDLE
+        group._to_sharded()
 
 
 def checkpoint_activations(block: nn.Module) -> None:

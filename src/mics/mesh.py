@@ -269,8 +269,8 @@ def device_of(mesh: DeviceMesh) -> torch.device:
 
 
 def default_device_type() -> str:
-    """The accelerator's type if there is one, else "cpu"."""
-    accelerator = torch.accelerator.current_accelerator()
+    """The accelerator's type if this machine has one, else "cpu"."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     return accelerator.type if accelerator is not None else "cpu"
 
 
