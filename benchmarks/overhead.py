@@ -268,7 +268,7 @@ def main() -> None:
         return
     results: dict[str, Any] = {
         "command": "python benchmarks/overhead.py",
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "torch": torch.__version__,
         "mics": mics.__version__,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {_accelerators()}",

@@ -14,6 +14,9 @@ from mics.version import __version__ as __version__
 if TYPE_CHECKING:
     from mics import traffic as traffic
     from mics.accumulation import micro_steps as micro_steps
+    from mics.errors import CheckpointError as CheckpointError
+    from mics.errors import ConfigError as ConfigError
+    from mics.errors import DataError as DataError
     from mics.errors import DisagreementError as DisagreementError
     from mics.errors import MicroStepError as MicroStepError
     from mics.errors import MicsError as MicsError
@@ -28,6 +31,9 @@ if TYPE_CHECKING:
     from mics.units import predict_traffic as predict_traffic
 
 _HOME = {
+    "CheckpointError": "mics.errors",
+    "ConfigError": "mics.errors",
+    "DataError": "mics.errors",
     "DisagreementError": "mics.errors",
     "MicroStepError": "mics.errors",
     "MicsError": "mics.errors",

@@ -40,5 +40,17 @@ class MicroStepError(MicsError):
     """A two-hop schedule that would lose or leak gradients."""
 
 
+class ConfigError(MicsError, ValueError):
+    """Options of a run that are unknown, contradict each other or cannot be honoured."""
+
+
+class DataError(MicsError, ValueError):
+    """Text, tokens or sequences that a model cannot be trained on."""
+
+
+class CheckpointError(MicsError):
+    """A checkpoint that cannot be written, is damaged, or belongs to another model."""
+
+
 class MicsWarning(UserWarning):
     """Something legal that costs time, memory or a step."""

@@ -1,0 +1,214 @@
+"""What a run is: every option of ``mics train``, typed, checked, with its help.
+
+One tree of frozen dataclasses is the TOML file (one table per field), the command line
+(``--table.key value``), what is printed, and what every checkpoint stores. Values come from the
+defaults, then the file, then the command line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import field
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+
+_STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class RunConfig:
+    """Where the run lives and how long it is."""
+
+    folder: Path = Path("runs/default")
+    """Folder of this run: configuration, metrics, plot, checkpoints. One job at a time."""
+
+    steps: int = 1000
+    """Optimizer steps in all, those of the run resumed from included."""
+
+    seed: int = 0
+    """Seed of weights, data order, masking and dropout."""
+
+    resume: Literal["auto", "never"] | Path = "auto"
+    """"auto": the newest intact checkpoint of the folder, if any; "never"; or one checkpoint."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ModelConfig:
+    """The model, always a transformers one."""
+
+    name: str = "gpt2-tiny"
+    """A preset (`mics train --models` lists them), a config.json or folder, or a hub name."""
+
+    weights: Path | None = None
+    """Folder with safetensors to start from instead of random weights."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class DataConfig:
+    """The text, its tokens and their order."""
+
+    source: str = "stdlib"
+    """Text files, a folder, a glob, .jsonl or .parquet files, `hub:NAME`, or "stdlib": the source
+    of the running Python's standard library."""
+
+    field: str = "text"
+    """Column that holds the text, in JSONL, Parquet and hub data."""
+
+    tokenizer: str = "bytes"
+    """"bytes", "bpe" (trained on the corpus), or a saved tokenizer: folder, tokenizer.json, hub
+    name."""
+
+    vocabulary: int = 4096
+    """Size of the vocabulary that "bpe" trains."""
+
+    sequence: int = 0
+    """Tokens per sequence; 0 is as many as the model has positions."""
+
+    held_out: float = 0.05
+    """Share of the documents (by file, for text files) kept for evaluation."""
+
+    limit: int = 0
+    """Most tokens to take from the source; 0 takes all."""
+
+    masked: float = 0.15
+    """Share of tokens that a masked language model has to predict."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class BatchConfig:
+    """Two of the three give the third: global = micro x micro-steps x ranks."""
+
+    global_batch: int | None = None
+    """Sequences per step, all ranks and micro-steps together."""
+
+    micro_batch: int | None = None
+    """Sequences per rank and micro-step."""
+
+    micro_steps: int | None = None
+    """Micro-steps per step; hop 2 runs on the last one only."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class OptimizerConfig:
+    """AdamW, its schedule, clipping, and what happens to a step that is not finite."""
+
+    learning_rate: float = 3e-4
+    """Peak learning rate."""
+
+    warmup: int = 0
+    """Steps over which the learning rate rises to its peak."""
+
+    decay: Literal["cosine", "linear", "none"] = "cosine"
+    """How it falls afterwards."""
+
+    final: float = 0.1
+    """Share of the peak that is left at the last step."""
+
+    weight_decay: float = 0.1
+    """Decay of the weights with two or more dims; biases and norms are not decayed."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's two averaging factors."""
+
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+
+    clip: float = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+
+    bad_steps: int = 3
+    """Skipped steps in a row (loss or norm not finite) after which the run stops."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ParallelConfig:
+    """Ranks, groups and how each rank computes."""
+
+    ranks: int | None = None
+    """Ranks to start on this machine when no launcher has; default: one per accelerator, or 1."""
+
+    partition: int | Literal["auto"] = "auto"
+    """Ranks that together hold one replica of the model states."""
+
+    gpus_per_node: int | None = None
+    """Ranks joined by the fast link; default: what the launcher says. Smaller simulates nodes."""
+
+    collectives: Literal["auto", "flat", "hierarchical"] = "auto"
+    """All-gather and reduce-scatter over several nodes: measured, or forced."""
+
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """What blocks compute in; gradients are always reduced, and weights kept, in fp32."""
+
+    activation_checkpointing: bool = False
+    """Recompute each block's activations in backward instead of keeping them."""
+
+    compile: bool = False
+    """torch.compile each block."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class EvaluationConfig:
+    """Loss on held-out text, and a sample."""
+
+    every: int = 100
+    """Steps between evaluations; 0 evaluates at the end only."""
+
+    sequences: int = 256
+    """Held-out sequences of one evaluation, at most."""
+
+    sample: int = 200
+    """Tokens of the sample at the end (causal models); 0 for none."""
+
+    prompt: str = "def "
+    """What the sample goes on from."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class CheckpointConfig:
+    """When to save, what to keep."""
+
+    every: int = 500
+    """Steps between checkpoints; 0 saves at the end (and on SIGTERM) only."""
+
+    keep: int = 3
+    """Newest checkpoints kept; older ones are deleted. 0 keeps all."""
+
+    asynchronous: bool = True
+    """Write beside the next steps instead of before them."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class LogConfig:
+    """What is shown and where it is recorded (metrics.jsonl always is)."""
+
+    every: int = 1
+    """Steps between lines on the console."""
+
+    live: Literal["auto", "on", "off"] = "auto"
+    """A live display instead of lines; "auto" on a terminal."""
+
+    tensorboard: bool = True
+    """Write TensorBoard events."""
+
+    wandb: str = ""
+    """Weights & Biases project to log to."""
+
+    mlflow: str = ""
+    """MLflow experiment to log to."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TrainConfig:
+    """Train a language model with MiCS, keep it, sample from it."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
