@@ -241,10 +241,12 @@ def report(work: Workload, results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _accelerators() -> str:
+def _accelerators(ranks: int) -> str:
     if not torch.accelerator.is_available():
         return "no GPU, Gloo"
-    return f"{torch.accelerator.device_count()} x {torch.cuda.get_device_name()}, NCCL"
+    gpus = torch.accelerator.device_count()
+    shared = ", shared by the ranks over loopback sockets" if gpus < ranks else ""
+    return f"{gpus} x {torch.cuda.get_device_name()}{shared}, NCCL"
 
 
 def _milliseconds(spread: dict[str, float]) -> str:
@@ -267,11 +269,11 @@ def main() -> None:
         dist.destroy_process_group()
         return
     results: dict[str, Any] = {
-        "command": "python benchmarks/overhead.py",
+        "command": " ".join(["python", "benchmarks/overhead.py", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "torch": torch.__version__,
         "mics": mics.__version__,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {_accelerators()}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {_accelerators(work.ranks)}",
         "workload": asdict(work),
         "time": launch(work, "time"),
         "memory": {name: launch(work, name) for name in ENGINES},
