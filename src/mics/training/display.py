@@ -1,0 +1,131 @@
+"""What a person sees while a run goes on: plain lines, or a live table on a terminal."""
+
+from __future__ import annotations
+
+import sys
+from typing import Literal, Protocol
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+from mics.training import record as text
+from mics.training.record import EvaluationRecord, StepRecord
+
+
+class Display(Protocol):
+    """Shows a run on rank 0's terminal or log."""
+
+    def step(self, record: StepRecord) -> None:
+        """A step has ended."""
+
+    def evaluation(self, record: EvaluationRecord) -> None:
+        """An evaluation has ended."""
+
+    def say(self, words: str) -> None:
+        """Say something that stays."""
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+
+
+def open_display(
+    live: Literal["auto", "on", "off"], *, steps: int, first: int, every: int
+) -> Display:
+    """A live display on a terminal (or when forced), else lines."""
+    if live == "on" or (live == "auto" and sys.stdout.isatty()):
+        return _LiveDisplay(steps, first)
+    return _Lines(steps, every)
+
+
+class _Lines:
+    def __init__(self, steps: int, every: int) -> None:
+        self._steps = steps
+        self._every = every
+
+    def step(self, record: StepRecord) -> None:
+        # A skipped step is never silent.
+        if record.step % self._every == 0 or record.step == self._steps or not record.taken:
+            self.say(text.step_line(record, self._steps))
+
+    def evaluation(self, record: EvaluationRecord) -> None:
+        self.say(text.evaluation_line(record))
+
+    def say(self, words: str) -> None:
+        print(words, flush=True)
+
+    def close(self) -> None:
+        pass
+
+
+class _LiveDisplay:
+    def __init__(self, steps: int, first: int) -> None:
+        self._steps = steps
+        self._console = Console()
+        self._progress = Progress(
+            TextColumn("step"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("ETA {task.fields[left]}"),
+            console=self._console,
+        )
+        self._task = self._progress.add_task("step", total=steps, completed=first - 1, left="n/a")
+        self._live = Live(self._progress, console=self._console, refresh_per_second=4)
+        self._live.start()
+        self._held_out = "n/a"
+
+    def step(self, record: StepRecord) -> None:
+        self._progress.update(
+            self._task, completed=record.step, left=text.clock(record.seconds_left)
+        )
+        if not record.taken:
+            self.say(text.step_line(record, self._steps))
+        self._live.update(Group(self._table(record), self._progress))
+
+    def evaluation(self, record: EvaluationRecord) -> None:
+        bits = record.bits_per_byte
+        unit = "" if bits is None else f", {bits:.3f} bits/byte"
+        self._held_out = f"{record.loss:.4f}{unit} (step {record.step})"
+        self.say(text.evaluation_line(record))
+
+    def say(self, words: str) -> None:
+        self._live.console.print(words, markup=False, highlight=False)
+
+    def close(self) -> None:
+        self._live.stop()
+
+    def _table(self, record: StepRecord) -> Table:
+        bits = record.bits_per_byte
+        rows = [
+            ("loss", f"{record.loss:.4f}" + ("" if bits is None else f", {bits:.3f} bits/byte")),
+            ("held out", self._held_out),
+            ("learning rate", f"{record.learning_rate:.2e}"),
+            ("gradient norm", f"{record.norm:.3f}"),
+            (
+                "throughput",
+                f"{record.tokens_per_second:,.0f} tokens/s, "
+                f"{record.tokens_per_second_per_gpu:,.0f} per GPU, MFU {text.percent(record.mfu)}",
+            ),
+            ("memory, rank 0", text.size(record.memory_bytes)),
+            (
+                "sent in a step",
+                f"{text.size(record.bytes_between_nodes)} between nodes, "
+                f"{text.size(record.bytes_inside_nodes)} inside; "
+                + ("as predicted" if record.traffic_as_predicted else "NOT as predicted"),
+            ),
+            (
+                "hop 1",
+                f"{text.seconds(record.hop_1_seconds)}, exposed "
+                f"{text.seconds(record.hop_1_exposed)}",
+            ),
+            (
+                "hop 2",
+                f"{text.seconds(record.hop_2_seconds)}, exposed "
+                f"{text.seconds(record.hop_2_exposed)}",
+            ),
+        ]
+        table = Table.grid(padding=(0, 2))
+        for name, value in rows:
+            table.add_row(f"[dim]{name}[/dim]", value)
+        return table
