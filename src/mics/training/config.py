@@ -50,8 +50,8 @@ class DataConfig:
     """The text, its tokens and their order."""
 
     source: str = "stdlib"
-    """Text files, a folder, a glob, .jsonl or .parquet files, `hub:NAME`, or "stdlib": the source
-    of the running Python's standard library."""
+    """A text, .jsonl or .parquet file, a folder or glob of them, `hub:OWNER/NAME[:CONFIG][@SPLIT]`,
+    or "stdlib": the source of the running Python's standard library."""
 
     field: str = "text"
     """Column that holds the text, in JSONL, Parquet and hub data."""
@@ -70,7 +70,7 @@ class DataConfig:
     """Share of the documents (by file, for text files) kept for evaluation."""
 
     limit: int = 0
-    """Most tokens to take from the source; 0 takes all."""
+    """Most bytes of text to take from the source; 0 takes all."""
 
     masked: float = 0.15
     """Share of tokens that a masked language model has to predict."""

@@ -27,8 +27,8 @@ class StepRecord:
     bytes_between_nodes: int  # sent by all ranks in this step, counted
     bytes_inside_nodes: int
     traffic_as_predicted: bool  # every rank, every stage and link
-    hop_1_seconds: float  # mean over ranks, issue to completion
-    hop_1_exposed: float | None  # what computation waited for
+    hop_1_seconds: float  # rank 0's, issue to completion
+    hop_1_exposed: float | None  # what its computation waited for
     hop_2_seconds: float
     hop_2_exposed: float | None
     seconds_left: float | None
@@ -40,6 +40,10 @@ class StepRecord:
             for name, value in dataclasses.asdict(self).items()
         }
         return json.dumps({"kind": "step", **values})
+
+    def as_scalars(self) -> dict[str, float]:
+        """What a tracker takes: everything that is known."""
+        return _known("train", dataclasses.asdict(self))
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,18 @@ class EvaluationRecord:
     def as_json(self) -> str:
         """One line of ``metrics.jsonl``."""
         return json.dumps({"kind": "evaluation", **dataclasses.asdict(self)})
+
+    def as_scalars(self) -> dict[str, float]:
+        """What a tracker takes: everything that is known."""
+        return _known("held_out", dataclasses.asdict(self))
+
+
+def _known(prefix: str, values: dict[str, float | None]) -> dict[str, float]:
+    return {
+        f"{prefix}/{name}": float(value)
+        for name, value in values.items()
+        if value is not None and name != "step"
+    }
 
 
 def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:

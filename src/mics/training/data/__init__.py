@@ -1,0 +1,8 @@
+"""Text to tokens to batches."""
+
+from mics.training.data.prepare import Data as Data
+from mics.training.data.prepare import prepare_data as prepare_data
+from mics.training.data.stream import IGNORED as IGNORED
+from mics.training.data.stream import Batch as Batch
+from mics.training.data.stream import Stream as Stream
+from mics.training.data.tokens import Tokenizer as Tokenizer

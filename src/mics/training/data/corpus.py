@@ -1,0 +1,139 @@
+"""Where text comes from: an iterator over documents, whatever form they are kept in.
+
+A document is the bytes of its text: a file, or a row of a table.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import sysconfig
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from mics.errors import DataError
+
+# Installed packages and tests are not the library itself.
+_NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+_BUILDERS = {".jsonl": "json", ".parquet": "parquet"}
+_HUB = "hub:"
+
+
+def find_files(source: str) -> list[Path]:
+    """The files of a local source, sorted; a hub source has none.
+
+    Raises:
+        DataError: there is no such file, or nothing in that folder or glob.
+    """
+    if source.startswith(_HUB):
+        return []
+    if source == "stdlib":
+        root = Path(sysconfig.get_paths()["stdlib"])
+        files = [
+            file
+            for file in root.rglob("*.py")
+            if not _NOT_LIBRARY.intersection(file.relative_to(root).parts)
+        ]
+        return sorted(files)
+    path = Path(source).expanduser()
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        found = path.rglob("*")
+        files = [f for f in found if f.is_file() and not _hidden(f.relative_to(path))]
+    else:
+        matches = glob.glob(str(path), recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
+        files = [Path(match) for match in matches if Path(match).is_file()]
+    if not files:
+        raise DataError(
+            f"There is no text in data.source {source!r}.",
+            numbers="It is a folder without files."
+            if path.is_dir()
+            else "No file, folder or glob of that name has files.",
+            write='--data.source <file, folder, glob, hub:owner/name or "stdlib">',
+        )
+    return sorted(files)
+
+
+def read_documents(source: str, field: str) -> Iterator[bytes]:
+    """Yield the documents of a source in a fixed order.
+
+    Args:
+        source: as ``data.source``.
+        field: the column that holds the text, in tables.
+
+    Raises:
+        DataError: no such source, no such column, a file that cannot be read as what it claims.
+    """
+    if source.startswith(_HUB):
+        yield from _hub_rows(source, field)
+        return
+    for file in find_files(source):
+        builder = _BUILDERS.get(file.suffix)
+        if builder is None:
+            yield _read(file)
+        else:
+            rows = _load(builder, str(file), data_files=str(file), split="train")
+            yield from _texts(rows, field, str(file))
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"{file} cannot be read: {error.strerror}.", write="--data.source <readable files>"
+        ) from None
+
+
+def _hub_rows(source: str, field: str) -> Iterator[bytes]:
+    name, _, split = source.removeprefix(_HUB).partition("@")
+    name, _, config = name.partition(":")
+    rows = _load(name, source, name=config or None, split=split or "train")
+    yield from _texts(rows, field, source)
+
+
+def _load(path: str, shown: str, **options: Any) -> Iterable[dict[str, Any]]:
+    from datasets import load_dataset
+
+    try:
+        rows: Iterable[dict[str, Any]] = load_dataset(path, streaming=True, **options)
+    except Exception as error:  # whatever the library, the network or a builder raises
+        raise _unreadable(shown, error) from error
+    return rows
+
+
+def _texts(rows: Iterable[dict[str, Any]], field: str, shown: str) -> Iterator[bytes]:
+    try:
+        for row in rows:
+            if field not in row:
+                raise _no_column(field, list(row), shown)
+            if row[field] is not None:
+                yield str(row[field]).encode("utf-8", "surrogatepass")
+    except DataError:
+        raise
+    except Exception as error:  # raised while the rows are read: a torn file, a lost connection
+        raise _unreadable(shown, error) from error
+
+
+def _no_column(field: str, columns: list[str], shown: str) -> DataError:
+    near = difflib.get_close_matches(field, columns, 1, cutoff=0.4)
+    return DataError(
+        f"{shown} has no column {field!r}" + (f"; did you mean {near[0]!r}?" if near else "."),
+        numbers=f"Its columns are {', '.join(columns)}.",
+        write=f"--data.field {near[0] if near else columns[0]}",
+    )
+
+
+def _unreadable(shown: str, error: Exception) -> DataError:
+    cause = error.__cause__ or error
+    return DataError(
+        f"{shown} cannot be read.",
+        numbers=f"{type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}",
+        write="--data.source <a file, folder or hub data set that can>",
+    )
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)

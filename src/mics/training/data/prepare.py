@@ -1,0 +1,186 @@
+"""From options to two streams, once per job: rank 0 tokenises, everybody maps the result."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from mics.agreement import check_agreement, gather_text
+from mics.console import say
+from mics.errors import DataError
+from mics.training.config import DataConfig
+from mics.training.data import cache
+from mics.training.data.corpus import find_files, read_documents
+from mics.training.data.stream import Masking, Stream
+from mics.training.data.tokens import Tokenizer, byte_tokenizer, saved_tokenizer, train_bpe
+from mics.training.waiting import TextProgress
+
+_FORMAT = 1
+_LONGEST = timedelta(days=2)  # ranks wait for the one that tokenises
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run trains on and is measured with.
+
+    ``fingerprint`` names tokens, order and masks: equal ones give equal batches at every position.
+    """
+
+    tokenizer: Tokenizer
+    train: Stream
+    held_out: Stream
+    fingerprint: str
+
+
+def prepare_data(
+    config: DataConfig, *, seed: int, sequence: int, masked: bool, folder: Path
+) -> Data:
+    """Tokenise the corpus, or find it tokenised, and open its two splits.
+
+    Collective where ``torch.distributed`` is initialised. Rank 0 works while the others wait; a
+    node that does not see rank 0's files works for itself.
+
+    Args:
+        config: source, tokenizer, split.
+        seed: of the split, the order and the masks.
+        sequence: tokens per sequence.
+        masked: labels for a masked language model, else the next token.
+        folder: tokens are kept in ``folder / "data"``.
+
+    Raises:
+        DataError: on every rank; no text, no such tokenizer or column, too little text.
+    """
+    cached = folder / "data" / _cache_key(config, seed)
+    _build_where_needed(cached, lambda: _build(cached, config, seed))
+    meta = cache.read_meta(cached)
+    assert meta is not None
+    tokenizer = _tokenizer(config, cached)
+    masking = None
+    if masked:
+        masking = Masking(config.masked, _mask_of(tokenizer, config), tokenizer.size)
+    train, held_out = (
+        Stream(
+            cache.open_tokens(cached, meta, split),
+            num_bytes=meta.text_bytes[split],
+            sequence=sequence,
+            seed=seed,
+            masking=masking,
+        )
+        for split in ("train", "held_out")
+    )
+    if train.num_sequences == 0:
+        raise DataError(
+            "The corpus is shorter than one sequence.",
+            numbers=f"{train.num_tokens} tokens to train on, data.sequence = {sequence}.",
+            write="more text, or a smaller --data.sequence",
+        )
+    if config.held_out and held_out.num_sequences == 0:
+        say(f"the held-out text ({held_out.num_tokens} tokens) is shorter than a sequence: no loss")
+    identity = json.dumps([meta.sha256, sequence, seed, config.masked if masked else None])
+    return Data(tokenizer, train, held_out, hashlib.sha256(identity.encode()).hexdigest()[:16])
+
+
+# -- who works, who waits --------------------------------------------------------------------------
+
+
+def _build_where_needed(cached: Path, build: Callable[[], None]) -> None:
+    if not dist.is_initialized():
+        build()
+        return
+    group = dist.new_group(backend="gloo", timeout=_LONGEST)
+    assert group is not None
+    try:
+        _agree(build if dist.get_rank() == 0 else None, group)
+        sees = cache.read_meta(cached) is not None
+        first_here = int(os.environ.get("LOCAL_RANK", dist.get_rank())) == 0
+        _agree(build if first_here and not sees else None, group)
+        meta = cache.read_meta(cached)
+        facts = {"data": ["none" if meta is None else json.dumps(meta.sha256)]}
+        check_agreement(facts, [group], torch.device("cpu"))
+    finally:
+        dist.destroy_process_group(group)
+
+
+def _agree(build: Callable[[], None] | None, group: dist.ProcessGroup) -> None:
+    """Build, where there is something to, and raise one rank's error on all."""
+    trouble: dict[str, str] = {}
+    if build is not None:
+        try:
+            build()
+        except DataError as error:
+            trouble = {"what": error.what, "numbers": error.numbers, "write": error.write}
+        except OSError as error:
+            trouble = {
+                "what": f"The tokens of the corpus cannot be written: {error}.",
+                "write": "--run.folder <a writable folder with room for the tokens>",
+            }
+    for text in gather_text(json.dumps(trouble), group, torch.device("cpu")):
+        if (told := json.loads(text)) and told != {}:
+            raise DataError(**told)
+
+
+# -- one rank's work -------------------------------------------------------------------------------
+
+
+def _build(cached: Path, config: DataConfig, seed: int) -> None:
+    with TextProgress() as progress:
+        if cache.is_intact(cached, progress.show):
+            return
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=cached.parent, suffix=".text") as file:
+            spooled = cache.spool(
+                read_documents(config.source, config.field),
+                Path(file.name),
+                share=config.held_out,
+                limit=config.limit,
+                seed=seed,
+                progress=progress.show,
+            )
+            if config.tokenizer == "bpe":
+                progress.show("training the tokenizer", 0, 0)
+                tokenizer = train_bpe(spooled.documents(held_out=False), config.vocabulary)
+            else:
+                tokenizer = _tokenizer(config, cached)
+            cache.write(cached, spooled, tokenizer, progress.show)
+
+
+def _tokenizer(config: DataConfig, cached: Path) -> Tokenizer:
+    if config.tokenizer == "bytes":
+        return byte_tokenizer()
+    if config.tokenizer == "bpe":
+        return saved_tokenizer(str(cached / "tokenizer"))
+    return saved_tokenizer(config.tokenizer)
+
+
+def _mask_of(tokenizer: Tokenizer, config: DataConfig) -> int:
+    if tokenizer.mask is None:
+        raise DataError(
+            "A masked language model needs a tokenizer with a mask token.",
+            numbers=f"data.tokenizer = {config.tokenizer!r} has {tokenizer.size} ids and none.",
+            write="a tokenizer with a mask_token, or bytes, or bpe",
+        )
+    return tokenizer.mask
+
+
+def _cache_key(config: DataConfig, seed: int) -> str:
+    """A name that changes when the tokens would: options, and files by size and time of change."""
+    try:
+        stats = [(str(file), file.stat()) for file in find_files(config.source)]
+    except DataError:
+        stats = []  # raised where it is read, on rank 0, and told to all
+    facts = {
+        "format": _FORMAT,
+        "config": asdict(config) | {"masked": None, "sequence": None},
+        "seed": seed,
+        "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

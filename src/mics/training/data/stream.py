@@ -1,0 +1,106 @@
+"""Packed sequences in an endless order, as batches of inputs and labels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mics.training.data.order import sequence_at
+
+IGNORED = -100
+"""The label of a token that is not to be predicted."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """``inputs`` and ``labels``, int64 of shape [sequences, length]; labels are aligned to inputs.
+
+    ``labels[i, j]`` is what the model should predict at ``inputs[i, j]``: the next token, the token
+    behind a mask, or ``IGNORED``.
+    """
+
+    inputs: torch.Tensor
+    labels: torch.Tensor
+
+    @property
+    def num_targets(self) -> int:
+        """How many labels are to be predicted."""
+        return int((self.labels != IGNORED).sum())
+
+
+@dataclass(frozen=True)
+class Masking:
+    """What a masked language model is asked (BERT: Devlin et al., 2019, section 3.1).
+
+    Of the tokens, ``share`` are to be predicted; of these 80 % become ``mask``, 10 % a random one
+    of ``vocabulary``, 10 % stay.
+    """
+
+    share: float
+    mask: int
+    vocabulary: int
+
+
+class Stream:
+    """The sequences of one split.
+
+    Args:
+        tokens: ids of all documents with the separator between, usually a memory map.
+        num_bytes: of the text the tokens come from.
+        sequence: tokens per sequence.
+        seed: of order and masks.
+        masking: for masked models; ``None`` gives the next token as label.
+    """
+
+    def __init__(
+        self,
+        tokens: NDArray[np.unsignedinteger],
+        *,
+        num_bytes: int,
+        sequence: int,
+        seed: int,
+        masking: Masking | None,
+    ) -> None:
+        self._tokens = tokens
+        self._sequence = sequence
+        self._seed = seed
+        self._masking = masking
+        # A causal window needs one token more, the label of its last; windows share it.
+        self._width = sequence if masking else sequence + 1
+        self.num_tokens = len(tokens)
+        self.num_sequences = max(0, (self.num_tokens - self._width) // sequence + 1)
+        self.bytes_per_token = num_bytes / self.num_tokens if self.num_tokens else 0.0
+
+    def batch(self, position: int, count: int) -> Batch:
+        """The sequences at ``position`` to ``position + count - 1`` of the endless order."""
+        positions = np.arange(position, position + count)
+        starts = sequence_at(positions, self.num_sequences, self._seed) * self._sequence
+        windows = self._tokens[starts[:, None] + np.arange(self._width)].astype(np.int64)
+        if self._masking is None:
+            whole = torch.from_numpy(windows)
+            return Batch(whole[:, :-1].contiguous(), whole[:, 1:].contiguous())
+        inputs, labels = windows, np.full_like(windows, IGNORED)
+        for row, where in enumerate(positions):
+            _mask(inputs[row], labels[row], self._masking, seed=self._seed, position=int(where))
+        return Batch(torch.from_numpy(inputs), torch.from_numpy(labels))
+
+
+def _mask(
+    inputs: NDArray[np.int64],
+    labels: NDArray[np.int64],
+    masking: Masking,
+    *,
+    seed: int,
+    position: int,
+) -> None:
+    """Mask one sequence in place: a pure function of the seed and its position."""
+    draw = np.random.Generator(np.random.Philox(key=[seed, position]))
+    chosen = draw.random(len(inputs)) < masking.share
+    labels[chosen] = inputs[chosen]
+    fate = draw.random(len(inputs))
+    inputs[chosen & (fate < 0.8)] = masking.mask
+    replaced = chosen & (fate >= 0.8) & (fate < 0.9)
+    inputs[replaced] = draw.integers(0, masking.vocabulary, int(replaced.sum()))

@@ -1,0 +1,166 @@
+"""Text to ids and back: bytes, a BPE trained on the corpus, or a saved tokenizer.
+
+All three are transformers' fast tokenizers, so that what is saved with a model loads anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from mics.errors import DataError
+
+SEPARATOR, MASK, PAD = "<|endoftext|>", "<|mask|>", "<|pad|>"
+
+Ids = NDArray[np.uint32]
+
+
+class Tokenizer:
+    """A tokenizer as training needs it: no special ids are added, none is read from text.
+
+    Args:
+        fast: what does the work, and what ``save`` writes.
+        is_bytes: ids below 256 are bytes, so that encoding is a copy.
+
+    Raises:
+        DataError: it has no token that can stand between documents.
+    """
+
+    def __init__(self, fast: PreTrainedTokenizerFast, *, is_bytes: bool = False) -> None:
+        separator = fast.eos_token_id if fast.eos_token_id is not None else fast.sep_token_id
+        if separator is None:
+            raise DataError(
+                "The tokenizer has no token to put between documents.",
+                numbers=f"Its special tokens are {fast.all_special_tokens}.",
+                write="a tokenizer with an eos_token or sep_token",
+            )
+        self._fast = fast
+        self._is_bytes = is_bytes
+        # Text that spells a special token is text.
+        fast.backend_tokenizer.encode_special_tokens = True
+        self.size: int = len(fast)
+        self.separator = int(separator)
+        self.mask: int | None = fast.mask_token_id
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text."""
+        return [int(token) for token in next(self.encode_all([text.encode()]))]
+
+    def encode_all(self, documents: Sequence[bytes]) -> Iterator[Ids]:
+        """The ids of many documents, in parallel where the tokenizer can."""
+        if self._is_bytes:
+            for document in documents:
+                yield np.frombuffer(document, dtype=np.uint8).astype(np.uint32)
+            return
+        texts = [document.decode("utf-8", "replace") for document in documents]
+        for encoding in self._fast.backend_tokenizer.encode_batch_fast(
+            texts, add_special_tokens=False
+        ):
+            yield np.asarray(encoding.ids, dtype=np.uint32)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, special ones spelled out."""
+        return str(self._fast.decode(list(ids), skip_special_tokens=False))
+
+    def save(self, folder: Path) -> None:
+        """Write ``tokenizer.json`` and ``tokenizer_config.json`` for ``AutoTokenizer``."""
+        self._fast.backend_tokenizer.encode_special_tokens = False
+        self._fast.save_pretrained(str(folder))
+        self._fast.backend_tokenizer.encode_special_tokens = True
+
+
+def byte_tokenizer() -> Tokenizer:
+    """Ids 0 to 255 are bytes; the separator, the mask and padding follow."""
+    vocabulary = {letter: value for value, letter in enumerate(_letters_of_bytes())}
+    backend = Backend(models.BPE(vocab=vocabulary, merges=[]))
+    return Tokenizer(_fast(_byte_level(backend)), is_bytes=True)
+
+
+def train_bpe(documents: Iterable[bytes], vocabulary: int) -> Tokenizer:
+    """A byte-level BPE of ``vocabulary`` ids (fewer, where the text has fewer pairs)."""
+    backend = _byte_level(Backend(models.BPE()), split_words=True)
+    trainer: Any = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[SEPARATOR, MASK, PAD],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator((d.decode("utf-8", "replace") for d in documents), trainer)
+    return Tokenizer(_fast(backend))
+
+
+def saved_tokenizer(name: str) -> Tokenizer:
+    """A folder or ``tokenizer.json`` that transformers can read, or a hub name.
+
+    Raises:
+        DataError: there is none, or it has no fast form.
+    """
+    path = Path(name).expanduser()
+    try:
+        if path.is_file():
+            loaded: Any = PreTrainedTokenizerFast(tokenizer_file=str(path))
+            _name_specials(loaded)
+        elif path.is_dir() or name.count("/") == 1:
+            loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        else:
+            raise OSError("no file or folder of that name")
+    except Exception as error:  # the libraries raise plain Exceptions for files they cannot read
+        raise DataError(
+            f"There is no tokenizer {name!r}.",
+            numbers=f"{type(error).__name__}: {str(error).splitlines()[0]}",
+            write="--data.tokenizer bytes, bpe, or <folder, tokenizer.json, hub name>",
+        ) from None
+    if not isinstance(loaded, PreTrainedTokenizerFast):
+        raise DataError(
+            f"The tokenizer {name!r} has no fast form (tokenizer.json).",
+            numbers=f"It is a {type(loaded).__name__}.",
+            write="a tokenizer that was saved with its tokenizer.json",
+        )
+    return Tokenizer(loaded)
+
+
+def _byte_level(backend: Backend, *, split_words: bool = False) -> Backend:
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split_words)  # type: ignore[assignment]
+    backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    return backend
+
+
+def _fast(backend: Backend) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=SEPARATOR,
+        eos_token=SEPARATOR,
+        mask_token=MASK,
+        pad_token=PAD,
+    )
+
+
+def _name_specials(fast: PreTrainedTokenizerFast) -> None:
+    """A bare ``tokenizer.json`` lists special tokens without saying which is which."""
+    usual = {
+        "eos_token": (SEPARATOR, "</s>", "<|end_of_text|>", "<eos>"),
+        "sep_token": ("[SEP]",),
+        "mask_token": (MASK, "[MASK]", "<mask>"),
+    }
+    known = fast.get_vocab()
+    for role, names in usual.items():
+        found = next((name for name in names if name in known), None)
+        if found is not None and getattr(fast, role) is None:
+            setattr(fast, role, found)
+
+
+def _letters_of_bytes() -> list[str]:
+    """The letter that byte-level tokenizers write for each byte, by byte.
+
+    Printable Latin-1 stands for itself, the others for the letters from U+0100 on (GPT-2's map).
+    """
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return [chr(value if value in printable else next(others)) for value in range(256)]

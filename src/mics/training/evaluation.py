@@ -1,0 +1,72 @@
+"""Loss on held-out text, and a sample of what the model writes."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from mics.training.data import Batch, Stream, Tokenizer
+from mics.training.step import token_loss
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, held_out: Stream, *, sequences: int, micro_batch: int, device: torch.device
+) -> float | None:
+    """Mean loss per predicted token, in nats, over the first held-out sequences.
+
+    Collective. Every rank runs the same number of forward passes, because a partition group
+    gathers its parameters together; sequences beyond the last one count nothing.
+
+    Returns:
+        ``None`` when there is nothing held out.
+    """
+    wanted = min(sequences, held_out.num_sequences)
+    if wanted == 0:
+        return None
+    rank, world = dist.get_rank(), dist.get_world_size()
+    rounds = -(-wanted // (micro_batch * world))
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    model.eval()
+    for turn in range(rounds):
+        first = (turn * world + rank) * micro_batch
+        batch = held_out.batch(first, micro_batch)
+        batch.labels[max(0, wanted - first) :] = -100
+        batch = Batch(batch.inputs.to(device), batch.labels.to(device))
+        sums[0] += token_loss(model, batch)
+        sums[1] += batch.num_targets
+    model.train()
+    dist.all_reduce(sums)
+    loss, targets = sums.tolist()
+    return loss / targets if targets else None
+
+
+@torch.no_grad()
+def sample(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    tokens: int,
+    positions: int,
+    seed: int,
+    device: torch.device,
+    temperature: float = 0.8,
+) -> str:
+    """Let a causal model go on from ``prompt``. Collective; the same text on every rank.
+
+    Every token is drawn on rank 0 and broadcast: ranks must feed the model the same, and nothing
+    promises that their last bits agree.
+    """
+    start = [int(token) for token in tokenizer.encode(prompt)] or [tokenizer.separator]
+    ids = torch.tensor([start], dtype=torch.int64, device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    model.eval()
+    for _ in range(tokens):
+        logits = model(input_ids=ids[:, -positions:]).logits[0, -1, : tokenizer.size].float()
+        drawn = torch.multinomial((logits / temperature).softmax(0), 1, generator=generator)
+        dist.broadcast(drawn, src=0)
+        ids = torch.cat([ids, drawn.reshape(1, 1)], dim=1)
+    model.train()
+    return tokenizer.decode(ids[0].tolist())

@@ -1,0 +1,107 @@
+"""What one step cost: bytes against their prediction, seconds, tokens per second, memory."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from mics.ledgers import Seconds
+from mics.training.progress import Progress
+from mics.training.rates import Stopwatch, memory_bytes
+from mics.training.record import StepRecord, bits_per_byte
+from mics.training.step import Outcome
+from mics.units import ledger, predict_traffic
+
+
+class Meter:
+    """Measures the steps of a run. Every rank has one, because bytes are counted on every rank.
+
+    Collective when made: the predicted bytes of all ranks are summed.
+
+    Args:
+        model: sharded by mics.
+        micro_steps: of every step.
+        steps: of the whole run.
+        bytes_per_token: of the training text; ``None`` shows no bits per byte.
+        flops_per_token: forward and backward, without recomputation.
+        peak_flops: of one device, per second; ``None`` shows no MFU.
+        device: where collectives take their tensors from.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        micro_steps: int,
+        steps: int,
+        bytes_per_token: float | None,
+        flops_per_token: float,
+        peak_flops: float | None,
+        device: torch.device,
+    ) -> None:
+        self._ledger = ledger(model)
+        self._predicted = predict_traffic(model, micro_steps=micro_steps)
+        self._steps = steps
+        self._bytes_per_token = bytes_per_token
+        self._flops_per_token = flops_per_token
+        self._peak_flops = peak_flops
+        self._device = device
+        self._watch = Stopwatch()
+        flow = self._predicted.flow
+        both = [float(flow.inter_bytes), float(flow.intra_bytes)]
+        summed = torch.tensor(both, dtype=torch.float64, device=device)
+        dist.all_reduce(summed)
+        self.predicted_between_nodes, self.predicted_inside_nodes = map(int, summed.tolist())
+
+    def begin(self) -> None:
+        """A step begins; what was communicated before it does not count."""
+        self._ledger.reset()
+        self._watch.start()
+
+    def count(self) -> list[float]:
+        """What this rank sent in this step: bytes between nodes, inside, and 1 if as predicted."""
+        counted = self._ledger.traffic()
+        flow = counted.flow
+        as_predicted = float(counted == self._predicted)
+        return [float(flow.inter_bytes), float(flow.intra_bytes), as_predicted]
+
+    def end(self, at: Progress, outcome: Outcome) -> StepRecord:
+        """The step has ended; ``outcome.sums`` is ``count`` summed over the ranks."""
+        seconds = self._watch.stop()
+        between, inside, as_predicted = outcome.sums
+        world = dist.get_world_size()
+        rate = outcome.targets / seconds
+        hop_1, hop_2 = self._seconds(1), self._seconds(2)
+        used = None
+        if self._peak_flops is not None:
+            used = rate / world * self._flops_per_token / self._peak_flops
+        bits = None
+        if self._bytes_per_token is not None:
+            bits = bits_per_byte(outcome.loss, self._bytes_per_token)
+        return StepRecord(
+            step=at.step,
+            loss=outcome.loss,
+            bits_per_byte=bits,
+            learning_rate=outcome.learning_rate,
+            norm=outcome.norm,
+            taken=outcome.taken,
+            seconds=seconds,
+            tokens=at.tokens,
+            tokens_per_second=rate,
+            tokens_per_second_per_gpu=rate / world,
+            mfu=used,
+            memory_bytes=memory_bytes(self._device),
+            bytes_between_nodes=int(between),
+            bytes_inside_nodes=int(inside),
+            traffic_as_predicted=as_predicted == world,
+            hop_1_seconds=hop_1.total,
+            hop_1_exposed=hop_1.exposed,
+            hop_2_seconds=hop_2.total,
+            hop_2_exposed=hop_2.exposed,
+            seconds_left=self._watch.left(self._steps - at.step),
+        )
+
+    def _seconds(self, hop: int) -> Seconds:
+        spent = self._ledger.seconds().items()
+        return sum((seconds for key, seconds in spent if key.hop == hop), Seconds())

@@ -1,0 +1,176 @@
+"""The model of a run: a transformers configuration, and a module built from it on the meta device."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig
+
+from mics.errors import ConfigError
+from mics.training.presets import PRESETS
+
+Task = Literal["causal", "masked"]
+
+_POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx")
+_PAD_VOCABULARY_TO = 8  # so that the largest matrix keeps an even shape
+
+
+def load_config(name: str, *, vocabulary: int, separator: int) -> PretrainedConfig:
+    """The configuration of a preset, a ``config.json``, a folder with one, or a hub name.
+
+    Args:
+        name: as ``model.name`` in the run's options.
+        vocabulary: ids of the tokenizer; presets without a vocabulary of their own take it, rounded
+            up to a multiple of 8.
+        separator: the tokenizer's id between documents, their beginning and end of text.
+
+    Raises:
+        ConfigError: there is no such model; names the nearest preset.
+    """
+    preset = PRESETS.get(name)
+    if preset is not None:
+        own = dict(preset.settings)
+        if preset.vocabulary_of_tokenizer:
+            own["vocab_size"] = -(-vocabulary // _PAD_VOCABULARY_TO) * _PAD_VOCABULARY_TO
+            own["bos_token_id"] = own["eos_token_id"] = separator
+        config: PretrainedConfig = AutoConfig.for_model(preset.model_type, **own)
+    else:
+        config = _saved_config(name)
+    config.use_cache = False  # a cache is for generation; in training it only costs memory
+    return config
+
+
+def task_of(config: PretrainedConfig) -> Task:
+    """What the model is trained for: the next token, or masked ones.
+
+    ``architectures`` decides where it is given (a saved model knows what it is), else the family:
+    one that transformers can only build as one of the two, or an encoder by nature.
+
+    Raises:
+        ConfigError: transformers has neither form of it.
+    """
+    for architecture in config.architectures or ():
+        if architecture.endswith("ForMaskedLM"):
+            return "masked"
+        if architecture.endswith(("ForCausalLM", "LMHeadModel")):
+            return "causal"
+    kind = type(config)
+    # Encoders such as BERT have a causal form too, which nobody means by their name.
+    if kind in AutoModelForMaskedLM._model_mapping:
+        return "masked"
+    if kind in AutoModelForCausalLM._model_mapping:
+        return "causal"
+    raise ConfigError(
+        f"Models of type {config.model_type!r} are not language models that transformers can build "
+        "as causal or masked.",
+        numbers=f"Its configuration is {kind.__name__}.",
+        write="--model.name of a causal or masked language model",
+    )
+
+
+def build_on_meta(config: PretrainedConfig) -> nn.Module:
+    """The model on the meta device, in fp32, without memory for a single weight."""
+    auto: Any = AutoModelForMaskedLM if task_of(config) == "masked" else AutoModelForCausalLM
+    with torch.device("meta"):
+        model: nn.Module = auto.from_config(config, dtype=torch.float32)
+    return model
+
+
+def num_positions(config: PretrainedConfig) -> int | None:
+    """Longest sequence the model takes; ``None`` where it has no limit.
+
+    RoBERTa counts positions from its padding id on, so that the first two are never used.
+    """
+    for name in _POSITIONS:
+        positions = getattr(config, name, None)
+        if isinstance(positions, int):
+            offset = config.pad_token_id + 1 if config.model_type in _OFFSET_POSITIONS else 0
+            return positions - offset
+    return None
+
+
+_OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert")
+
+
+def check_fits(config: PretrainedConfig, *, sequence: int, vocabulary: int) -> None:
+    """Check that the model can take such sequences of such ids.
+
+    Raises:
+        ConfigError: too long, or ids the model has no embedding for.
+    """
+    positions = num_positions(config)
+    if positions is not None and sequence > positions:
+        raise ConfigError(
+            "A sequence is longer than the model has positions.",
+            numbers=f"data.sequence = {sequence}, the model has {positions}.",
+            write=f"--data.sequence {positions}",
+        )
+    if vocabulary > config.vocab_size:
+        raise ConfigError(
+            "The tokenizer has ids that the model has no embedding for.",
+            numbers=f"The tokenizer has {vocabulary} ids, the model's vocabulary is "
+            f"{config.vocab_size}.",
+            write=f"a tokenizer of at most {config.vocab_size} ids, or vocab_size in the model's "
+            "config.json",
+        )
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Parameters, tied ones counted once."""
+    return sum(param.numel() for param in model.parameters())
+
+
+def flops_per_token(config: PretrainedConfig, model: nn.Module, sequence: int) -> float:
+    """FLOPs of forward and backward per token, without recomputation.
+
+    6 N + 12 L h s, with N the parameters that take part in matrix products (input and position
+    embeddings are looked up, so they count only where the head shares them), L layers of width h,
+    s the sequence. Source: PaLM (Chowdhery et al., 2022), appendix B; a causal model is counted
+    like any other, as there.
+    """
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    multiplied = {id(m.weight) for m in model.modules() if _multiplies(m)}
+    looked_up = embeddings - multiplied
+    active = sum(p.numel() for p in model.parameters() if id(p) not in looked_up)
+    layers, width = config.num_hidden_layers, config.hidden_size
+    return 6.0 * active + 12.0 * layers * width * sequence
+
+
+def _multiplies(module: nn.Module) -> bool:
+    # transformers' Conv1D is GPT-2's name for a linear layer.
+    return isinstance(module, nn.Linear | transformers.pytorch_utils.Conv1D)
+
+
+def _saved_config(name: str) -> PretrainedConfig:
+    path = Path(name).expanduser()
+    if path.is_dir() or path.suffix == ".json":
+        file = path / "config.json" if path.is_dir() else path
+        if not file.is_file():
+            raise ConfigError(
+                f"There is no {file}.",
+                write="--model.name <config.json>, or a folder that holds one",
+            )
+        path = file
+    elif name.count("/") != 1:
+        near = difflib.get_close_matches(name, PRESETS, 1)
+        raise ConfigError(
+            f"There is no model {name!r}" + (f"; did you mean {near[0]!r}?" if near else "."),
+            numbers=f"Presets: {', '.join(PRESETS)}.",
+            write="--model.name <preset, config.json, folder or hub name such as owner/model>",
+        )
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            str(path) if path.exists() else name, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"transformers cannot read the configuration of {name!r}.",
+            numbers=str(error).split("\n")[0],
+            write="--model.name <preset, config.json, folder or hub name>",
+        ) from None
+    return config

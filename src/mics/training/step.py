@@ -1,0 +1,101 @@
+"""One optimizer step: micro-steps, the global norm, one verdict that all ranks share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from mics.accumulation import micro_steps
+from mics.training.config import OptimizerConfig
+from mics.training.data import Batch
+from mics.training.optimisation import clip_gradients, learning_rate, set_learning_rate
+
+Counter = Callable[[], Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one step did; the same on every rank.
+
+    ``loss`` is the mean over all predicted tokens of all micro-steps and ranks, in nats. ``taken``
+    is False when loss or norm was not finite and every rank left the weights as they were.
+    ``stop`` says that some rank was asked to stop.
+    """
+
+    loss: float
+    targets: int
+    norm: float
+    learning_rate: float
+    taken: bool
+    stop: bool
+    sums: list[float]  # what the caller had summed over the ranks
+
+
+def take_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[Batch],
+    config: OptimizerConfig,
+    *,
+    step: int,
+    steps: int,
+    stop: bool,
+    count: Counter,
+) -> Outcome:
+    """Train on the micro-batches of one step.
+
+    Losses are sums over tokens, divided once by the tokens of all micro-steps and ranks, so that
+    the gradient is the mean per token however unevenly tokens are spread. One all-reduce carries
+    the loss, the wish to stop and the caller's sums; every rank decides by the same numbers.
+
+    Args:
+        model: a sharded transformers model.
+        optimizer: over its parameters.
+        batches: one per micro-step, on the model's device.
+        config: clipping and the learning rate.
+        step: which step this is, from 1.
+        steps: steps of the whole run.
+        stop: whether this rank was asked to stop after this step.
+        count: called when communication of the gradients has ended; what it returns is summed
+            over the ranks.
+    """
+    device = batches[0].inputs.device
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for batch in micro_steps(model, batches, normalise=_num_targets):
+        loss = token_loss(model, batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.detach()
+    norm = clip_gradients(model, config.clip)
+    targets = sum(batch.num_targets for batch in batches)
+    mine = torch.tensor([targets, stop, *count()], dtype=torch.float64, device=device)
+    sums = torch.cat([total.reshape(1), mine])
+    dist.all_reduce(sums)
+    loss_sum, all_targets, stops, *counted = torch.cat([sums, norm.reshape(1)]).tolist()
+    norm_value = counted.pop()
+    mean = loss_sum / max(all_targets, 1)
+    rate = learning_rate(config, step, steps)
+    # Loss and norm are the same numbers on all ranks, so is this verdict.
+    taken = math.isfinite(mean) and math.isfinite(norm_value)
+    if taken:
+        set_learning_rate(optimizer, rate)
+        optimizer.step()
+    optimizer.zero_grad()
+    return Outcome(mean, int(all_targets), norm_value, rate, taken, stops > 0, counted)
+
+
+def token_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Cross entropy in nats, summed over the tokens that ``batch`` predicts. Shape ()."""
+    logits = model(input_ids=batch.inputs).logits  # [sequences, length, vocabulary]
+    return F.cross_entropy(
+        logits.flatten(0, 1).float(), batch.labels.flatten(), ignore_index=-100, reduction="sum"
+    )
+
+
+def _num_targets(batch: Batch) -> int:
+    return batch.num_targets

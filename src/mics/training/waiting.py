@@ -1,0 +1,60 @@
+"""Progress of long work before the first step, on standard error."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+_QUIET_SECONDS = 2.0  # shorter work says nothing
+_LINE_EVERY = 30.0  # where standard error is not a terminal
+
+
+class TextProgress:
+    """A bar on a terminal, a line now and then elsewhere; silent while work is short."""
+
+    def __init__(self) -> None:
+        self._start = self._said = time.monotonic()
+        self._bar: Progress | None = None
+        self._what = ""
+
+    def __enter__(self) -> TextProgress:
+        return self
+
+    def __exit__(
+        self,
+        error: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def show(self, what: str, done: int, total: int) -> None:
+        """``done`` of ``total`` bytes (0: unknown) of ``what``."""
+        now = time.monotonic()
+        if now - self._start < _QUIET_SECONDS:
+            return
+        if sys.stderr.isatty():
+            self._show_bar(what, done, total)
+        elif now - self._said >= _LINE_EVERY:
+            self._said = now
+            of = f" of {total / 1e6:,.0f}" if total else ""
+            print(f"mics: {what}, {done / 1e6:,.0f}{of} MB", file=sys.stderr, flush=True)
+
+    def _show_bar(self, what: str, done: int, total: int) -> None:
+        if self._bar is None:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                DownloadColumn(),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(what)
+        self._bar.update(self._task, description=what, completed=done, total=total or None)
