@@ -14,6 +14,8 @@ from mics.version import __version__ as __version__
 if TYPE_CHECKING:
     from mics import traffic as traffic
     from mics.accumulation import micro_steps as micro_steps
+    from mics.checkpoint import load as load
+    from mics.checkpoint import save as save
     from mics.errors import CheckpointError as CheckpointError
     from mics.errors import ConfigError as ConfigError
     from mics.errors import DataError as DataError
@@ -44,8 +46,10 @@ _HOME = {
     "fully_shard": "mics.sharding",
     "init_mesh": "mics.mesh",
     "ledger": "mics.units",
+    "load": "mics.checkpoint",
     "micro_steps": "mics.accumulation",
     "predict_traffic": "mics.units",
+    "save": "mics.checkpoint",
     "shard": "mics.model_sharding",
 }
 

@@ -99,7 +99,7 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """As it is written."""
-        return json.dumps(asdict(self), sort_keys=True, indent=1, allow_nan=True).encode() + b"\n"
+        return json.dumps(asdict(self), sort_keys=True).encode() + b"\n"
 
 
 def checksum_line(manifest: bytes) -> bytes:

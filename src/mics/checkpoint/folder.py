@@ -1,0 +1,121 @@
+"""The folder of a run: its lock, its checkpoints by step, the newest intact one, the old ones."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from mics.checkpoint.peers import Peers
+from mics.checkpoint.verifying import verified_manifest
+from mics.checkpoint.writing import TEMPORARY
+from mics.console import say
+from mics.errors import CheckpointError
+
+_LOCK = ".lock"
+_TRASH = ".trash"
+_STEP = re.compile(r"step-(\d{8,})")
+
+
+def step_folder(root: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return root / f"step-{step:08d}"
+
+
+def step_of(folder: Path) -> int | None:
+    """The step of a checkpoint's folder; ``None`` when it is called something else."""
+    match = _STEP.fullmatch(folder.name)
+    return int(match[1]) if match else None
+
+
+def newest_intact(root: Path) -> Path | None:
+    """The newest checkpoint of a run whose every byte is what was written. Collective.
+
+    A damaged one is said, with the file that is, and the next older one is tried.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none is intact.
+    """
+    peers = Peers()
+    names: list[str] = peers.together(lambda: [f.name for f in _checkpoints(root)], only=0)[0]
+    for name in names:
+        try:
+            verified_manifest(root / name, peers)
+        except CheckpointError as error:
+            say(f"skipping a checkpoint: {error.what} {error.numbers}")
+        else:
+            return root / name
+    if names:
+        raise CheckpointError(
+            f"None of the checkpoints in {root} is intact.",
+            numbers=f"{len(names)} tried, {names[-1]} to {names[0]}.",
+            write="--run.folder <a new folder> to start anew",
+        )
+    return None
+
+
+def prune(root: Path, keep: int) -> None:
+    """Delete all but the newest ``keep`` checkpoints of a run; 0 keeps all. Rank 0 calls it."""
+    for old in _checkpoints(root)[keep:] if keep else []:
+        # Renamed first: a half-deleted folder must not look like a checkpoint.
+        trash = old.with_name(old.name + _TRASH)
+        old.rename(trash)
+        shutil.rmtree(trash, ignore_errors=True)
+
+
+@contextmanager
+def hold_folder(root: Path) -> Iterator[None]:
+    """Make a run's folder and hold it for this job; remove what dead jobs left half-done.
+
+    Collective. The lock is the kernel's, so it ends with the job however that ends.
+
+    Raises:
+        CheckpointError: on every rank; another job holds it (host and process are named), or it
+            cannot be written.
+    """
+    peers = Peers()
+    held: list[IO[str]] = []
+    peers.together(lambda: held.append(_lock(root)) or None, only=0)  # type: ignore[func-returns-value]
+    try:
+        if held:
+            for pattern in (f"step-*{TEMPORARY}", f"step-*{_TRASH}"):
+                for left in root.glob(pattern):
+                    shutil.rmtree(left, ignore_errors=True)
+        yield
+    finally:
+        for file in held:
+            file.close()
+
+
+def _lock(root: Path) -> IO[str]:
+    root.mkdir(parents=True, exist_ok=True)
+    file = (root / _LOCK).open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "another job"
+        file.close()
+        raise CheckpointError(
+            f"{root} is in use by another job.",
+            numbers=f"It is {holder}.",
+            write="--run.folder <another folder>, or end that job first",
+        ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
+
+
+def _checkpoints(root: Path) -> list[Path]:
+    """Newest first."""
+    if not root.is_dir():
+        return []
+    found = [(step, f) for f in root.iterdir() if (step := step_of(f)) is not None and f.is_dir()]
+    return [folder for _, folder in sorted(found, reverse=True)]

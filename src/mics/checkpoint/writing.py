@@ -1,0 +1,313 @@
+"""save: a checkpoint that is whole or not there, written once, beside training if wished."""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import os
+import secrets
+import shutil
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mics.checkpoint.contents import (
+    Contents,
+    Piece,
+    contents_of,
+    encode_values,
+    partition_of,
+    pieces_of_this_rank,
+)
+from mics.checkpoint.disk import sync, write_bytes, write_tensors
+from mics.checkpoint.manifest import (
+    CHECKSUM,
+    MANIFEST,
+    Chunk,
+    Entry,
+    FileFacts,
+    Json,
+    Manifest,
+    checksum_line,
+)
+from mics.checkpoint.peers import Peers
+from mics.checkpoint.randomness import random_state
+from mics.errors import CheckpointError
+from mics.version import __version__
+
+TEMPORARY = ".tmp"
+
+
+def save(
+    path: str | os.PathLike[str],
+    *,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    extra: Mapping[str, Json] | None = None,
+    assets: Mapping[str, bytes] | None = None,
+    asynchronous: bool = False,
+) -> PendingSave:
+    """Write a checkpoint of a sharded model: a folder that loads at any world and partition size.
+
+    Collective over all ranks. Every tensor is written once, by one replica, the work shared out
+    over the replicas. The folder appears under its name only when every byte of it is on the disk;
+    an existing one is never touched. The folder must be one that every rank sees.
+
+    Args:
+        path: the folder to be made.
+        model: sharded by mics or by FSDP2, or a plain module.
+        optimizer: its optimizer.
+        extra: whatever else JSON can hold: step, position of the data, configuration.
+        assets: small files to keep with it, by their names; the same on every rank.
+        asynchronous: return when the tensors are copied to the CPU and write beside training. At
+            most one save is under way: the next one waits for it.
+
+    Returns:
+        ``wait()`` on it raises what went wrong. Without ``asynchronous`` it has ended, well.
+
+    Raises:
+        CheckpointError: on every rank: the path exists, a rank cannot write (it is named), a value
+            cannot be kept. Nothing is left behind.
+    """
+    _end_of_last_save()
+    target = Path(path)
+    peers = Peers()
+    contents = contents_of(model, optimizer)
+    values = encode_values(contents.values)
+    making = _make_folder(target, peers)
+    plan = _Plan(
+        target=target,
+        making=making,
+        pieces=[
+            dataclasses.replace(piece, values=_copy(piece.values))
+            for piece in pieces_of_this_rank(contents, model)
+        ],
+        random={name: _copy(state) for name, state in random_state(peers.rank).items()},
+        outline=_outline(contents, peers),
+        partition=partition_of(model),
+        aliases=contents.aliases,
+        values=values,
+        extra=dict(extra or {}),
+        assets=dict(assets or {}),
+    )
+    pending = PendingSave(target, plan, peers)
+    if asynchronous:
+        pending._start()
+    else:
+        pending._run()
+        pending.wait()
+    return pending
+
+
+class PendingSave:
+    """A save that may still be under way. ``path`` is where the checkpoint will be."""
+
+    def __init__(self, path: Path, plan: _Plan, peers: Peers) -> None:
+        self.path = path
+        self._plan: _Plan | None = plan
+        self._peers = peers
+        self._thread: threading.Thread | None = None
+        self._error: CheckpointError | None = None
+        self._told = False
+
+    def done(self) -> bool:
+        """Whether it has ended, well or not, on this rank."""
+        return self._plan is None
+
+    def wait(self) -> None:
+        """Wait for the end. To be called before ``destroy_process_group``.
+
+        Raises:
+            CheckpointError: the same on every rank.
+        """
+        if self._thread is not None:
+            self._thread.join()
+        self._told = True
+        if self._error is not None:
+            raise self._error
+
+    def _start(self) -> None:
+        global _last
+        _last = self
+        self._thread = threading.Thread(target=self._run, name="mics-save")
+        self._thread.start()
+
+    def _run(self) -> None:
+        assert self._plan is not None
+        try:
+            _write(self._plan, self._peers)
+        except CheckpointError as error:
+            self._error = error
+        except Exception as error:  # a lost peer; anything else is a bug, and must be told as well
+            self._error = CheckpointError(
+                f"The checkpoint {self.path} could not be completed.",
+                numbers=f"{type(error).__name__}: {error}",
+            )
+        finally:
+            self._plan = None
+
+
+_last: PendingSave | None = None
+
+
+def _end_of_last_save() -> None:
+    """A save that nobody waited for must not fail in silence."""
+    global _last
+    last, _last = _last, None
+    if last is not None and not last._told:
+        last.wait()
+
+
+@atexit.register
+def _tell_at_exit() -> None:
+    if _last is not None and not _last._told:
+        try:
+            _last.wait()
+        except CheckpointError as error:
+            print(f"mics: {error}", file=sys.stderr, flush=True)
+
+
+# -- the work --------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Plan:
+    target: Path
+    making: Path
+    pieces: list[Piece]
+    random: dict[str, torch.Tensor]
+    outline: dict[str, Entry]
+    partition: int
+    aliases: dict[str, str]
+    values: dict[str, Json]
+    extra: dict[str, Json]
+    assets: dict[str, bytes]
+
+
+def _make_folder(target: Path, peers: Peers) -> Path:
+    """A temporary folder beside the target, made by rank 0, seen by all."""
+
+    def make() -> str:
+        if target.exists():
+            raise CheckpointError(
+                f"{target} exists; a checkpoint is never written over.",
+                write="another path, or remove it yourself",
+            )
+        making = target.with_name(f"{target.name}.{secrets.token_hex(4)}{TEMPORARY}")
+        making.mkdir(parents=True)
+        return str(making)
+
+    made = Path(peers.together(make, only=0)[0])
+
+    def see() -> None:
+        if not made.is_dir():
+            raise CheckpointError(
+                f"Rank {peers.rank} does not see the folder that rank 0 made for the checkpoint: "
+                f"{made}.",
+                write="a folder that all nodes share",
+            )
+
+    try:
+        peers.together(see)
+    except CheckpointError:
+        if peers.rank == 0:
+            shutil.rmtree(made, ignore_errors=True)
+        raise
+    return made
+
+
+def _outline(contents: Contents, peers: Peers) -> dict[str, Entry]:
+    """Every tensor without its chunks; only rank 0, which writes the manifest, needs it."""
+    if peers.rank != 0:
+        return {}
+    return {
+        name: Entry(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), [])
+        for name, tensor in contents.tensors.items()
+    }
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    """On the CPU, its own memory: training may change the original."""
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _write(plan: _Plan, peers: Peers) -> None:
+    try:
+        reports = peers.together(lambda: _write_pieces(plan, peers.rank))
+        peers.together(lambda: _complete(plan, reports, peers.world), only=0)
+    except BaseException:
+        if peers.rank == 0:
+            shutil.rmtree(plan.making, ignore_errors=True)
+        raise
+
+
+def _write_pieces(plan: _Plan, rank: int) -> dict[str, Any]:
+    """Write this rank's file and report, as JSON, what is in it."""
+    name = f"rank-{rank:05d}.safetensors"
+    tensors = {f"{piece.name}@{_text(piece.offset)}": piece.values for piece in plan.pieces}
+    chunks = [
+        (piece.name, piece.offset, tuple(piece.values.shape), key)
+        for piece, key in zip(plan.pieces, tensors, strict=True)
+    ]
+    facts = write_tensors(plan.making / name, tensors | plan.random)
+    random = {key: (_dtype(t), tuple(t.shape)) for key, t in plan.random.items()}
+    plan.pieces.clear()
+    return {"file": name, "facts": dataclasses.asdict(facts), "chunks": chunks, "random": random}
+
+
+def _complete(plan: _Plan, reports: list[dict[str, Any]], world: int) -> None:
+    """Rank 0: assets, manifest, name."""
+    files: dict[str, FileFacts] = {}
+    tensors = plan.outline
+    for report in reports:
+        name = report["file"]
+        files[name] = FileFacts(**report["facts"])
+        if (plan.making / name).stat().st_size != files[name].bytes:
+            raise CheckpointError(
+                f"Rank 0 sees another {name} than the rank that wrote it.",
+                write="a folder that all nodes share",
+            )
+        for tensor, offset, shape, key in report["chunks"]:
+            tensors[tensor].chunks.append(Chunk(tuple(offset), tuple(shape), name, key))
+        for key, (dtype, shape) in report["random"].items():
+            whole = Chunk((0,) * len(shape), tuple(shape), name, key)
+            tensors[key] = Entry(dtype, tuple(shape), [whole])
+    for name, data in plan.assets.items():
+        files[f"assets/{name}"] = write_bytes(plan.making / "assets" / name, data)
+    manifest = Manifest(
+        mics=__version__,
+        torch=torch.__version__,
+        world=world,
+        partition=plan.partition,
+        tensors=tensors,
+        aliases=plan.aliases,
+        values=plan.values,
+        extra=plan.extra,
+        files=files,
+    ).to_bytes()
+    write_bytes(plan.making / CHECKSUM, checksum_line(manifest))
+    write_bytes(plan.making / MANIFEST, manifest)
+    for folder in (plan.making / "assets", plan.making):
+        if folder.is_dir():
+            sync(folder)
+    if plan.target.exists():
+        raise CheckpointError(
+            f"{plan.target} has appeared while its checkpoint was being written.",
+            write="one job per folder",
+        )
+    plan.making.rename(plan.target)
+    sync(plan.target.parent)
+
+
+def _text(offset: tuple[int, ...]) -> str:
+    return ",".join(map(str, offset))
+
+
+def _dtype(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
