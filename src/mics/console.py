@@ -11,3 +11,9 @@ def say(text: str) -> None:
     """Print ``text`` once for the whole job."""
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(f"mics: {text}", file=sys.stderr, flush=True)
+
+
+def alarm(text: str) -> None:
+    """Print ``text`` once for the whole job, so that nobody misses it."""
+    line = "!" * 80
+    say(f"{line}\n{text}\n{line}")

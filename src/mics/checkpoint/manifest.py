@@ -191,7 +191,7 @@ def _check_cover(name: str, shape: tuple[int, ...], chunks: list[Chunk]) -> None
 
 
 def _overlap(chunks: Iterable[Chunk]) -> bool:
-    """Whether two boxes share a cell; boxes sorted by their first rows, so that few are compared."""
+    """Whether two boxes share a cell. Sorted by their first rows, so that few are compared."""
     open_boxes: list[Chunk] = []
     for chunk in sorted((c for c in chunks if math.prod(c.shape)), key=lambda c: c.offset[:1]):
         if not chunk.shape:

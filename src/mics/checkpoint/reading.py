@@ -67,10 +67,7 @@ def load(
     """
     folder = Path(path)
     peers = Peers()
-    if verify:
-        manifest = verified_manifest(folder, peers)
-    else:
-        manifest = read_manifest(folder)
+    manifest = verified_manifest(folder, peers) if verify else read_manifest(folder)
     contents = contents_of(model, optimizer)
     _check_same(folder, manifest, contents)
     read_tensors(folder, manifest.tensors, contents.tensors)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from mics.training.data import Batch, Stream, Tokenizer
 from mics.training.step import token_loss
@@ -36,7 +37,7 @@ def evaluate(
         batch = Batch(batch.inputs.to(device), batch.labels.to(device))
         sums[0] += token_loss(model, batch)
         sums[1] += batch.num_targets
-    model.train()
+    _rest(model)
     dist.all_reduce(sums)
     loss, targets = sums.tolist()
     return loss / targets if targets else None
@@ -68,5 +69,13 @@ def sample(
         drawn = torch.multinomial((logits / temperature).softmax(0), 1, generator=generator)
         dist.broadcast(drawn, src=0)
         ids = torch.cat([ids, drawn.reshape(1, 1)], dim=1)
-    model.train()
+    _rest(model)
     return tokenizer.decode(ids[0].tolist())
+
+
+def _rest(model: nn.Module) -> None:
+    """Back to training. What a forward without backward left gathered would be a stale copy."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    model.train()

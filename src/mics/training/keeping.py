@@ -1,107 +1,109 @@
-"""The checkpoints of a run: when to write, what else they hold, where to go on from."""
+"""The checkpoints of a run: when they are written, what else they hold, where to go on from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch import nn
+import torch.distributed as dist
 
-from mics.checkpoint import PendingSave, load, newest_intact, prune, save, step_folder
+from mics.checkpoint import PendingSave, load, newest_intact, prune, save, step_folder, step_of
+from mics.console import alarm, say
 from mics.errors import CheckpointError, ConfigError
-from mics.training.config import CheckpointConfig
 from mics.training.progress import Progress
+from mics.training.setup import Run
 
 
 class Keeper:
-    """Writes the checkpoints of one run; a save that fails is an alarm, never the end of the run.
+    """Writes the checkpoints of a run. One that cannot be written is an alarm, not the end."""
 
-    Args:
-        folder: of the run.
-        config: how many to keep, whether to write beside the next steps.
-        model: sharded by mics.
-        optimizer: its optimizer.
-        data: identity of the order of sequences; a checkpoint of another order is refused.
-        assets: small files that every checkpoint holds, by name.
-        alarm: told, on every rank, what could not be written.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        config: CheckpointConfig,
-        *,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        data: str,
-        assets: Mapping[str, bytes],
-        alarm: Callable[[str], None],
-    ) -> None:
-        self._folder = folder
-        self._config = config
-        self._model = model
-        self._optimizer = optimizer
-        self._data = data
-        self._assets = assets
-        self._alarm = alarm
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._folder = run.config.run.folder
         self._pending: PendingSave | None = None
         self.newest: Path | None = None
         self.last_failed = False
 
-    def resume(self, wanted: str | Path) -> Progress:
-        """Load what ``run.resume`` names and return how far that run had come. Collective.
+    def resume(self) -> Progress:
+        """Load what ``run.resume`` asks for and return how far that run had come. Collective.
 
         Raises:
             CheckpointError: it is damaged, or of another model.
-            ConfigError: "never" in a folder that has checkpoints, or another order of sequences.
+            ConfigError: "never" in a folder that has checkpoints, or they saw other sequences.
         """
+        wanted = self._run.config.run.resume
         found = newest_intact(self._folder) if isinstance(wanted, str) else wanted
         if found is None:
             return Progress()
         if wanted == "never":
             raise ConfigError(
-                f"{self._folder} holds the checkpoints of an earlier run, and run.resume is "
-                '"never": two runs would mix.',
+                f"{self._folder} has checkpoints, and run.resume is never: two runs would mix.",
                 numbers=f"The newest is {found.name}.",
                 write="--run.folder <a new folder>, or --run.resume auto to go on",
             )
-        loaded = load(found, model=self._model, optimizer=self._optimizer)
-        at = Progress(*(int(loaded.extra[name]) for name in ("step", "position", "tokens")))
-        self.newest = found
-        if loaded.extra["data"] == self._data:
-            return at
-        if wanted == "auto":
+        optimizer = self._run.optimizer
+        options = [_options(group) for group in optimizer.param_groups]
+        # The newest one was verified when it was found.
+        loaded = load(
+            found, model=self._run.model, optimizer=optimizer, verify=not isinstance(wanted, str)
+        )
+        for group, own in zip(optimizer.param_groups, options, strict=True):
+            group.update(own)  # this run's options, not those of the run it goes on from
+        at = self._progress(found, loaded.extra)
+        if step_of(found) == at.step and found.parent == self._folder:
+            self.newest = found
+        random = "" if loaded.random_restored else "; random state anew (other ranks)"
+        say(f"goes on from {found}, step {at.step}{random}")
+        return at
+
+    def _progress(self, found: Path, extra: Any) -> Progress:
+        """Raises where the checkpoint is of another run's data, unless it was named."""
+        try:
+            at = Progress(*(int(extra[name]) for name in ("step", "position", "tokens")))
+            data = str(extra["data"])
+        except (KeyError, TypeError, ValueError):
             raise ConfigError(
-                f"{found} was trained on other sequences than this run's.",
-                numbers=f"Data, tokenizer, sequence length and seed there give "
-                f"{loaded.extra['data']}, here {self._data}.",
-                write=f"the data options of {found / 'assets/config.toml'}, or --run.resume "
-                f"{found} to go on with new data from its start",
+                f"{found} was not written by mics train: it does not say how far the data was.",
+                numbers=f"Its extra has {', '.join(extra) or 'nothing'}.",
+                write="mics.load in a loop of your own, or --model.weights to start from weights",
+            ) from None
+        if data == self._run.data.fingerprint:
+            return at
+        if self._run.config.run.resume == "auto":
+            raise ConfigError(
+                f"{found} was trained on other sequences than this run would go on with.",
+                numbers=f"Text, tokenizer, sequence length and seed give {data} there and "
+                f"{self._run.data.fingerprint} here.",
+                write=f"the [data] and seed of {found / 'assets' / 'config.toml'}, or --run.resume "
+                f"{found} to go on with new data",
             )
+        say("the data is new: its order begins anew")
         return Progress(at.step, 0, at.tokens)
 
     def save(self, at: Progress) -> None:
-        """Write a checkpoint, unless this step's is there. Collective."""
-        self.look_after_pending(wait=True)
-        if at.step == 0 or (self.newest is not None and at.step == step_of(self.newest)):
-            return
-        target = step_folder(self._folder, at.step)
-        extra = {"step": at.step, "position": at.position, "tokens": at.tokens, "data": self._data}
+        """Write a checkpoint of this step. Collective."""
+        self.look_after_save(wait=True)
+        config = self._run.config.checkpoint
+        extra: dict[str, Any] = {
+            "step": at.step,
+            "position": at.position,
+            "tokens": at.tokens,
+            "data": self._run.data.fingerprint,
+        }
         try:
             self._pending = save(
-                target,
-                model=self._model,
-                optimizer=self._optimizer,
+                step_folder(self._folder, at.step),
+                model=self._run.model,
+                optimizer=self._run.optimizer,
                 extra=extra,
-                assets=self._assets,
-                asynchronous=self._config.asynchronous,
+                assets=self._run.assets,
+                asynchronous=config.asynchronous,
             )
         except CheckpointError as error:
             self._failed(error)
 
-    def look_after_pending(self, *, wait: bool = False) -> None:
-        """Take note of a save that has ended; ``wait`` for it to end."""
+    def look_after_save(self, *, wait: bool = False) -> None:
+        """Take note of a save that has ended; ``wait``: let it end first."""
         pending = self._pending
         if pending is None or not (wait or pending.done()):
             return
@@ -112,9 +114,14 @@ class Keeper:
             self._failed(error)
             return
         self.newest, self.last_failed = pending.path, False
-        prune(self._folder, self._config.keep)
+        if dist.get_rank() == 0:
+            prune(self._folder, self._run.config.checkpoint.keep)
 
     def _failed(self, error: CheckpointError) -> None:
         self.last_failed = True
         kept = f"{self.newest} is kept" if self.newest else "there is none before it"
-        self._alarm(f"CHECKPOINT NOT WRITTEN: {error}\n{kept}; training goes on.")
+        alarm(f"CHECKPOINT NOT WRITTEN: {error}\n{kept}. Training goes on.")
+
+
+def _options(group: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name != "params"}

@@ -1,4 +1,4 @@
-"""The model of a run: a transformers configuration, and a module built from it on the meta device."""
+"""The model of a run: a transformers configuration, and a module built on the meta device."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def flops_per_token(config: PretrainedConfig, model: nn.Module, sequence: int) -
     looked_up = embeddings - multiplied
     active = sum(p.numel() for p in model.parameters() if id(p) not in looked_up)
     layers, width = config.num_hidden_layers, config.hidden_size
-    return 6.0 * active + 12.0 * layers * width * sequence
+    return float(6 * active + 12 * layers * width * sequence)
 
 
 def _multiplies(module: nn.Module) -> bool:

@@ -28,10 +28,16 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]
     return steps, evaluations
 
 
-def plot_run(metrics: Path, picture: Path, title: str) -> None:
-    """Draw loss (in bits per byte where there are bytes) above throughput, as a PNG."""
+def plot_run(metrics: Path, picture: Path, title: str) -> bool:
+    """Draw loss (in bits per byte where there are bytes) above throughput, as a PNG.
+
+    Returns:
+        False when there is no step to draw.
+    """
     steps, evaluations = read_metrics(metrics)
-    in_bits = bool(steps) and steps[-1]["bits_per_byte"] is not None
+    if not steps:
+        return False
+    in_bits = steps[-1]["bits_per_byte"] is not None
     unit = "bits per byte" if in_bits else "nats per token"
     key = "bits_per_byte" if in_bits else "loss"
     with matplotlib.rc_context({"font.size": 11, "axes.spines.top": False, "axes.grid": True}):
@@ -63,6 +69,7 @@ def plot_run(metrics: Path, picture: Path, title: str) -> None:
             axes.grid(alpha=0.25)
             axes.spines["right"].set_visible(False)
         figure.savefig(picture)
+    return True
 
 
 def _points(entries: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:

@@ -114,6 +114,14 @@ def size(num_bytes: int | None) -> str:
     return f"{num_bytes} B"
 
 
+def count(number: int) -> str:
+    """A large number as text: 10.08 B, 3.34 M, 512."""
+    for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= scale:
+            return f"{number / scale:.2f} {unit}"
+    return str(number)
+
+
 def seconds(value: float | None) -> str:
     """A short time as text."""
     return "n/a" if value is None else f"{value:.2f} s"

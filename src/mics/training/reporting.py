@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import TextIO
 
+import torch.distributed as dist
+
+from mics.console import alarm
+from mics.drawing import draw
 from mics.errors import ConfigError
-from mics.training.config import TrainConfig
 from mics.training.display import open_display
+from mics.training.meter import Meter
 from mics.training.plot import plot_run
-from mics.training.record import EvaluationRecord, StepRecord
+from mics.training.progress import Progress
+from mics.training.record import EvaluationRecord, StepRecord, count, size
+from mics.training.settings import as_plain, as_toml
+from mics.training.setup import Run
 from mics.training.trackers import open_trackers
 
 METRICS = "metrics.jsonl"
@@ -18,32 +25,39 @@ PLOT = "plot.png"
 
 
 class Reporter:
-    """Shows and records a run; rank 0's alone.
+    """Shows and records a run. Rank 0's speaks, the others' are silent.
 
     A disk that is full must not end a run that computes well: what cannot be recorded is said
     once, counted, and said again at the end.
 
     Args:
-        config: of the run.
-        settings: the same as nested plain values, for trackers.
-        title: of the picture.
-        first_step: the first one that will be taken.
+        run: what is trained.
+        meter: what measures it.
+        at: where it begins.
 
     Raises:
         ConfigError: the metrics file cannot be opened.
     """
 
-    def __init__(
-        self, config: TrainConfig, *, settings: dict[str, Any], title: str, first_step: int
-    ) -> None:
-        self._folder = config.run.folder
-        self._title = title
+    def __init__(self, run: Run, meter: Meter, at: Progress) -> None:
+        self._silent = dist.get_rank() != 0
+        if self._silent:
+            return
+        self._run = run
+        self._meter = meter
+        self._begin = at
+        self._folder = run.config.run.folder
         self._metrics = _open_to_append(self._folder / METRICS)
-        self._trackers = open_trackers(config.log, self._folder, settings)
-        self._display = open_display(
-            config.log.live, steps=config.run.steps, first=first_step, every=config.log.every
-        )
+        (self._folder / "config.toml").write_text(as_toml(run.config))
+        self._trackers = open_trackers(run.config.log, self._folder, as_plain(run.config))
         self._lost = 0
+        self._not_as_predicted: list[int] = []
+        self._last: StepRecord | None = None
+        print(_header(run, meter, at), flush=True)
+        log = run.config.log
+        self._display = open_display(
+            log.live, steps=run.config.run.steps, first=at.step + 1, every=log.every
+        )
 
     def __enter__(self) -> Reporter:
         return self
@@ -54,36 +68,81 @@ class Reporter:
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self._silent:
+            return
         self._display.close()
         if self._lost:
-            print(f"!!! {self._lost} entries of {self._folder / METRICS} are lost", flush=True)
+            alarm(f"{self._lost} entries of {self._folder / METRICS} could not be written.")
+        self._metrics.close()
         for tracker in self._trackers:
             tracker.close()
 
-    def say(self, words: str) -> None:
-        """Say something that stays."""
-        self._display.say(words)
-
-    def alarm(self, words: str) -> None:
-        """Say something that nobody may miss."""
-        line = "!" * 88
-        self._display.say(f"{line}\n{words}\n{line}")
-
     def step(self, record: StepRecord) -> None:
         """A step has ended."""
+        if self._silent:
+            return
+        self._last = record
+        if not record.traffic_as_predicted:
+            self._not_as_predicted.append(record.step)
         self._display.step(record)
         self._record(record)
 
-    def evaluation(self, record: EvaluationRecord) -> None:
-        """An evaluation has ended."""
+    def evaluation(self, record: EvaluationRecord | None) -> None:
+        """An evaluation has ended; ``None``: there is nothing held out."""
+        if self._silent or record is None:
+            return
         self._display.evaluation(record)
         self._record(record)
 
-    def plot(self) -> Path:
-        """Draw the run, all its parts together, and return where."""
+    def end(self, at: Progress, checkpoint: Path | None, text: str | None) -> None:
+        """The run has ended: show the sample, the picture, the bytes and what to do next."""
+        if self._silent:
+            return
+        self._display.close()
+        words = []
+        if text is not None:
+            words += ["", "sample", *(f"  | {line}" for line in text.splitlines())]
         picture = self._folder / PLOT
-        plot_run(self._folder / METRICS, picture, self._title)
-        return picture
+        if plot_run(self._folder / METRICS, picture, self._run.config.model.name):
+            words += ["", f"plot        {picture}"]
+        words += ["", *self._traffic(at)]
+        words += ["", *self._next(at, checkpoint)]
+        print("\n".join(words), flush=True)
+
+    def _traffic(self, at: Progress) -> list[str]:
+        if self._last is None:
+            return [f"no step was taken: the run is at step {at.step} of {self._steps}"]
+        last, meter = self._last, self._meter
+        taken = at.step - self._begin.step
+        equal = taken - len(self._not_as_predicted)
+        wrong = ""
+        if self._not_as_predicted:
+            wrong = f"; NOT in steps {', '.join(map(str, self._not_as_predicted[:8]))}"
+        return [
+            f"{'bytes sent per step':<24}{'predicted':>16}{'counted':>16}",
+            f"{'  between nodes':<24}{meter.predicted_between_nodes:>16,}"
+            f"{last.bytes_between_nodes:>16,}",
+            f"{'  inside nodes':<24}{meter.predicted_inside_nodes:>16,}"
+            f"{last.bytes_inside_nodes:>16,}",
+            f"  counted = predicted, every rank, stage and link: {equal} of {taken} steps{wrong}",
+        ]
+
+    def _next(self, at: Progress, checkpoint: Path | None) -> list[str]:
+        words = [f"step {at.step} of {self._steps}, {count(at.tokens)} tokens"]
+        if checkpoint is None:
+            return [*words, "no checkpoint was written"]
+        words += [f"checkpoint  {checkpoint}"]
+        if at.step < self._steps:
+            return [*words, "next        the same command goes on from there"]
+        return [
+            *words,
+            f"next        mics export {checkpoint} {self._folder / 'exported'}",
+            f"            or the same command with --run.steps {2 * self._steps}, to go on",
+        ]
+
+    @property
+    def _steps(self) -> int:
+        return self._run.config.run.steps
 
     def _record(self, record: StepRecord | EvaluationRecord) -> None:
         try:
@@ -94,7 +153,28 @@ class Reporter:
         except OSError as error:
             self._lost += 1
             if self._lost == 1:
-                self.alarm(f"cannot record step {record.step}: {error}. Training goes on.")
+                alarm(f"Step {record.step} cannot be recorded: {error}. Training goes on.")
+
+
+def _header(run: Run, meter: Meter, at: Progress) -> str:
+    data, batch = run.data, run.batch
+    steps_left = run.config.run.steps - at.step
+    epochs = (at.position + steps_left * batch.global_batch) / data.train.num_sequences
+    lines = [
+        as_toml(run.config),
+        f"model   {run.config.model.name}: {type(run.model).__name__.removeprefix('FSDP')}, "
+        f"{count(run.parameters)} parameters, {run.sequence} tokens per sequence",
+        f"data    {run.config.data.source}: {count(data.train.num_tokens)} tokens in "
+        f"{data.train.num_sequences:,} sequences, {data.held_out.num_sequences:,} held out; "
+        f"{data.train.bytes_per_token:.2f} bytes per token, {data.tokenizer.size:,} ids",
+        f"batch   {batch}",
+        f"steps   {at.step + 1} to {run.config.run.steps}, {epochs:.2f} epochs in the end",
+        f"bytes   {size(meter.predicted_between_nodes)} between nodes and "
+        f"{size(meter.predicted_inside_nodes)} inside them per step, predicted",
+        "",
+        draw(run.topology),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _open_to_append(path: Path) -> TextIO:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,9 +40,10 @@ class Outcome:
 def take_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    batches: Sequence[Batch],
+    batches: Iterable[Batch],
     config: OptimizerConfig,
     *,
+    device: torch.device,
     step: int,
     steps: int,
     stop: bool,
@@ -57,22 +58,23 @@ def take_step(
     Args:
         model: a sharded transformers model.
         optimizer: over its parameters.
-        batches: one per micro-step, on the model's device.
+        batches: one per micro-step, on the device.
         config: clipping and the learning rate.
+        device: the model's.
         step: which step this is, from 1.
         steps: steps of the whole run.
         stop: whether this rank was asked to stop after this step.
         count: called when communication of the gradients has ended; what it returns is summed
             over the ranks.
     """
-    device = batches[0].inputs.device
     total = torch.zeros((), dtype=torch.float64, device=device)
+    targets = 0
     for batch in micro_steps(model, batches, normalise=_num_targets):
         loss = token_loss(model, batch)
         loss.backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
+        targets += batch.num_targets
     norm = clip_gradients(model, config.clip)
-    targets = sum(batch.num_targets for batch in batches)
     mine = torch.tensor([targets, stop, *count()], dtype=torch.float64, device=device)
     sums = torch.cat([total.reshape(1), mine])
     dist.all_reduce(sums)

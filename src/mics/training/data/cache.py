@@ -79,12 +79,12 @@ def spool(
     size = 0
     with file.open("wb") as out:
         for document in documents:
-            text = document[: limit - size] if limit else document
-            if text:
-                out.write(text)
-                size += len(text)
+            kept = document[: limit - size] if limit else document
+            if kept:
+                out.write(kept)
+                size += len(kept)
                 ends.append(size)
-                ranks.append(_hash(seed, text))
+                ranks.append(_hash(seed, kept))
                 progress("reading", size, limit)
             if limit and size >= limit:
                 break

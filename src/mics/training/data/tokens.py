@@ -105,7 +105,7 @@ def saved_tokenizer(name: str) -> Tokenizer:
     path = Path(name).expanduser()
     try:
         if path.is_file():
-            loaded: Any = PreTrainedTokenizerFast(tokenizer_file=str(path))
+            loaded: Any = PreTrainedTokenizerFast(tokenizer_file=str(path))  # type: ignore[no-untyped-call]
             _name_specials(loaded)
         elif path.is_dir() or name.count("/") == 1:
             loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -127,13 +127,13 @@ def saved_tokenizer(name: str) -> Tokenizer:
 
 
 def _byte_level(backend: Backend, *, split_words: bool = False) -> Backend:
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split_words)  # type: ignore[assignment]
-    backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split_words)
+    backend.decoder = decoders.ByteLevel()
     return backend
 
 
 def _fast(backend: Backend) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=backend,
         bos_token=SEPARATOR,
         eos_token=SEPARATOR,

@@ -1,0 +1,161 @@
+"""Everything a run needs before its first step, in the order it is needed."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers import PretrainedConfig
+
+from mics.checkpoint import hold_folder
+from mics.mesh import default_device_type, start
+from mics.model_sharding import shard
+from mics.topology import Topology
+from mics.training.batching import Batching, solve
+from mics.training.config import TrainConfig
+from mics.training.data import Batch, Data, Tokenizer, prepare_data
+from mics.training.models import (
+    build_on_meta,
+    check_fits,
+    flops_per_token,
+    load_config,
+    num_parameters,
+    num_positions,
+    task_of,
+)
+from mics.training.optimisation import make_optimizer
+from mics.training.settings import as_toml
+from mics.training.trackers import check_trackers
+from mics.training.weights import load_weights
+from mics.units import units_of
+
+_LONGEST_BY_DEFAULT = 1024  # where the model has no limit of its own, or a very high one
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is ready for its first step."""
+
+    config: TrainConfig
+    shape: PretrainedConfig
+    model: nn.Module
+    parameters: int
+    flops_per_token: float
+    optimizer: torch.optim.Optimizer
+    data: Data
+    batch: Batching
+    topology: Topology
+    device: torch.device
+    sequence: int
+    assets: dict[str, bytes]
+
+    @property
+    def masked(self) -> bool:
+        """Whether it is a masked language model."""
+        return task_of(self.shape) == "masked"
+
+    def micro_batches(self, position: int) -> Iterator[Batch]:
+        """This rank's micro-batches of the step that begins at ``position``.
+
+        Together the ranks take the next ``global_batch`` sequences, every one once, whatever the
+        layout.
+        """
+        rank, size = dist.get_rank(), self.batch.micro_batch
+        for micro in range(self.batch.micro_steps):
+            first = position + (micro * self.batch.ranks + rank) * size
+            batch = self.data.train.batch(first, size)
+            yield Batch(
+                batch.inputs.to(self.device, non_blocking=True),
+                batch.labels.to(self.device, non_blocking=True),
+            )
+
+
+@contextmanager
+def set_up(config: TrainConfig) -> Iterator[Run]:
+    """Hold the run's folder and build what trains in it. Collective over all ranks.
+
+    Raises:
+        MicsError: an option, the data, the model or the cluster does not fit; on every rank.
+    """
+    check_trackers(config.log)
+    world, _ = start()
+    device_type = default_device_type()
+    device = torch.device(device_type)
+    batch = solve(config.batch, world)
+    with hold_folder(config.run.folder):
+        shape, data, sequence = _shape_and_data(config)
+        torch.manual_seed(config.run.seed)  # of the weights
+        model = build_on_meta(shape)
+        parameters = num_parameters(model)
+        flops = flops_per_token(shape, model, sequence)
+        shard(
+            model,
+            partition=config.parallel.partition,
+            gpus_per_node=config.parallel.gpus_per_node,
+            mp_policy=_precision(config.parallel.dtype),
+            activation_checkpointing=config.parallel.activation_checkpointing,
+            compile=config.parallel.compile,
+            collectives=config.parallel.collectives,
+        )
+        if config.model.weights is not None:
+            load_weights(model, config.model.weights)
+        torch.manual_seed(config.run.seed + 1 + dist.get_rank())  # of dropout
+        groups = units_of(model)[0].groups
+        yield Run(
+            config=config,
+            shape=shape,
+            model=model.train(),
+            parameters=parameters,
+            flops_per_token=flops,
+            optimizer=make_optimizer(model, config.optimizer),
+            data=data,
+            batch=batch,
+            topology=Topology.from_world(world, groups.gpus_per_node, groups.shard.size()),
+            device=device,
+            sequence=sequence,
+            assets=_assets(config, shape, data.tokenizer),
+        )
+        dist.barrier()
+
+
+def _shape_and_data(config: TrainConfig) -> tuple[PretrainedConfig, Data, int]:
+    """The model's configuration needs the tokenizer's size, the data the model's positions."""
+    name = config.model.name
+    draft = load_config(name, vocabulary=8, separator=0)
+    positions = num_positions(draft)
+    sequence = config.data.sequence or min(positions or _LONGEST_BY_DEFAULT, _LONGEST_BY_DEFAULT)
+    check_fits(draft, sequence=sequence, vocabulary=0)
+    data = prepare_data(
+        config.data,
+        seed=config.run.seed,
+        sequence=sequence,
+        masked=task_of(draft) == "masked",
+        folder=config.run.folder,
+    )
+    shape = load_config(name, vocabulary=data.tokenizer.size, separator=data.tokenizer.separator)
+    check_fits(shape, sequence=sequence, vocabulary=data.tokenizer.size)
+    return shape, data, sequence
+
+
+def _precision(dtype: str) -> MixedPrecisionPolicy:
+    compute = torch.bfloat16 if dtype == "bf16" else None
+    return MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+
+
+def _assets(config: TrainConfig, shape: PretrainedConfig, tokenizer: Tokenizer) -> dict[str, bytes]:
+    """What makes a checkpoint a model that others can use."""
+    assets = {"config.toml": as_toml(config).encode()}
+    with tempfile.TemporaryDirectory() as scratch:
+        shape.save_pretrained(str(Path(scratch) / "model"))
+        tokenizer.save(Path(scratch) / "tokenizer")
+        for file in sorted(Path(scratch).rglob("*")):
+            if file.is_file():
+                assets[file.relative_to(scratch).as_posix()] = file.read_bytes()
+    return assets
