@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from mics.commands import VERBS
 from mics.errors import MicsError
@@ -44,13 +45,18 @@ def _run_verb(name: str, options: list[str]) -> int:
     import tyro
 
     verb = importlib.import_module(f"mics.commands.{name}")
-    config = tyro.cli(
-        verb.Config,
-        prog=f"mics {name}",
-        args=options,
-        console_outputs=_speaks(),
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    keywords: dict[str, Any] = {
+        "prog": f"mics {name}",
+        "console_outputs": _speaks(),
+        "config": (tyro.conf.FlagCreatePairsOff,),
+    }
+    try:
+        if hasattr(verb, "parse"):
+            config = verb.parse(options, **keywords)
+        else:
+            config = tyro.cli(verb.Config, args=options, **keywords)
+    except MicsError as error:
+        return _refuse(str(error))
     try:
         code: int = verb.run(config)
     except KeyboardInterrupt:

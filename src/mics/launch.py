@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -70,6 +71,17 @@ def export_torch_variables(launch: Launch) -> None:
     # One port per Slurm job, so that two jobs on one node do not meet.
     job = int(os.environ.get("SLURM_JOB_ID", "0"))
     os.environ.setdefault("MASTER_PORT", str(29500 + job % 10000))
+
+
+def listen_on_loopback() -> None:
+    """Keep the backends' sockets off the network, unless the user has named an interface.
+
+    For ranks that are all of this machine.
+    """
+    names = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        if names:
+            os.environ.setdefault(variable, names[0])
 
 
 def _torchrun(env: Mapping[str, str]) -> Launch:

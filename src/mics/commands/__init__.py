@@ -1,8 +1,9 @@
 """The verbs of the command line, one module each.
 
 A verb's module has a frozen dataclass ``Config`` (its options; the docstrings are the help) and a
-function ``run(config) -> int`` that returns the exit code: 0 ok, 1 failed, 2 usage. To add a verb,
-write that module and add its line to ``VERBS``.
+function ``run(config) -> int`` that returns the exit code: 0 ok, 1 failed, 2 usage. A verb whose
+options come from a file as well has ``parse(words) -> Config``. To add a verb, write that module
+and add its line to ``VERBS``.
 """
 
 from __future__ import annotations
@@ -20,5 +21,6 @@ class Verb:
 
 
 VERBS = (
+    Verb("train", "train a language model", "mics train examples/demo.toml"),
     Verb("doctor", "check ranks, groups and links", "mics doctor --ranks 8 --gpus-per-node 2"),
 )

@@ -24,7 +24,7 @@ from torch.multiprocessing.spawn import (
 
 from mics.drawing import ranks_text
 from mics.errors import MicsError
-from mics.launch import Launch, export_torch_variables
+from mics.launch import Launch, export_torch_variables, listen_on_loopback
 from mics.mesh import default_device_type
 
 LOCAL = "mics"
@@ -189,18 +189,10 @@ def _local_rank(
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if device_type == "cpu":
         torch.set_num_threads(1)
-    _listen_on_loopback()
+    listen_on_loopback()
     launch = Launch(LOCAL, rank, ranks, rank, ranks)
     store = dist.FileStore(str(Path(folder) / "store"), ranks)  # type: ignore[attr-defined]
     _make_group(store, launch, device_type, seconds)
     code = work(launch, *arguments)
     dist.destroy_process_group()
     sys.exit(code)
-
-
-def _listen_on_loopback() -> None:
-    """Keep the backends' sockets off the network, unless the user has named an interface."""
-    names = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
-    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        if names:
-            os.environ.setdefault(variable, names[0])
