@@ -1,0 +1,60 @@
+"""Does an exported folder compute what the checkpoint computes? Through two separate ways in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mics.checkpoint.contents import contents_of
+from mics.checkpoint.manifest import read_manifest
+from mics.checkpoint.reading import read_tensors
+from mics.exchange.exporting import CONFIG, Exported
+from mics.training.models import build_on_meta, load_config, num_positions
+
+_SEQUENCES, _LENGTH = 2, 32
+
+
+def largest_difference(exported: Exported, dtype: torch.dtype | None) -> float:
+    """The largest difference between logits of the export and of the checkpoint itself.
+
+    The export is loaded by transformers alone, the checkpoint is read into a model built from its
+    configuration; both see the same random ids. Needs the memory of both models.
+
+    Args:
+        exported: what ``export`` returned.
+        dtype: that it was exported in; ``None``: the checkpoint's.
+    """
+    theirs = _load_plain(exported.folder, dtype)
+    ours = _load_checkpoint(exported.checkpoint)
+    config = load_config(str(exported.checkpoint / CONFIG), vocabulary=1, separator=0)
+    length = min(_LENGTH, num_positions(config) or _LENGTH)
+    seeded = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, config.vocab_size, (_SEQUENCES, length), generator=seeded)
+    with torch.no_grad():
+        difference = theirs(input_ids=ids).logits.float() - ours(input_ids=ids).logits.float()
+    return difference.abs().max().item()
+
+
+def _load_plain(folder: Path, dtype: torch.dtype | None) -> nn.Module:
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+    from mics.training.models import task_of
+
+    config = load_config(str(folder), vocabulary=1, separator=0)
+    auto = AutoModelForMaskedLM if task_of(config) == "masked" else AutoModelForCausalLM
+    model: nn.Module = auto.from_pretrained(str(folder), dtype=dtype or "auto")
+    return model.eval()
+
+
+def _load_checkpoint(checkpoint: Path) -> nn.Module:
+    config = load_config(str(checkpoint / CONFIG), vocabulary=1, separator=0)
+    manifest = read_manifest(checkpoint)
+    torch.manual_seed(0)
+    model = build_on_meta(config, device="cpu").eval()
+    names = contents_of(model, None).tensors
+    first = next(manifest.tensors[name] for name in names)
+    model = model.to(first.torch_dtype)
+    read_tensors(checkpoint, manifest.tensors, contents_of(model, None).tensors)
+    return model

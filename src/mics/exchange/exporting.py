@@ -1,0 +1,177 @@
+"""A checkpoint as a folder that transformers loads, written one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mics.checkpoint.disk import sync, write_bytes
+from mics.checkpoint.folder import newest_intact
+from mics.checkpoint.manifest import MANIFEST, Entry, Manifest
+from mics.checkpoint.reading import read_tensors
+from mics.checkpoint.verifying import verified_manifest
+from mics.errors import CheckpointError
+from mics.exchange.stream import write_stream
+
+CONFIG = "assets/model/config.json"
+_TOKENIZER = "assets/tokenizer/"
+_PREFIX = "model/"
+
+Told = Callable[[str, int, int], None]
+"""Told what is being done, how many bytes of it are, and of how many."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and where from."""
+
+    checkpoint: Path
+    folder: Path
+    num_tensors: int
+    num_bytes: int
+    files: list[str]
+
+
+def find_checkpoint(path: Path) -> Path:
+    """A checkpoint itself, or the newest intact one of a run's folder.
+
+    Raises:
+        CheckpointError: neither.
+    """
+    if (path / MANIFEST).is_file():
+        return path
+    found = newest_intact(path) if path.is_dir() else None
+    if found is None:
+        raise CheckpointError(
+            f"There is no checkpoint at {path}.",
+            numbers="It is a folder without one." if path.is_dir() else "There is no such folder.",
+            write="the folder of a run, or of one checkpoint, e.g. runs/default/step-00000500",
+        )
+    return found
+
+
+def export(
+    path: Path, out: Path, *, dtype: torch.dtype | None, shard_bytes: int, told: Told
+) -> Exported:
+    """Write ``config.json``, the tokenizer and the weights of a checkpoint to a new folder.
+
+    Every file of the checkpoint is verified first. No more than one tensor is in memory. The
+    folder appears under its name when it is complete.
+
+    Args:
+        path: a checkpoint, or a run's folder.
+        out: the folder to be made.
+        dtype: of floating-point tensors; ``None`` keeps theirs.
+        shard_bytes: most bytes per file, where a tensor is not larger by itself.
+        told: called as the work goes on.
+
+    Raises:
+        CheckpointError: no checkpoint, a damaged one, one without a model configuration, or ``out``
+            exists or cannot be written.
+    """
+    checkpoint = find_checkpoint(path)
+    manifest = verified_manifest(checkpoint)
+    if CONFIG not in manifest.files:
+        raise CheckpointError(
+            f"{checkpoint} does not say which transformers model it is of.",
+            numbers=f"Its assets are {_assets(manifest) or 'none'}.",
+            write='mics.save(..., assets={"model/config.json": config.to_json_string().encode()})',
+        )
+    if out.exists():
+        raise CheckpointError(f"{out} exists; nothing is written over.", write="another folder")
+    making = out.with_name(f"{out.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        making.mkdir(parents=True)
+        exported = _write(checkpoint, manifest, making, dtype, shard_bytes, told)
+        making.rename(out)
+        sync(out.parent)
+    except OSError as error:
+        raise CheckpointError(
+            f"{out} cannot be written: {error.strerror or error}.", write="a writable folder"
+        ) from None
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+    return Exported(checkpoint, out, *exported)
+
+
+def _write(
+    checkpoint: Path,
+    manifest: Manifest,
+    out: Path,
+    dtype: torch.dtype | None,
+    shard_bytes: int,
+    told: Told,
+) -> tuple[int, int, list[str]]:
+    entries = {
+        name.removeprefix(_PREFIX): entry
+        for name, entry in manifest.tensors.items()
+        if name.startswith(_PREFIX)
+    }
+    dtypes = {name: _dtype_of(entry, dtype) for name, entry in entries.items()}
+    sizes = {
+        name: e.num_bytes // e.torch_dtype.itemsize * dtypes[name].itemsize
+        for name, e in entries.items()
+    }
+    shards = _shards(sizes, shard_bytes)
+    total, done = sum(sizes.values()), 0
+
+    def value_of(name: str) -> torch.Tensor:
+        nonlocal done
+        entry = entries[name]
+        value = torch.empty(entry.shape, dtype=entry.torch_dtype)
+        read_tensors(checkpoint, {name: entry}, {name: value})
+        done += sizes[name]
+        told("writing", done, total)
+        return value
+
+    files = [
+        "model.safetensors"
+        if len(shards) == 1
+        else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        for number in range(1, len(shards) + 1)
+    ]
+    for file, names in zip(files, shards, strict=True):
+        write_stream(out / file, [(n, dtypes[n], entries[n].shape) for n in names], value_of)
+    if len(shards) > 1:
+        where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        write_bytes(out / "model.safetensors.index.json", json.dumps(index, indent=2).encode())
+    config: dict[str, Any] = json.loads((checkpoint / CONFIG).read_text())
+    if dtype is not None:
+        config["dtype"] = str(dtype).removeprefix("torch.")
+    write_bytes(out / "config.json", json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")
+    for name in manifest.files:
+        if name.startswith(_TOKENIZER):
+            target = out / name.removeprefix(_TOKENIZER)
+            write_bytes(target, (checkpoint / name).read_bytes())
+    return len(entries), total, sorted(os.listdir(out))
+
+
+def _dtype_of(entry: Entry, wanted: torch.dtype | None) -> torch.dtype:
+    if wanted is None or not entry.torch_dtype.is_floating_point:
+        return entry.torch_dtype
+    return wanted
+
+
+def _shards(sizes: dict[str, int], most: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > most:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def _assets(manifest: Manifest) -> str:
+    return ", ".join(name for name in manifest.files if name.startswith("assets/"))

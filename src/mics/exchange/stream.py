@@ -1,0 +1,71 @@
+"""A safetensors file written tensor by tensor, so that no more than one is ever in memory.
+
+The format is eight bytes of header length, a JSON header, then the tensors back to back
+(github.com/huggingface/safetensors, "Format"); the library itself writes whole dictionaries only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from mics.checkpoint.disk import sync
+from mics.checkpoint.manifest import FileFacts
+
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+"""torch's dtype by the format's name for it."""
+
+Shape = tuple[int, ...]
+
+
+def write_stream(
+    path: Path,
+    tensors: Sequence[tuple[str, torch.dtype, Shape]],
+    value_of: Callable[[str], torch.Tensor],
+) -> FileFacts:
+    """Write ``tensors`` (name, dtype, shape); ``value_of`` gives them one after the other.
+
+    Returns:
+        Size and checksum of the file.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, dtype, shape in tensors:
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {
+            "dtype": _NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for part in (len(text).to_bytes(8, "little"), text):
+            digest.update(part)
+            file.write(part)
+        for name, dtype, shape in tensors:
+            value = value_of(name).to(dtype).contiguous()
+            assert tuple(value.shape) == shape
+            data = memoryview(value.reshape(-1).view(torch.uint8).numpy())
+            digest.update(data)
+            file.write(data)
+    sync(path)
+    return FileFacts(8 + len(text) + end, digest.hexdigest())
