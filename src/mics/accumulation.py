@@ -161,7 +161,7 @@ def _refuse_unreduced(units: list[Unit]) -> None:
     if not unreduced:
         return
     size = sum(
-        compat.padded_shard_numel(unit.group, trainable=True)
+        compat.trainable_shard_numel(unit.group)
         * unit.groups.shard.size()
         * compat.reduce_dtype(unit.group).itemsize
         for unit in unreduced

@@ -156,8 +156,8 @@ def _measure(group: Any, groups: Groups) -> None:
     shard_ranks = ranks_of(groups.shard)
     p = groups.shard.size()
     gather, reduce = compat.gather_dtype(group), compat.reduce_dtype(group)
-    gather_bytes = compat.padded_shard_numel(group, trainable=False) * gather.itemsize * p
-    reduce_bytes = compat.padded_shard_numel(group, trainable=True) * reduce.itemsize * p
+    gather_bytes = compat.gathered_shard_bytes(group) * p
+    reduce_bytes = compat.trainable_shard_numel(group) * reduce.itemsize * p
     measure(groups, groups.shard, shard_ranks, "all_gather", gather_bytes, gather)
     measure(groups, groups.shard, shard_ranks, "reduce_scatter", reduce_bytes, reduce)
     if compat.reshards_after_forward(group):
