@@ -6,6 +6,7 @@ that it fails when torch closes it, then the same steps with mics.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import warnings
 from collections.abc import Callable
@@ -498,3 +499,46 @@ def _by_tokens() -> None:
 
 def test_loss_can_be_normalised_by_the_tokens_of_all_ranks_and_micro_steps() -> None:
     _in_ranks(_by_tokens)
+
+
+def _steps_too_early(partition: int) -> dict[str, str]:
+    """What optimizer.step() says in the last micro-step, after a break, and after a new start."""
+    mesh = mics.init_mesh(partition=partition)
+    said = {}
+    for normalise in (None, "micro_steps"):
+        for when in ("in the first", "in the last", "after a break in the last"):
+            model = _model()
+            mics.fully_shard(model, mesh=mesh)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            try:
+                for i, batch in enumerate(
+                    mics.micro_steps(model, [1, 2], normalise=normalise)  # type: ignore[arg-type]
+                ):
+                    _backward(model, batch)
+                    if when == ("in the first", "in the last")[i]:
+                        optimizer.step()
+                    if i == 1 and "break" in when:
+                        break
+                optimizer.step()
+                said[f"{when}, {normalise}"] = ""
+            except mics.MicroStepError as error:
+                said[f"{when}, {normalise}"] = str(error)
+            optimizer.zero_grad()
+            _backward(model, 3)  # no micro_steps: a gradient that owes nothing to the step left
+            optimizer.step()
+    return said
+
+
+@pytest.mark.parametrize("partition", [2, 4])
+@pytest.mark.filterwarnings("ignore::mics.MicsWarning")
+def test_an_optimizer_step_before_gradients_are_complete_and_normalised_is_refused(
+    partition: int,
+) -> None:
+    said = run_ranks(_quietly, 4, functools.partial(_steps_too_early, partition))[0]
+    for normalise in ("None", "micro_steps"):
+        assert "optimizer.step() was called before the l" in said.pop(f"in the first, {normalise}")
+    for when in ("in the last", "after a break in the last"):
+        assert said.pop(f"{when}, None") == ""  # nothing is to come
+        text = said.pop(f"{when}, micro_steps")
+        assert "its gradients are not normalised yet" in text and "1 micro-step(s)" in text
+    assert not said
