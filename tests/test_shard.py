@@ -225,6 +225,44 @@ def test_a_meta_parameter_nobody_initialises_is_named() -> None:
         assert "initialise=" in text
 
 
+class Positions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.register_buffer("positions", torch.arange(4))
+        self.register_buffer("mask", torch.ones(4, 4, dtype=torch.bool).tril(), persistent=False)
+
+
+def _integers(initialise: Any) -> list[Any]:
+    with torch.device("meta"):
+        model = Positions()
+    model.register_buffer("real", torch.tensor(7))  # has its value: nobody need set it
+    quiet(lambda: mics.shard(model, partition=2, initialise=initialise))
+    return [model.positions.tolist(), model.mask.sum().item()]
+
+
+def test_a_meta_buffer_of_integers_or_bools_nobody_initialises_is_named() -> None:
+    """There is no integer that says "not set": zeros would train, wrongly."""
+    for text in errors_of_ranks(_integers, 2, None):
+        assert "positions was on the meta device and nothing set its values" in text
+
+    def initialise(module: nn.Module) -> None:
+        if isinstance(module, Positions):
+            module.positions.copy_(torch.arange(4))
+        elif isinstance(module, nn.Linear):
+            module.reset_parameters()
+
+    for text in errors_of_ranks(_integers, 2, initialise):
+        assert "mask was on the meta device and nothing set its values" in text
+
+    def initialise_all(module: nn.Module) -> None:
+        initialise(module)
+        if isinstance(module, Positions):
+            module.mask = torch.ones(4, 4, dtype=torch.bool).tril()
+
+    assert run_ranks(_integers, 2, initialise_all) == [[[0, 1, 2, 3], 10]] * 2
+
+
 def _own_initialiser() -> float:
     with torch.device("meta"):
         model = Forgotten()
