@@ -213,6 +213,64 @@ def test_ranks_that_disagree_on_sharding_arguments_are_named() -> None:
         assert "'reshard_after_forward=True', rank 3 has 'reshard_after_forward=False'" in text
 
 
+def _stack(depth: int = 2) -> nn.Module:
+    return nn.Sequential(*[nn.Linear(4, 4) for _ in range(depth)])
+
+
+def _one_rank_differs(how: str) -> None:
+    """Rank 1 would take another path, or raise, while the others wait for it."""
+    odd = dist.get_rank() == 1
+    if how == "model without blocks":
+        mics.shard(nn.Linear(4, 4) if odd else _stack(), partition=2)
+    if how == "model, partition chosen":
+        mics.shard(_stack(3 if odd else 2))
+    if how == "partition":
+        mics.shard(_stack(), partition=2 if odd else "auto")
+    if how == "blocks":
+        mics.shard(_stack(), partition=2, blocks=[nn.Conv2d if odd else nn.Linear])
+    mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("shard",))
+    if how == "node size":
+        mics.fully_shard(_stack(), mesh=mesh, gpus_per_node=1 if odd else 2)
+    model = _stack()
+    if how == "meta device" and odd:
+        model[1].to("meta")
+    if how == "buffers" and odd:
+        model.register_buffer("scale", torch.ones(2))
+    mics.fully_shard(model, mesh=mesh)
+
+
+@pytest.mark.parametrize(
+    ("how", "what"),
+    [
+        ("model without blocks", "Ranks disagree on model: rank(s) 1 differ"),
+        ("model, partition chosen", "Ranks disagree on model: rank(s) 1 differ"),
+        ("partition", "rank 0 has 'partition=auto', rank 1 has 'partition=2'"),
+        ("blocks", "rank 0 has 'blocks=Linear', rank 1 has 'blocks=Conv2d'"),
+        ("node size", "Ranks disagree on ranks per node: rank(s) 1 differ"),
+        ("meta device", "on tensors on the meta device: rank(s) 1 differ"),
+        ("buffers", "rank 0 has nothing, rank 1 has 'scale (2,) float32 buffer'"),
+    ],
+)
+def test_one_rank_that_differs_leaves_no_other_waiting(how: str, what: str) -> None:
+    for text in errors_of_ranks(_one_rank_differs, 4, how):
+        assert what in text
+
+
+def _launched_ragged(entrance: str) -> None:
+    os.environ["LOCAL_WORLD_SIZE"] = "4" if dist.get_rank() < 4 else "2"
+    if entrance == "init_mesh":
+        mics.init_mesh(partition=2)
+    else:
+        mics.shard(_stack())
+
+
+@pytest.mark.parametrize("entrance", ["init_mesh", "shard"])
+def test_a_launch_of_unequal_nodes_is_refused_on_every_rank(entrance: str) -> None:
+    for text in errors_of_ranks(_launched_ragged, 6, entrance):
+        assert "Ranks disagree on ranks per node: rank(s) 4, 5 differ from rank 0" in text
+        assert "rank 0 has '4', rank 4 has '2'" in text
+
+
 def _other_gpus_per_node() -> None:
     mesh = mics.init_mesh(partition=4, gpus_per_node=2)
     mics.fully_shard(nn.Linear(4, 4), mesh=mesh, gpus_per_node=4)
