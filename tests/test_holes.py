@@ -508,8 +508,10 @@ def _steps_too_early(partition: int) -> dict[str, str]:
     for normalise in (None, "micro_steps"):
         for when in ("in the first", "in the last", "after a break in the last"):
             model = _model()
-            mics.fully_shard(model, mesh=mesh)
+            mics.fully_shard(model, mesh=mesh)  # one unit, the root
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            with torch.no_grad():  # leaves the root unsharded, other parameters on its modules
+                model(_data(1)[0], "ab")
             try:
                 for i, batch in enumerate(
                     mics.micro_steps(model, [1, 2], normalise=normalise)  # type: ignore[arg-type]

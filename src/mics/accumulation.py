@@ -70,11 +70,11 @@ def micro_steps(
 class _OpenStep:
     """A step between its first micro-batch and the end of its loop."""
 
-    def __init__(self, model: nn.Module, *, normalises: bool) -> None:
+    def __init__(self, model: nn.Module, units: list[Unit], *, normalises: bool) -> None:
         self.index = 0
         self.last = False
         self._normalises = normalises
-        self._params = list(model.parameters())
+        self._params = [p for unit in units for p in compat.sharded_params(unit.group)]
         self._left: list[weakref.ref[torch.Tensor] | None] | None = None
         self._guard = model.register_state_dict_pre_hook(self._refuse_state_dict)  # type: ignore[no-untyped-call]
 
@@ -145,7 +145,7 @@ def _run(
         )
     _abandon(model, units)
     _guard_optimizers()
-    step = _open_steps[model] = _OpenStep(model, normalises=normalise is not None)
+    step = _open_steps[model] = _OpenStep(model, units, normalises=normalise is not None)
     tokens: list[int | torch.Tensor] = []
     try:
         while batch is not nothing:
