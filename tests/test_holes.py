@@ -544,3 +544,33 @@ def test_an_optimizer_step_before_gradients_are_complete_and_normalised_is_refus
         text = said.pop(f"{when}, micro_steps")
         assert "its gradients are not normalised yet" in text and "1 micro-step(s)" in text
     assert not said
+
+
+def _evaluate_before_the_optimizer() -> None:
+    """FSDP2 leaves the root unsharded after an evaluation; its next forward uses those weights."""
+    for whole in (torch_fully_shard, mics.fully_shard):
+        model = _sharded(whole)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        _backward(model, step=1)
+        with torch.no_grad():
+            model(_data(1)[0], "ab")
+        optimizer.step()
+        optimizer.zero_grad()
+        if whole is torch_fully_shard:
+            used = model(_data(2)[0], "ab").detach()
+        else:
+            ledger = mics.ledger(model)
+            ledger.reset()
+            for _ in mics.micro_steps(model, [1]):
+                output = model(_data(2)[0], "ab")
+                (output**2).mean().backward()
+            used = output.detach()
+            assert ledger.traffic() == mics.predict_traffic(model)
+        model.reshard()
+        with torch.no_grad():
+            fresh = model(_data(2)[0], "ab")
+        assert torch.equal(used, fresh) == (whole is mics.fully_shard), whole.__module__
+
+
+def test_an_evaluation_before_the_optimizer_step_leaves_no_old_weights_behind() -> None:
+    _in_ranks(_evaluate_before_the_optimizer)

@@ -144,6 +144,7 @@ def _run(
             write="at least one batch per step on every rank",
         )
     _abandon(model, units)
+    _reshard(model)
     _guard_optimizers()
     step = _open_steps[model] = _OpenStep(model, units, normalises=normalise is not None)
     tokens: list[int | torch.Tensor] = []
@@ -201,6 +202,13 @@ def _abandon(model: nn.Module, units: list[Unit]) -> None:
             MicsWarning,
             stacklevel=3,
         )
+
+
+def _reshard(model: nn.Module) -> None:
+    """Free what an evaluation left gathered: the optimizer may have changed the shards since."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _refuse_unreduced(units: list[Unit]) -> None:
