@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -332,3 +333,35 @@ def test_the_profile_is_read_again_and_says_the_same_everywhere(tmp_path: Any) -
     finally:
         del os.environ["MICS_PROFILE"]
     assert len(set(map(str, first + second))) == 1
+
+
+def _with_profile(text: str | None) -> None:
+    path = os.environ["MICS_PROFILE"]
+    if dist.get_rank() == 0 and text is not None:
+        cluster = f"gloo on cpu, 4 ranks, 2 per node, torch {torch.__version__}"
+        Path(path).write_text(text.replace("CLUSTER", cluster))
+    if text is None:  # an account without a home folder, as in many containers
+        for name in ("MICS_PROFILE", "XDG_CACHE_HOME", "HOME"):
+            os.environ.pop(name, None)
+        os.getuid = lambda: 2**30
+    mesh = mics.init_mesh(partition=4, gpus_per_node=2)
+    model = mics.fully_shard(nn.Linear(16, 16), mesh=mesh)
+    model(torch.ones(1, 16)).sum().backward()
+    assert mics.ledger(model).traffic() == mics.predict_traffic(model)
+
+
+DAMAGED = [
+    "{",
+    "[]",
+    '{"format": 1}',
+    '{"format": 1, "clusters": []}',
+    '{"format": 1, "clusters": {"CLUSTER": 1}}',
+    '{"format": 1, "clusters": {"CLUSTER": {"all_gather 2 2 9 float32": {"form": "fast"}}}}',
+    '{"format": 1, "clusters": {"CLUSTER": {"all_gather two 2 9 float32": {"form": "flat"}}}}',
+    '{"format": 1, "clusters": {"CLUSTER": {"all_gather": {"form": "flat"}}}}',
+]
+
+
+@pytest.mark.parametrize("text", [*DAMAGED, None])
+def test_a_damaged_or_missing_profile_stops_nobody(text: str | None) -> None:
+    run_ranks(_with_profile, 4, text)
