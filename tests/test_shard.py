@@ -79,6 +79,22 @@ def test_a_block_that_shares_a_parameter_is_left_to_the_root() -> None:
     assert names(layers) == ["1"]
 
 
+def test_blocks_that_all_share_a_parameter_are_refused_with_its_name() -> None:
+    """In the root, all of them would be gathered at once: nothing would be saved."""
+    model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(2)])
+    model[1].bias = model[0].bias
+    with pytest.raises(mics.ShardError) as error:
+        find_blocks(model)
+    assert "Every block of Sequential shares a parameter" in str(error.value)
+    assert "0 and 1 share 0.bias" in str(error.value)
+
+
+def test_block_names_that_do_not_occur_in_a_model_are_passed_over() -> None:
+    model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(2)])
+    model._no_split_modules = ["OldName"]
+    assert list(find_blocks(model)) == ["0", "1"]
+
+
 def test_a_model_without_blocks_says_what_it_has_and_how_to_name_them() -> None:
     with pytest.raises(mics.ShardError) as error:
         find_blocks(Attention())

@@ -163,13 +163,20 @@ def reshards_after_forward(group: Any) -> bool:
     return bool(group._reshard_after_forward)
 
 
-def is_resharded_root(group: Any, model: nn.Module) -> bool:
-    """Whether FSDP2's first forward will stop resharding this group, ``model`` being the root."""
+def becomes_root(group: Any, model: nn.Module) -> bool:
+    """Whether FSDP2's first forward will make this group a root's, and stop resharding it.
+
+    That is the fate of every sharded module under ``model`` that no other sharded module contains,
+    if ``reshard_after_forward`` was left out.
+    """
     (first, *_) = modules_of(group)
-    if first is not model or not isinstance(first, FSDPModule):
+    if not isinstance(first, FSDPModule):
         return False
     state = first._get_fsdp_state()
-    return state._is_root is None and bool(state._auto_reshard_after_forward)
+    if state._is_root is not None or not state._auto_reshard_after_forward:
+        return False
+    outer = (m for m in model.modules() if isinstance(m, FSDPModule) and m is not first)
+    return not any(inner is first for m in outer for inner in m.modules())
 
 
 def backward_gather_group(group: Any) -> dist.ProcessGroup:
