@@ -163,8 +163,20 @@ def test_a_mesh_of_three_axes_is_refused() -> None:
         assert "The mesh has 3 axes" in text and "(1, 2, 2)" in text
 
 
-class _Wide(nn.Linear):
-    pass
+def _outside_or_unnamed() -> None:
+    part = DeviceMesh("cpu", [0, 1], mesh_dim_names=("shard",))
+    unnamed = DeviceMesh("cpu", [[0, 1], [2, 3]])
+    groups_of(part if dist.get_rank() > 1 else unnamed)
+
+
+def test_a_rank_outside_its_mesh_and_a_mesh_without_names_are_refused() -> None:
+    texts = errors_of_ranks(_outside_or_unnamed, 4)
+    for text in texts[:2]:
+        assert "A 2-D mesh needs names for its axes" in text
+        assert 'mesh_dim_names=("replicate", "shard")' in text
+    for rank, text in enumerate(texts[2:], start=2):
+        assert f"Rank {rank} is not in the mesh it shards with" in text
+        assert "The mesh holds ranks [0, 1]" in text
 
 
 def _different_model(difference: str) -> None:

@@ -113,6 +113,11 @@ def test_a_module_of_another_dtype_becomes_a_unit_of_its_own() -> None:
     mixed.bias.data = mixed.bias.data.bfloat16()
     with pytest.raises(mics.ShardError, match="several dtypes"):
         units_of_block(nn.Sequential(mixed, nn.Linear(8, 8)), set())
+    block = nn.Sequential(nn.Linear(8, 8))
+    block.register_parameter("scale", nn.Parameter(torch.ones(8, dtype=torch.bfloat16)))
+    with pytest.raises(mics.ShardError, match="Sequential itself holds parameters of") as error:
+        units_of_block(block, set())
+    assert "torch.bfloat16, most of what it contains is torch.float32" in str(error.value)
 
 
 def _mixed_dtypes() -> None:
