@@ -574,3 +574,20 @@ def _evaluate_before_the_optimizer() -> None:
 
 def test_an_evaluation_before_the_optimizer_step_leaves_no_old_weights_behind() -> None:
     _in_ranks(_evaluate_before_the_optimizer)
+
+
+def _normalised_in_bf16() -> None:
+    mesh = mics.init_mesh(partition=2, gpus_per_node=2)
+    model = mics.fully_shard(nn.Linear(8, 8).bfloat16(), mesh=mesh)
+    seen = []
+    for normalise in (None, lambda _: 7):
+        for x in mics.micro_steps(model, [torch.ones(2, 8).bfloat16()], normalise=normalise):
+            model(x).square().sum().backward()
+        seen.append(_full(model.weight.grad))
+        model.zero_grad()
+    # Of the mean over 4 ranks, per token of 4 x 7. The factor itself is no bf16 number.
+    assert torch.equal(seen[1], (seen[0].double() * (4 / 28)).bfloat16())
+
+
+def test_normalising_bf16_gradients_rounds_once() -> None:
+    _in_ranks(_normalised_in_bf16)

@@ -265,4 +265,5 @@ def _scale(units: list[Unit], factor: Callable[[Unit], float | torch.Tensor]) ->
             if param.grad is not None:
                 local = param.grad.to_local()  # type: ignore[attr-defined]
                 scale = factor(unit)
-                local.mul_(scale.to(local.dtype) if isinstance(scale, torch.Tensor) else scale)
+                # A tensor moves to offloaded gradients, but keeps its dtype: the result rounds once.
+                local.mul_(scale.to(local.device) if isinstance(scale, torch.Tensor) else scale)
