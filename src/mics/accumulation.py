@@ -265,5 +265,5 @@ def _scale(units: list[Unit], factor: Callable[[Unit], float | torch.Tensor]) ->
             if param.grad is not None:
                 local = param.grad.to_local()  # type: ignore[attr-defined]
                 scale = factor(unit)
-                # A tensor moves to offloaded gradients, but keeps its dtype: the result rounds once.
+                # To the device of offloaded gradients, but not to their dtype: it rounds once.
                 local.mul_(scale.to(local.device) if isinstance(scale, torch.Tensor) else scale)
