@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from models import TiedTransformer, UnevenMLP, gradients, loss_of, seeded, shard_blocks, weights
+from ranks import run_ranks
 from side_by_side import (
     Answer,
     FullyShard,
@@ -19,6 +22,8 @@ from side_by_side import (
 )
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
+
+import mics
 
 POLICIES = {
     "bf16, reduced in fp32": MixedPrecisionPolicy(torch.bfloat16, torch.float32),
@@ -151,3 +156,39 @@ def test_accumulation_in_fp32_of_bf16_gradients_by_hand():
         }
 
     same_as_torch(script)
+
+
+class Adapted(nn.Module):
+    """A frozen bf16 base and a trainable fp32 adapter in one block, as with LoRA."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(6, 6, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+        self.adapter = nn.Linear(6, 6, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x.bfloat16()).float() + self.adapter(x)
+
+
+def _train_adapters() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Adapted(), Adapted())
+    alone = copy.deepcopy(model)
+    mesh = mics.init_mesh(partition=2, gpus_per_node=2)
+    for module in (*model, model):
+        mics.fully_shard(module, mesh=mesh)
+    data = torch.randn(4, 3, 6)
+    model(data[dist.get_rank()]).square().mean().backward()
+    alone(data.flatten(0, 1)).square().mean().backward()
+    for ours, exact in zip(model, alone, strict=True):
+        gradient = ours.adapter.weight.grad
+        assert gradient is not None and exact.adapter.weight.grad is not None
+        # bf16 would be 4e-3 away.
+        torch.testing.assert_close(
+            gradient.full_tensor(), exact.adapter.weight.grad, rtol=1e-5, atol=1e-6
+        )
+    assert mics.ledger(model).traffic() == mics.predict_traffic(model)
+
+
+def test_a_frozen_base_of_another_dtype_lowers_no_gradients_precision():
+    run_ranks(_train_adapters, 4)

@@ -6,6 +6,7 @@ that it fails when torch closes it, then the same steps with mics.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import warnings
 from collections.abc import Callable
@@ -498,3 +499,95 @@ def _by_tokens() -> None:
 
 def test_loss_can_be_normalised_by_the_tokens_of_all_ranks_and_micro_steps() -> None:
     _in_ranks(_by_tokens)
+
+
+def _steps_too_early(partition: int) -> dict[str, str]:
+    """What optimizer.step() says in the last micro-step, after a break, and after a new start."""
+    mesh = mics.init_mesh(partition=partition)
+    said = {}
+    for normalise in (None, "micro_steps"):
+        for when in ("in the first", "in the last", "after a break in the last"):
+            model = _model()
+            mics.fully_shard(model, mesh=mesh)  # one unit, the root
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            with torch.no_grad():  # leaves the root unsharded, other parameters on its modules
+                model(_data(1)[0], "ab")
+            try:
+                for i, batch in enumerate(
+                    mics.micro_steps(model, [1, 2], normalise=normalise)  # type: ignore[arg-type]
+                ):
+                    _backward(model, batch)
+                    if when == ("in the first", "in the last")[i]:
+                        optimizer.step()
+                    if i == 1 and "break" in when:
+                        break
+                optimizer.step()
+                said[f"{when}, {normalise}"] = ""
+            except mics.MicroStepError as error:
+                said[f"{when}, {normalise}"] = str(error)
+            optimizer.zero_grad()
+            _backward(model, 3)  # no micro_steps: a gradient that owes nothing to the step left
+            optimizer.step()
+    return said
+
+
+@pytest.mark.parametrize("partition", [2, 4])
+@pytest.mark.filterwarnings("ignore::mics.MicsWarning")
+def test_an_optimizer_step_before_gradients_are_complete_and_normalised_is_refused(
+    partition: int,
+) -> None:
+    said = run_ranks(_quietly, 4, functools.partial(_steps_too_early, partition))[0]
+    for normalise in ("None", "micro_steps"):
+        assert "optimizer.step() was called before the l" in said.pop(f"in the first, {normalise}")
+    for when in ("in the last", "after a break in the last"):
+        assert said.pop(f"{when}, None") == ""  # nothing is to come
+        text = said.pop(f"{when}, micro_steps")
+        assert "its gradients are not normalised yet" in text and "1 micro-step(s)" in text
+    assert not said
+
+
+def _evaluate_before_the_optimizer() -> None:
+    """FSDP2 leaves the root unsharded after an evaluation; its next forward uses those weights."""
+    for whole in (torch_fully_shard, mics.fully_shard):
+        model = _sharded(whole)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        _backward(model, step=1)
+        with torch.no_grad():
+            model(_data(1)[0], "ab")
+        optimizer.step()
+        optimizer.zero_grad()
+        if whole is torch_fully_shard:
+            used = model(_data(2)[0], "ab").detach()
+        else:
+            ledger = mics.ledger(model)
+            ledger.reset()
+            for _ in mics.micro_steps(model, [1]):
+                output = model(_data(2)[0], "ab")
+                (output**2).mean().backward()
+            used = output.detach()
+            assert ledger.traffic() == mics.predict_traffic(model)
+        model.reshard()
+        with torch.no_grad():
+            fresh = model(_data(2)[0], "ab")
+        assert torch.equal(used, fresh) == (whole is mics.fully_shard), whole.__module__
+
+
+def test_an_evaluation_before_the_optimizer_step_leaves_no_old_weights_behind() -> None:
+    _in_ranks(_evaluate_before_the_optimizer)
+
+
+def _normalised_in_bf16() -> None:
+    mesh = mics.init_mesh(partition=2, gpus_per_node=2)
+    model = mics.fully_shard(nn.Linear(8, 8).bfloat16(), mesh=mesh)
+    seen = []
+    for normalise in (None, lambda _: 7):
+        for x in mics.micro_steps(model, [torch.ones(2, 8).bfloat16()], normalise=normalise):
+            model(x).square().sum().backward()
+        seen.append(_full(model.weight.grad))
+        model.zero_grad()
+    # Of the mean over 4 ranks, per token of 4 x 7. The factor itself is no bf16 number.
+    assert torch.equal(seen[1], (seen[0].double() * (4 / 28)).bfloat16())
+
+
+def test_normalising_bf16_gradients_rounds_once() -> None:
+    _in_ranks(_normalised_in_bf16)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mics import TopologyError
-from mics.launch import Launch, first_host, read_launch
+from mics.launch import Launch, export_torch_variables, first_host, read_launch
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 SLURM = {
@@ -53,6 +53,21 @@ def test_missing_and_malformed_variables_are_named() -> None:
         read_launch(TORCHRUN | {"RANK": "zero"})
     with pytest.raises(TopologyError, match="how many ranks each node has"):
         read_launch({k: v for k, v in SLURM.items() if "TASKS_PER_NODE" not in k})
+
+
+def test_an_unknown_address_of_rank_0_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Set first, so that what is exported here is taken back at the end.
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.setenv(name, "")
+    for name in ("MASTER_ADDR", "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(TopologyError) as error:
+        export_torch_variables(Launch("Open MPI", 0, 8, 0, 4))
+    assert "Open MPI does not say where rank 0 listens" in str(error.value)
+    assert "8 ranks, 4 per node" in str(error.value)
+    assert "Write: export MASTER_ADDR=<host of rank 0>" in str(error.value)
+    with pytest.raises(TopologyError, match="node list is empty"):
+        first_host("")
 
 
 @pytest.mark.parametrize(

@@ -171,3 +171,27 @@ def test_the_ledger_of_a_model_that_mics_did_not_shard_is_an_error() -> None:
     (text,) = errors_of_ranks(_not_ours, 1)
     assert "Linear has no module sharded by mics" in text
     assert "mics.shard(model)" in text
+
+
+def _roots_that_are_not_the_model(how: str) -> None:
+    """FSDP2 makes every outermost sharded module a root, at its first forward."""
+    torch.manual_seed(0)
+    if how == "wrapped":
+        run = Run(2, 2, micro_steps=2, steps=1)
+        model: nn.Module = nn.Sequential(_sharded(run))
+    else:
+        mesh = mics.init_mesh(partition=2, gpus_per_node=2)
+        run = Run(2, 2, micro_steps=2, steps=1)
+        model = Stack()
+        for block in model.blocks:
+            mics.fully_shard(block, mesh=mesh)
+    predicted = mics.predict_traffic(model, micro_steps=2)
+    view = mics.ledger(model)
+    view.reset()
+    _one_step(model, run)
+    assert view.traffic() == predicted == mics.predict_traffic(model, micro_steps=2)
+
+
+@pytest.mark.parametrize("how", ["wrapped", "blocks alone"])
+def test_traffic_is_predicted_before_the_first_step_wherever_the_root_is(how: str) -> None:
+    run_ranks(_roots_that_are_not_the_model, 4, how)

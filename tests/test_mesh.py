@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -162,8 +163,20 @@ def test_a_mesh_of_three_axes_is_refused() -> None:
         assert "The mesh has 3 axes" in text and "(1, 2, 2)" in text
 
 
-class _Wide(nn.Linear):
-    pass
+def _outside_or_unnamed() -> None:
+    part = DeviceMesh("cpu", [0, 1], mesh_dim_names=("shard",))
+    unnamed = DeviceMesh("cpu", [[0, 1], [2, 3]])
+    groups_of(part if dist.get_rank() > 1 else unnamed)
+
+
+def test_a_rank_outside_its_mesh_and_a_mesh_without_names_are_refused() -> None:
+    texts = errors_of_ranks(_outside_or_unnamed, 4)
+    for text in texts[:2]:
+        assert "A 2-D mesh needs names for its axes" in text
+        assert 'mesh_dim_names=("replicate", "shard")' in text
+    for rank, text in enumerate(texts[2:], start=2):
+        assert f"Rank {rank} is not in the mesh it shards with" in text
+        assert "The mesh holds ranks [0, 1]" in text
 
 
 def _different_model(difference: str) -> None:
@@ -211,6 +224,64 @@ def test_ranks_that_disagree_on_sharding_arguments_are_named() -> None:
     for text in errors_of_ranks(_disagree_on_arguments, 4):
         assert "Ranks disagree on sharding arguments: rank(s) 3 differ from rank 0" in text
         assert "'reshard_after_forward=True', rank 3 has 'reshard_after_forward=False'" in text
+
+
+def _stack(depth: int = 2) -> nn.Module:
+    return nn.Sequential(*[nn.Linear(4, 4) for _ in range(depth)])
+
+
+def _one_rank_differs(how: str) -> None:
+    """Rank 1 would take another path, or raise, while the others wait for it."""
+    odd = dist.get_rank() == 1
+    if how == "model without blocks":
+        mics.shard(nn.Linear(4, 4) if odd else _stack(), partition=2)
+    if how == "model, partition chosen":
+        mics.shard(_stack(3 if odd else 2))
+    if how == "partition":
+        mics.shard(_stack(), partition=2 if odd else "auto")
+    if how == "blocks":
+        mics.shard(_stack(), partition=2, blocks=[nn.Conv2d if odd else nn.Linear])
+    mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("shard",))
+    if how == "node size":
+        mics.fully_shard(_stack(), mesh=mesh, gpus_per_node=1 if odd else 2)
+    model = _stack()
+    if how == "meta device" and odd:
+        model[1].to("meta")
+    if how == "buffers" and odd:
+        model.register_buffer("scale", torch.ones(2))
+    mics.fully_shard(model, mesh=mesh)
+
+
+@pytest.mark.parametrize(
+    ("how", "what"),
+    [
+        ("model without blocks", "Ranks disagree on model: rank(s) 1 differ"),
+        ("model, partition chosen", "Ranks disagree on model: rank(s) 1 differ"),
+        ("partition", "rank 0 has 'partition=auto', rank 1 has 'partition=2'"),
+        ("blocks", "rank 0 has 'blocks=Linear', rank 1 has 'blocks=Conv2d'"),
+        ("node size", "Ranks disagree on ranks per node: rank(s) 1 differ"),
+        ("meta device", "on tensors on the meta device: rank(s) 1 differ"),
+        ("buffers", "rank 0 has nothing, rank 1 has 'scale (2,) float32 buffer'"),
+    ],
+)
+def test_one_rank_that_differs_leaves_no_other_waiting(how: str, what: str) -> None:
+    for text in errors_of_ranks(_one_rank_differs, 4, how):
+        assert what in text
+
+
+def _launched_ragged(entrance: str) -> None:
+    os.environ["LOCAL_WORLD_SIZE"] = "4" if dist.get_rank() < 4 else "2"
+    if entrance == "init_mesh":
+        mics.init_mesh(partition=2)
+    else:
+        mics.shard(_stack())
+
+
+@pytest.mark.parametrize("entrance", ["init_mesh", "shard"])
+def test_a_launch_of_unequal_nodes_is_refused_on_every_rank(entrance: str) -> None:
+    for text in errors_of_ranks(_launched_ragged, 6, entrance):
+        assert "Ranks disagree on ranks per node: rank(s) 4, 5 differ from rank 0" in text
+        assert "rank 0 has '4', rank 4 has '2'" in text
 
 
 def _other_gpus_per_node() -> None:
@@ -274,3 +345,35 @@ def test_the_profile_is_read_again_and_says_the_same_everywhere(tmp_path: Any) -
     finally:
         del os.environ["MICS_PROFILE"]
     assert len(set(map(str, first + second))) == 1
+
+
+def _with_profile(text: str | None) -> None:
+    path = os.environ["MICS_PROFILE"]
+    if dist.get_rank() == 0 and text is not None:
+        cluster = f"gloo on cpu, 4 ranks, 2 per node, torch {torch.__version__}"
+        Path(path).write_text(text.replace("CLUSTER", cluster))
+    if text is None:  # an account without a home folder, as in many containers
+        for name in ("MICS_PROFILE", "XDG_CACHE_HOME", "HOME"):
+            os.environ.pop(name, None)
+        os.getuid = lambda: 2**30
+    mesh = mics.init_mesh(partition=4, gpus_per_node=2)
+    model = mics.fully_shard(nn.Linear(16, 16), mesh=mesh)
+    model(torch.ones(1, 16)).sum().backward()
+    assert mics.ledger(model).traffic() == mics.predict_traffic(model)
+
+
+DAMAGED = [
+    "{",
+    "[]",
+    '{"format": 1}',
+    '{"format": 1, "clusters": []}',
+    '{"format": 1, "clusters": {"CLUSTER": 1}}',
+    '{"format": 1, "clusters": {"CLUSTER": {"all_gather 2 2 9 float32": {"form": "fast"}}}}',
+    '{"format": 1, "clusters": {"CLUSTER": {"all_gather two 2 9 float32": {"form": "flat"}}}}',
+    '{"format": 1, "clusters": {"CLUSTER": {"all_gather": {"form": "flat"}}}}',
+]
+
+
+@pytest.mark.parametrize("text", [*DAMAGED, None])
+def test_a_damaged_or_missing_profile_stops_nobody(text: str | None) -> None:
+    run_ranks(_with_profile, 4, text)

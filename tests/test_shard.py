@@ -79,6 +79,22 @@ def test_a_block_that_shares_a_parameter_is_left_to_the_root() -> None:
     assert names(layers) == ["1"]
 
 
+def test_blocks_that_all_share_a_parameter_are_refused_with_its_name() -> None:
+    """In the root, all of them would be gathered at once: nothing would be saved."""
+    model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(2)])
+    model[1].bias = model[0].bias
+    with pytest.raises(mics.ShardError) as error:
+        find_blocks(model)
+    assert "Every block of Sequential shares a parameter" in str(error.value)
+    assert "0 and 1 share 0.bias" in str(error.value)
+
+
+def test_block_names_that_do_not_occur_in_a_model_are_passed_over() -> None:
+    model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(2)])
+    model._no_split_modules = ["OldName"]
+    assert list(find_blocks(model)) == ["0", "1"]
+
+
 def test_a_model_without_blocks_says_what_it_has_and_how_to_name_them() -> None:
     with pytest.raises(mics.ShardError) as error:
         find_blocks(Attention())
@@ -97,6 +113,11 @@ def test_a_module_of_another_dtype_becomes_a_unit_of_its_own() -> None:
     mixed.bias.data = mixed.bias.data.bfloat16()
     with pytest.raises(mics.ShardError, match="several dtypes"):
         units_of_block(nn.Sequential(mixed, nn.Linear(8, 8)), set())
+    block = nn.Sequential(nn.Linear(8, 8))
+    block.register_parameter("scale", nn.Parameter(torch.ones(8, dtype=torch.bfloat16)))
+    with pytest.raises(mics.ShardError, match="Sequential itself holds parameters of") as error:
+        units_of_block(block, set())
+    assert "torch.bfloat16, most of what it contains is torch.float32" in str(error.value)
 
 
 def _mixed_dtypes() -> None:
@@ -223,6 +244,44 @@ def test_a_meta_parameter_nobody_initialises_is_named() -> None:
     for text in errors_of_ranks(_forgotten, 2):
         assert "gate was on the meta device and nothing set its values" in text
         assert "initialise=" in text
+
+
+class Positions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.register_buffer("positions", torch.arange(4))
+        self.register_buffer("mask", torch.ones(4, 4, dtype=torch.bool).tril(), persistent=False)
+
+
+def _integers(initialise: Any) -> list[Any]:
+    with torch.device("meta"):
+        model = Positions()
+    model.register_buffer("real", torch.tensor(7))  # has its value: nobody need set it
+    quiet(lambda: mics.shard(model, partition=2, initialise=initialise))
+    return [model.positions.tolist(), model.mask.sum().item()]
+
+
+def test_a_meta_buffer_of_integers_or_bools_nobody_initialises_is_named() -> None:
+    """There is no integer that says "not set": zeros would train, wrongly."""
+    for text in errors_of_ranks(_integers, 2, None):
+        assert "positions was on the meta device and nothing set its values" in text
+
+    def initialise(module: nn.Module) -> None:
+        if isinstance(module, Positions):
+            module.positions.copy_(torch.arange(4))
+        elif isinstance(module, nn.Linear):
+            module.reset_parameters()
+
+    for text in errors_of_ranks(_integers, 2, initialise):
+        assert "mask was on the meta device and nothing set its values" in text
+
+    def initialise_all(module: nn.Module) -> None:
+        initialise(module)
+        if isinstance(module, Positions):
+            module.mask = torch.ones(4, 4, dtype=torch.bool).tril()
+
+    assert run_ranks(_integers, 2, initialise_all) == [[[0, 1, 2, 3], 10]] * 2
 
 
 def _own_initialiser() -> float:

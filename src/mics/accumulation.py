@@ -6,6 +6,7 @@ replicas) in the last one only, overlapped with its backward (MiCS section 3.4).
 
 from __future__ import annotations
 
+import functools
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from mics import compat
 from mics.errors import MicroStepError, MicsWarning
@@ -52,7 +54,8 @@ def micro_steps(
 
     Raises:
         MicroStepError: no batch; gradient sync was switched off; a step of this model is open
-            elsewhere; ``state_dict`` between micro-steps; ``optimizer.step`` before the last one.
+            elsewhere; ``state_dict`` between micro-steps; ``optimizer.step`` before the loop is
+            over, where its gradients are not complete or not normalised yet.
     """
     units = units_of(model)
     _refuse_unreduced(units)
@@ -65,14 +68,40 @@ def micro_steps(
 
 
 class _OpenStep:
-    """A step between its first micro-batch and its last."""
+    """A step between its first micro-batch and the end of its loop."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, units: list[Unit], *, normalises: bool) -> None:
         self.index = 0
+        self.last = False
+        self._normalises = normalises
+        self._params = [p for unit in units for p in compat.sharded_params(unit.group)]
+        self._left: list[weakref.ref[torch.Tensor] | None] | None = None
         self._guard = model.register_state_dict_pre_hook(self._refuse_state_dict)  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
         self._guard.remove()
+        self._left = [None if p.grad is None else weakref.ref(p.grad) for p in self._params]
+
+    def owes(self, stepped: set[int]) -> bool:
+        """Whether an optimizer of these parameters would use gradients that are not finished."""
+        if self.last and not self._normalises:
+            return False
+        mine = [(i, p.grad) for i, p in enumerate(self._params) if id(p) in stepped]
+        if self._left is None:
+            return any(gradient is not None for _, gradient in mine)
+        # After an exception or a break: as long as what the step left is still there.
+        left = [(self._left[i], gradient) for i, gradient in mine]
+        return any(ref is not None and ref() is gradient for ref, gradient in left)
+
+    def refuse_optimizer(self) -> None:
+        raise MicroStepError(
+            "optimizer.step() was called before the loop over mics.micro_steps(...) had ended: its "
+            + ("gradients are not normalised yet." if self.last else "gradients are incomplete."),
+            numbers=f"{self.index} micro-step(s) have ended; the one under way is "
+            f"{'the last' if self.last else 'not the last'}.",
+            write="optimizer.step() after the loop, without break; or drop the gradients with "
+            "optimizer.zero_grad()",
+        )
 
     def _refuse_state_dict(self, *_: Any) -> None:
         raise MicroStepError(
@@ -84,6 +113,23 @@ class _OpenStep:
 
 
 _open_steps: weakref.WeakKeyDictionary[nn.Module, _OpenStep] = weakref.WeakKeyDictionary()
+
+
+@functools.cache
+def _guard_optimizers() -> None:
+    """Once per process: no optimizer may step on the gradients of an open step."""
+    register_optimizer_step_pre_hook(_refuse_unfinished)
+
+
+def _refuse_unfinished(
+    optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    if not _open_steps:
+        return
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for step in _open_steps.values():
+        if step.owes(stepped):
+            step.refuse_optimizer()
 
 
 def _run(
@@ -98,12 +144,15 @@ def _run(
             write="at least one batch per step on every rank",
         )
     _abandon(model, units)
-    step = _open_steps[model] = _OpenStep(model)
+    _reshard(model)
+    _guard_optimizers()
+    step = _open_steps[model] = _OpenStep(model, units, normalises=normalise is not None)
     tokens: list[int | torch.Tensor] = []
     try:
         while batch is not nothing:
             following: Any = next(batches, nothing)
-            _set_all_reduce(model, following is nothing)
+            step.last = following is nothing
+            _set_all_reduce(model, step.last)
             if callable(normalise):
                 tokens.append(normalise(batch))
             yield batch
@@ -118,16 +167,15 @@ def _run(
         # Only after a last micro-step without a backward is anything left to do here.
         for hop in _hops(units):
             hop.synchronise()
+        if normalise == "micro_steps":
+            _scale(units, lambda unit: 1.0 / step.index)
+        elif callable(normalise):
+            total = _total(tokens, units[0])
+            _scale(units, lambda unit: _ranks_averaged(unit) / total)
+        del _open_steps[model]
     finally:
-        if _open_steps.get(model) is step and batch is nothing:
-            del _open_steps[model]
         _set_all_reduce(model, True)
         step.close()
-    if normalise == "micro_steps":
-        _scale(units, lambda unit: 1.0 / step.index)
-    elif callable(normalise):
-        total = _total(tokens, units[0])
-        _scale(units, lambda unit: _ranks_averaged(unit) / total)
 
 
 def _abandon(model: nn.Module, units: list[Unit]) -> None:
@@ -156,12 +204,19 @@ def _abandon(model: nn.Module, units: list[Unit]) -> None:
         )
 
 
+def _reshard(model: nn.Module) -> None:
+    """Free what an evaluation left gathered: the optimizer may have changed the shards since."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def _refuse_unreduced(units: list[Unit]) -> None:
     unreduced = [unit for unit in units if not compat.wants_reduce(unit.group)]
     if not unreduced:
         return
     size = sum(
-        compat.padded_shard_numel(unit.group, trainable=True)
+        compat.trainable_shard_numel(unit.group)
         * unit.groups.shard.size()
         * compat.reduce_dtype(unit.group).itemsize
         for unit in unreduced
@@ -210,4 +265,5 @@ def _scale(units: list[Unit], factor: Callable[[Unit], float | torch.Tensor]) ->
             if param.grad is not None:
                 local = param.grad.to_local()  # type: ignore[attr-defined]
                 scale = factor(unit)
-                local.mul_(scale.to(local.dtype) if isinstance(scale, torch.Tensor) else scale)
+                # To the device of offloaded gradients, but not to their dtype: it rounds once.
+                local.mul_(scale.to(local.device) if isinstance(scale, torch.Tensor) else scale)

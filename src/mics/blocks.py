@@ -42,6 +42,14 @@ def find_blocks(model: nn.Module, blocks: Blocks = None) -> dict[str, nn.Module]
             write="mics.shard(model, blocks=[BlockClass]), or mics.fully_shard on each part",
         )
     shared = _shared_parameters(model, found)
+    if len(shared) == len(found):
+        raise ShardError(
+            f"Every block of {type(model).__name__} shares a parameter with the rest of the model, "
+            "so that all of them would be one unit and nothing could be freed between uses.",
+            numbers=_first_shared(model, found),
+            write="mics.shard(model, blocks=[modules that share nothing]), or "
+            "mics.fully_shard(model, mesh=mesh) to have one unit",
+        )
     return {name: block for name, block in found.items() if name not in shared}
 
 
@@ -108,8 +116,9 @@ def _given(model: nn.Module, blocks: Blocks) -> dict[str, nn.Module]:
 
 def _guess(model: nn.Module) -> dict[str, nn.Module]:
     named = getattr(model, "_no_split_modules", None)
-    if named:
-        return _outermost(model, lambda m: type(m).__name__ in named)
+    found = _outermost(model, lambda m: type(m).__name__ in named) if named else {}
+    if found:
+        return found
     repeated = _repeated_children(model, only_containers=True)
     return repeated or _repeated_children(model, only_containers=False)
 
@@ -143,6 +152,20 @@ def _repeated_children(model: nn.Module, *, only_containers: bool) -> dict[str, 
         counts = Counter(type(c) for c in children)
         repeated |= {c for c in children if counts[type(c)] >= 2}
     return _outermost(model, lambda m: m in repeated)
+
+
+def _first_shared(model: nn.Module, blocks: dict[str, nn.Module]) -> str:
+    """Who shares the first shared parameter of the blocks."""
+    for param_name, param in model.named_parameters():
+        paths = [n for n, p in model.named_parameters(remove_duplicate=False) if p is param]
+        holders = dict.fromkeys(_block_of(path, blocks) or path for path in paths)
+        if len(holders) > 1 and any(holder in blocks for holder in holders):
+            return f"{' and '.join(holders)} share {param_name}."
+    return ""
+
+
+def _block_of(path: str, blocks: dict[str, nn.Module]) -> str:
+    return next((name for name in blocks if path.startswith(f"{name}.")), "")
 
 
 def _shared_parameters(model: nn.Module, blocks: dict[str, nn.Module]) -> set[str]:

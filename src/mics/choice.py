@@ -11,10 +11,11 @@ from __future__ import annotations
 import json
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.distributed as dist
@@ -97,7 +98,10 @@ def profile_path() -> Path:
     named = os.environ.get("MICS_PROFILE")
     if named:
         return Path(named)
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    try:
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:  # an account without a home, as in many containers
+        cache = Path(tempfile.gettempdir()) / f"cache-{os.getuid()}"
     return Path(cache) / "torch-mics" / "profile.json"
 
 
@@ -197,9 +201,7 @@ def _read_profile(groups: Groups) -> None:
     for axis in groups.axes[::-1]:
         text = gather_text(text, axis, groups.device)[0]
     for key, entry in json.loads(text).items():
-        collective, nodes, ranks_per_node, size_class, dtype = key.split(" ")
-        choice = Choice(collective, int(nodes), int(ranks_per_node), int(size_class), dtype)
-        groups.layout.choices.setdefault(choice, entry["form"])
+        groups.layout.choices.setdefault(*_parse(key, entry))
 
 
 def _write_profile(groups: Groups, choice: Choice, flat: float, hierarchical: float) -> None:
@@ -229,8 +231,24 @@ def _load(path: Path) -> dict[str, dict[str, dict[str, object]]]:
     except (OSError, ValueError) as error:
         say(f"cannot read {path}: {error}; measuring again")
         return {}
-    if not isinstance(document, dict) or document.get("format") != _FORMAT:
+    try:
+        if document["format"] != _FORMAT:
+            raise ValueError
+        clusters: dict[str, dict[str, dict[str, object]]] = document["clusters"]
+        for known in clusters.values():
+            for key, entry in known.items():
+                _parse(key, entry)
+    except (AttributeError, KeyError, TypeError, ValueError):
         say(f"{path} is not a profile of format {_FORMAT}; measuring again")
         return {}
-    clusters: dict[str, dict[str, dict[str, object]]] = document["clusters"]
     return clusters
+
+
+def _parse(key: str, entry: dict[str, Any]) -> tuple[Choice, Form]:
+    """One entry of a profile; a ValueError, KeyError or TypeError if it is none."""
+    collective, nodes, ranks_per_node, size_class, dtype = key.split(" ")
+    form = entry["form"]
+    if collective not in get_args(Collective) or form not in get_args(Form):
+        raise ValueError
+    named = cast(Collective, collective)
+    return Choice(named, int(nodes), int(ranks_per_node), int(size_class), dtype), form

@@ -113,12 +113,12 @@ def sharded_params(group: Any) -> list[nn.Parameter]:
     return [fsdp_param.sharded_param for fsdp_param in group.fsdp_params]
 
 
-def padded_shard_numel(group: Any, *, trainable: bool) -> int:
-    """Elements of one rank's padded shard of a group, all parameters or the trainable ones."""
+def trainable_shard_numel(group: Any) -> int:
+    """Elements of one rank's padded shard of a group's trainable parameters."""
     return sum(
         fsdp_param.padded_sharded_param_size.numel()
         for fsdp_param in group.fsdp_params
-        if fsdp_param.sharded_param.requires_grad or not trainable
+        if fsdp_param.sharded_param.requires_grad
     )
 
 
@@ -128,15 +128,34 @@ def param_names(group: Any) -> list[str]:
 
 
 def gather_dtype(group: Any) -> torch.dtype:
-    """The dtype a group is all-gathered in."""
-    dtype: torch.dtype = group.mp_policy.param_dtype or group.fsdp_params[0].sharded_param.dtype
-    return dtype
+    """The dtype a group is all-gathered in: uint8 when its parameters travel in several."""
+    dtypes = {_travel_dtype(group, param) for param in sharded_params(group)}
+    return dtypes.pop() if len(dtypes) == 1 else torch.uint8
+
+
+def gathered_shard_bytes(group: Any) -> int:
+    """Bytes of one rank's padded shard of a group, in the dtypes it is all-gathered in."""
+    return sum(
+        fsdp_param.padded_sharded_param_size.numel()
+        * _travel_dtype(group, fsdp_param.sharded_param).itemsize
+        for fsdp_param in group.fsdp_params
+    )
 
 
 def reduce_dtype(group: Any) -> torch.dtype:
     """The dtype a group's gradients are reduced in (what ``MixedPrecisionPolicy`` documents)."""
-    dtype: torch.dtype = group.mp_policy.reduce_dtype or gather_dtype(group)
-    return dtype
+    if group.mp_policy.reduce_dtype is not None:
+        dtype: torch.dtype = group.mp_policy.reduce_dtype
+        return dtype
+    params = sharded_params(group)
+    # Frozen parameters may have another dtype (LoRA on a bf16 base); gradients have not.
+    first = next((param for param in params if param.requires_grad), params[0])
+    return _travel_dtype(group, first)
+
+
+def _travel_dtype(group: Any, param: nn.Parameter) -> torch.dtype:
+    wanted: torch.dtype | None = group.mp_policy.param_dtype
+    return wanted if wanted is not None and param.dtype.is_floating_point else param.dtype
 
 
 def reshards_after_forward(group: Any) -> bool:
@@ -144,13 +163,20 @@ def reshards_after_forward(group: Any) -> bool:
     return bool(group._reshard_after_forward)
 
 
-def is_resharded_root(group: Any, model: nn.Module) -> bool:
-    """Whether FSDP2's first forward will stop resharding this group, ``model`` being the root."""
+def becomes_root(group: Any, model: nn.Module) -> bool:
+    """Whether FSDP2's first forward will make this group a root's, and stop resharding it.
+
+    That is the fate of every sharded module under ``model`` that no other sharded module contains,
+    if ``reshard_after_forward`` was left out.
+    """
     (first, *_) = modules_of(group)
-    if first is not model or not isinstance(first, FSDPModule):
+    if not isinstance(first, FSDPModule):
         return False
     state = first._get_fsdp_state()
-    return state._is_root is None and bool(state._auto_reshard_after_forward)
+    if state._is_root is not None or not state._auto_reshard_after_forward:
+        return False
+    outer = (m for m in model.modules() if isinstance(m, FSDPModule) and m is not first)
+    return not any(inner is first for m in outer for inner in m.modules())
 
 
 def backward_gather_group(group: Any) -> dist.ProcessGroup:

@@ -202,7 +202,7 @@ class HopTwo:
             gradients,
             compat.reduce_dtype(self.group),
             self._device,
-            compat.padded_shard_numel(self.group, trainable=True),
+            compat.trainable_shard_numel(self.group),
         )
         op = self._scale_and_op(message)
         sent = StageMessage("flat", ranks_of(self._replicas), message.nbytes, 1)

@@ -54,8 +54,10 @@ class Materialiser:
             return
         # Tied parameters share a unit, so ties need not be remembered (and values kept) longer.
         made: dict[nn.Parameter, nn.Parameter] = {}
+        real = {t for module in owners for t in _own(module) if not t.is_meta}
         for module in owners:
             self._allocate(module, made)
+        versions = {t: t._version for m in owners for t in _own(m) if t not in real}
         fresh = {id(param) for param in made.values()}
         devices = [] if self._device.type == "cpu" else [self._device.index]
         with torch.random.fork_rng(devices, device_type=self._device.type if devices else "cuda"):
@@ -65,7 +67,7 @@ class Materialiser:
                     torch.manual_seed(self._seed_of(module))
                     self._initialise(module)
         for module in owners:
-            self._check(module)
+            self._check(module, versions)
 
     def _allocate(self, module: nn.Module, made: dict[nn.Parameter, nn.Parameter]) -> None:
         for name, param in list(module.named_parameters(recurse=False)):
@@ -86,10 +88,10 @@ class Materialiser:
         key = f"{self._seed} {self._names.get(module, '')}"
         return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1
 
-    def _check(self, module: nn.Module) -> None:
+    def _check(self, module: nn.Module, versions: dict[torch.Tensor, int]) -> None:
         tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         for name, tensor in tensors:
-            if tensor.is_floating_point() and bool(tensor.isnan().any()):
+            if _is_unset(tensor, versions):
                 path = ".".join(part for part in (self._names.get(module, ""), name) if part)
                 raise ShardError(
                     f"{path} was on the meta device and nothing set its values.",
@@ -110,15 +112,26 @@ def _unset(value: torch.Tensor) -> torch.Tensor:
     return value.fill_(float("nan")) if value.is_floating_point() else value.zero_()
 
 
+def _is_unset(tensor: torch.Tensor, versions: dict[torch.Tensor, int]) -> bool:
+    """Whether a value is left that nobody set."""
+    if tensor.is_floating_point():
+        return bool(tensor.isnan().any())
+    # No integer or bool can be a mark; but who sets it, edits or replaces the tensor.
+    return versions.get(tensor) == tensor._version
+
+
 def _consists_of(module: nn.Module, fresh: set[int]) -> bool:
     """Whether all parameters of ``module`` are fresh, so that it may set them once more."""
     params = list(module.parameters())
     return bool(params) and all(id(param) in fresh for param in params)
 
 
+def _own(module: nn.Module) -> list[torch.Tensor]:
+    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+
+
 def _own_meta(module: nn.Module) -> bool:
-    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    return any(t.is_meta and not isinstance(t, DTensor) for t in tensors)
+    return any(t.is_meta and not isinstance(t, DTensor) for t in _own(module))
 
 
 def _children_first(module: nn.Module) -> list[nn.Module]:

@@ -122,9 +122,7 @@ def init_mesh(
     device_type = device_type or default_device_type()
     world_group = dist.group.WORLD
     assert world_group is not None
-    device = _communication_device(device_type)
-    if gpus_per_node is None:
-        gpus_per_node = launched_per_node
+    device = communication_device(device_type)
     check_agreement(
         {
             "version": [f"torch {torch.__version__}", f"mics {__version__}"],
@@ -133,10 +131,13 @@ def init_mesh(
                 f"gpus_per_node={gpus_per_node}",
                 f"device_type={device_type}",
             ],
+            "ranks per node": [str(gpus_per_node or launched_per_node)],
         },
         [world_group],
         device,
     )
+    if gpus_per_node is None:
+        gpus_per_node = launched_per_node
     p = gpus_per_node if partition == "auto" else partition
     topology = Topology.from_world(world, gpus_per_node, p)
     _check_hosts(gather_text(socket.gethostname(), world_group, device), gpus_per_node)
@@ -265,7 +266,14 @@ def ranks_of(group: dist.ProcessGroup) -> Ranks:
 
 def device_of(mesh: DeviceMesh) -> torch.device:
     """The device this rank communicates on."""
-    return _communication_device(mesh.device_type)
+    return communication_device(mesh.device_type)
+
+
+def communication_device(device_type: str) -> torch.device:
+    """This rank's device of a type."""
+    if device_type == "cpu":
+        return torch.device("cpu")
+    return torch.device(device_type, torch.accelerator.current_device_index())
 
 
 def default_device_type() -> str:
@@ -335,9 +343,3 @@ def _check_hosts(hosts: list[str], gpus_per_node: int) -> None:
 def _use_local_device(local_rank: int, device_type: str | None) -> None:
     if (device_type or default_device_type()) != "cpu":
         torch.accelerator.set_device_index(local_rank % torch.accelerator.device_count())
-
-
-def _communication_device(device_type: str) -> torch.device:
-    if device_type == "cpu":
-        return torch.device("cpu")
-    return torch.device(device_type, torch.accelerator.current_device_index())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -13,12 +13,20 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor
 
 from mics import compat
+from mics.agreement import check_agreement
 from mics.blocks import Blocks, find_blocks, units_of_block
 from mics.choice import Collectives
 from mics.console import say
 from mics.errors import ShardError
 from mics.materialise import Initialise, Materialiser
-from mics.mesh import Groups, default_device_type, groups_of, init_mesh, start
+from mics.mesh import (
+    Groups,
+    communication_device,
+    default_device_type,
+    groups_of,
+    init_mesh,
+    start,
+)
 from mics.partition_choice import choose_partition, device_memory, model_state_bytes
 from mics.sharding import check_ranks_agree, fully_shard
 
@@ -76,8 +84,15 @@ def shard(
         param_dtype=torch.bfloat16, reduce_dtype=torch.float32
     )
     ignored = ignored_params or set()
+    arguments = [
+        f"partition={partition}",
+        f"gpus_per_node={gpus_per_node}",
+        f"blocks={_spelled(blocks)}",
+    ]
     if mesh is None:
+        _check_world_agrees(model, ignored, gpus_per_node, arguments)
         mesh, reason = _mesh_for(model, partition, gpus_per_node)
+        groups = groups_of(mesh, gpus_per_node=gpus_per_node)
     elif partition != "auto":
         raise ShardError(
             "mesh and partition were both given.",
@@ -85,10 +100,12 @@ def shard(
             write="one of them",
         )
     else:
+        groups = groups_of(mesh, gpus_per_node=gpus_per_node)
+        more = {"arguments of shard": arguments}
+        check_ranks_agree([model], groups.axes, groups.device, ignored, more)
         reason = f"partition {mesh.size(mesh.ndim - 1)}: the mesh's"
-    groups = groups_of(mesh, gpus_per_node=gpus_per_node)
     found = find_blocks(model, blocks)
-    check_ranks_agree([model], groups, ignored, {"blocks": ", ".join(found)})
+    check_agreement({"blocks found": list(found)}, groups.axes, groups.device)
     materialiser = Materialiser(
         model,
         device=_home(groups, offload_policy),
@@ -116,6 +133,27 @@ def shard(
         fully_shard(unit, **keywords)
     say(_summary(whole, len(found), groups, reason, policy))
     return model
+
+
+def _check_world_agrees(
+    model: nn.Module, ignored: set[nn.Parameter], gpus_per_node: int | None, arguments: list[str]
+) -> None:
+    """Before anything that a rank with another model or argument would not take part in."""
+    _, launched_per_node = start()
+    world_group = dist.group.WORLD
+    assert world_group is not None
+    more = {
+        "arguments of shard": arguments,
+        "ranks per node": [str(gpus_per_node or launched_per_node)],
+    }
+    device = communication_device(default_device_type())
+    check_ranks_agree([model], [world_group], device, ignored, more)
+
+
+def _spelled(blocks: Blocks) -> str:
+    if blocks is None or not isinstance(blocks, Sequence):
+        return "None" if blocks is None else "a function"
+    return " ".join(b.__name__ if isinstance(b, type) else type(b).__name__ for b in blocks)
 
 
 def _mesh_for(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
@@ -85,7 +86,12 @@ def fully_shard(
         "mp_policy": mp_policy,
         "collectives": collectives,
     }
-    check_ranks_agree(modules, groups, ignored, arguments)
+    more = {
+        "ranks per node": [str(groups.gpus_per_node)],
+        "sharding arguments": [f"{name}={value}" for name, value in arguments.items()],
+        "tensors on the meta device": _on_meta(modules),
+    }
+    check_ranks_agree(modules, groups.axes, groups.device, ignored, more)
     for one in modules:
         same_start(one, groups, ignored)
     smaller = _smaller_group(reshard_after_forward, groups)
@@ -136,7 +142,7 @@ def _attach(module: nn.Module, group: Any, groups: Groups, collectives: Collecti
     decide = decide_by(groups, collectives)
     if collectives == "auto":
         _measure(group, groups)
-    rank = torch.distributed.get_rank()
+    rank = dist.get_rank()
     ledger = Ledger(rank=rank, gpus_per_node=groups.gpus_per_node)
     hop_two = None
     if groups.replicas is not None and not compat.is_replicated_by_torch(group):
@@ -156,8 +162,8 @@ def _measure(group: Any, groups: Groups) -> None:
     shard_ranks = ranks_of(groups.shard)
     p = groups.shard.size()
     gather, reduce = compat.gather_dtype(group), compat.reduce_dtype(group)
-    gather_bytes = compat.padded_shard_numel(group, trainable=False) * gather.itemsize * p
-    reduce_bytes = compat.padded_shard_numel(group, trainable=True) * reduce.itemsize * p
+    gather_bytes = compat.gathered_shard_bytes(group) * p
+    reduce_bytes = compat.trainable_shard_numel(group) * reduce.itemsize * p
     measure(groups, groups.shard, shard_ranks, "all_gather", gather_bytes, gather)
     measure(groups, groups.shard, shard_ranks, "reduce_scatter", reduce_bytes, reduce)
     if compat.reshards_after_forward(group):
@@ -216,11 +222,12 @@ def _axes(mesh: DeviceMesh, dims: Any) -> DeviceMesh:
 
 def check_ranks_agree(
     modules: list[nn.Module],
-    groups: Groups,
+    axes: Sequence[dist.ProcessGroup],
+    device: torch.device,
     ignored: set[nn.Parameter],
-    arguments: Mapping[str, object],
+    more: Mapping[str, Sequence[str]],
 ) -> None:
-    """Compare versions, parameters (name, order, shape, dtype) and arguments over the mesh.
+    """Compare versions, parameters and buffers (name, order, shape, dtype), and ``more``.
 
     Raises:
         DisagreementError: on every rank, naming the ranks that differ from the first and where.
@@ -229,11 +236,28 @@ def check_ranks_agree(
         "version": [f"torch {torch.__version__}", f"mics {__version__}"],
         "model": [f"module {i}: {type(m).__name__}" for i, m in enumerate(modules)]
         + [
-            f"{name} {tuple(param.shape)} {str(param.dtype).removeprefix('torch.')}"
+            f"{name} {_spelled(param)}"
             f"{'' if param.requires_grad else ' frozen'}{' ignored' if param in ignored else ''}"
             for module in modules
             for name, param in module.named_parameters()
+        ]
+        + [
+            f"{name} {_spelled(buffer)} buffer"
+            for module in modules
+            for name, buffer in module.named_buffers()
         ],
-        "sharding arguments": [f"{name}={value}" for name, value in arguments.items()],
     }
-    check_agreement(facts, groups.axes, groups.device)
+    check_agreement({**facts, **more}, axes, device)
+
+
+def _spelled(tensor: torch.Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def _on_meta(modules: list[nn.Module]) -> list[str]:
+    return [
+        name
+        for module in modules
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]
+        if tensor.is_meta
+    ]

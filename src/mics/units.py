@@ -88,20 +88,19 @@ def predict_traffic(model: nn.Module, *, micro_steps: int = 1) -> Traffic:
 
 
 def block_of(unit: Unit, model: nn.Module) -> Block:
-    """The sizes of one unit as ``traffic.py`` wants them; ``model`` is the root."""
+    """The sizes of one unit as ``traffic.py`` wants them; ``model`` contains its root."""
     group, p = unit.group, unit.groups.shard.size()
     reduce_itemsize = compat.reduce_dtype(group).itemsize
-    gather_numel = compat.padded_shard_numel(group, trainable=False)
-    shard_numel = compat.padded_shard_numel(group, trainable=True)
+    shard_numel = compat.trainable_shard_numel(group)
     gathers, backward_gathers, backward_partition = 1, 0, 0
-    if compat.reshards_after_forward(group) and not compat.is_resharded_root(group, model):
+    if compat.reshards_after_forward(group) and not compat.becomes_root(group, model):
         backward_partition = compat.backward_gather_group(group).size()
         if backward_partition == p:
             gathers, backward_partition = 2, 0
         else:
             backward_gathers = 1
     return Block(
-        gather_bytes=gather_numel * p * compat.gather_dtype(group).itemsize,
+        gather_bytes=compat.gathered_shard_bytes(group) * p,
         reduce_bytes=shard_numel * p * reduce_itemsize,
         sync_bytes=shard_numel * reduce_itemsize,
         gathers=gathers,
