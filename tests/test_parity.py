@@ -46,10 +46,11 @@ def test_sgd_equals_single_process_for_every_layout(gpus_per_node: int) -> None:
     assert_parity(runs, 1e-6)
 
 
-def test_adamw_equals_single_process() -> None:
+@pytest.mark.parametrize("gpus_per_node", [1, 2, 4, 8])
+def test_adamw_equals_single_process_for_every_layout(gpus_per_node: int) -> None:
     runs = [
-        Run(p, 2, micro_steps=s, collectives=form, optimizer="adamw")
-        for p, form in layouts(2)
+        Run(p, gpus_per_node, micro_steps=s, collectives=form, optimizer="adamw")
+        for p, form in layouts(gpus_per_node)
         for s in (1, 3)
     ]
     assert_parity(runs, 1e-5)

@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run_verb(name: str, options: list[str]) -> int:
     import tyro
 
-    verb = importlib.import_module(f"mics.commands.{name}")
+    verb = importlib.import_module(f"mics.commands.{_module(name)}")
     keywords: dict[str, Any] = {
         "prog": f"mics {name}",
         "console_outputs": _speaks(),
@@ -63,6 +63,10 @@ def _run_verb(name: str, options: list[str]) -> int:
         print("mics: interrupted", file=sys.stderr)
         return 1
     return code
+
+
+def _module(name: str) -> str:
+    return next(verb.module for verb in VERBS if verb.name == name)
 
 
 def _overview() -> str:

@@ -21,6 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from mics import compat
 from mics.errors import MicroStepError, MicsWarning
 from mics.hop_two import HopTwo
+from mics.same_steps import MicroStepsAgree
 from mics.units import Unit, units_of
 
 Batch = TypeVar("Batch")
@@ -53,9 +54,10 @@ def micro_steps(
             however unevenly tokens are spread.
 
     Raises:
-        MicroStepError: no batch; gradient sync was switched off; a step of this model is open
-            elsewhere; ``state_dict`` between micro-steps; ``optimizer.step`` before the loop is
-            over, where its gradients are not complete or not normalised yet.
+        MicroStepError: no batch; ranks with different numbers of batches; gradient sync was
+            switched off; a step of this model is open elsewhere; ``state_dict`` between
+            micro-steps; ``optimizer.step`` before the loop is over, where its gradients are not
+            complete or not normalised yet.
     """
     units = units_of(model)
     _refuse_unreduced(units)
@@ -153,6 +155,9 @@ def _run(
             following: Any = next(batches, nothing)
             step.last = following is nothing
             _set_all_reduce(model, step.last)
+            agree = MicroStepsAgree(units[0].groups, step.index, more=not step.last)
+            for hop in _hops(units):
+                hop.confirm = agree.check
             if callable(normalise):
                 tokens.append(normalise(batch))
             yield batch
@@ -162,6 +167,7 @@ def _run(
                     numbers=f"This one had run {step.index + 1} micro-step(s).",
                     write="one loop over mics.micro_steps(...) at a time",
                 )
+            agree.check()
             step.index += 1
             batch = following
         # Only after a last micro-step without a backward is anything left to do here.
@@ -174,6 +180,8 @@ def _run(
             _scale(units, lambda unit: _ranks_averaged(unit) / total)
         del _open_steps[model]
     finally:
+        for hop in _hops(units):
+            hop.confirm = None
         _set_all_reduce(model, True)
         step.close()
 

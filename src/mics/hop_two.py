@@ -91,6 +91,8 @@ class HopTwo:
         self._unsynced = False  # .grad holds something no other replica has seen
         self._synced_version: tuple[int, int, int] | None = None  # of .grad as hop 2 left it
         self._flight: _Flight | None = None
+        # Asked before this rank waits for the others: do they take part in this all-reduce at all?
+        self.confirm: Callable[[], None] | None = None
         _guard_optimizers()
 
     @property
@@ -231,6 +233,8 @@ class HopTwo:
         if flight is None:
             return
         if flight.work is not None:
+            if self.confirm is not None:
+                self.confirm()
             flight.span.wait(flight.work)
             _copy_back(flight)
         elif flight.event is not None:

@@ -13,14 +13,22 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Verb:
-    """One verb: its name is also its module's; modules are imported when a verb is run."""
+    """One verb and its module, which is imported when the verb is run."""
 
     name: str
+    module: str
     summary: str
     example: str
 
 
 VERBS = (
-    Verb("train", "train a language model", "mics train examples/demo.toml"),
-    Verb("doctor", "check ranks, groups and links", "mics doctor --ranks 8 --gpus-per-node 2"),
+    Verb("train", "train", "train a language model", "mics train examples/demo.toml"),
+    Verb("export", "export", "a checkpoint for transformers", "mics export runs/demo exported"),
+    Verb("import", "importing", "a checkpoint from transformers", "mics import folder checkpoint"),
+    Verb(
+        "doctor",
+        "doctor",
+        "check ranks, groups and links",
+        "mics doctor --ranks 8",
+    ),
 )

@@ -11,7 +11,7 @@ from mics.checkpoint.contents import contents_of
 from mics.checkpoint.manifest import read_manifest
 from mics.checkpoint.reading import read_tensors
 from mics.exchange.exporting import CONFIG, Exported
-from mics.training.models import build_on_meta, load_config, num_positions
+from mics.models.building import build, load_config, num_positions, task_of
 
 _SEQUENCES, _LENGTH = 2, 32
 
@@ -34,13 +34,11 @@ def largest_difference(exported: Exported, dtype: torch.dtype | None) -> float:
     ids = torch.randint(0, config.vocab_size, (_SEQUENCES, length), generator=seeded)
     with torch.no_grad():
         difference = theirs(input_ids=ids).logits.float() - ours(input_ids=ids).logits.float()
-    return difference.abs().max().item()
+    return float(difference.abs().max())
 
 
 def _load_plain(folder: Path, dtype: torch.dtype | None) -> nn.Module:
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
-
-    from mics.training.models import task_of
 
     config = load_config(str(folder), vocabulary=1, separator=0)
     auto = AutoModelForMaskedLM if task_of(config) == "masked" else AutoModelForCausalLM
@@ -52,7 +50,7 @@ def _load_checkpoint(checkpoint: Path) -> nn.Module:
     config = load_config(str(checkpoint / CONFIG), vocabulary=1, separator=0)
     manifest = read_manifest(checkpoint)
     torch.manual_seed(0)
-    model = build_on_meta(config, device="cpu").eval()
+    model = build(config, device="cpu").eval()
     names = contents_of(model, None).tensors
     first = next(manifest.tensors[name] for name in names)
     model = model.to(first.torch_dtype)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import shutil
 from collections.abc import Callable
@@ -152,7 +151,7 @@ def _write(
         if name.startswith(_TOKENIZER):
             target = out / name.removeprefix(_TOKENIZER)
             write_bytes(target, (checkpoint / name).read_bytes())
-    return len(entries), total, sorted(os.listdir(out))
+    return len(entries), total, sorted(file.name for file in out.iterdir())
 
 
 def _dtype_of(entry: Entry, wanted: torch.dtype | None) -> torch.dtype:

@@ -16,6 +16,7 @@ from mics.checkpoint.manifest import (
     MANIFEST,
     Chunk,
     Entry,
+    FileFacts,
     Manifest,
     checksum_line,
 )
@@ -25,7 +26,7 @@ from mics.exchange.exporting import CONFIG, Told
 from mics.exchange.pretrained import read_entries
 from mics.exchange.stream import write_stream
 from mics.exchange.weights import check_complete, match_names
-from mics.training.models import build_on_meta, load_config
+from mics.models.building import build, load_config
 from mics.version import __version__
 
 _FILE = "rank-00000.safetensors"
@@ -59,7 +60,7 @@ def import_folder(folder: Path, out: Path, *, dtype: torch.dtype | None, told: T
         raise CheckpointError(f"{out} exists; nothing is written over.", write="another folder")
     entries = read_entries(folder)
     config: PretrainedConfig = load_config(str(folder), vocabulary=1, separator=0)
-    model = build_on_meta(config)
+    model = build(config)
     contents = contents_of(model, None)
     wanted = {name.removeprefix("model/"): tensor for name, tensor in contents.tensors.items()}
     ties = {
@@ -128,5 +129,5 @@ def import_folder(folder: Path, out: Path, *, dtype: torch.dtype | None, told: T
     return sorted(set(entries) - {e.chunks[0].key for e in found.values()} - set(ties))
 
 
-def _copy(source: Path, target: Path):  # type: ignore[no-untyped-def]
+def _copy(source: Path, target: Path) -> FileFacts:
     return write_bytes(target, source.read_bytes())

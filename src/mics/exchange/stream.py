@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -64,7 +65,7 @@ def write_stream(
         for name, dtype, shape in tensors:
             value = value_of(name).to(dtype).contiguous()
             assert tuple(value.shape) == shape
-            data = memoryview(value.reshape(-1).view(torch.uint8).numpy())
+            data: Any = value.reshape(-1).view(torch.uint8).numpy()
             digest.update(data)
             file.write(data)
     sync(path)

@@ -8,12 +8,8 @@ from transformers import PretrainedConfig
 from mics.blocks import find_blocks
 from mics.drawing import draw
 from mics.launch import read_launch
-from mics.topology import Topology, possible_partitions
-from mics.training.batching import solve
-from mics.training.config import TrainConfig
-from mics.training.launching import num_ranks
-from mics.training.models import (
-    build_on_meta,
+from mics.models.building import (
+    build,
     check_fits,
     flops_per_token,
     load_config,
@@ -21,7 +17,11 @@ from mics.training.models import (
     num_positions,
     task_of,
 )
-from mics.training.presets import PRESETS
+from mics.models.presets import PRESETS
+from mics.topology import Topology, possible_partitions
+from mics.training.batching import solve
+from mics.training.config import TrainConfig
+from mics.training.launching import num_ranks
 from mics.training.record import count, size
 from mics.training.settings import as_toml
 
@@ -46,7 +46,7 @@ def describe(config: TrainConfig) -> str:
     sequence = config.data.sequence or positions
     if sequence is not None:
         check_fits(shape, sequence=sequence, vocabulary=0)
-    model = build_on_meta(shape)
+    model = build(shape)
     batch = solve(config.batch, ranks)
     wanted = config.parallel.partition
     topology = Topology.from_world(ranks, k, k if wanted == "auto" else wanted)
@@ -76,7 +76,7 @@ def list_models() -> str:
     rows = [f"{'name':<14}{'parameters':>12}{'layers':>8}{'hidden':>8}{'positions':>11}  about"]
     for name, preset in PRESETS.items():
         shape = load_config(name, vocabulary=_BYTE_IDS, separator=0)
-        parameters = count(num_parameters(build_on_meta(shape)))
+        parameters = count(num_parameters(build(shape)))
         rows.append(
             f"{name:<14}{parameters:>12}{shape.num_hidden_layers:>8}{shape.hidden_size:>8}"
             f"{num_positions(shape):>11}  {preset.about}"

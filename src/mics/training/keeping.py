@@ -8,6 +8,7 @@ from typing import Any
 import torch.distributed as dist
 
 from mics.checkpoint import PendingSave, load, newest_intact, prune, save, step_folder, step_of
+from mics.checkpoint.manifest import read_manifest
 from mics.console import alarm, say
 from mics.errors import CheckpointError, ConfigError
 from mics.training.progress import Progress
@@ -41,6 +42,10 @@ class Keeper:
                 numbers=f"The newest is {found.name}.",
                 write="--run.folder <a new folder>, or --run.resume auto to go on",
             )
+        if not _has_optimizer(found):  # imported weights
+            load(found, model=self._run.model)
+            say(f"starts from the weights of {found}; it has no optimizer state")
+            return Progress()
         optimizer = self._run.optimizer
         options = [_options(group) for group in optimizer.param_groups]
         # The newest one was verified when it was found.
@@ -121,6 +126,11 @@ class Keeper:
         self.last_failed = True
         kept = f"{self.newest} is kept" if self.newest else "there is none before it"
         alarm(f"CHECKPOINT NOT WRITTEN: {error}\n{kept}. Training goes on.")
+
+
+def _has_optimizer(checkpoint: Path) -> bool:
+    manifest = read_manifest(checkpoint)
+    return any(name.startswith("optimizer/") for name in (*manifest.tensors, *manifest.values))
 
 
 def _options(group: dict[str, Any]) -> dict[str, Any]:

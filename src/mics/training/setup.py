@@ -15,14 +15,11 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PretrainedConfig
 
 from mics.checkpoint import hold_folder
+from mics.exchange.weights import load_weights
 from mics.mesh import default_device_type, start
 from mics.model_sharding import shard
-from mics.topology import Topology
-from mics.training.batching import Batching, solve
-from mics.training.config import TrainConfig
-from mics.training.data import Batch, Data, Tokenizer, prepare_data
-from mics.training.models import (
-    build_on_meta,
+from mics.models.building import (
+    build,
     check_fits,
     flops_per_token,
     load_config,
@@ -30,10 +27,13 @@ from mics.training.models import (
     num_positions,
     task_of,
 )
+from mics.topology import Topology
+from mics.training.batching import Batching, solve
+from mics.training.config import TrainConfig
+from mics.training.data import Batch, Data, Tokenizer, prepare_data
 from mics.training.optimisation import make_optimizer
 from mics.training.settings import as_toml
 from mics.training.trackers import check_trackers
-from mics.training.weights import load_weights
 from mics.units import units_of
 
 _LONGEST_BY_DEFAULT = 1024  # where the model has no limit of its own, or a very high one
@@ -92,7 +92,7 @@ def set_up(config: TrainConfig) -> Iterator[Run]:
     with hold_folder(config.run.folder):
         shape, data, sequence = _shape_and_data(config)
         torch.manual_seed(config.run.seed)  # of the weights
-        model = build_on_meta(shape)
+        model = build(shape)
         parameters = num_parameters(model)
         flops = flops_per_token(shape, model, sequence)
         shard(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig
 
 from mics.errors import ConfigError
-from mics.training.presets import PRESETS
+from mics.models.presets import PRESETS
 
 Task = Literal["causal", "masked"]
 
@@ -41,7 +42,6 @@ def load_config(name: str, *, vocabulary: int, separator: int) -> PretrainedConf
         config: PretrainedConfig = AutoConfig.for_model(preset.model_type, **own)
     else:
         config = _saved_config(name)
-    config.use_cache = False  # a cache is for generation; in training it only costs memory
     return config
 
 
@@ -73,11 +73,17 @@ def task_of(config: PretrainedConfig) -> Task:
     )
 
 
-def build_on_meta(config: PretrainedConfig) -> nn.Module:
-    """The model on the meta device, in fp32, without memory for a single weight."""
+def build(config: PretrainedConfig, *, device: str = "meta") -> nn.Module:
+    """The model in fp32, by default on the meta device, without memory for a single weight.
+
+    ``config`` is told which class it became, for those who load what is saved.
+    """
     auto: Any = AutoModelForMaskedLM if task_of(config) == "masked" else AutoModelForCausalLM
-    with torch.device("meta"):
-        model: nn.Module = auto.from_config(config, dtype=torch.float32)
+    for_training = copy.deepcopy(config)
+    for_training.use_cache = False  # a cache is for generation; in training it only costs memory
+    with torch.device(device):
+        model: nn.Module = auto.from_config(for_training, dtype=torch.float32)
+    config.architectures = [type(model).__name__]
     return model
 
 

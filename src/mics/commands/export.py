@@ -1,0 +1,82 @@
+"""``mics export``: a checkpoint as a folder that transformers loads."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from mics.errors import CheckpointError, MicsError
+
+
+@dataclass(frozen=True)
+class Config:
+    """Write a checkpoint as safetensors with config.json and tokenizer, for transformers.
+
+    One tensor is in memory at a time; every file of the checkpoint is verified first.
+    """
+
+    checkpoint: tyro.conf.Positional[Path]
+    """A checkpoint, or a run's folder for its newest one."""
+
+    out: tyro.conf.Positional[Path]
+    """Folder to be made."""
+
+    dtype: Literal["as-is", "bf16", "fp16", "fp32"] = "as-is"
+    """What weights are converted to."""
+
+    shard_size: str = "5GB"
+    """Most bytes in one file: 500MB, 5GB, ..."""
+
+    check: bool = False
+    """Load the result with transformers and compare its logits with the checkpoint's."""
+
+
+def run(config: Config) -> int:
+    """Export, and compare if asked.
+
+    Returns:
+        0; 1 when it failed, or when logits differ that should not.
+    """
+    from mics.exchange.comparing import largest_difference
+    from mics.exchange.dtypes import FLOATS
+    from mics.exchange.exporting import export
+    from mics.training.waiting import TextProgress
+
+    dtype = FLOATS[config.dtype]
+    try:
+        with TextProgress() as progress:
+            exported = export(
+                config.checkpoint,
+                config.out,
+                dtype=dtype,
+                shard_bytes=_bytes(config.shard_size),
+                told=progress.show,
+            )
+        print(
+            f"{exported.checkpoint} -> {exported.folder}: {exported.num_tensors} tensors, "
+            f"{exported.num_bytes:,} bytes; {', '.join(exported.files)}"
+        )
+        if not config.check:
+            return 0
+        difference = largest_difference(exported, dtype)
+    except MicsError as error:
+        print(f"mics export: {error}", file=sys.stderr)
+        return 1
+    exact = config.dtype in ("as-is", "fp32")
+    verdict = "equal" if difference == 0 else f"differ by at most {difference:.3g}"
+    print(f"logits of transformers and of the checkpoint: {verdict}")
+    return 1 if exact and difference != 0 else 0
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+)\s*(MB|GB)", text.strip(), re.IGNORECASE)
+    if match is None or int(match[1]) == 0:
+        raise CheckpointError(
+            f"shard-size = {text!r} is no size.", write="--shard-size 500MB, or 5GB"
+        )
+    return int(match[1]) * (10**6 if match[2].upper() == "MB" else 10**9)

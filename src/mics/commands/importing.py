@@ -1,0 +1,53 @@
+"""``mics import``: a transformers folder as a checkpoint."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from mics.errors import MicsError
+
+
+@dataclass(frozen=True)
+class Config:
+    """Write a checkpoint (weights only, step 0) from config.json and safetensors.
+
+    Train from it with `mics train --run.resume OUT`.
+    """
+
+    folder: tyro.conf.Positional[Path]
+    """Folder that transformers' save_pretrained wrote."""
+
+    out: tyro.conf.Positional[Path]
+    """Checkpoint to be made."""
+
+    dtype: Literal["as-is", "bf16", "fp16", "fp32"] = "as-is"
+    """What weights are converted to; `mics train` wants fp32."""
+
+
+def run(config: Config) -> int:
+    """Import.
+
+    Returns:
+        0; 1 when it failed.
+    """
+    from mics.exchange.dtypes import FLOATS
+    from mics.exchange.importing import import_folder
+    from mics.training.waiting import TextProgress
+
+    try:
+        with TextProgress() as progress:
+            left_out = import_folder(
+                config.folder, config.out, dtype=FLOATS[config.dtype], told=progress.show
+            )
+    except MicsError as error:
+        print(f"mics import: {error}", file=sys.stderr)
+        return 1
+    print(f"{config.folder} -> {config.out}")
+    if left_out:
+        print(f"left out, as the model has no place for them: {', '.join(left_out)}")
+    return 0

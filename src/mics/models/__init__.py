@@ -1,0 +1,1 @@
+"""Language models by transformers: named configurations, and modules built from them."""
