@@ -13,7 +13,7 @@ export OMP_NUM_THREADS ?= 1
 
 help:
 	@echo "make setup   create .venv with the exact versions of constraints.txt"
-	@echo "make demo    train a small Llama on 8 ranks, predicted bytes against counted"
+	@echo "make demo    train a small GPT on 8 ranks: losses, sample, plot, bytes predicted and counted"
 	@echo "make test    format, lint, types and every test"
 	@echo "make check   the same without the slow tests"
 	@echo "make lint    format, lint and types only"
@@ -28,8 +28,7 @@ setup: .venv/ready
 	@touch $@
 
 demo: setup
-	$(BIN)/python -m torch.distributed.run --standalone --local-addr 127.0.0.1 \
-		--nproc-per-node 8 examples/transformers_model.py
+	$(BIN)/mics train examples/demo.toml
 
 test: setup lint
 	$(BIN)/python -m pytest

@@ -77,7 +77,7 @@ def test_an_example_has_the_losses_of_the_script_it_replaces(name: str, tmp_path
 
 
 @pytest.mark.slow
-def test_the_demo_learns_and_its_bytes_are_those_predicted_and_in_the_readme(
+def test_the_transformers_example_learns_and_its_bytes_are_those_predicted(
     tmp_path: Path,
 ) -> None:
     output = torchrun(EXAMPLES / "transformers_model.py", 8, tmp_path)
@@ -88,4 +88,3 @@ def test_the_demo_learns_and_its_bytes_are_those_predicted_and_in_the_readme(
     assert table.endswith("counted = predicted, every stage and link: 8 of 8 ranks")
     for predicted, counted in re.findall(r"([\d,]{4,}) +([\d,]{4,})$", table, re.MULTILINE):
         assert predicted == counted
-    assert table in (ROOT / "README.md").read_text()
