@@ -47,11 +47,11 @@ class Workload:
 
     ranks: int = 4
     partition: int = 2
-    width: int = 512
+    width: int = 768
     num_blocks: int = 6
-    rows: int = 256
+    rows: int = 512
     micro_steps: int = 4
-    steps: int = 60
+    steps: int = 20
 
 
 class Block(nn.Module):

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -134,14 +135,24 @@ def _rank(work: Work, config: TrainConfig, ranks: int, folder: str) -> int:
         signal.signal(number, signal.SIG_DFL)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
+    parent = os.getppid()
     try:
-        return work(config)
+        code = work(config)
     except BaseException as error:
         rank = int(os.environ["RANK"])
         words = str(error) if isinstance(error, MicsError) else traceback.format_exc()
         report = {"time": time.time(), "rank": rank, "words": words}
         (Path(folder) / f"{rank}.json").write_text(json.dumps(report))
         os._exit(1)  # threads of a backend may be waiting for ranks that have gone
+    # From here on torchrun's wrapper waits for a word of the parent, for ever if that was killed.
+    threading.Thread(target=_leave_with, args=(parent, code), daemon=True).start()
+    return code
+
+
+def _leave_with(parent: int, code: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os._exit(code)
 
 
 def _first_words(folder: Path, error: ChildFailedError) -> str:

@@ -1,0 +1,96 @@
+"""Ranks that mics train starts itself: exit codes, whose words come last, signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+import os, signal, sys, time
+from mics.errors import MicsError
+from mics.training.config import ParallelConfig, TrainConfig
+from mics.training.launching import run_on_ranks
+
+def work(config):
+    rank = int(os.environ["RANK"])
+    {body}
+    return 0
+
+print("started", flush=True)
+sys.exit(run_on_ranks(work, TrainConfig(parallel=ParallelConfig(ranks=3))))
+"""
+
+
+def start(body: str) -> subprocess.Popen[str]:
+    program = PROGRAM.format(body=body.strip().replace("\n", "\n    "))
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    return subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment | {"PYTHONPATH": str(Path(__file__).parents[1] / "src")},
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, list[str], str]:
+    out, err = process.communicate(timeout=100)
+    return process.returncode, out.splitlines(), err.rstrip()
+
+
+@pytest.mark.slow
+def test_ranks_are_told_who_they_are_and_the_largest_code_is_returned() -> None:
+    code, out, err = finish(
+        start('print(rank, os.environ["WORLD_SIZE"], os.environ["MASTER_ADDR"])\nreturn rank')
+    )
+    assert code == 2, err
+    assert sorted(out[1:]) == ["0 3 127.0.0.1", "1 3 127.0.0.1", "2 3 127.0.0.1"]
+
+
+@pytest.mark.slow
+def test_the_first_failing_ranks_own_message_is_the_last_word() -> None:
+    code, _, err = finish(
+        start(
+            'if rank == 1:\n    raise MicsError("It broke.", write="something else")\n'
+            "time.sleep(1)\nraise RuntimeError('a consequence')"
+        )
+    )
+    assert code == 1
+    assert err.endswith("mics: rank 1: It broke.\n  Write: something else")
+    assert "a consequence" not in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_a_bug_shows_the_traceback_of_the_rank_it_happened_on() -> None:
+    code, _, err = finish(start("if rank == 2:\n    {}['missing']\ntime.sleep(60)"))
+    assert code == 1
+    assert "mics: rank 2: Traceback" in err
+    assert err.endswith("KeyError: 'missing'")
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_in_silence_is_named() -> None:
+    code, _, err = finish(start("if rank == 1:\n    os.kill(os.getpid(), 9)\ntime.sleep(60)"))
+    assert code == 1
+    assert err.endswith("mics: rank 1 ended with exit code -9 and said nothing")
+
+
+@pytest.mark.slow
+def test_a_signal_reaches_every_rank_which_ends_in_its_own_way() -> None:
+    process = start(
+        "stop = []\nsignal.signal(signal.SIGTERM, lambda *_: stop.append(1))\n"
+        'print("ready", flush=True)\nwhile not stop: time.sleep(0.05)\n'
+        'print("ended", flush=True)'
+    )
+    assert process.stdout is not None
+    seen = [process.stdout.readline() for _ in range(4)]
+    assert seen.count("ready\n") == 3
+    process.send_signal(signal.SIGTERM)
+    code, out, err = finish(process)
+    assert (code, out) == (0, ["ended"] * 3), err
