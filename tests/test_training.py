@@ -176,6 +176,24 @@ def test_partitions_that_span_nodes_train_the_same(tmp_path: Path, corpus: Path)
     assert all(entry["traffic_as_predicted"] for entry in lines(spanning))
 
 
+def test_activation_checkpointing_changes_no_loss(tmp_path: Path, corpus: Path) -> None:
+    config = settings(tmp_path, corpus)
+    recomputing = elsewhere(config, "again", parallel={"activation_checkpointing": True})
+    run_ranks(train, 2, config)
+    run_ranks(train, 2, recomputing)
+    assert losses(config) == losses(recomputing)
+    assert all(entry["traffic_as_predicted"] for entry in lines(recomputing))
+
+
+def test_bf16_stays_within_its_rounding(tmp_path: Path, corpus: Path) -> None:
+    config = settings(tmp_path, corpus)
+    rounded = elsewhere(config, "bf16", parallel={"dtype": "bf16"})
+    run_ranks(train, 2, config)
+    run_ranks(train, 2, rounded)
+    assert losses(config) != losses(rounded)
+    assert losses(config) == pytest.approx(losses(rounded), rel=2**-6)
+
+
 # -- going on --------------------------------------------------------------------------------------
 
 
@@ -521,6 +539,12 @@ def test_bad_input_is_one_message_on_every_rank(tmp_path: Path, corpus: Path) ->
         "batch": (
             elsewhere(config, "d", batch={"global_batch": 7}),
             ["cannot be shared out evenly", "global_batch = 7, 2 ranks", "--batch.global-batch 8"],
+        ),
+        "unwritable": (
+            dataclasses.replace(
+                config, run=RunConfig(folder=tmp_path / "gpt2.json" / "run", steps=2)
+            ),
+            ["Rank 0 cannot write", "Not a directory", "a folder that every rank can write to"],
         ),
         "partition": (
             elsewhere(config, "e", parallel={"partition": 3}),

@@ -52,5 +52,9 @@ class CheckpointError(MicsError):
     """A checkpoint that cannot be written, is damaged, or belongs to another model."""
 
 
+class LabError(MicsError):
+    """A cluster on one machine that cannot be built, or of which something was asked in vain."""
+
+
 class MicsWarning(UserWarning):
     """Something legal that costs time, memory or a step."""

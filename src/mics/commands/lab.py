@@ -1,0 +1,213 @@
+"""``mics lab``: a cluster on this machine, with links as slow as wished."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from mics.errors import MicsError
+from mics.lab import lifetime, network, running, state
+from mics.lab.state import Lab
+from mics.lab.system import check_system
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a lab is made of."""
+
+    nodes: int = 2
+    """Nodes, a network namespace each."""
+
+    gpus_per_node: int = 2
+    """Ranks per node (processes; no GPU is needed)."""
+
+    link: str = "200mbit"
+    """Rate of each node's cable, in each direction, as tc writes it."""
+
+    name: str = ""
+    """Name of the lab; one is made up if it is left out."""
+
+    def lab(self) -> Lab:
+        """The lab that is described."""
+        return Lab(self.name or state.new_name(), self.nodes, self.gpus_per_node, self.link)
+
+
+@dataclass(frozen=True)
+class Run(Shape):
+    """Run a command on every rank of a lab that is there for that time only.
+
+    The command follows `--`: a Python script and its arguments, `mics <verb>`, or any program. Rank
+    0's output is shown, every rank's is kept. Bytes at each node's interface are reported.
+    """
+
+    logs: Path = Path("lab-logs")
+    """Folder for what every rank prints."""
+
+    command: tyro.conf.Positional[tuple[str, ...]] = ()
+    """The command, after `--`."""
+
+
+@dataclass(frozen=True)
+class Up(Shape):
+    """Build a lab that stays until `mics lab down`."""
+
+
+@dataclass(frozen=True)
+class Down:
+    """Take a lab down, what runs in it included."""
+
+    lab: tyro.conf.Positional[str | None] = None
+    """Its name; not needed where there is one only."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """Show the labs, their nodes, cables, counters and processes."""
+
+
+@dataclass(frozen=True)
+class Exec:
+    """Run a program in one node of a lab that is up."""
+
+    node: tyro.conf.Positional[str]
+    """node0, node1, ..."""
+
+    command: tyro.conf.Positional[tuple[str, ...]]
+    """The program, after `--`."""
+
+    lab: str | None = None
+    """Its name; not needed where there is one only."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Pull a node's cable out while a job runs: packets are lost without a word."""
+
+    node: tyro.conf.Positional[str]
+    """node0, node1, ..."""
+
+    lab: str | None = None
+    """Its name; not needed where there is one only."""
+
+
+@dataclass(frozen=True)
+class Restore(Cut):
+    """Plug a node's cable in again."""
+
+
+@dataclass(frozen=True)
+class Clean:
+    """Remove what labs of dead processes left behind; nothing else is touched."""
+
+
+Config = (
+    Annotated[Run, tyro.conf.subcommand("run")]
+    | Annotated[Up, tyro.conf.subcommand("up")]
+    | Annotated[Down, tyro.conf.subcommand("down")]
+    | Annotated[Status, tyro.conf.subcommand("status")]
+    | Annotated[Exec, tyro.conf.subcommand("exec")]
+    | Annotated[Cut, tyro.conf.subcommand("cut")]
+    | Annotated[Restore, tyro.conf.subcommand("restore")]
+    | Annotated[Clean, tyro.conf.subcommand("clean")]
+)
+
+
+def run(config: Config) -> int:
+    """Do what was asked.
+
+    Returns:
+        0; the exit code of the job or program; 1 when something is wrong with the lab.
+    """
+    try:
+        return _do(config)
+    except MicsError as error:
+        print(f"mics lab: {error}", file=sys.stderr)
+        return 1
+
+
+def _do(config: Config) -> int:
+    if isinstance(config, Run):
+        return _run(config)
+    check_system()
+    if isinstance(config, Up):
+        lab = config.lab()
+        lifetime.bring_up(lab)
+        print(f"lab {lab.name}: {lab.nodes} nodes, {lab.link} each; mics lab down {lab.name}")
+    elif isinstance(config, Down):
+        lab = state.find(config.lab)
+        lifetime.take_down(lab)
+        print(f"lab {lab.name} is down")
+    elif isinstance(config, Status):
+        print(_status())
+    elif isinstance(config, Exec):
+        lab = state.find(config.lab)
+        index = lab.node_index(config.node)
+        words = running.in_node(lab, index, config.command)
+        return subprocess.run(words, env=running.environment(lab, index), check=False).returncode
+    elif isinstance(config, Cut):
+        lab = state.find(config.lab)
+        up = isinstance(config, Restore)
+        network.set_link(lab, lab.node_index(config.node), up=up)
+        print(f"lab {lab.name}: the cable of {config.node} is {'plugged in' if up else 'cut'}")
+    else:
+        removed = lifetime.clean()
+        print(f"removed: {', '.join(removed)}" if removed else "nothing was left behind")
+    return 0
+
+
+def _run(config: Run) -> int:
+    if not config.command:
+        print("mics lab run: no command; write it after `--`", file=sys.stderr)
+        return 2
+    with lifetime.lab_for(config.lab()) as lab:
+        print(
+            f"lab {lab.name}: {lab.nodes} nodes x {lab.gpus_per_node} ranks, {lab.link} each way; "
+            f"{running.shown(config.command)}",
+            file=sys.stderr,
+        )
+        done = running.run(lab, config.command, config.logs / lab.name)
+    print(f"\nlab {lab.name}: {done.seconds:.1f} s; logs in {config.logs / lab.name}")
+    for index, counted in enumerate(done.per_node):
+        print(f"  node{index}  sent {counted.sent:>15,} bytes  received {counted.received:>15,}")
+    if done.code != 0:
+        print(done.words, file=sys.stderr)
+    return done.code
+
+
+def _status() -> str:
+    lines: list[str] = []
+    for one in state.noted():
+        lab = one.lab
+        if not one.alive:
+            lines.append(f"lab {lab.name}: its owner is dead; mics lab clean")
+            continue
+        lines.append(f"lab {lab.name}: {lab.nodes} nodes x {lab.gpus_per_node} ranks, {lab.link}")
+        for index, counted in enumerate(network.traffic(lab)):
+            cable = "" if network.link_is_up(lab, index) else "  CABLE CUT"
+            running_there = len(network.processes(lab.node(index)))
+            lines.append(
+                f"  node{index}  {lab.address(index)}  sent {counted.sent:,}  received "
+                f"{counted.received:,}  processes {running_there}{cable}"
+            )
+    return "\n".join(lines) or "no lab is up"
+
+
+def parse(words: Sequence[str], **keywords: object) -> Config:
+    """Options before `--`, the command as it stands after it."""
+    options = list(words)
+    command: list[str] = []
+    if "--" in options:
+        at = options.index("--")
+        options, command = options[:at], options[at + 1 :]
+    chosen: Config = tyro.cli(Config, args=[*options, *_quoted(command)], **keywords)  # type: ignore[call-overload]
+    return chosen
+
+
+def _quoted(command: Sequence[str]) -> list[str]:
+    return ["--", *command] if command else []

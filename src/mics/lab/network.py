@@ -1,0 +1,150 @@
+"""Namespaces, cables and a switch: built, shaped, cut, read, taken down."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+from mics.errors import LabError
+from mics.lab.state import PREFIX, Lab
+from mics.lab.system import call, call_json
+
+_INTERFACE = "eth0"
+_BRIDGE = "br0"
+_FILES = Path("/etc/netns")
+_BUFFER_MS = 20  # how long a packet may wait for its turn before it is dropped
+_RATE = re.compile(r"(\d+(?:\.\d+)?)(k|m|g)?bit", re.IGNORECASE)
+
+
+def bits_per_second(rate: str) -> float:
+    """What ``tc`` means by a rate such as ``200mbit``.
+
+    Raises:
+        LabError: it is none.
+    """
+    match = _RATE.fullmatch(rate)
+    if match is None or float(match[1]) == 0:
+        raise LabError(f"{rate!r} is no rate of a link.", write="--link 200mbit, or 1gbit")
+    return (
+        float(match[1])
+        * {None: 1.0, "k": 1e3, "m": 1e6, "g": 1e9}[match[2].lower() if match[2] else None]
+    )
+
+
+def build(lab: Lab) -> None:
+    """Make the switch and the nodes; each cable is shaped in both directions.
+
+    Nodes know each other by name, from a hosts file of their own.
+
+    Raises:
+        LabError: ``ip`` or ``tc`` failed.
+    """
+    call("ip", "netns", "add", lab.switch)
+    _inside(lab.switch, "link", "set", "lo", "up")
+    _inside(lab.switch, "link", "add", _BRIDGE, "type", "bridge", "forward_delay", "0")
+    _inside(lab.switch, "link", "set", _BRIDGE, "up")
+    names = "".join(f"{lab.address(index)} node{index}\n" for index in range(lab.nodes))
+    for index in range(lab.nodes):
+        # `ip netns exec` shows these files in place of the machine's. Without them every lookup of
+        # an address would wait for a name server that cannot be reached.
+        files = _FILES / lab.node(index)
+        files.mkdir(parents=True)
+        (files / "hosts").write_text(f"127.0.0.1 localhost\n{names}")
+        (files / "nsswitch.conf").write_text("hosts: files\n")
+    for index in range(lab.nodes):
+        _add_node(lab, index)
+
+
+def _add_node(lab: Lab, index: int) -> None:
+    node, port = lab.node(index), _port(index)
+    call("ip", "netns", "add", node)
+    _inside(node, "link", "set", "lo", "up")
+    # Both ends are made inside namespaces: the machine's own has no part in this.
+    _inside(
+        lab.switch,
+        *("link", "add", port, "type", "veth"),
+        *("peer", "name", _INTERFACE, "netns", node),
+    )
+    _inside(lab.switch, "link", "set", port, "master", _BRIDGE)
+    _inside(node, "address", "add", f"{lab.address(index)}/24", "dev", _INTERFACE)
+    for namespace, interface in ((lab.switch, port), (node, _INTERFACE)):
+        # Without it packets of 64 kB pass as one, and a small bucket would drop them.
+        _inside(namespace, "link", "set", interface, "gso_max_size", "1500")
+        _shape(namespace, interface, lab.link)
+        _inside(namespace, "link", "set", interface, "up")
+
+
+def _shape(namespace: str, interface: str, rate: str) -> None:
+    burst = max(16_000, round(bits_per_second(rate) / 8 / 250))  # 4 ms: the clock of old kernels
+    call(
+        *("tc", "-n", namespace, "qdisc", "replace", "dev", interface, "root", "tbf"),
+        *("rate", rate, "burst", str(burst), "latency", f"{_BUFFER_MS}ms"),
+    )
+
+
+def take_down(lab: Lab) -> None:
+    """Remove its namespaces, what runs in them first; what is not there is no error."""
+    there = set(namespaces())
+    wanted = [name for name in there if name.startswith(f"{PREFIX}{lab.name}-")]
+    for name in wanted:
+        for pid in processes(name):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        call("ip", "netns", "delete", name)
+    for files in _FILES.glob(f"{PREFIX}{lab.name}-*"):
+        shutil.rmtree(files)
+
+
+def namespaces() -> list[str]:
+    """The named network namespaces of this machine."""
+    return [entry["name"] for entry in call_json("ip", "-j", "netns", "list")]
+
+
+def processes(namespace: str) -> list[int]:
+    """What runs in a namespace."""
+    return [int(pid) for pid in call("ip", "netns", "pids", namespace).split()]
+
+
+def set_link(lab: Lab, index: int, *, up: bool) -> None:
+    """Plug a node's cable in at the switch, or pull it out: packets are lost without a word."""
+    _inside(lab.switch, "link", "set", _port(index), "up" if up else "down")
+
+
+def link_is_up(lab: Lab, index: int) -> bool:
+    """Whether a node's cable is plugged in."""
+    shown = call_json("ip", "-n", lab.switch, "-j", "link", "show", _port(index))
+    return "UP" in shown[0]["flags"]
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What the kernel counted at a node's interface, in bytes, protocol headers included."""
+
+    sent: int
+    received: int
+
+    def __sub__(self, before: Traffic) -> Traffic:
+        return Traffic(self.sent - before.sent, self.received - before.received)
+
+
+def traffic(lab: Lab) -> list[Traffic]:
+    """The counters of every node since it was made."""
+    found = []
+    for index in range(lab.nodes):
+        shown = call_json("ip", "-n", lab.node(index), "-s", "-j", "link", "show", _INTERFACE)
+        counters = shown[0]["stats64"]
+        found.append(Traffic(counters["tx"]["bytes"], counters["rx"]["bytes"]))
+    return found
+
+
+def _inside(namespace: str, *words: str) -> None:
+    call("ip", "-n", namespace, *words)
+
+
+def _port(index: int) -> str:
+    return f"port{index}"

@@ -1,0 +1,172 @@
+"""What is known of the labs of this machine: one small file each, so that any process finds them.
+
+A lab is its switch, a namespace with a bridge, and its nodes, a namespace each. All names begin
+with ``mics-<lab>-``, so that nothing else is ever touched.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import secrets
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO
+
+from mics.errors import LabError
+
+PREFIX = "mics-"
+_NAME = re.compile(r"[a-z0-9]{1,8}")
+
+
+@dataclass(frozen=True)
+class Lab:
+    """A lab's shape.
+
+    ``subnet`` is the third number of its addresses, ``10.213.<subnet>.x``. They are private to the
+    lab's own namespaces; two labs may share it.
+    """
+
+    name: str
+    nodes: int
+    gpus_per_node: int
+    link: str  # as tc writes rates: 200mbit
+    latency_ms: float = 0.0
+
+    @property
+    def switch(self) -> str:
+        """The namespace with the bridge."""
+        return f"{PREFIX}{self.name}-switch"
+
+    def node(self, index: int) -> str:
+        """The namespace of a node."""
+        return f"{PREFIX}{self.name}-node{index}"
+
+    @property
+    def namespaces(self) -> list[str]:
+        """All of its namespaces."""
+        return [self.switch, *(self.node(index) for index in range(self.nodes))]
+
+    def address(self, index: int) -> str:
+        """A node's address."""
+        return f"10.213.0.{index + 1}"
+
+    def node_index(self, text: str) -> int:
+        """The index of ``node2`` or ``2``.
+
+        Raises:
+            LabError: there is no such node.
+        """
+        digits = text.removeprefix("node")
+        if not digits.isdigit() or int(digits) >= self.nodes:
+            raise LabError(
+                f"Lab {self.name} has no node {text!r}.",
+                numbers=f"It has {self.nodes}: node0 to node{self.nodes - 1}.",
+                write="node0",
+            )
+        return int(digits)
+
+
+def new_name() -> str:
+    """A name no other lab has."""
+    return secrets.token_hex(3)
+
+
+def check_name(name: str) -> None:
+    """Raise where a name cannot be part of a namespace's and an interface's name."""
+    if not _NAME.fullmatch(name):
+        raise LabError(
+            f"A lab cannot be called {name!r}.",
+            write="1 to 8 letters and digits, such as --name slow",
+        )
+
+
+def folder() -> Path:
+    """Where labs are noted, for this user."""
+    base = "/run" if os.geteuid() == 0 and os.access("/run", os.W_OK) else tempfile.gettempdir()
+    return Path(base) / f"mics-lab-{os.geteuid()}"
+
+
+def note(lab: Lab, *, keep: bool) -> IO[str]:
+    """Note a lab. Its owner holds a lock on the file; one to ``keep`` needs none.
+
+    Returns:
+        The locked file: it must stay open as long as the owner lives.
+
+    Raises:
+        LabError: there is a lab of that name.
+    """
+    folder().mkdir(mode=0o700, parents=True, exist_ok=True)
+    path = folder() / f"{lab.name}.json"
+    try:
+        file = path.open("x")
+    except FileExistsError:
+        raise LabError(
+            f"There is a lab {lab.name!r} already.",
+            write=f"another --name, or mics lab down {lab.name}",
+        ) from None
+    fcntl.flock(file, fcntl.LOCK_EX)
+    json.dump({"lab": asdict(lab), "keep": keep, "owner": os.getpid()}, file)
+    file.flush()
+    return file
+
+
+def forget(lab: Lab) -> None:
+    """The lab is gone."""
+    (folder() / f"{lab.name}.json").unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Noted:
+    """A lab that was noted. ``alive``: its owner lives, or it is to be kept."""
+
+    lab: Lab
+    alive: bool
+    owner: int
+
+
+def noted() -> list[Noted]:
+    """Every lab of this user, dead ones too."""
+    found = []
+    for path in sorted(folder().glob("*.json")):
+        try:
+            with path.open() as file:
+                table = json.load(file)
+                alive = table["keep"] or not _lockable(file)
+                found.append(Noted(Lab(**table["lab"]), alive, int(table["owner"])))
+        except FileNotFoundError:
+            continue  # taken down meanwhile
+        except (ValueError, KeyError, TypeError):  # its owner was killed while it wrote
+            lab = Lab(path.stem, 0, 0, "")
+            found.append(Noted(lab, False, 0))
+    return found
+
+
+def find(name: str | None) -> Lab:
+    """A lab by its name, or the only one there is.
+
+    Raises:
+        LabError: there is none, or several to choose from.
+    """
+    labs = {one.lab.name: one.lab for one in noted() if one.alive}
+    if name is not None and name in labs:
+        return labs[name]
+    if name is None and len(labs) == 1:
+        return next(iter(labs.values()))
+    known = ", ".join(labs) or "none"
+    raise LabError(
+        f"There is no lab {name!r}." if name else f"There are {len(labs)} labs.",
+        numbers=f"Labs: {known}.",
+        write="--lab <one of them>" if labs else "mics lab up --nodes 2",
+    )
+
+
+def _lockable(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
