@@ -17,7 +17,7 @@ help:
 	@echo "make test    format, lint, types and every test"
 	@echo "make check   the same without the slow tests"
 	@echo "make lint    format, lint and types only"
-	@echo "make bench   measure the overhead, write benchmarks/results/"
+	@echo "make bench   measure the overheads, write benchmarks/results/"
 	@echo "make clean   remove .venv and caches"
 
 setup: .venv/ready
@@ -43,6 +43,7 @@ lint: setup
 
 bench: setup
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/train.py
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build dist src/*.egg-info

@@ -36,21 +36,24 @@ class Finished:
     per_node: list[Traffic]
 
 
-def run(lab: Lab, words: Sequence[str], logs: Path, *, screen: IO[str] = sys.stdout) -> Finished:
+def run(lab: Lab, words: Sequence[str], logs: Path, *, screen: IO[str] | None = None) -> Finished:
     """Run a command on every rank of a lab and wait for it.
 
     Args:
         lab: that is up.
         words: a Python script and its arguments, ``-m module``, ``mics <verb>``, or any program.
         logs: folder for what every rank prints, a folder per node.
-        screen: where rank 0's output goes, as it comes.
+        screen: where rank 0's output goes, as it comes; standard output by default.
     """
     logs.mkdir(parents=True, exist_ok=True)
     before, start = traffic(lab), time.monotonic()
     nodes = [_start_node(lab, index, words, logs) for index in range(lab.nodes)]
     stop = _Stop(nodes)
     readers = [
-        threading.Thread(target=_read, args=(node, logs / f"node{index}.log", screen, index == 0))
+        threading.Thread(
+            target=_read,
+            args=(node, logs / f"node{index}.log", screen or sys.stdout, index == 0),
+        )
         for index, node in enumerate(nodes)
     ]
     for reader in readers:
@@ -121,7 +124,7 @@ def _as_torchrun_takes_it(words: Sequence[str]) -> list[str]:
 
 def _read(node: subprocess.Popen[str], log: Path, screen: IO[str], shown: bool) -> None:
     assert node.stdout is not None
-    with log.open("w") as file:
+    with log.open("w") as file, node.stdout:
         for line in node.stdout:
             file.write(line)
             if shown and line.startswith("[default0]:"):
@@ -167,9 +170,13 @@ def _words(logs: Path, lab: Lab, first: int) -> str:
     if not spoken:
         return f"node{first} ended without a word; see {logs}/node{first}.log"
     _, rank, text = min(spoken)
-    lines = text.splitlines()
-    starts = [n for n, line in enumerate(lines) if line.startswith(("Traceback", "mics"))]
-    return f"rank {rank}:\n" + "\n".join(lines[starts[0] if starts else -20 :])
+    # Python's own words carry the rank; what a library prints when it is torn down does not.
+    own = [
+        line.removeprefix(f"[rank{rank}]: ")
+        for line in text.splitlines()
+        if line.startswith((f"[rank{rank}]: ", "mics: "))
+    ]
+    return f"rank {rank}:\n" + "\n".join(own or text.splitlines()[-20:])
 
 
 class _Stop:

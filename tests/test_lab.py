@@ -1,0 +1,312 @@
+"""A cluster on this machine: links as slow as asked, nothing left behind, nobody else touched."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mics.__main__ import main
+from mics.errors import LabError
+from mics.lab import lifetime, network, running, state, system
+from mics.lab.state import Lab
+
+ROOT = Path(__file__).parents[1]
+
+
+def can_build() -> str:
+    """Why no lab can be built here; empty if one can."""
+    try:
+        system.check_system()
+        system.call("ip", "netns", "add", "mics-probe-x")
+        system.call("ip", "netns", "delete", "mics-probe-x")
+    except LabError as error:
+        return str(error).replace("\n", " ")
+    return ""
+
+
+WHY_NOT = can_build()
+needs_a_lab = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "a lab can be built")
+
+
+@pytest.fixture
+def lab() -> Iterator[Lab]:
+    with lifetime.lab_for(Lab(state.new_name(), 2, 1, "100mbit")) as built:
+        yield built
+
+
+def of_lab(lab: Lab) -> list[str]:
+    return [name for name in network.namespaces() if name.startswith(f"mics-{lab.name}-")]
+
+
+# -- without a lab ---------------------------------------------------------------------------------
+
+
+def test_rates_are_read_as_tc_does() -> None:
+    assert network.bits_per_second("200mbit") == 2e8
+    assert network.bits_per_second("1.5gbit") == 1.5e9
+    assert network.bits_per_second("800kbit") == 8e5
+
+
+@pytest.mark.parametrize("rate", ["fast", "0mbit", "200", "mbit", "-1mbit"])
+def test_what_is_no_rate_is_refused(rate: str) -> None:
+    with pytest.raises(LabError, match="is no rate of a link"):
+        network.bits_per_second(rate)
+
+
+@pytest.mark.parametrize(
+    ("lab", "words"),
+    [
+        (Lab("a-b", 2, 2, "1mbit"), "cannot be called 'a-b'"),
+        (Lab("waytoolong", 2, 2, "1mbit"), "cannot be called"),
+        (Lab("a", 0, 2, "1mbit"), "cannot have 0 nodes"),
+        (Lab("a", 2, 0, "1mbit"), "cannot have 0 gpus-per-node"),
+        (Lab("a", 2, 2, "slow"), "is no rate"),
+    ],
+)
+def test_a_shape_that_cannot_be_is_refused_before_anything_is_built(lab: Lab, words: str) -> None:
+    with pytest.raises(LabError, match=words):
+        lifetime._check(lab)
+
+
+def test_what_is_missing_is_named_with_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(system, "find_program", lambda name: None)
+    with pytest.raises(LabError, match="'ip' is missing") as caught:
+        system.check_system()
+    assert "apt-get install iproute2" in str(caught.value)
+    monkeypatch.undo()
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(LabError, match="A lab needs Linux"):
+        system.check_system()
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(system, "find_program", lambda name: "/bin/true")
+    with pytest.raises(LabError, match="may not make network namespaces") as caught:
+        system.check_system()
+    assert "unshare --map-root-user" in str(caught.value)
+
+
+def test_a_command_is_what_torchrun_takes() -> None:
+    take = running._as_torchrun_takes_it
+    assert take(["a.py", "--x"]) == ["a.py", "--x"]
+    assert take(["python", "a.py"]) == ["a.py"]
+    assert take(["mics", "train", "c.toml"]) == ["-m", "mics", "train", "c.toml"]
+    assert take(["-m", "pkg"]) == ["-m", "pkg"]
+    assert take(["./program", "1"]) == ["--no-python", "./program", "1"]
+
+
+def test_lab_run_without_a_command_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["lab", "run"]) == 2
+    assert "no command; write it after `--`" in capsys.readouterr().err
+
+
+# -- a lab -----------------------------------------------------------------------------------------
+
+
+@needs_a_lab
+def test_a_link_is_as_slow_as_asked_in_both_directions(lab: Lab) -> None:
+    """2.5 MB take at least 0.2 s at 100 Mbit/s, and the kernel counts them and their headers."""
+    receive = (
+        "import socket; s = socket.create_server(('', 5000)); print('ready', flush=True)\n"
+        "c, _ = s.accept()\nwhile c.recv(1 << 20): pass\nc.sendall(bytes(2_500_000)); c.close()"
+    )
+    send = (
+        "import socket, time; s = socket.create_connection(('node0', 5000)); t = time.time()\n"
+        "s.sendall(bytes(2_500_000)); s.shutdown(1)\nn = 0\n"
+        "while d := s.recv(1 << 20): n += len(d)\nprint(n, time.time() - t)"
+    )
+    before = network.traffic(lab)
+    server = subprocess.Popen(
+        running.in_node(lab, 0, [sys.executable, "-c", receive]), stdout=subprocess.PIPE, text=True
+    )
+    assert server.stdout is not None
+    assert server.stdout.readline() == "ready\n"
+    sent = subprocess.run(
+        running.in_node(lab, 1, [sys.executable, "-c", send]),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    server.communicate()
+    received, seconds = sent.stdout.split()
+    assert int(received) == 2_500_000
+    assert float(seconds) > 0.35, "there is no link of 100 Mbit/s here"
+    for node, earlier in zip(network.traffic(lab), before, strict=True):
+        counted = node - earlier
+        assert 2_500_000 < counted.sent < 1.06 * 2_500_000 + 60_000
+        assert 2_500_000 < counted.received < 1.06 * 2_500_000 + 60_000
+
+
+JOB = """
+import sys, torch, torch.distributed as dist
+from datetime import timedelta
+dist.init_process_group("gloo", timeout=timedelta(seconds=8))
+x = torch.ones(250_000)
+for step in range(int(sys.argv[1])):
+    dist.all_reduce(x)
+    if dist.get_rank() == 0:
+        print("step", step, flush=True)
+if len(sys.argv) > 2 and dist.get_rank() == 1:
+    raise ValueError("rank one broke")
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> str:
+    (tmp_path / "job.py").write_text(JOB)
+    return str(tmp_path / "job.py")
+
+
+@needs_a_lab
+@pytest.mark.slow
+def test_a_job_runs_on_every_node_and_its_bytes_are_counted(
+    job: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["lab", "run", "--nodes", "2", "--gpus-per-node", "1", "--link", "400mbit"]
+    words += ["--logs", str(tmp_path / "logs"), "--", job, "10"]
+    assert main(words) == 0
+    out = capfd.readouterr().out
+    assert "step 9" in out
+    sent = [int(n.replace(",", "")) for n in re.findall(r"sent +([\d,]+) bytes", out)]
+    assert len(sent) == 2
+    for node in sent:  # a ring over two ranks: each sends the message once
+        assert 10_000_000 < node < 1.06 * 10_000_000 + 200_000
+
+
+@needs_a_lab
+@pytest.mark.slow
+def test_the_first_failing_ranks_own_traceback_is_returned(
+    job: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["lab", "run", "--gpus-per-node", "1", "--logs", str(tmp_path / "logs"), "--"]
+    assert main([*words, job, "1", "break"]) == 1
+    err = capfd.readouterr().err
+    assert "rank 1:" in err
+    assert err.rstrip().endswith("ValueError: rank one broke")
+    assert not [lab for lab in state.noted() if lab.owner == os.getpid()]
+
+
+@needs_a_lab
+@pytest.mark.slow
+def test_a_cut_cable_is_an_error_on_every_rank_within_the_timeout(
+    lab: Lab, job: str, tmp_path: Path
+) -> None:
+    import threading
+
+    class Cutter:
+        """Cuts the cable when the third step is on the screen."""
+
+        def write(self, text: str) -> None:
+            if "step 3" in text:
+                network.set_link(lab, 1, up=False)
+                assert not network.link_is_up(lab, 1)
+
+        def flush(self) -> None: ...
+
+    done: list[running.Finished] = []
+    start = time.monotonic()
+    thread = threading.Thread(
+        target=lambda: done.append(
+            running.run(lab, [job, "100000"], tmp_path / "logs", screen=Cutter())  # type: ignore[arg-type]
+        )
+    )
+    thread.start()
+    thread.join(timeout=120)
+    assert done, "the job hangs"
+    assert done[0].code == 1
+    assert time.monotonic() - start < 110
+    for log in sorted((tmp_path / "logs").rglob("stderr.log")):
+        assert re.search(r"Timed out|Connection closed|RuntimeError", log.read_text()), log
+    network.set_link(lab, 1, up=True)
+    assert network.link_is_up(lab, 1)
+
+
+@needs_a_lab
+def test_a_lab_that_is_up_is_shown_used_and_taken_down(capfd: pytest.CaptureFixture[str]) -> None:
+    name = state.new_name()
+    assert main(["lab", "up", "--nodes", "3", "--name", name]) == 0
+    try:
+        assert main(["lab", "up", "--name", name]) == 1
+        assert f"There is a lab '{name}' already" in capfd.readouterr().err
+        command = ["lab", "exec", "node2", "--lab", name, "--", "cat", "/etc/hosts"]
+        assert main(command) == 0
+        assert "10.213.0.1 node0" in capfd.readouterr().out
+        assert main(["lab", "cut", "node1", "--lab", name]) == 0
+        assert main(["lab", "status"]) == 0
+        shown = capfd.readouterr().out
+        assert f"lab {name}: 3 nodes x 2 ranks, 200mbit" in shown
+        assert len(re.findall("CABLE CUT", shown)) == 1
+        assert main(["lab", "restore", "node1", "--lab", name]) == 0
+        assert main(["lab", "cut", "node7", "--lab", name]) == 1
+        assert f"Lab {name} has no node 'node7'" in capfd.readouterr().err
+    finally:
+        assert main(["lab", "down", name]) == 0
+    assert not of_lab(Lab(name, 3, 2, ""))
+    assert main(["lab", "down", name]) == 1
+    assert f"There is no lab '{name}'" in capfd.readouterr().err
+
+
+HOLD = """
+import sys, time
+from mics.lab import lifetime
+from mics.lab.state import Lab
+print("begins", flush=True)
+with lifetime.lab_for(Lab(sys.argv[1], 3, 1, "100mbit")):
+    print("up", flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+@needs_a_lab
+@pytest.mark.slow
+def test_of_20_labs_5_of_them_killed_nothing_is_left_and_nothing_else_touched() -> None:
+    system.call("ip", "netns", "add", "somebody-elses")
+    try:
+        before = set(network.namespaces())
+        with lifetime.lab_for(Lab("standing", 2, 1, "100mbit")) as other:
+            for number in range(20):
+                killed = number % 4 == 0
+                process = subprocess.Popen(
+                    [sys.executable, "-c", HOLD, f"x{number}", "60" if killed else "0"],
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+                )
+                assert process.stdout is not None
+                assert process.stdout.readline() == "begins\n"
+                if killed:
+                    time.sleep(0.03 * number)  # while it is built, or once it is up
+                    process.kill()
+                process.communicate(timeout=60)
+                assert killed or process.returncode == 0
+            assert main(["lab", "clean"]) == 0
+            assert set(network.namespaces()) - before == set(other.namespaces)
+        assert set(network.namespaces()) == before
+        assert not list(Path("/etc/netns").glob("mics-x*"))
+        assert not [one for one in state.noted() if one.lab.name.startswith("x")]
+    finally:
+        system.call("ip", "netns", "delete", "somebody-elses")
+
+
+@needs_a_lab
+@pytest.mark.slow
+def test_sigterm_takes_the_lab_down() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, "term", "60"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+    )
+    assert process.stdout is not None
+    assert [process.stdout.readline() for _ in range(2)] == ["begins\n", "up\n"]
+    process.terminate()
+    process.communicate(timeout=60)
+    assert not of_lab(Lab("term", 3, 1, ""))
