@@ -9,12 +9,13 @@ BIN := .venv/bin
 # One thread per rank: the ranks of tests and examples share this machine's cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test check lint bench clean
+.PHONY: help setup demo test test-all check lint bench clean
 
 help:
 	@echo "make setup   create .venv with the exact versions of constraints.txt"
 	@echo "make demo    train a small GPT on 8 ranks: losses, sample, plot, bytes predicted and counted"
-	@echo "make test    format, lint, types and every test"
+	@echo "make test    format, lint, types and the tests, in under 10 minutes"
+	@echo "make test-all  with the extra tests that CI runs, some minutes more"
 	@echo "make check   the same without the slow tests"
 	@echo "make lint    format, lint and types only"
 	@echo "make bench   measure the overheads, write benchmarks/results/"
@@ -31,10 +32,13 @@ demo: setup
 	$(BIN)/mics train examples/demo.toml
 
 test: setup lint
+	$(BIN)/python -m pytest -m "not extra"
+
+test-all: setup lint
 	$(BIN)/python -m pytest
 
 check: setup lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not extra"
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -195,7 +195,7 @@ def test_the_first_failing_ranks_own_traceback_is_returned(
 
 
 @needs_a_lab
-@pytest.mark.slow
+@pytest.mark.extra
 def test_a_cut_cable_is_an_error_on_every_rank_within_the_timeout(
     lab: Lab, job: str, tmp_path: Path
 ) -> None:
@@ -266,7 +266,7 @@ with lifetime.lab_for(Lab(sys.argv[1], 3, 1, "100mbit")):
 
 
 @needs_a_lab
-@pytest.mark.slow
+@pytest.mark.extra
 def test_of_20_labs_5_of_them_killed_nothing_is_left_and_nothing_else_touched() -> None:
     system.call("ip", "netns", "add", "somebody-elses")
     try:

@@ -168,7 +168,7 @@ def test_a_second_job_in_the_folder_is_refused_and_the_first_goes_on(
     first.communicate(timeout=60)
 
 
-@pytest.mark.slow
+@pytest.mark.extra
 def test_under_torchrun_an_error_is_said_once_and_nothing_hangs(
     tmp_path: Path, corpus: Path
 ) -> None:
@@ -197,7 +197,7 @@ def test_under_torchrun_an_error_is_said_once_and_nothing_hangs(
     assert "step 4/4" in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.extra
 def test_pretrained_weights_give_the_loss_they_had(tmp_path: Path, corpus: Path) -> None:
     """Export, then start from there: the first loss is as good as the last."""
     file = configuration(tmp_path, corpus, steps=30)
@@ -229,7 +229,7 @@ def commands() -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in block.splitlines()]
 
 
-@pytest.mark.slow
+@pytest.mark.extra
 def test_the_readmes_commands_run(tmp_path: Path, corpus: Path) -> None:
     """As they stand, but for fewer steps and folders of their own."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")

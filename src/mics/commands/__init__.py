@@ -25,6 +25,7 @@ VERBS = (
     Verb("train", "train", "train a language model", "mics train examples/demo.toml"),
     Verb("export", "export", "a checkpoint for transformers", "mics export runs/demo exported"),
     Verb("import", "importing", "a checkpoint from transformers", "mics import folder checkpoint"),
+    Verb("bench", "bench", "measure links, compare engines", "mics bench collectives"),
     Verb("lab", "lab", "a cluster on this machine", "mics lab run --nodes 4 -- script.py"),
     Verb(
         "doctor",

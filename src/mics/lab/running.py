@@ -85,6 +85,7 @@ def environment(lab: Lab, index: int) -> Mapping[str, str]:
     return os.environ | {
         "MICS_LAB": lab.name,
         "MICS_LAB_NODE": str(index),
+        "MICS_LAB_LINK": lab.link,
         "GLOO_SOCKET_IFNAME": "eth0",
         "NCCL_SOCKET_IFNAME": "eth0",
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),

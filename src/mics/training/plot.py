@@ -52,9 +52,10 @@ def plot_run(metrics: Path, picture: Path, title: str) -> bool:
                 f"{values[-1]:.3f}",
                 (at[-1], values[-1]),
                 textcoords="offset points",
-                xytext=(-4, 8),
+                xytext=(-2, 16),
                 ha="right",
                 color="#cc3311",
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
             )
         skipped = [entry["step"] for entry in steps if not entry["taken"]]
         for step in skipped:

@@ -1,0 +1,183 @@
+"""All-gather, reduce-scatter and all-reduce on the links at hand, beside what physics allows.
+
+Bandwidths are those of nccl-tests (its PERFORMANCE.md): algbw is message bytes over time, busbw is
+algbw times (n - 1) / n for all-gather and reduce-scatter and 2 (n - 1) / n for all-reduce. The
+floor is the bytes that must leave a node over the slow link (``traffic.py``) over its rate.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from mics import compat
+from mics.benching.spread import Spread
+from mics.collectives import AllGather, hierarchical_all_gather, hierarchical_reduce_scatter
+from mics.ledgers import Ledger
+from mics.mesh import Groups, StageGroups, ranks_of, stage_groups
+from mics.traffic import Collective, Form, ring_flow, stage_flow, stages
+
+_BLOCKS = 8  # consecutive blocks, where gathers are pipelined
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One collective of one size: seconds per call, and what physics allows.
+
+    ``form`` is "flat", "hierarchical", or "pipelined": hierarchical gathers of consecutive blocks,
+    the next one's inter stage under way while this one's intra stage runs; seconds per block.
+    ``between_nodes`` is what leaves the busiest node per call, in bytes; ``floor`` those bytes over
+    the link's rate, in seconds; ``None`` where the rate is not known.
+    """
+
+    collective: str
+    form: str
+    message_bytes: int
+    ranks: int
+    seconds: Spread
+    between_nodes: int
+    floor: float | None
+
+    @property
+    def algbw(self) -> float:
+        """Message bytes per second."""
+        return self.message_bytes / self.seconds.median
+
+    @property
+    def busbw(self) -> float:
+        """What nccl-tests calls bus bandwidth, bytes per second."""
+        rounds = 2 if self.collective == "all_reduce" else 1
+        return self.algbw * rounds * (self.ranks - 1) / self.ranks
+
+    @property
+    def over_floor(self) -> float | None:
+        """How far from the physical limit: 1 is on it."""
+        return self.seconds.median / self.floor if self.floor else None
+
+
+def measure_collectives(
+    groups: Groups,
+    sizes: Sequence[int],
+    *,
+    repeats: int,
+    link_bits: float | None,
+    told: Callable[[Measured], None],
+) -> list[Measured]:
+    """Time every collective, form and size over the partition group of a mesh. Collective.
+
+    Forms are interleaved, call by call, so that whatever else happens on the machine falls on all
+    of them alike. A call counts as long as the slowest rank's.
+
+    Args:
+        groups: of the mesh; both forms are measured where its partition group spans nodes.
+        sizes: of the gathered message, in bytes.
+        repeats: calls of each.
+        link_bits: bits per second of a node's slow link, if known.
+        told: called after each one, on every rank.
+    """
+    found = []
+    ranks = ranks_of(groups.shard)
+    pair = stage_groups(groups, ranks)
+    for size in sizes:
+        for collective, calls in _calls(groups, pair, size).items():
+            seconds = _interleaved(groups, calls, repeats)
+            for form, spent in seconds.items():
+                sent = _leaves_a_node(collective, ranks, size, groups.gpus_per_node, form)
+                floor = sent * 8 / link_bits if link_bits and sent else None
+                one = Measured(collective, form, size, len(ranks), Spread.of(spent), sent, floor)
+                found.append(one)
+                told(one)
+    return found
+
+
+def _calls(
+    groups: Groups, pair: StageGroups | None, size: int
+) -> dict[Collective, dict[str, tuple[Callable[[], None], int]]]:
+    """For each collective its forms: what to call, and for how many blocks that is."""
+    shard, device = groups.shard, groups.device
+    p = shard.size()
+    numel = size // 4 // p
+    whole = torch.ones(numel * p, device=device)
+    part = torch.ones(numel, device=device)
+    mine = whole[shard.rank() * numel : (shard.rank() + 1) * numel]
+    average = dist.ReduceOp.AVG
+
+    gathers: dict[str, tuple[Callable[[], None], int]] = {
+        "flat": (lambda: _done(compat.all_gather(whole, mine, shard)), 1)
+    }
+    reduces: dict[str, tuple[Callable[[], None], int]] = {
+        "flat": (lambda: _done(compat.reduce_scatter(part, whole, average, shard)), 1)
+    }
+    if pair is not None:
+        gathers["hierarchical"] = (lambda: hierarchical_all_gather(whole, mine, pair), 1)
+        gathers["pipelined"] = (_pipelined(groups, whole, mine), _BLOCKS)
+        reduces["hierarchical"] = (
+            lambda: hierarchical_reduce_scatter(part, whole, average, pair),
+            1,
+        )
+    return {
+        "all_gather": gathers,
+        "reduce_scatter": reduces,
+        "all_reduce": {"flat": (lambda: _done(dist.all_reduce(whole, group=shard)), 1)},
+    }
+
+
+def _pipelined(groups: Groups, whole: torch.Tensor, mine: torch.Tensor) -> Callable[[], None]:
+    ledger = Ledger(rank=dist.get_rank(), gpus_per_node=groups.gpus_per_node)
+    gather = AllGather(groups, ledger, lambda *_: "hierarchical")
+
+    def call() -> None:
+        under_way: list[dist.Work] = []
+        for _ in range(_BLOCKS):
+            work = gather(whole, mine, groups.shard, async_op=True)
+            assert work is not None
+            under_way.append(work)
+            if len(under_way) == 2:
+                under_way.pop(0).wait()
+        under_way.pop().wait()
+
+    return call
+
+
+def _done(_: object) -> None:
+    pass
+
+
+def _interleaved(
+    groups: Groups, calls: dict[str, tuple[Callable[[], None], int]], repeats: int
+) -> dict[str, list[float]]:
+    seconds: dict[str, list[float]] = {form: [] for form in calls}
+    for number in range(repeats + 1):
+        for form, (call, blocks) in calls.items():
+            dist.barrier()
+            start = time.perf_counter()
+            call()
+            if groups.device.type != "cpu":
+                torch.accelerator.synchronize()
+            spent = torch.tensor(time.perf_counter() - start, device=groups.device)
+            dist.all_reduce(spent, dist.ReduceOp.MAX)
+            if number:  # the first one makes connections
+                seconds[form].append(spent.item() / blocks)
+    return seconds
+
+
+def _leaves_a_node(
+    collective: Collective, ranks: Sequence[int], size: int, gpus_per_node: int, form: str
+) -> int:
+    """Bytes that leave the busiest node over the slow link, per call."""
+    two_stages: Form = "flat" if form == "flat" else "hierarchical"
+    per_node: dict[int, float] = {}
+    for rank in ranks:
+        if collective == "all_reduce":
+            sent = ring_flow(collective, ranks, rank, size, gpus_per_node).inter_bytes
+        else:
+            messages = stages(ranks, rank, size, gpus_per_node, two_stages)
+            flows = [stage_flow(collective, m, rank, gpus_per_node) for m in messages]
+            sent = sum((flow.inter_bytes for flow in flows), start=0 * flows[0].inter_bytes)
+        node = rank // gpus_per_node
+        per_node[node] = per_node.get(node, 0) + float(sent)
+    return int(max(per_node.values()))

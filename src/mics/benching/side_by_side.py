@@ -1,0 +1,101 @@
+"""Engines side by side, steps interleaved in one run: what else happens falls on all alike."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from mics.benching.engines import Engine
+from mics.benching.spread import Spread
+from mics.benching.wire import bytes_sent
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One engine's steps.
+
+    ``ratio`` is this engine's time over the first engine's in the same round: above 1 is slower.
+    ``bytes_sent`` leave a node per step, the mean over nodes and steps, as the kernel counts them;
+    ``None`` where it does not say. ``losses`` are those of every step.
+    """
+
+    engine: str
+    seconds: Spread
+    ratio: Spread
+    bytes_sent: int | None
+    losses: list[float]
+
+
+def compare(
+    engines: Sequence[Engine], steps: int, *, told: Callable[[int, str, float], None]
+) -> list[Compared]:
+    """Time the steps of several engines. Collective.
+
+    The order within a round turns, so that none always follows the same one. The first round warms
+    up and counts for losses only.
+
+    Args:
+        engines: the first one is what the others are compared with.
+        steps: rounds that count.
+        told: called after every step, on every rank: round, engine, seconds.
+    """
+    seconds: dict[str, list[float]] = {engine.name: [] for engine in engines}
+    sent: dict[str, list[int | None]] = {engine.name: [] for engine in engines}
+    losses: dict[str, list[float]] = {engine.name: [] for engine in engines}
+    for number in range(steps + 1):
+        turn = number % len(engines)
+        for engine in [*engines[turn:], *engines[:turn]]:
+            dist.barrier()
+            before, start = bytes_sent(), time.perf_counter()
+            loss = engine.step()
+            spent = torch.tensor(time.perf_counter() - start)
+            dist.all_reduce(spent, dist.ReduceOp.MAX)
+            told(number, engine.name, spent.item())
+            losses[engine.name].append(loss)
+            counted = _per_node(before)
+            if number:
+                seconds[engine.name].append(spent.item())
+                sent[engine.name].append(counted)
+    first = seconds[engines[0].name]
+    return [
+        Compared(
+            engine.name,
+            Spread.of(seconds[engine.name]),
+            Spread.of([a / b for a, b in zip(seconds[engine.name], first, strict=True)]),
+            _mean(sent[engine.name]),
+            losses[engine.name],
+        )
+        for engine in engines
+    ]
+
+
+def agree(compared: Sequence[Compared], relative: float = 1e-4) -> bool:
+    """Whether all engines have had the losses of the first one."""
+    return all(
+        abs(mine - theirs) <= relative * abs(theirs)
+        for one in compared
+        for mine, theirs in zip(one.losses, compared[0].losses, strict=True)
+    )
+
+
+def _per_node(before: int | None) -> int | None:
+    """The mean over nodes of what their interfaces have sent since ``before``."""
+    now = bytes_sent()
+    first_here = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    mine = [0.0, 0.0]
+    if first_here and before is not None and now is not None:
+        mine = [float(now - before), 1.0]
+    total = torch.tensor(mine, dtype=torch.float64)
+    dist.all_reduce(total)
+    sent, nodes = total.tolist()
+    return int(sent / nodes) if nodes else None
+
+
+def _mean(values: Sequence[int | None]) -> int | None:
+    known = [value for value in values if value is not None]
+    return round(sum(known) / len(known)) if known else None
