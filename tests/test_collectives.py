@@ -11,9 +11,10 @@ from ranks import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mics
-from mics import compat
+from mics import collectives, compat
 from mics.choice import decide_by
 from mics.collectives import AllGather, ReduceScatter
+from mics.exchanged import is_direct, reduce_scatter
 from mics.ledgers import Ledger
 from mics.mesh import Groups, groups_of, ranks_of, stage_groups
 from mics.traffic import Key
@@ -110,12 +111,12 @@ def _premul_stages() -> None:
     asked: list[Any] = []
     real = compat.reduce_scatter
 
-    def recording(output: Any, input: Any, op: Any, group: Any, async_op: bool = False) -> Any:
+    def recording(output: Any, input: Any, op: Any, group: Any) -> Any:
         asked.append((group.size(), op))
         emulated = dist.ReduceOp.SUM
         return real(output, input * 0.25 if compat.is_premul_sum(op) else input, emulated, group)
 
-    compat.reduce_scatter = recording  # this forked process only
+    collectives.reduce_scatter = recording  # this forked process only
     whole, output = torch.ones(8 * N), torch.empty(N)
     scatter(output, whole, groups.shard, premul)
     assert torch.equal(output, torch.full((N,), 8 * 0.25))
@@ -158,11 +159,40 @@ def _count_copies() -> dict[str, int]:
 
 
 def test_no_stage_reorders_by_copying() -> None:
-    """Gloo itself copies once in every reduce-scatter: 1 flat, 4 + 1 in two stages of 4 nodes."""
+    """Gloo itself copies once in its own reduce-scatter, flat over nodes; the exchange does not."""
     copies = run_ranks(_count_copies, 8)[0]
     assert copies["flat all_gather"] == copies["hierarchical all_gather"] == 0
     assert copies["flat reduce_scatter"] == 1
-    assert copies["hierarchical reduce_scatter"] == 4 + 1
+    assert copies["hierarchical reduce_scatter"] == 0
+
+
+def _exchange(op_name: str, dtype: torch.dtype) -> None:
+    """Against Gloo's own, on numbers whose sums are exact, and on ones that round."""
+    group = dist.group.WORLD
+    assert group is not None
+    op = getattr(dist.ReduceOp, op_name)
+    seeded = torch.Generator().manual_seed(dist.get_rank())
+    for numbers in (torch.randint(-8, 8, (4 * N,), generator=seeded), torch.randn(4 * N)):
+        input = numbers.to(dtype)
+        ours, theirs = torch.empty(N, dtype=dtype), torch.empty(N, dtype=dtype)
+        reduce_scatter(ours, input.clone(), op, group)
+        compat.reduce_scatter(theirs, input.clone(), op, group)
+        if numbers.dtype == torch.int64:
+            assert torch.equal(ours, theirs)
+        assert torch.allclose(ours, theirs, rtol=4 * torch.finfo(dtype).eps, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("op", ["AVG", "SUM"])
+def test_an_exchange_and_a_sum_is_a_reduce_scatter(op: str, dtype: torch.dtype) -> None:
+    run_ranks(_exchange, 4, op, dtype)
+
+
+def test_only_groups_without_a_shared_link_exchange() -> None:
+    assert is_direct([0, 1, 2, 3], 4)
+    assert is_direct([0, 4, 8], 4)
+    assert not is_direct([0, 1, 4, 5], 4)
+    assert not is_direct(range(8), 2)
 
 
 def _two_groups() -> dict[Any, int]:

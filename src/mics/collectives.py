@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 
 from mics import compat
+from mics.exchanged import is_direct, reduce_scatter
 from mics.ledgers import Ledger, Span
 from mics.mesh import Groups, StageGroups, ranks_of, stage_groups
 from mics.topology import Ranks
@@ -130,8 +131,10 @@ class ReduceScatter:
             "reduce_scatter", self._groups, self._ledger, self._decide, input_tensor, group
         )
         if pair is None:
+            direct = is_direct(ranks_of(group), self._groups.gpus_per_node)
+            reduce = reduce_scatter if direct else compat.reduce_scatter
             with spans.issue("flat"):
-                compat.reduce_scatter(output_tensor, input_tensor, op, group)
+                reduce(output_tensor, input_tensor, op, group)
             return
         inter, intra = spans.issue("inter"), spans.issue("intra")
         hierarchical_reduce_scatter(output_tensor, input_tensor, op, pair, inter, intra)
@@ -169,7 +172,7 @@ def hierarchical_reduce_scatter(
         _reduce_inside_nodes(staged, input, op, pair)
     with inter:
         second = dist.ReduceOp.SUM if compat.is_premul_sum(op) else op
-        compat.reduce_scatter(output, staged, second, pair.inter)
+        reduce_scatter(output, staged, second, pair.inter)
 
 
 def _inter_buffer(input: torch.Tensor, pair: StageGroups) -> torch.Tensor:
@@ -187,9 +190,10 @@ def _reduce_inside_nodes(
     staged: torch.Tensor, input: torch.Tensor, op: compat.ReduceOp, pair: StageGroups
 ) -> None:
     nodes = pair.inter.size()
-    with compat.coalesced(pair.intra):
+    together = compat.coalesced(pair.intra) if input.device.type != "cpu" else _UNTIMED
+    with together:
         for shard, rows in zip(staged.chunk(nodes), input.chunk(nodes), strict=True):
-            compat.reduce_scatter(shard, rows, op, pair.intra)
+            reduce_scatter(shard, rows, op, pair.intra)
 
 
 # -- handles -------------------------------------------------------------------------------------
