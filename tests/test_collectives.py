@@ -14,7 +14,7 @@ import mics
 from mics import collectives, compat
 from mics.choice import decide_by
 from mics.collectives import AllGather, ReduceScatter
-from mics.exchanged import is_direct, reduce_scatter
+from mics.exchanged import reduce_scatter
 from mics.ledgers import Ledger
 from mics.mesh import Groups, groups_of, ranks_of, stage_groups
 from mics.traffic import Key
@@ -186,13 +186,6 @@ def _exchange(op_name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("op", ["AVG", "SUM"])
 def test_an_exchange_and_a_sum_is_a_reduce_scatter(op: str, dtype: torch.dtype) -> None:
     run_ranks(_exchange, 4, op, dtype)
-
-
-def test_only_groups_without_a_shared_link_exchange() -> None:
-    assert is_direct([0, 1, 2, 3], 4)
-    assert is_direct([0, 4, 8], 4)
-    assert not is_direct([0, 1, 4, 5], 4)
-    assert not is_direct(range(8), 2)
 
 
 def _two_groups() -> dict[Any, int]:

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 from mics import compat
-from mics.exchanged import is_direct, reduce_scatter
+from mics.exchanged import reduce_scatter
 from mics.ledgers import Ledger, Span
 from mics.mesh import Groups, StageGroups, ranks_of, stage_groups
 from mics.topology import Ranks
@@ -131,10 +131,8 @@ class ReduceScatter:
             "reduce_scatter", self._groups, self._ledger, self._decide, input_tensor, group
         )
         if pair is None:
-            direct = is_direct(ranks_of(group), self._groups.gpus_per_node)
-            reduce = reduce_scatter if direct else compat.reduce_scatter
             with spans.issue("flat"):
-                reduce(output_tensor, input_tensor, op, group)
+                compat.reduce_scatter(output_tensor, input_tensor, op, group)
             return
         inter, intra = spans.issue("inter"), spans.issue("intra")
         hierarchical_reduce_scatter(output_tensor, input_tensor, op, pair, inter, intra)

@@ -2,20 +2,17 @@
 
 Gloo reduce-scatters by an all-reduce whose other rows are thrown away: a rank sends 2 M (n-1)/n.
 Here every rank sends each other one its row and adds up what it gets: M (n-1)/n, the volume of
-``traffic.py``. All of it goes to its addressee directly, so this is for groups whose ranks share
-one node or sit on one node each; among several ranks on several nodes a ring crosses the slow link
-less often.
+``traffic.py``. All of it goes to its addressee directly, so this is for the two stages, whose ranks
+share one node or sit on one node each; among several ranks on several nodes a ring crosses the slow
+link less often. The flat form stays the backend's, and with it FSDP2's results to the bit.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 
 from mics import compat
-from mics.topology import nodes_of
 
 
 def reduce_scatter(
@@ -39,9 +36,3 @@ def reduce_scatter(
     torch.sum(table, dim=0, out=output)
     if averages:
         output.div_(group.size())
-
-
-def is_direct(ranks: Sequence[int], gpus_per_node: int) -> bool:
-    """Whether every pair of these ranks is joined without a link that others of them share."""
-    rows = nodes_of(ranks, gpus_per_node)
-    return len(rows) == 1 or all(len(row) == 1 for row in rows)
