@@ -82,6 +82,17 @@ def test_a_rank_that_dies_in_silence_is_named() -> None:
 
 
 @pytest.mark.slow
+def test_a_signal_that_nobody_handles_yet_ends_the_job() -> None:
+    process = start('print("ready", flush=True)\ntime.sleep(60)')
+    assert process.stdout is not None
+    assert [process.stdout.readline() for _ in range(4)].count("ready\n") == 3
+    process.send_signal(signal.SIGINT)
+    code, _, err = finish(process)
+    assert code == 1
+    assert err.endswith("mics: interrupted")
+
+
+@pytest.mark.slow
 def test_a_signal_reaches_every_rank_which_ends_in_its_own_way() -> None:
     process = start(
         "stop = []\nsignal.signal(signal.SIGTERM, lambda *_: stop.append(1))\n"

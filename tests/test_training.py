@@ -313,6 +313,14 @@ def test_a_damaged_checkpoint_is_named_and_the_older_one_used(
     capfd.readouterr()
     assert run_ranks(loop.train, 2, more) == [0, 0]
     said = capfd.readouterr().err
+    assert "CHECKPOINT NOT WRITTEN" not in said
+    names = sorted(f.name for f in config.run.folder.glob("step-*"))
+    assert names == [
+        "step-00000002",
+        "step-00000004",
+        "step-00000004.damaged",
+        "step-00000005",
+    ]
     assert f"skipping a checkpoint: {file} is damaged: it has another size" in said
     assert f"goes on from {config.run.folder / 'step-00000002'}, step 2" in said
 
@@ -575,6 +583,21 @@ def test_a_checkpoint_of_other_data_or_never_to_be_resumed_is_refused(
     )
     assert run_ranks(train, 2, named) == [0, 0]
     assert [entry["step"] for entry in lines(config)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_an_older_checkpoint_of_the_same_folder_is_not_overtaken(
+    tmp_path: Path, corpus: Path
+) -> None:
+    config = settings(tmp_path, corpus, checkpoint={"every": 2})
+    run_ranks(train, 2, config)
+    older = config.run.folder / "step-00000002"
+    back = dataclasses.replace(config, run=dataclasses.replace(config.run, resume=older))
+    for text in refusals(back):
+        assert "has newer checkpoints than the one to go on from" in text
+        assert "run.resume is step-00000002, the newest is step-00000004" in text
+    elsewhere_from_there = elsewhere(back, "elsewhere")
+    assert run_ranks(train, 2, elsewhere_from_there) == [0, 0]
+    assert losses(elsewhere_from_there) == losses(config)[2:]
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, corpus: Path) -> None:

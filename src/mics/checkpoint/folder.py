@@ -69,6 +69,23 @@ def prune(root: Path, keep: int) -> None:
         shutil.rmtree(trash, ignore_errors=True)
 
 
+def set_aside_newer(root: Path, than: Path) -> list[Path]:
+    """Rename the checkpoints of a run that are newer than one of it: they are damaged.
+
+    The run will come to their steps again, and nothing is ever written over. Rank 0 calls it.
+
+    Returns:
+        Their new names, ``step-....damaged``.
+    """
+    aside = []
+    for checkpoint in _checkpoints(root):
+        if checkpoint.name > than.name:
+            name = f"{checkpoint.name}.damaged"
+            taken = len(list(root.glob(f"{name}*")))
+            aside.append(checkpoint.rename(root / (f"{name}-{taken}" if taken else name)))
+    return aside
+
+
 @contextmanager
 def hold_folder(root: Path) -> Iterator[None]:
     """Make a run's folder and hold it for this job; remove what dead jobs left half-done.

@@ -7,7 +7,16 @@ from typing import Any
 
 import torch.distributed as dist
 
-from mics.checkpoint import PendingSave, load, newest_intact, prune, save, step_folder, step_of
+from mics.checkpoint import (
+    PendingSave,
+    load,
+    newest_intact,
+    prune,
+    save,
+    set_aside_newer,
+    step_folder,
+    step_of,
+)
 from mics.checkpoint.manifest import read_manifest
 from mics.console import alarm, say
 from mics.errors import CheckpointError, ConfigError
@@ -46,6 +55,11 @@ class Keeper:
             load(found, model=self._run.model)
             say(f"starts from the weights of {found}; it has no optimizer state")
             return Progress()
+        if wanted != "auto":
+            self._refuse_to_overtake(found)
+        elif dist.get_rank() == 0:
+            for aside in set_aside_newer(self._folder, found):
+                say(f"set aside as {aside}")
         optimizer = self._run.optimizer
         options = [_options(group) for group in optimizer.param_groups]
         # The newest one was verified when it was found.
@@ -60,6 +74,21 @@ class Keeper:
         random = "" if loaded.random_restored else "; random state anew (other ranks)"
         say(f"goes on from {found}, step {at.step}{random}")
         return at
+
+    def _refuse_to_overtake(self, found: Path) -> None:
+        """A run that goes on from an older checkpoint of its own folder would meet the newer ones.
+
+        Raises:
+            ConfigError: names the newest one.
+        """
+        steps = [step for f in self._folder.glob("step-*") if (step := step_of(f)) is not None]
+        own = step_of(found) if found.resolve().parent == self._folder.resolve() else None
+        if own is not None and own < max(steps):
+            raise ConfigError(
+                f"{self._folder} has newer checkpoints than the one to go on from.",
+                numbers=f"run.resume is {found.name}, the newest is step-{max(steps):08d}.",
+                write=f"--run.folder <a new folder> --run.resume {found}",
+            )
 
     def _progress(self, found: Path, extra: Any) -> Progress:
         """Raises where the checkpoint is of another run's data, unless it was named."""

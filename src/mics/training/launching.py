@@ -121,11 +121,12 @@ def _start_ranks(work: Work, config: TrainConfig, ranks: int) -> int:
         signals_to_handle="SIGHUP,SIGQUIT",
     )
     sys.stdout.flush()
-    with tempfile.TemporaryDirectory(prefix="mics-") as folder, _passing_signals_on():
+    with tempfile.TemporaryDirectory(prefix="mics-") as folder, _passing_signals_on() as passed:
         try:
             codes: dict[int, int] = elastic_launch(launcher, _rank)(work, config, ranks, folder)
         except ChildFailedError as error:
-            print(_first_words(Path(folder), error), file=sys.stderr, flush=True)
+            words = "mics: interrupted" if passed else _first_words(Path(folder), error)
+            print(words, file=sys.stderr, flush=True)
             return 1
     return max(codes.values())
 
@@ -165,17 +166,23 @@ def _first_words(folder: Path, error: ChildFailedError) -> str:
 
 
 @contextmanager
-def _passing_signals_on() -> Iterator[None]:
-    """SIGTERM and ctrl-C of this process go to the ranks, which decide what to do."""
+def _passing_signals_on() -> Iterator[list[int]]:
+    """SIGTERM and ctrl-C of this process go to the ranks, which decide what to do.
+
+    Yields:
+        The signals that have been passed on.
+    """
+    passed: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
+        passed.append(number)
         for child in multiprocessing.active_children():
             if child.pid is not None:
                 os.kill(child.pid, number)
 
     before = {number: signal.signal(number, pass_on) for number in _STOPPING}
     try:
-        yield
+        yield passed
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -27,7 +27,8 @@ def train(config: TrainConfig) -> int:
         MicsError: options, data, model or checkpoints are not right, said before the first step; or
             too many steps in a row were not finite.
     """
-    with StopRequest() as asked, set_up(config) as run:
+    # Until everything is set up a signal ends the process as it does any other.
+    with set_up(config) as run, StopRequest() as asked:
         keeper = Keeper(run)
         at = keeper.resume()
         meter = _meter(run)
