@@ -9,6 +9,7 @@ import difflib
 import glob
 import json
 import sysconfig
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -113,10 +114,15 @@ def _json_rows(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
-    pattern = glob.escape(str(file))  # datasets takes every name for a pattern
-    yield from _load(
-        "parquet", str(file), data_files=pattern, split="train", batch_size=_ROWS_AT_ONCE
-    )
+    with tempfile.TemporaryDirectory() as scratch:  # streaming takes a lock, at home if not here
+        yield from _load(
+            "parquet",
+            str(file),
+            data_files=glob.escape(str(file)),  # every name is taken for a pattern
+            split="train",
+            batch_size=_ROWS_AT_ONCE,
+            cache_dir=scratch,
+        )
 
 
 def _hub_rows(source: str, field: str) -> Iterator[bytes]:

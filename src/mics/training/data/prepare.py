@@ -63,7 +63,7 @@ def prepare_data(
     _build_where_needed(cached, lambda: _build(cached, config, seed))
     meta = cache.read_meta(cached)
     assert meta is not None
-    # The one that wrote the tokens, even if the one it was copied from has gone or changed.
+    # The one that wrote the tokens, whatever a hub has under its name by now.
     is_bytes = config.tokenizer == "bytes"
     tokenizer = byte_tokenizer() if is_bytes else saved_tokenizer(str(cached / "tokenizer"))
     masking = None
