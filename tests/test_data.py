@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
+import multiprocessing
 import os
+import shutil
+import signal
+import subprocess
+import sys
+import tracemalloc
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,15 +26,16 @@ import torch.distributed as dist
 from ranks import errors_of_ranks, run_ranks
 from tokenizers import Tokenizer as Backend
 from tokenizers import models as backends
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from mics.errors import DataError
 from mics.training.config import DataConfig
-from mics.training.data import IGNORED, Data, prepare_data
+from mics.training.data import IGNORED, Data, cache, prepare_data
 from mics.training.data.corpus import find_files, read_documents
 from mics.training.data.order import sequence_at
 from mics.training.data.stream import Masking, Stream
 from mics.training.data.tokens import SEPARATOR, byte_tokenizer, saved_tokenizer, train_bpe
+from mics.training.waiting import TextProgress
 
 TEXTS = [f"Document {n}: " + "the cat sat on the mat. " * (n % 5 + 1) for n in range(30)]
 
@@ -81,22 +92,65 @@ def test_jsonl_and_parquet_give_the_stream_of_the_text_they_came_from(
     assert same(plain, parquet)
 
 
-def test_local_tables_need_no_network_and_leave_nothing_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    import socket
+_READ_OFFLINE = """
+import socket, sys
+def refuse(*_):
+    raise AssertionError("a local file was looked up on the network")
+socket.getaddrinfo = refuse
+from mics.training.data.corpus import read_documents
+print([len(list(read_documents(source, "text"))) for source in sys.argv[1:]])
+"""
 
-    def refuse(*_: Any) -> Any:
-        raise AssertionError("a local file was looked up on the network")
 
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    home = tmp_path / "home"
-    home.mkdir()
-    monkeypatch.setenv("HOME", str(home))
-    (tmp_path / "c.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
-    assert list(read_documents(str(tmp_path / "c.jsonl"), "text")) == [t.encode() for t in TEXTS]
-    assert not list(home.iterdir())
-    assert capfd.readouterr() == ("", "")
+def test_local_tables_need_no_network_and_leave_nothing_behind(tmp_path: Path) -> None:
+    jsonl, parquet = tmp_path / "c.jsonl", tmp_path / "c.parquet"
+    jsonl.write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
+    pq.write_table(pa.table({"text": TEXTS}), parquet)
+    homes = {name: tmp_path / name for name in ("HOME", "HF_HOME", "TMPDIR", "XDG_CACHE_HOME")}
+    for home in homes.values():
+        home.mkdir()
+    ran = subprocess.run(
+        [sys.executable, "-c", _READ_OFFLINE, jsonl, parquet],
+        env=os.environ | {name: str(home) for name, home in homes.items()},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ran.stdout, ran.stderr) == ("[30, 30]\n", "")
+    assert [file for home in homes.values() for file in home.rglob("*")] == []
+
+
+def test_jsonl_text_is_read_as_it_stands(tmp_path: Path) -> None:
+    texts = [
+        "2020-01-01T00:00:00Z",
+        "2021-01-01",
+        "7",
+        "a\u2028b\r\nc\x00",
+        "lone \ud800",
+        "caf\xe9",
+    ]
+    rows = [{"text": text} | {f"extra{n}": [n]} for n, text in enumerate(texts)]
+    lines = [json.dumps(row) for row in rows]
+    (tmp_path / "c.JSONL").write_text("\n\n".join([*lines, '{"text": null}']))
+    assert list(read_documents(str(tmp_path / "c.JSONL"), "text")) == [
+        text.encode("utf-8", "surrogatepass") for text in texts
+    ]
+
+
+@pytest.mark.parametrize("name", ["c[1]", "c*", "c?"])
+def test_the_name_of_a_table_is_no_pattern(name: str, tmp_path: Path) -> None:
+    (tmp_path / f"{name}.jsonl").write_text('{"text": "a"}\n')
+    pq.write_table(pa.table({"text": ["b"]}), tmp_path / f"{name}.parquet")
+    pq.write_table(pa.table({"text": ["c"]}), tmp_path / "c1.parquet")
+    assert list(read_documents(str(tmp_path / f"{name}.jsonl"), "text")) == [b"a"]
+    assert list(read_documents(str(tmp_path / f"{name}.parquet"), "text")) == [b"b"]
+
+
+def test_tables_without_rows_are_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("")
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "b.parquet")
+    (tmp_path / "c.txt").write_text("text")
+    assert list(read_documents(str(tmp_path), "text")) == [b"text"]
 
 
 def test_the_standard_library_is_the_source_without_its_tests() -> None:
@@ -154,6 +208,24 @@ def test_a_single_document_keeps_its_tail_for_evaluation(tmp_path: Path) -> None
     assert data.held_out.num_tokens == pytest.approx(0.2 * data.train.num_tokens / 0.8, rel=0.1)
 
 
+def test_a_single_document_is_cut_between_characters(tmp_path: Path) -> None:
+    (tmp_path / "one").write_text("\u20ac" * 101)
+    held_out = prepare(tmp_path / "one", tmp_path / "run", sequence=8).held_out
+    order = sequence_at(np.arange(held_out.num_sequences), held_out.num_sequences, 0)
+    start = held_out.batch(int(np.flatnonzero(order == 0)[0]), 1).inputs[0]
+    assert bytes(start[:3].tolist()).decode() == "\u20ac"
+
+
+def test_a_held_out_text_shorter_than_a_sequence_is_told(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "one").write_text("a line\n" * 20)
+    data = prepare(tmp_path / "one", tmp_path / "run", sequence=64)
+    assert data.held_out.num_sequences == 0
+    said = "".join(capfd.readouterr())
+    assert f"the held-out text ({data.held_out.num_tokens} tokens) is shorter than" in said
+
+
 def test_nothing_is_held_out_if_nothing_is_wanted(texts: Path, tmp_path: Path) -> None:
     data = prepare(texts, tmp_path / "run", held_out=0.0)
     assert data.held_out.num_sequences == 0
@@ -194,6 +266,66 @@ def test_text_that_spells_a_special_token_is_text(make: Any) -> None:
     assert tokenizer.decode(ids) == f"a{SEPARATOR}b"
 
 
+def test_a_bare_tokenizer_json_and_a_folder_in_the_home_are_found(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    train_bpe([text.encode() for text in TEXTS], 300).save(tmp_path / "saved")
+    folder, file = (
+        prepare(texts, tmp_path / f"run{n}", tokenizer=name)
+        for n, name in enumerate(["~/saved", str(tmp_path / "saved" / "tokenizer.json")])
+    )
+    assert same(folder, file)
+    ids = folder.train.batch(0, 1).inputs[0].tolist()
+    assert folder.tokenizer.decode(ids) == file.tokenizer.decode(ids)
+
+
+def test_ids_with_gaps_are_kept_whole(tmp_path: Path) -> None:
+    vocabulary = {"a": 0, "</s>": 2, "b": 70_000}
+    backend = Backend(backends.WordLevel(vocabulary, "a"))
+    gaps = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    gaps.save_pretrained(tmp_path / "gaps")
+    for number in range(3):
+        (tmp_path / f"{number}.txt").write_text("b")
+    data = prepare(
+        tmp_path / "*.txt",
+        tmp_path / "run",
+        tokenizer=str(tmp_path / "gaps"),
+        sequence=5,
+        held_out=0,
+    )
+    assert data.tokenizer.size == 70_001
+    assert data.train.batch(0, 1).inputs.tolist() == [[70_000, 2, 70_000, 2, 70_000]]
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_pieces_of_a_long_document_are_its_text(
+    tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "\u20ac" * 50 + "a line\n" * 20 + "\U0001f600" * 40
+    (tmp_path / "long").write_text(text)
+    monkeypatch.setattr(cache, "_PIECE", 32)
+    data = prepare(
+        tmp_path / "long",
+        tmp_path / "run",
+        tokenizer=tokenizer,
+        vocabulary=270,
+        held_out=0,
+        sequence=2,
+    )
+    tokens = np.fromfile(cache_of(tmp_path / "run") / "train.bin", dtype=np.uint16).tolist()
+    assert data.tokenizer.decode(tokens) == text + SEPARATOR
+
+
+def test_a_long_document_is_tokenised_in_the_memory_of_its_pieces(tmp_path: Path) -> None:
+    text = np.full(40 << 20, ord("a"), dtype=np.uint8)
+    spooled = cache.Spool(text, [len(text)], [False])
+    tracemalloc.start()
+    cache.write(tmp_path / "cache", spooled, byte_tokenizer(), lambda *_: None)
+    assert tracemalloc.get_traced_memory()[1] < 24 << 20
+    tracemalloc.stop()
+
+
 # -- order -----------------------------------------------------------------------------------------
 
 
@@ -213,6 +345,11 @@ def test_the_order_has_no_more_neighbours_than_chance() -> None:
     order = sequence_at(np.arange(4096), 4096, 0)
     assert (np.abs(np.diff(order)) == 1).sum() < 20  # expected: 2
     assert abs(np.corrcoef(order, np.arange(4096))[0, 1]) < 0.1
+
+
+def test_an_order_of_nothing_is_refused_not_walked_for_ever() -> None:
+    with pytest.raises(AssertionError, match="never end"):
+        sequence_at(np.arange(3), 0, 0)
 
 
 def test_position_is_the_whole_state(texts: Path, tmp_path: Path) -> None:
@@ -268,8 +405,6 @@ def test_masks_are_a_function_of_seed_and_position() -> None:
 
 
 def test_a_stream_of_a_large_file_takes_no_memory_of_its_size(tmp_path: Path) -> None:
-    import tracemalloc
-
     tokens = np.memmap(tmp_path / "t", dtype=np.uint16, mode="w+", shape=(50_000_000,))
     tracemalloc.start()
     long = Stream(tokens, num_bytes=1, sequence=128, seed=0, masking=None)
@@ -282,9 +417,8 @@ def test_a_stream_of_a_large_file_takes_no_memory_of_its_size(tmp_path: Path) ->
 
 
 def cache_of(folder: Path) -> Path:
-    found = [path for path in (folder / "data").iterdir() if path.is_dir()]
-    assert len(found) == 1
-    return found[0]
+    (found,) = (folder / "data").iterdir()  # and nothing beside it
+    return found
 
 
 def test_tokens_are_written_once(texts: Path, tmp_path: Path) -> None:
@@ -293,7 +427,7 @@ def test_tokens_are_written_once(texts: Path, tmp_path: Path) -> None:
     before = file.stat()
     prepare(texts, tmp_path / "run", sequence=8)
     assert (file.stat().st_ino, file.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-    assert [f.name for f in (tmp_path / "run" / "data").iterdir()] == [file.parent.name]
+    assert cache_of(tmp_path / "run") == file.parent
 
 
 def test_other_text_is_tokenised_anew(texts: Path, tmp_path: Path) -> None:
@@ -302,23 +436,91 @@ def test_other_text_is_tokenised_anew(texts: Path, tmp_path: Path) -> None:
     assert prepare(texts, tmp_path / "run").fingerprint != one.fingerprint
 
 
-@pytest.mark.parametrize("damage", ["bit", "truncated", "meta", "half"])
+def test_another_tokenizer_of_the_same_name_is_used_anew(texts: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "saved"
+    byte_tokenizer().save(saved)
+    one = prepare(texts, tmp_path / "run", tokenizer=str(saved))
+    train_bpe([text.encode() for text in TEXTS], 300).save(saved)
+    two = prepare(texts, tmp_path / "run", tokenizer=str(saved))
+    assert one.fingerprint != two.fingerprint
+    assert two.tokenizer.size == saved_tokenizer(str(saved)).size
+    ids = two.train.batch(0, two.train.num_sequences).inputs.flatten().tolist()
+    assert "the cat sat on the mat." in two.tokenizer.decode(ids)
+
+
+def flip_bit(file: Path, at: int = 100) -> None:
+    data = bytearray(file.read_bytes())
+    data[at] ^= 4
+    file.write_bytes(data)
+
+
+def overstate(file: Path) -> None:
+    told = json.loads(file.read_text())
+    told["facts"]["text_bytes"]["train"] += 1
+    file.write_text(json.dumps(told))
+
+
+def grow(file: Path) -> None:
+    file.write_bytes(file.read_bytes() + b"x")
+
+
+def shorten(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-2])
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "a flipped bit": lambda folder: flip_bit(folder / "train.bin"),
+    "a flipped bit of the held-out": lambda folder: flip_bit(folder / "held_out.bin"),
+    "truncated": lambda folder: shorten(folder / "train.bin"),
+    "a byte too many": lambda folder: grow(folder / "train.bin"),
+    "a file gone": lambda folder: (folder / "held_out.bin").unlink(),
+    "no facts": lambda folder: (folder / "meta.json").write_text("{"),
+    "facts of another kind": lambda folder: (folder / "meta.json").write_text("[]"),
+    "a wrong fact": lambda folder: overstate(folder / "meta.json"),
+    "no tokenizer": lambda folder: shutil.rmtree(folder / "tokenizer"),
+    "a torn tokenizer": lambda folder: shorten(folder / "tokenizer" / "tokenizer.json"),
+    "another letter": lambda folder: flip_bit(folder / "tokenizer" / "tokenizer.json", -20),
+    "unfinished": lambda folder: folder.rename(folder.with_name(folder.name + ".making")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_cache_is_written_anew(damage: str, texts: Path, tmp_path: Path) -> None:
-    one = prepare(texts, tmp_path / "run")
-    kept = everything(one)
-    cached = cache_of(tmp_path / "run")
-    data = bytearray((cached / "train.bin").read_bytes())
-    if damage == "bit":
-        data[100] ^= 4
-        (cached / "train.bin").write_bytes(data)
-    elif damage == "truncated":
-        (cached / "train.bin").write_bytes(data[:-2])
-    elif damage == "meta":
-        (cached / "meta.json").write_text("{")
-    else:
-        cached.rename(cached.with_name(cached.name + ".making"))  # killed before the end
-    again = everything(prepare(texts, tmp_path / "run"))
-    assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
+    more = {"tokenizer": "bpe", "vocabulary": 300}
+    one = prepare(texts, tmp_path / "run", **more)
+    kept, rate, size = everything(one), one.train.bytes_per_token, one.tokenizer.size
+    DAMAGE[damage](cache_of(tmp_path / "run"))
+    two = prepare(texts, tmp_path / "run", **more)
+    assert all(torch.equal(a, b) for a, b in zip(kept, everything(two), strict=True))
+    assert (two.train.bytes_per_token, two.tokenizer.size) == (rate, size)
+    assert cache.is_intact(cache_of(tmp_path / "run"), lambda *_: None)
+
+
+def _killed_while(what: str, texts: Path, folder: Path) -> None:
+    def show(_: object, doing: str, *__: int) -> None:
+        if doing == what:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    TextProgress.show = show  # type: ignore[method-assign]  # of this process alone
+    prepare(texts, folder)
+
+
+@pytest.mark.parametrize("what", ["reading", "tokenising"])
+def test_a_process_killed_half_way_leaves_no_cache_and_no_text(
+    what: str, texts: Path, tmp_path: Path
+) -> None:
+    child = multiprocessing.get_context("fork").Process(
+        target=_killed_while, args=(what, texts, tmp_path / "run")
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # fork with threads (3.12)
+        child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    left = list((tmp_path / "run" / "data").iterdir())
+    assert all(path.name.endswith(".making") for path in left)
+    data = prepare(texts, tmp_path / "run")
+    assert same(data, prepare(texts, tmp_path / "other"))
     cache_of(tmp_path / "run")
 
 
@@ -336,15 +538,56 @@ def _prepare_as_rank(source: Path, folder: Path, shared: bool) -> tuple[str, lis
 def test_all_ranks_have_one_stream_with_and_without_a_shared_disk(
     shared: bool, texts: Path, tmp_path: Path
 ) -> None:
-    results = run_ranks(_prepare_as_rank, 3, texts, tmp_path / "run", shared)
+    results = run_ranks(_prepare_as_rank, 2, texts, tmp_path / "run", shared)
     for fingerprint, tensors in results:
         assert fingerprint == results[0][0]
         assert all(torch.equal(a, b) for a, b in zip(tensors, results[0][1], strict=True))
 
 
-def test_an_error_of_the_rank_that_works_is_every_ranks(tmp_path: Path) -> None:
-    for text in errors_of_ranks(_prepare_as_rank, 3, tmp_path / "none", tmp_path / "run", True):
+def test_a_copy_on_another_disk_is_checked_there(texts: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    first = run_ranks(_prepare_as_rank, 2, texts, run, False)
+    shutil.rmtree(run / "disk1")
+    shutil.copytree(run / "disk0", run / "disk1")
+    flip_bit(cache_of(run / "disk1") / "train.bin")
+    again = run_ranks(_prepare_as_rank, 2, texts, run, False)
+    for tensors in (again[0][1], again[1][1]):
+        assert all(torch.equal(a, b) for a, b in zip(tensors, first[0][1], strict=True))
+
+
+def _prepare_own_text(folder: Path) -> None:
+    rank = dist.get_rank()
+    source = write(folder / f"text{rank}", f"the text of rank {rank} alone\n" * 20)
+    _prepare_as_rank(source, folder, shared=False)
+
+
+def test_nodes_with_different_texts_disagree_on_all_ranks(tmp_path: Path) -> None:
+    for text in errors_of_ranks(_prepare_own_text, 2, tmp_path):
+        assert "DisagreementError: Ranks disagree on data: rank(s) 1 differ from rank 0." in text
+
+
+def _prepare_late_text(folder: Path) -> None:
+    if dist.get_rank() == 0:
+        write(folder / "text0", "enough\n" * 20)
+    _prepare_as_rank(folder / f"text{dist.get_rank()}", folder, shared=False)
+
+
+def test_a_text_that_one_node_lacks_is_every_ranks_error(tmp_path: Path) -> None:
+    for text in errors_of_ranks(_prepare_late_text, 2, tmp_path):
         assert "DataError: There is no text in data.source" in text
+        assert "text1" in text
+
+
+def test_an_error_of_the_rank_that_works_is_every_ranks(tmp_path: Path) -> None:
+    for text in errors_of_ranks(_prepare_as_rank, 2, tmp_path / "none", tmp_path / "run", True):
+        assert "DataError: There is no text in data.source" in text
+
+
+def test_a_folder_that_cannot_be_written_is_every_ranks_error(texts: Path, tmp_path: Path) -> None:
+    blocked = write(tmp_path / "run", "a file, not a folder")
+    for text in errors_of_ranks(_prepare_as_rank, 2, texts, blocked, True):
+        assert "DataError: The tokens of the corpus cannot be written." in text
+        assert "Write: --run.folder" in text
 
 
 # -- what is refused -------------------------------------------------------------------------------
@@ -359,7 +602,14 @@ def test_errors_name_what_is_wrong_and_what_to_write(tmp_path: Path, texts: Path
     (tmp_path / "empty").mkdir()
     rows = write(tmp_path / "rows.jsonl", '{"texts": "a", "id": 1}\n')
     torn = write(tmp_path / "torn.jsonl", '{"text": "a"}\n{"text": \n')
+    latin = tmp_path / "latin.jsonl"
+    latin.write_bytes('{"text": "caf\xe9"}'.encode("latin-1"))
+    bare_row = write(tmp_path / "bare.jsonl", '"a"\n')
+    no_columns = write(tmp_path / "none.jsonl", "{}\n")
+    table = tmp_path / "c.parquet"
+    pq.write_table(pa.table({"x": [["a"]]}), table)
     fake = write(tmp_path / "fake.parquet", "no table")
+    ByT5Tokenizer().save_pretrained(tmp_path / "slow")
     bare = PreTrainedTokenizerFast(tokenizer_object=Backend(backends.WordLevel({"a": 0}, "a")))
     bare.save_pretrained(tmp_path / "bare")
     bare.add_special_tokens({"eos_token": "</s>"})
@@ -369,11 +619,26 @@ def test_errors_name_what_is_wrong_and_what_to_write(tmp_path: Path, texts: Path
         ({"source": tmp_path / "empty"}, ["a folder without files"]),
         ({"source": write(tmp_path / "nil", "")}, ["The corpus is empty"]),
         ({"source": rows}, ["has no column 'text'; did you mean 'texts'?", "texts, id"]),
-        ({"source": torn}, ["torn.jsonl cannot be read"]),
+        ({"source": torn}, ["Line 2 of ", "torn.jsonl cannot be read", "JSONDecodeError"]),
+        ({"source": latin}, ["Line 1 of ", "cannot be read", "UnicodeDecodeError"]),
+        ({"source": bare_row}, ["Line 1 of ", "is no JSON object", "of type str"]),
+        ({"source": no_columns}, ["has no column 'text'", "A row has no columns", "<column>"]),
+        ({"source": rows, "field": "id"}, ["Column 'id' of", "holds no text", "of type int"]),
+        ({"source": table, "field": "x"}, ["Column 'x' of", "holds no text", "of type list"]),
+        ({"source": table}, ["c.parquet has no column 'text'", "Its columns are x."]),
+        ({"source": "/proc/self/mem"}, ["/proc/self/mem cannot be read: Input/output error"]),
         ({"source": fake}, ["fake.parquet cannot be read"]),
         ({"source": texts, "sequence": 10**6}, ["shorter than one sequence", "1000000"]),
         ({"source": texts, "tokenizer": "nosuch"}, ["There is no tokenizer 'nosuch'"]),
         ({"source": texts, "tokenizer": str(rows)}, ["There is no tokenizer"]),
+        (
+            {"source": texts, "tokenizer": str(tmp_path / "slow")},
+            ["has no fast form (tokenizer.json)", "It is a ByT5Tokenizer."],
+        ),
+        (
+            {"source": texts, "folder": rows},
+            ["The tokens of the corpus cannot be written.", "Not a directory", "--run.folder"],
+        ),
         (
             {"source": texts, "tokenizer": str(tmp_path / "bare")},
             ["no token to put between documents"],
@@ -385,7 +650,8 @@ def test_errors_name_what_is_wrong_and_what_to_write(tmp_path: Path, texts: Path
     ]
     for number, (options, words) in enumerate(cases):
         with pytest.raises(DataError) as caught:
-            prepare(options.pop("source"), tmp_path / f"run{number}", **options)
+            folder = options.pop("folder", tmp_path / f"run{number}")
+            prepare(options.pop("source"), folder, **options)
         for word in words:
             assert word in str(caught.value)
         assert "Write: " in str(caught.value)
@@ -405,6 +671,24 @@ def test_an_unreachable_hub_keeps_the_librarys_own_words(
     assert "ConnectionError: Couldn't reach 'owner/name' on the Hub" in str(caught.value)
 
 
+def test_an_error_without_words_is_named_by_its_type(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    def silent(*_: Any, **__: Any) -> Any:
+        raise RuntimeError
+
+    monkeypatch.setattr(datasets, "load_dataset", silent)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", silent)
+    with pytest.raises(DataError, match="cannot be read") as of_text:
+        prepare("hub:owner/name", tmp_path / "run")
+    with pytest.raises(DataError, match="There is no tokenizer") as of_tokenizer:
+        prepare(texts, tmp_path / "run", tokenizer="owner/name")
+    assert "RuntimeError" in of_text.value.numbers
+    assert "RuntimeError" in of_tokenizer.value.numbers
+
+
 def test_a_hub_name_says_configuration_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
@@ -417,3 +701,63 @@ def test_a_hub_name_says_configuration_and_split(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert list(read_documents("hub:owner/name:small@test", "text")) == [b"a", b"b"]
     assert asked == [("owner/name", {"streaming": True, "name": "small", "split": "test"})]
+
+
+# -- waiting ---------------------------------------------------------------------------------------
+
+
+def shown(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], *calls: tuple[Any, ...]
+) -> str:
+    """What standard error gets from calls of ``show``, each after so many seconds."""
+    now = [100.0]
+    monkeypatch.setattr("mics.training.waiting.time.monotonic", lambda: now[0])
+    with TextProgress() as progress:
+        for seconds, *what in calls:
+            now[0] = 100.0 + seconds
+            progress.show(*what)
+    return capfd.readouterr().err
+
+
+def test_short_work_says_nothing(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert shown(monkeypatch, capfd, (0, "reading", 1, 2), (1.9, "reading", 2, 2)) == ""
+
+
+def test_long_work_says_a_line_every_half_minute_where_there_is_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    said = shown(
+        monkeypatch,
+        capfd,
+        (29, "reading", 10**6, 0),
+        (31, "reading", 2 * 10**6, 0),
+        (32, "tokenising", 10**6, 4 * 10**9),
+        (62, "tokenising", 2 * 10**9, 4 * 10**9),
+        (93, "training the tokenizer", 0, 0),
+    )
+    assert said.splitlines() == [
+        "mics: reading, 2 MB",
+        "mics: tokenising, 2,000 of 4,000 MB",
+        "mics: training the tokenizer",
+    ]
+
+
+def test_long_work_shows_a_bar_on_a_terminal_and_takes_it_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    now = iter([0.0, 3.0, 4.0])
+    monkeypatch.setattr("mics.training.waiting.time", SimpleNamespace(monotonic=lambda: next(now)))
+    with TextProgress() as progress:
+        progress.show("reading", 10**6, 0)
+        progress.show("tokenising", 10**6, 2 * 10**6)
+    assert "tokenising" in terminal.getvalue()
+    assert "1.0/2.0 MB" in terminal.getvalue()
+    assert terminal.getvalue().endswith("\x1b[2K")  # the line is erased

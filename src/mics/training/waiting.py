@@ -43,7 +43,8 @@ class TextProgress:
         elif now - self._said >= _LINE_EVERY:
             self._said = now
             of = f" of {total / 1e6:,.0f}" if total else ""
-            print(f"mics: {what}, {done / 1e6:,.0f}{of} MB", file=sys.stderr, flush=True)
+            amount = f", {done / 1e6:,.0f}{of} MB" if done or total else ""
+            print(f"mics: {what}{amount}", file=sys.stderr, flush=True)
 
     def _show_bar(self, what: str, done: int, total: int) -> None:
         if self._bar is None:

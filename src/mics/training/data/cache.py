@@ -13,16 +13,17 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mics.checkpoint.disk import facts_of, sync, write_bytes
 from mics.errors import DataError
 from mics.training.data.tokens import Tokenizer
 
 _BATCH_BYTES = 4 << 20
-_PIECE = 1 << 20  # a longer document is handed to the tokenizer piece by piece
+_PIECE = 1 << 20  # a longer document is tokenised piece by piece, in memory of one piece
 
 Progress = Callable[[str, int, int], None]
 """Told what is being done, how many bytes of it are, and of how many (0: unknown)."""
@@ -30,13 +31,14 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Meta:
-    """What ``meta.json`` says: sizes and checksums of the two splits."""
+    """What ``meta.json`` says: of the two splits, and of the tokenizer's files their checksums."""
 
     dtype: str
     tokens: dict[str, int]
     text_bytes: dict[str, int]
     sha256: dict[str, str]
     documents: dict[str, int]
+    tokenizer: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -47,25 +49,29 @@ class Spool:
     ends: list[int]
     held_out: list[bool]
 
-    def documents(self, *, held_out: bool) -> Iterator[bytes]:
-        """The documents of one split, in order."""
+    def pieces(self, *, held_out: bool) -> Iterator[tuple[bytes, bool]]:
+        """One split in order, a mebibyte at most at a time, and whether a document ends with it."""
         start = 0
         for end, kept in zip(self.ends, self.held_out, strict=True):
             if kept == held_out:
-                yield self.text[start:end].tobytes()
+                while end - start > _PIECE:
+                    cut = _boundary(self.text, start, start + _PIECE)
+                    yield self.text[start:cut].tobytes(), False
+                    start = cut
+                yield self.text[start:end].tobytes(), True
             start = end
 
 
 def spool(
     documents: Iterable[bytes],
-    file: Path,
+    file: BinaryIO,
     *,
     share: float,
     limit: int,
     seed: int,
     progress: Progress,
 ) -> Spool:
-    """Copy the documents into one file and choose which are held out, by their content alone.
+    """Copy the documents into an open file and choose which are held out, by their content alone.
 
     The same documents give the same split whatever kind of file they came from. A document is held
     out when a hash of the seed and its text falls below ``share``; where that leaves a split
@@ -77,19 +83,19 @@ def spool(
     ends: list[int] = []
     ranks: list[int] = []
     size = 0
-    with file.open("wb") as out:
-        for document in documents:
-            kept = document[: limit - size] if limit else document
-            if kept:
-                out.write(kept)
-                size += len(kept)
-                ends.append(size)
-                ranks.append(_hash(seed, kept))
-                progress("reading", size, limit)
-            if limit and size >= limit:
-                break
+    for document in documents:
+        kept = document[: limit - size] if limit else document
+        if kept:
+            file.write(kept)
+            size += len(kept)
+            ends.append(size)
+            ranks.append(_hash(seed, kept))
+            progress("reading", size, limit)
+        if limit and size >= limit:
+            break
     if not ends:
         raise DataError("The corpus is empty.", numbers="0 bytes of text.", write="--data.source")
+    file.flush()
     text = np.memmap(file, dtype=np.uint8, mode="r")
     if share == 0:
         return Spool(text, ends, [False] * len(ends))
@@ -109,44 +115,48 @@ def write(folder: Path, spooled: Spool, tokenizer: Tokenizer, progress: Progress
     making = folder.with_name(folder.name + ".making")
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir(parents=True)
-    tokenizer.save(making / "tokenizer")
-    meta = Meta(dtype, {}, {}, {}, {})
+    meta = Meta(dtype, {}, {}, {}, {}, _save(tokenizer, making / "tokenizer"))
+    separator = np.array([tokenizer.separator], dtype).tobytes()
     done = 0
     for split, held_out in (("train", False), ("held_out", True)):
         digest = hashlib.sha256()
         tokens = text_bytes = count = 0
         with (making / f"{split}.bin").open("wb") as out:
-            for batch in _batches(spooled.documents(held_out=held_out)):
-                for document, ids in zip(batch, _encode(tokenizer, batch), strict=True):
-                    data = np.append(ids, tokenizer.separator).astype(dtype).tobytes()
+            for batch in _batches(spooled.pieces(held_out=held_out)):
+                encoded = tokenizer.encode_all([text for text, _ in batch])
+                for (text, ends), ids in zip(batch, encoded, strict=True):
+                    data = ids.astype(dtype).tobytes() + (separator if ends else b"")
                     digest.update(data)
                     out.write(data)
-                    tokens += len(ids) + 1
-                    text_bytes += len(document)
-                    count += 1
-                done += sum(map(len, batch))
-                progress("tokenising", done, len(spooled.text))
+                    tokens += len(ids) + ends
+                    text_bytes += len(text)
+                    count += ends
+                progress("tokenising", done + text_bytes, len(spooled.text))
             out.flush()
             os.fsync(out.fileno())
+        done += text_bytes
         meta.tokens[split], meta.text_bytes[split] = tokens, text_bytes
         meta.sha256[split], meta.documents[split] = digest.hexdigest(), count
-    with (making / "meta.json").open("w") as out_text:
-        json.dump(asdict(meta), out_text, indent=1)
-        out_text.flush()
-        os.fsync(out_text.fileno())
+    told = {"facts": asdict(meta), "sha256": _digest(asdict(meta))}
+    write_bytes(making / "meta.json", json.dumps(told, indent=1).encode())
+    sync(making)
     shutil.rmtree(folder, ignore_errors=True)
     making.rename(folder)
+    sync(folder.parent)
 
 
 def read_meta(folder: Path) -> Meta | None:
     """What a finished cache holds; ``None`` when it is missing, unfinished or of another size."""
     try:
-        meta = Meta(**json.loads((folder / "meta.json").read_text()))
-        itemsize = np.dtype(meta.dtype).itemsize
-        sizes = {s: (folder / f"{s}.bin").stat().st_size // itemsize for s in meta.tokens}
-    except (OSError, ValueError, TypeError):
+        told = json.loads((folder / "meta.json").read_text())
+        if told["sha256"] != _digest(told["facts"]):
+            return None
+        meta = Meta(**told["facts"])
+        sizes = {split: (folder / f"{split}.bin").stat().st_size for split in meta.tokens}
+    except (OSError, ValueError, TypeError, KeyError):
         return None
-    return meta if sizes == meta.tokens else None
+    itemsize = np.dtype(meta.dtype).itemsize
+    return meta if sizes == {s: n * itemsize for s, n in meta.tokens.items()} else None
 
 
 def is_intact(folder: Path, progress: Progress) -> bool:
@@ -162,7 +172,7 @@ def is_intact(folder: Path, progress: Progress) -> bool:
             progress("checking", start, len(data))
         if digest.hexdigest() != wanted:
             return False
-    return True
+    return _checksums(folder / "tokenizer") == meta.tokenizer
 
 
 def open_tokens(folder: Path, meta: Meta, split: str) -> NDArray[np.unsignedinteger]:
@@ -172,12 +182,29 @@ def open_tokens(folder: Path, meta: Meta, split: str) -> NDArray[np.unsignedinte
     return np.memmap(folder / f"{split}.bin", dtype=meta.dtype, mode="r")
 
 
-def _batches(documents: Iterator[bytes]) -> Iterator[list[bytes]]:
-    batch: list[bytes] = []
+def _save(tokenizer: Tokenizer, folder: Path) -> dict[str, str]:
+    tokenizer.save(folder)
+    for file in folder.iterdir():
+        sync(file)
+    sync(folder)
+    return _checksums(folder)
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    return {file.relative_to(folder).as_posix(): facts_of(file).sha256 for file in files}
+
+
+def _digest(facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _batches(pieces: Iterator[tuple[bytes, bool]]) -> Iterator[list[tuple[bytes, bool]]]:
+    batch: list[tuple[bytes, bool]] = []
     size = 0
-    for document in documents:
-        batch.append(document)
-        size += len(document)
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece[0])
         if size >= _BATCH_BYTES:
             yield batch
             batch, size = [], 0
@@ -185,32 +212,25 @@ def _batches(documents: Iterator[bytes]) -> Iterator[list[bytes]]:
         yield batch
 
 
-def _encode(tokenizer: Tokenizer, documents: list[bytes]) -> Iterator[NDArray[np.uint32]]:
-    """Long documents in pieces, so that no tokenizer sees hundreds of megabytes at once."""
-    pieces = [_pieces(document) for document in documents]
-    encoded = tokenizer.encode_all([piece for of_one in pieces for piece in of_one])
-    for of_one in pieces:
-        yield np.concatenate([next(encoded) for _ in of_one])
-
-
-def _pieces(document: bytes) -> list[bytes]:
-    """At most ``_PIECE`` bytes each, cut after a line where there is one."""
-    pieces = []
-    start = 0
-    while len(document) - start > _PIECE:
-        end = document.rfind(b"\n", start, start + _PIECE) + 1 or start + _PIECE
-        pieces.append(document[start:end])
-        start = end
-    return [*pieces, document[start:]]
-
-
 def _cut(text: NDArray[np.uint8], share: float) -> int:
     """Where a single document is cut: its tail is held out, from the start of a line."""
-    wanted = min(max(1, round(len(text) * (1 - share))), len(text) - 1) if len(text) > 1 else 1
-    line = text[:wanted].tobytes().rfind(b"\n") + 1
-    return line or wanted
+    if len(text) == 1:
+        return 1
+    wanted = min(max(1, round(len(text) * (1 - share))), len(text) - 1)
+    return _boundary(text, 0, wanted)
+
+
+def _boundary(text: NDArray[np.uint8], start: int, end: int) -> int:
+    """The last place up to ``end`` for a cut: after a line, else between characters (UTF-8)."""
+    start = max(start, end - _PIECE)
+    window = text[start : end + 1].tobytes()
+    line = window.rfind(b"\n", 0, end - start) + 1
+    places = range(end - start, max(end - start - 4, 0), -1)
+    character = next((at for at in places if window[at] & 0xC0 != 0x80), end - start)
+    return start + (line or character)
 
 
 def _hash(seed: int, text: bytes) -> int:
-    digest = hashlib.sha256(seed.to_bytes(8, "little") + text).digest()
-    return int.from_bytes(digest[:8], "little")
+    digest = hashlib.sha256(seed.to_bytes(8, "little"))
+    digest.update(text)
+    return int.from_bytes(digest.digest()[:8], "little")

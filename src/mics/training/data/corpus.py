@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import difflib
 import glob
+import json
 import sysconfig
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from mics.errors import DataError
 
 # Installed packages and tests are not the library itself.
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-_BUILDERS = {".jsonl": "json", ".parquet": "parquet"}
+_ROWS_AT_ONCE = 1024  # of a Parquet file; a row group may be larger than memory
 _HUB = "hub:"
 
 
@@ -70,12 +72,13 @@ def read_documents(source: str, field: str) -> Iterator[bytes]:
         yield from _hub_rows(source, field)
         return
     for file in find_files(source):
-        builder = _BUILDERS.get(file.suffix)
-        if builder is None:
-            yield _read(file)
+        kind = file.suffix.lower()
+        if kind == ".jsonl":
+            yield from _texts(_json_rows(file), field, str(file))
+        elif kind == ".parquet":
+            yield from _texts(_parquet_rows(file), field, str(file))
         else:
-            rows = _load(builder, str(file), data_files=str(file), split="train")
-            yield from _texts(rows, field, str(file))
+            yield _read(file)
 
 
 def _read(file: Path) -> bytes:
@@ -85,6 +88,41 @@ def _read(file: Path) -> bytes:
         raise DataError(
             f"{file} cannot be read: {error.strerror}.", write="--data.source <readable files>"
         ) from None
+
+
+def _json_rows(file: Path) -> Iterator[dict[str, Any]]:
+    """One object a line.
+
+    The json builder of datasets reads columns with Arrow, which takes text that looks like a date
+    for one and writes it another way; a stream must have the text as it stands.
+    """
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise _unreadable(f"Line {number} of {file}", error) from None
+            if not isinstance(row, dict):
+                raise DataError(
+                    f"Line {number} of {file} is no JSON object.",
+                    numbers=f"It is of type {type(row).__name__}.",
+                    write='one {"text": "..."} a line',
+                )
+            yield row
+
+
+def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as scratch:  # streaming takes a lock, at home if not here
+        yield from _load(
+            "parquet",
+            str(file),
+            data_files=glob.escape(str(file)),  # every name is taken for a pattern
+            split="train",
+            batch_size=_ROWS_AT_ONCE,
+            cache_dir=scratch,
+        )
 
 
 def _hub_rows(source: str, field: str) -> Iterator[bytes]:
@@ -109,8 +147,16 @@ def _texts(rows: Iterable[dict[str, Any]], field: str, shown: str) -> Iterator[b
         for row in rows:
             if field not in row:
                 raise _no_column(field, list(row), shown)
-            if row[field] is not None:
-                yield str(row[field]).encode("utf-8", "surrogatepass")
+            text = row[field]
+            if text is None:
+                continue
+            if not isinstance(text, str):
+                raise DataError(
+                    f"Column {field!r} of {shown} holds no text.",
+                    numbers=f"It has a value of type {type(text).__name__}.",
+                    write="--data.field <a column of strings>",
+                )
+            yield text.encode("utf-8", "surrogatepass")
     except DataError:
         raise
     except Exception as error:  # raised while the rows are read: a torn file, a lost connection
@@ -121,8 +167,8 @@ def _no_column(field: str, columns: list[str], shown: str) -> DataError:
     near = difflib.get_close_matches(field, columns, 1, cutoff=0.4)
     return DataError(
         f"{shown} has no column {field!r}" + (f"; did you mean {near[0]!r}?" if near else "."),
-        numbers=f"Its columns are {', '.join(columns)}.",
-        write=f"--data.field {near[0] if near else columns[0]}",
+        numbers=f"Its columns are {', '.join(columns)}." if columns else "A row has no columns.",
+        write=f"--data.field {[*near, *columns, '<column>'][0]}",
     )
 
 
@@ -130,7 +176,7 @@ def _unreadable(shown: str, error: Exception) -> DataError:
     cause = error.__cause__ or error
     return DataError(
         f"{shown} cannot be read.",
-        numbers=f"{type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}",
+        numbers=f"{type(cause).__name__}: {cause}".splitlines()[0],
         write="--data.source <a file, folder or hub data set that can>",
     )
 

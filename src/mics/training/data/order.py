@@ -20,6 +20,7 @@ def sequence_at(positions: NDArray[np.int64], count: int, seed: int) -> NDArray[
         count: number of sequences, at least 1.
         seed: of the order.
     """
+    assert count > 0, "the walk below would never end"
     epochs, places = np.divmod(positions, count)
     half_bits = max(1, (int(count - 1).bit_length() + 1) // 2)
     found = _shuffled(places.astype(np.uint64), epochs.astype(np.uint64), seed, half_bits)

@@ -24,7 +24,7 @@ from mics.training.data.stream import Masking, Stream
 from mics.training.data.tokens import Tokenizer, byte_tokenizer, saved_tokenizer, train_bpe
 from mics.training.waiting import TextProgress
 
-_FORMAT = 1
+_FORMAT = 2
 _LONGEST = timedelta(days=2)  # ranks wait for the one that tokenises
 
 
@@ -63,7 +63,9 @@ def prepare_data(
     _build_where_needed(cached, lambda: _build(cached, config, seed))
     meta = cache.read_meta(cached)
     assert meta is not None
-    tokenizer = _tokenizer(config, cached)
+    # The one that wrote the tokens, whatever a hub has under its name by now.
+    is_bytes = config.tokenizer == "bytes"
+    tokenizer = byte_tokenizer() if is_bytes else saved_tokenizer(str(cached / "tokenizer"))
     masking = None
     if masked:
         masking = Masking(config.masked, _mask_of(tokenizer, config), tokenizer.size)
@@ -100,7 +102,8 @@ def _build_where_needed(cached: Path, build: Callable[[], None]) -> None:
     assert group is not None
     try:
         _agree(build if dist.get_rank() == 0 else None, group)
-        sees = cache.read_meta(cached) is not None
+        marks = gather_text(_mark(cached), group, torch.device("cpu"))
+        sees = marks[dist.get_rank()] == marks[0]
         first_here = int(os.environ.get("LOCAL_RANK", dist.get_rank())) == 0
         _agree(build if first_here and not sees else None, group)
         meta = cache.read_meta(cached)
@@ -118,47 +121,57 @@ def _agree(build: Callable[[], None] | None, group: dist.ProcessGroup) -> None:
             build()
         except DataError as error:
             trouble = {"what": error.what, "numbers": error.numbers, "write": error.write}
-        except OSError as error:
-            trouble = {
-                "what": f"The tokens of the corpus cannot be written: {error}.",
-                "write": "--run.folder <a writable folder with room for the tokens>",
-            }
     for text in gather_text(json.dumps(trouble), group, torch.device("cpu")):
         if (told := json.loads(text)) and told != {}:
             raise DataError(**told)
+
+
+def _mark(cached: Path) -> str:
+    """Equal for those who see the same folder, and not for a copy of it on another disk."""
+    try:
+        stat = (cached / "meta.json").stat()
+    except OSError:
+        return "none"
+    return f"{stat.st_ino} {stat.st_mtime_ns}"
 
 
 # -- one rank's work -------------------------------------------------------------------------------
 
 
 def _build(cached: Path, config: DataConfig, seed: int) -> None:
+    try:
+        _tokenise(cached, config, seed)
+    except OSError as error:
+        raise DataError(
+            "The tokens of the corpus cannot be written.",
+            numbers=f"{error}.",
+            write="--run.folder <a writable folder with room for the tokens>",
+        ) from error
+
+
+def _tokenise(cached: Path, config: DataConfig, seed: int) -> None:
     with TextProgress() as progress:
         if cache.is_intact(cached, progress.show):
             return
         cached.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=cached.parent, suffix=".text") as file:
+        with tempfile.TemporaryFile(dir=cached.parent) as file:  # nameless: gone if we are killed
             spooled = cache.spool(
                 read_documents(config.source, config.field),
-                Path(file.name),
+                file,
                 share=config.held_out,
                 limit=config.limit,
                 seed=seed,
                 progress=progress.show,
             )
-            if config.tokenizer == "bpe":
+            if config.tokenizer == "bytes":
+                tokenizer = byte_tokenizer()
+            elif config.tokenizer == "bpe":
                 progress.show("training the tokenizer", 0, 0)
-                tokenizer = train_bpe(spooled.documents(held_out=False), config.vocabulary)
+                texts = (text for text, _ in spooled.pieces(held_out=False))
+                tokenizer = train_bpe(texts, config.vocabulary)
             else:
-                tokenizer = _tokenizer(config, cached)
+                tokenizer = saved_tokenizer(config.tokenizer)
             cache.write(cached, spooled, tokenizer, progress.show)
-
-
-def _tokenizer(config: DataConfig, cached: Path) -> Tokenizer:
-    if config.tokenizer == "bytes":
-        return byte_tokenizer()
-    if config.tokenizer == "bpe":
-        return saved_tokenizer(str(cached / "tokenizer"))
-    return saved_tokenizer(config.tokenizer)
 
 
 def _mask_of(tokenizer: Tokenizer, config: DataConfig) -> int:
@@ -174,9 +187,10 @@ def _mask_of(tokenizer: Tokenizer, config: DataConfig) -> int:
 def _cache_key(config: DataConfig, seed: int) -> str:
     """A name that changes when the tokens would: options, and files by size and time of change."""
     try:
-        stats = [(str(file), file.stat()) for file in find_files(config.source)]
+        files = find_files(config.source)
     except DataError:
-        stats = []  # raised where it is read, on rank 0, and told to all
+        files = []  # raised where it is read, on rank 0, and told to all
+    stats = [(str(file), file.stat()) for file in [*files, *_tokenizer_files(config.tokenizer)]]
     facts = {
         "format": _FORMAT,
         "config": asdict(config) | {"masked": None, "sequence": None},
@@ -184,3 +198,9 @@ def _cache_key(config: DataConfig, seed: int) -> str:
         "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _tokenizer_files(name: str) -> list[Path]:
+    path = Path(name).expanduser()
+    files = path.iterdir() if path.is_dir() else [path]
+    return sorted(file for file in files if file.is_file())

@@ -45,7 +45,8 @@ class Tokenizer:
         self._is_bytes = is_bytes
         # Text that spells a special token is text.
         fast.backend_tokenizer.encode_special_tokens = True
-        self.size: int = len(fast)
+        # Ids may have gaps, so that the largest says more than their number.
+        self.size = 1 + max(fast.get_vocab().values())
         self.separator = int(separator)
         self.mask: int | None = fast.mask_token_id
 
@@ -108,13 +109,14 @@ def saved_tokenizer(name: str) -> Tokenizer:
             loaded: Any = PreTrainedTokenizerFast(tokenizer_file=str(path))  # type: ignore[no-untyped-call]
             _name_specials(loaded)
         elif path.is_dir() or name.count("/") == 1:
-            loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            where = str(path) if path.is_dir() else name
+            loaded = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
         else:
             raise OSError("no file or folder of that name")
     except Exception as error:  # the libraries raise plain Exceptions for files they cannot read
         raise DataError(
             f"There is no tokenizer {name!r}.",
-            numbers=f"{type(error).__name__}: {str(error).splitlines()[0]}",
+            numbers=f"{type(error).__name__}: {error}".splitlines()[0],
             write="--data.tokenizer bytes, bpe, or <folder, tokenizer.json, hub name>",
         ) from None
     if not isinstance(loaded, PreTrainedTokenizerFast):
