@@ -482,7 +482,7 @@ def test_metrics_hold_every_step_and_evaluation_and_survive_a_torn_line(
 
 
 def _bytes_per_token(config: TrainConfig) -> float:
-    meta = json.loads(next((config.run.folder / "data").glob("*/meta.json")).read_text())
+    meta = json.loads(next((config.run.folder / "data").glob("*/meta.json")).read_text())["facts"]
     return float(meta["text_bytes"]["train"] / meta["tokens"]["train"])
 
 
