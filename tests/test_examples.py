@@ -76,7 +76,7 @@ def test_an_example_has_the_losses_of_the_script_it_replaces(name: str, tmp_path
     assert after[-1] < after[0] / 10
 
 
-@pytest.mark.slow
+@pytest.mark.extra
 def test_the_transformers_example_learns_and_its_bytes_are_those_predicted(
     tmp_path: Path,
 ) -> None:

@@ -117,7 +117,9 @@ def test_training_exporting_and_loading_with_transformers(tmp_path: Path, corpus
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.extra)]
+)
 def test_a_signal_saves_and_ends_cleanly_and_the_same_command_goes_on(
     number: int, tmp_path: Path, corpus: Path
 ) -> None:
