@@ -39,8 +39,10 @@ def largest_difference(exported: Exported, dtype: torch.dtype | None) -> float:
 
 def _load_plain(folder: Path, dtype: torch.dtype | None) -> nn.Module:
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+    from transformers.utils.logging import disable_progress_bar
 
     config = load_config(str(folder), vocabulary=1, separator=0)
+    disable_progress_bar()
     auto = AutoModelForMaskedLM if task_of(config) == "masked" else AutoModelForCausalLM
     model: nn.Module = auto.from_pretrained(str(folder), dtype=dtype or "auto")
     return model.eval()
