@@ -42,7 +42,7 @@ def _load_plain(folder: Path, dtype: torch.dtype | None) -> nn.Module:
     from transformers.utils.logging import disable_progress_bar
 
     config = load_config(str(folder), vocabulary=1, separator=0)
-    disable_progress_bar()
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     auto = AutoModelForMaskedLM if task_of(config) == "masked" else AutoModelForCausalLM
     model: nn.Module = auto.from_pretrained(str(folder), dtype=dtype or "auto")
     return model.eval()
