@@ -20,6 +20,7 @@ from torch.distributed.fsdp import fully_shard as torch_fully_shard
 
 import mics
 from mics.checkpoint.contents import contents_of
+from mics.checkpoint.peers import Peers
 
 Whole = tuple[dict[str, torch.Tensor], dict[str, Any]]
 FP32 = MixedPrecisionPolicy()
@@ -350,3 +351,37 @@ def test_a_value_that_json_cannot_hold_is_named(tmp_path: Path) -> None:
     with pytest.raises(mics.CheckpointError, match="friend cannot be kept"):
         mics.save(tmp_path / "c", model=model, optimizer=optimizer)
     assert list(tmp_path.iterdir()) == []
+
+
+def _save_what_cannot_be_kept(path: Path, given: dict[str, Any]) -> None:
+    mics.save(path, model=seeded(UnevenMLP), asynchronous=True, **given).wait()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"extra": {"x": torch.ones(1)}}, "extra cannot be kept: it is not JSON"),
+        ({"extra": {"x": {1: 2, "b": 3}}}, "dicts whose keys are text"),
+        ({"assets": {"model card.md": b""}}, "'model card.md' cannot be kept under this name"),
+        ({"assets": {"../out.md": b""}}, "'../out.md' cannot be kept under this name"),
+        ({"assets": {"card.md": "text"}}, "'card.md' cannot be kept: it is not bytes"),
+    ],
+)
+def test_what_could_not_be_read_back_is_refused_on_every_rank(
+    given: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    for text in errors_of_ranks(_save_what_cannot_be_kept, 2, tmp_path / "c", given):
+        assert "CheckpointError" in text
+        assert words in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def _one_rank_has_a_bug() -> None:
+    peers = Peers()
+    peers.together(lambda: 1 // (peers.rank - 1))
+
+
+def test_a_bug_on_one_rank_is_an_error_on_all(tmp_path: Path) -> None:
+    for text in errors_of_ranks(_one_rank_has_a_bug, 2):
+        assert "CheckpointError: Rank 1 failed at a checkpoint" in text
+        assert "ZeroDivisionError" in text
