@@ -278,6 +278,26 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path) -> N
         assert equal(resumed, end)
 
 
+def _trained_from_scratch(path: Any, how: str) -> Whole:
+    model, optimizer = build(UnevenMLP, 2)
+    if how == "saved":
+        mics.save(path, model=model, optimizer=optimizer)
+    if how == "loaded":
+        mics.load(path, model=model, optimizer=optimizer)
+    train(model, optimizer, 0, 3)
+    return whole(model, optimizer)
+
+
+def test_a_save_before_the_first_step_changes_nothing(tmp_path: Path) -> None:
+    """Neither the run that goes on, nor the one that starts from the checkpoint."""
+    plain = run_ranks(_trained_from_scratch, 2, None, "plain")
+    for how in ("saved", "loaded"):
+        for one, other in zip(
+            plain, run_ranks(_trained_from_scratch, 2, tmp_path / "c", how), strict=True
+        ):
+            assert equal(one, other)
+
+
 def test_a_rank_without_random_state_in_the_checkpoint_is_told(tmp_path: Path) -> None:
     run_ranks(_first_half, 2, tmp_path / "c")
     assert [random for *_, random in run_ranks(_second_half, 4, tmp_path / "c")] == [
