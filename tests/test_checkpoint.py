@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.fsdp import fully_shard as torch_fully_shard
 
 import mics
+from mics.checkpoint import writing
 from mics.checkpoint.contents import contents_of
 from mics.checkpoint.peers import Peers
 
@@ -405,3 +407,30 @@ def test_a_bug_on_one_rank_is_an_error_on_all(tmp_path: Path) -> None:
     for text in errors_of_ranks(_one_rank_has_a_bug, 2):
         assert "CheckpointError: Rank 1 failed at a checkpoint" in text
         assert "ZeroDivisionError" in text
+
+
+def _load_while_a_save_is_under_way(root: Path) -> bool:
+    model, optimizer = build(UnevenMLP, 2)
+    mics.save(root / "a", model=model, optimizer=optimizer)
+    before = whole(model, optimizer)
+    train(model, optimizer, 0, 1)
+    write = writing.write_tensors
+
+    def slowly(*args: Any) -> Any:
+        time.sleep(1 + dist.get_rank())
+        return write(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writing, "write_tensors", slowly)
+        pending = mics.save(root / "b", model=model, optimizer=optimizer, asynchronous=True)
+        mics.load(root / "a", model=model, optimizer=optimizer)
+        assert pending.done()
+    pending.wait()
+    mics.load(root / "b", model=model, optimizer=optimizer)
+    mics.load(root / "a", model=model, optimizer=optimizer)
+    return equal(whole(model, optimizer), before)
+
+
+def test_a_load_waits_for_a_save_that_is_under_way(tmp_path: Path) -> None:
+    """Both compare notes between the ranks, which would mix up what they say."""
+    assert run_ranks(_load_while_a_save_is_under_way, 2, tmp_path) == [True, True]

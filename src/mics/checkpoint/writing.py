@@ -169,6 +169,12 @@ def _end_of_last_save() -> None:
         last.wait()
 
 
+def let_save_end() -> None:
+    """Wait for a save that is under way, whose ranks talk to each other; its error stays untold."""
+    if _last is not None and _last._thread is not None:
+        _last._thread.join()
+
+
 @atexit.register
 def _tell_at_exit() -> None:
     if _last is not None and not _last._told:
