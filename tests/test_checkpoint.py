@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.fsdp import fully_shard as torch_fully_shard
 
 import mics
+from mics.checkpoint import writing
 from mics.checkpoint.contents import contents_of
+from mics.checkpoint.peers import Peers
 
 Whole = tuple[dict[str, torch.Tensor], dict[str, Any]]
 FP32 = MixedPrecisionPolicy()
@@ -277,6 +280,26 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path) -> N
         assert equal(resumed, end)
 
 
+def _trained_from_scratch(path: Any, how: str) -> Whole:
+    model, optimizer = build(UnevenMLP, 2)
+    if how == "saved":
+        mics.save(path, model=model, optimizer=optimizer)
+    if how == "loaded":
+        mics.load(path, model=model, optimizer=optimizer)
+    train(model, optimizer, 0, 3)
+    return whole(model, optimizer)
+
+
+def test_a_save_before_the_first_step_changes_nothing(tmp_path: Path) -> None:
+    """Neither the run that goes on, nor the one that starts from the checkpoint."""
+    plain = run_ranks(_trained_from_scratch, 2, None, "plain")
+    for how in ("saved", "loaded"):
+        for one, other in zip(
+            plain, run_ranks(_trained_from_scratch, 2, tmp_path / "c", how), strict=True
+        ):
+            assert equal(one, other)
+
+
 def test_a_rank_without_random_state_in_the_checkpoint_is_told(tmp_path: Path) -> None:
     run_ranks(_first_half, 2, tmp_path / "c")
     assert [random for *_, random in run_ranks(_second_half, 4, tmp_path / "c")] == [
@@ -350,3 +373,64 @@ def test_a_value_that_json_cannot_hold_is_named(tmp_path: Path) -> None:
     with pytest.raises(mics.CheckpointError, match="friend cannot be kept"):
         mics.save(tmp_path / "c", model=model, optimizer=optimizer)
     assert list(tmp_path.iterdir()) == []
+
+
+def _save_what_cannot_be_kept(path: Path, given: dict[str, Any]) -> None:
+    mics.save(path, model=seeded(UnevenMLP), asynchronous=True, **given).wait()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"extra": {"x": torch.ones(1)}}, "extra cannot be kept: it is not JSON"),
+        ({"extra": {"x": {1: 2, "b": 3}}}, "dicts whose keys are text"),
+        ({"assets": {"model card.md": b""}}, "'model card.md' cannot be kept under this name"),
+        ({"assets": {"../out.md": b""}}, "'../out.md' cannot be kept under this name"),
+        ({"assets": {"card.md": "text"}}, "'card.md' cannot be kept: it is not bytes"),
+    ],
+)
+def test_what_could_not_be_read_back_is_refused_on_every_rank(
+    given: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    for text in errors_of_ranks(_save_what_cannot_be_kept, 2, tmp_path / "c", given):
+        assert "CheckpointError" in text
+        assert words in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def _one_rank_has_a_bug() -> None:
+    peers = Peers()
+    peers.together(lambda: 1 // (peers.rank - 1))
+
+
+def test_a_bug_on_one_rank_is_an_error_on_all(tmp_path: Path) -> None:
+    for text in errors_of_ranks(_one_rank_has_a_bug, 2):
+        assert "CheckpointError: Rank 1 failed at a checkpoint" in text
+        assert "ZeroDivisionError" in text
+
+
+def _load_while_a_save_is_under_way(root: Path) -> bool:
+    model, optimizer = build(UnevenMLP, 2)
+    mics.save(root / "a", model=model, optimizer=optimizer)
+    before = whole(model, optimizer)
+    train(model, optimizer, 0, 1)
+    write = writing.write_tensors
+
+    def slowly(*args: Any) -> Any:
+        time.sleep(1 + dist.get_rank())
+        return write(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writing, "write_tensors", slowly)
+        pending = mics.save(root / "b", model=model, optimizer=optimizer, asynchronous=True)
+        mics.load(root / "a", model=model, optimizer=optimizer)
+        assert pending.done()
+    pending.wait()
+    mics.load(root / "b", model=model, optimizer=optimizer)
+    mics.load(root / "a", model=model, optimizer=optimizer)
+    return equal(whole(model, optimizer), before)
+
+
+def test_a_load_waits_for_a_save_that_is_under_way(tmp_path: Path) -> None:
+    """Both compare notes between the ranks, which would mix up what they say."""
+    assert run_ranks(_load_while_a_save_is_under_way, 2, tmp_path) == [True, True]

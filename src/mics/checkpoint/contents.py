@@ -48,7 +48,7 @@ def contents_of(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Co
     """The state of a model and its optimizer; tensors are those in use, not copies.
 
     A tied parameter stands once, its other names are aliases. An optimizer without state gets the
-    state it would start with.
+    state it would start with, no step taken.
     """
     tensors: dict[str, torch.Tensor] = {}
     aliases: dict[str, str] = {}
@@ -66,11 +66,21 @@ def contents_of(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Co
         else:
             values[f"model/{name}"] = value
     if optimizer is not None:
+        fresh = not optimizer.state
         flat: dict[str, Any] = dict(get_optimizer_state_dict(model, optimizer, options=FLAT))
+        if fresh:
+            _uncount_first_step(optimizer)
         for name, value in flat.items():
             kept = tensors if isinstance(value, torch.Tensor) else values
             kept[f"optimizer/{name}"] = value
     return Contents(tensors, aliases, values)
+
+
+def _uncount_first_step(optimizer: torch.optim.Optimizer) -> None:
+    """torch makes the state by a step of zero gradients, which bias correction would count."""
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"].zero_()
 
 
 def pieces_of_this_rank(contents: Contents, model: nn.Module) -> list[Piece]:

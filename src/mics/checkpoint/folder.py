@@ -14,7 +14,7 @@ from typing import IO
 
 from mics.checkpoint.peers import Peers
 from mics.checkpoint.verifying import verified_manifest
-from mics.checkpoint.writing import TEMPORARY
+from mics.checkpoint.writing import TEMPORARY, let_save_end
 from mics.console import say
 from mics.errors import CheckpointError
 
@@ -42,6 +42,7 @@ def newest_intact(root: Path) -> Path | None:
     Raises:
         CheckpointError: there are checkpoints, but none is intact.
     """
+    let_save_end()
     peers = Peers()
     names: list[str] = peers.together(lambda: [f.name for f in _checkpoints(root)], only=0)[0]
     for name in names:

@@ -139,7 +139,7 @@ def _parse(table: dict[str, Any]) -> Manifest:
     if table["format"] != FORMAT:
         raise ValueError(f"format {table['format']!r}, this version reads {FORMAT}")
     files = {
-        _file_name(name): FileFacts(_natural(facts["bytes"]), str(facts["sha256"]))
+        file_name(name): FileFacts(_natural(facts["bytes"]), str(facts["sha256"]))
         for name, facts in table["files"].items()
     }
     tensors = {name: _entry(name, entry, files) for name, entry in table["tensors"].items()}
@@ -220,7 +220,12 @@ def _natural(value: Any) -> int:
     return value
 
 
-def _file_name(name: str) -> str:
+def file_name(name: str) -> str:
+    """``name`` itself.
+
+    Raises:
+        ValueError: no file of a checkpoint can have it.
+    """
     if not _FILE_NAME.fullmatch(name) or ".." in name.split("/"):
         raise ValueError(f"{name!r} is no file of a checkpoint")
     return name

@@ -48,10 +48,12 @@ class Peers:
         """Do ``work`` on every rank (or on ``only`` one) and gather what it returns, as JSON.
 
         Raises:
-            CheckpointError: on every rank, the error of the first rank that could not.
+            CheckpointError: on every rank, the error of the first rank that could not, whatever it
+                was: the others must not wait for a rank that has left.
         """
         result: Any = None
         trouble: dict[str, str] | None = None
+        cause: Exception | None = None
         try:
             if only is None or only == self.rank:
                 result = work()
@@ -64,6 +66,13 @@ class Peers:
                 "numbers": "",
                 "write": "a folder that every rank can write to, with room for a checkpoint",
             }
+        except Exception as error:
+            cause = error
+            trouble = {
+                "what": f"Rank {self.rank} failed at a checkpoint.",
+                "numbers": f"{type(error).__name__}: {error}",
+                "write": "",
+            }
         gathered = self.gather({"result": result, "trouble": trouble})
         for one in gathered:
             if one["trouble"] is not None:
@@ -71,7 +80,7 @@ class Peers:
                     one["trouble"]["what"],
                     numbers=one["trouble"]["numbers"],
                     write=one["trouble"]["write"],
-                )
+                ) from cause
         return [one["result"] for one in gathered]
 
 

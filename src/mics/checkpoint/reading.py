@@ -26,6 +26,7 @@ from mics.checkpoint.manifest import Entry, Json, Manifest, read_manifest
 from mics.checkpoint.peers import Peers
 from mics.checkpoint.randomness import restore_random_state
 from mics.checkpoint.verifying import verified_manifest
+from mics.checkpoint.writing import let_save_end
 from mics.errors import CheckpointError
 
 _MOST_NAMED = 3
@@ -53,7 +54,8 @@ def load(
     """Load a checkpoint that ``save`` wrote, in place.
 
     Collective over all ranks. The world, the partition size and the kind of sharding need not be
-    those it was saved with; every rank reads only its own parts.
+    those it was saved with; every rank reads only its own parts. A save that is under way ends
+    first.
 
     Args:
         path: the checkpoint's folder.
@@ -65,6 +67,7 @@ def load(
         CheckpointError: on every rank, before anything is changed: a file is damaged (it is named),
             the checkpoint is of another model or optimizer (the first differences are named).
     """
+    let_save_end()
     folder = Path(path)
     peers = Peers()
     manifest = verified_manifest(folder, peers) if verify else read_manifest(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import json
 import os
 import secrets
 import shutil
@@ -35,6 +36,7 @@ from mics.checkpoint.manifest import (
     Json,
     Manifest,
     checksum_line,
+    file_name,
 )
 from mics.checkpoint.peers import Peers
 from mics.checkpoint.randomness import random_state
@@ -73,13 +75,16 @@ def save(
 
     Raises:
         CheckpointError: on every rank: the path exists, a rank cannot write (it is named), a value
-            cannot be kept. Nothing is left behind.
+            or an asset cannot be kept. Nothing is left behind.
     """
     _end_of_last_save()
     target = Path(path)
     peers = Peers()
     contents = contents_of(model, optimizer)
     values = encode_values(contents.values)
+    extra, assets = dict(extra or {}), dict(assets or {})
+    # Rank 0's are written, and what nobody could read back must not be found out at the end.
+    peers.together(lambda: _check_kept(extra, assets), only=0)
     making = _make_folder(target, peers)
     plan = _Plan(
         target=target,
@@ -93,8 +98,8 @@ def save(
         partition=partition_of(model),
         aliases=contents.aliases,
         values=values,
-        extra=dict(extra or {}),
-        assets=dict(assets or {}),
+        extra=extra,
+        assets=assets,
     )
     pending = PendingSave(target, plan, peers)
     if asynchronous:
@@ -164,6 +169,12 @@ def _end_of_last_save() -> None:
         last.wait()
 
 
+def let_save_end() -> None:
+    """Wait for a save that is under way, whose ranks talk to each other; its error stays untold."""
+    if _last is not None and _last._thread is not None:
+        _last._thread.join()
+
+
 @atexit.register
 def _tell_at_exit() -> None:
     if _last is not None and not _last._told:
@@ -188,6 +199,32 @@ class _Plan:
     values: dict[str, Json]
     extra: dict[str, Json]
     assets: dict[str, bytes]
+
+
+def _check_kept(extra: Mapping[str, Any], assets: Mapping[str, Any]) -> None:
+    """Raise where ``extra`` is no JSON, or an asset has no bytes or a name that cannot be read."""
+    try:
+        json.dumps(extra, sort_keys=True)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            "extra cannot be kept: it is not JSON.",
+            numbers=f"{type(error).__name__}: {error}.",
+            write="numbers, text, lists, and dicts whose keys are text",
+        ) from None
+    for name, data in assets.items():
+        try:
+            file_name(f"assets/{name}")
+        except ValueError:
+            raise CheckpointError(
+                f"The asset {name!r} cannot be kept under this name.",
+                write='letters, digits, "_", "-" and ".", in folders with "/"',
+            ) from None
+        if not isinstance(data, bytes):
+            raise CheckpointError(
+                f"The asset {name!r} cannot be kept: it is not bytes.",
+                numbers=f"It is a {type(data).__name__}.",
+                write="text.encode()",
+            )
 
 
 def _make_folder(target: Path, peers: Peers) -> Path:
