@@ -16,7 +16,8 @@ import torch.distributed as dist
 from parity import quiet
 from ranks import errors_of_ranks, run_ranks
 
-from mics.training import loop
+import mics
+from mics.training import keeping, loop
 from mics.training import step as step_module
 from mics.training.config import (
     BatchConfig,
@@ -598,6 +599,52 @@ def test_an_older_checkpoint_of_the_same_folder_is_not_overtaken(
     elsewhere_from_there = elsewhere(back, "elsewhere")
     assert run_ranks(train, 2, elsewhere_from_there) == [0, 0]
     assert losses(elsewhere_from_there) == losses(config)[2:]
+
+
+def test_a_checkpoint_from_elsewhere_starts_a_folder_once(
+    tmp_path: Path, corpus: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Started again by a scheduler, it would begin anew and find the place of every save taken."""
+    first = settings(tmp_path, corpus, run={"steps": 2})
+    run_ranks(train, 2, first)
+    from_there = elsewhere(
+        first, "second", run={"steps": 6, "resume": first.run.folder / "step-00000002"}
+    )
+    capfd.readouterr()
+    assert run_ranks(_stop_loudly_after, 2, from_there, 4) == [0, 0]
+    assert "the same command with --run.resume auto goes on from there" in capfd.readouterr().out
+    for text in refusals(from_there):
+        assert "has checkpoints, and run.resume names one elsewhere: two runs would mix" in text
+        assert "the newest is step-00000004" in text
+        assert "--run.resume auto to go on from the newest" in text
+    run = dataclasses.replace(from_there.run, resume="auto")
+    assert run_ranks(train, 2, dataclasses.replace(from_there, run=run)) == [0, 0]
+    assert [entry["step"] for entry in lines(from_there)] == [3, 4, 5, 6]
+
+
+def _stop_loudly_after(config: TrainConfig, steps: int) -> int:
+    with _stopping_after(steps):
+        return loop.train(config)
+
+
+def _keep_weights_only(config: TrainConfig) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(keeping, "save", lambda path, *, optimizer, **more: mics.save(path, **more))
+        train(config)
+
+
+def test_weights_without_an_optimizer_are_fallen_back_to_and_nothing_is_in_the_way(
+    tmp_path: Path, corpus: Path
+) -> None:
+    config = settings(tmp_path, corpus, run={"steps": 1})
+    run_ranks(_keep_weights_only, 2, config)
+    (config.run.folder / "step-00000001").rename(config.run.folder / "step-00000000")
+    damaged = config.run.folder / "step-00000002"
+    damaged.mkdir()
+    more = dataclasses.replace(config, run=dataclasses.replace(config.run, steps=2))
+    assert run_ranks(train, 2, more) == [0, 0]
+    assert (damaged / "manifest.json").is_file()
+    assert (config.run.folder / "step-00000002.damaged").is_dir()
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, corpus: Path) -> None:

@@ -51,15 +51,15 @@ class Keeper:
                 numbers=f"The newest is {found.name}.",
                 write="--run.folder <a new folder>, or --run.resume auto to go on",
             )
+        if wanted != "auto":
+            self._refuse_to_collide(found)
+        elif dist.get_rank() == 0:
+            for aside in set_aside_newer(self._folder, found):
+                say(f"set aside as {aside}")
         if not _has_optimizer(found):  # imported weights
             load(found, model=self._run.model)
             say(f"starts from the weights of {found}; it has no optimizer state")
             return Progress()
-        if wanted != "auto":
-            self._refuse_to_overtake(found)
-        elif dist.get_rank() == 0:
-            for aside in set_aside_newer(self._folder, found):
-                say(f"set aside as {aside}")
         optimizer = self._run.optimizer
         options = [_options(group) for group in optimizer.param_groups]
         # The newest one was verified when it was found.
@@ -75,20 +75,29 @@ class Keeper:
         say(f"goes on from {found}, step {at.step}{random}")
         return at
 
-    def _refuse_to_overtake(self, found: Path) -> None:
-        """A run that goes on from an older checkpoint of its own folder would meet the newer ones.
+    def _refuse_to_collide(self, found: Path) -> None:
+        """A run from a named checkpoint would meet what its folder has already, and save nothing.
 
         Raises:
-            ConfigError: names the newest one.
+            ConfigError: the folder has newer ones, or some although the named one is elsewhere.
         """
         steps = [step for f in self._folder.glob("step-*") if (step := step_of(f)) is not None]
         own = step_of(found) if found.resolve().parent == self._folder.resolve() else None
-        if own is not None and own < max(steps):
+        if not steps or own == max(steps):
+            return
+        newest = f"the newest is step-{max(steps):08d}"
+        if own is None:
             raise ConfigError(
-                f"{self._folder} has newer checkpoints than the one to go on from.",
-                numbers=f"run.resume is {found.name}, the newest is step-{max(steps):08d}.",
-                write=f"--run.folder <a new folder> --run.resume {found}",
+                f"{self._folder} has checkpoints, and run.resume names one elsewhere: two runs "
+                "would mix.",
+                numbers=f"run.resume is {found}, {newest}.",
+                write="--run.resume auto to go on from the newest, or --run.folder <a new folder>",
             )
+        raise ConfigError(
+            f"{self._folder} has newer checkpoints than the one to go on from.",
+            numbers=f"run.resume is {found.name}, {newest}.",
+            write=f"--run.folder <a new folder> --run.resume {found}",
+        )
 
     def _progress(self, found: Path, extra: Any) -> Progress:
         """Raises where the checkpoint is of another run's data, unless it was named."""

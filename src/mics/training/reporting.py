@@ -133,7 +133,10 @@ class Reporter:
             return [*words, "no checkpoint was written"]
         words += [f"checkpoint  {checkpoint}"]
         if at.step < self._steps:
-            return [*words, "next        the same command goes on from there"]
+            # A checkpoint that was named is where the same command would begin once more.
+            named = isinstance(self._run.config.run.resume, Path)
+            auto = " with --run.resume auto" if named else ""
+            return [*words, f"next        the same command{auto} goes on from there"]
         return [
             *words,
             f"next        mics export {checkpoint} {self._folder / 'exported'}",
