@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +98,24 @@ def test_check_compares_the_logits_and_says_so(
     assert next(iter(load_file(tmp_path / "b" / "model.safetensors").values())).dtype is (
         torch.bfloat16
     )
+
+
+def test_the_exported_configuration_names_the_dtype_of_the_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not the one that the model once had: transformers would round the weights to that."""
+    checkpoint = tmp_path / "checkpoint"
+    config = load_config("llama-tiny", vocabulary=96, separator=0)
+    text = json.loads(config.to_json_string(use_diff=False)) | {"dtype": "bfloat16"}
+    for old in ({}, {"torch_dtype": "bfloat16"}):
+        asset = {"model/config.json": json.dumps(text | old).encode()}
+        torch.manual_seed(0)
+        mics.save(checkpoint, model=build(config, device="cpu"), assets=asset)
+        assert main(["export", str(checkpoint), str(tmp_path / "out"), "--check"]) == 0
+        assert "equal" in capsys.readouterr().out
+        assert plain(tmp_path / "out").dtype == torch.float32
+        shutil.rmtree(checkpoint)
+        shutil.rmtree(tmp_path / "out")
 
 
 def test_check_fails_when_logits_differ(

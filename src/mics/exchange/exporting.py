@@ -144,8 +144,10 @@ def _write(
         index = {"metadata": {"total_size": total}, "weight_map": where}
         write_bytes(out / "model.safetensors.index.json", json.dumps(index, indent=2).encode())
     config: dict[str, Any] = json.loads((checkpoint / CONFIG).read_text())
-    if dtype is not None:
-        config["dtype"] = str(dtype).removeprefix("torch.")
+    # transformers loads weights in the dtype that it reads here, whatever they are stored in.
+    config.pop("torch_dtype", None)  # its name before transformers 5
+    floats = [each for each in dtypes.values() if each.is_floating_point]
+    config["dtype"] = str(floats[0]).removeprefix("torch.")
     write_bytes(out / "config.json", json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")
     for name in manifest.files:
         if name.startswith(_TOKENIZER):
