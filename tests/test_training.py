@@ -45,6 +45,7 @@ TINY = {
     "llama": {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2},
 }
 COMMON = {"num_attention_heads": 2, "max_position_embeddings": 18, "vocab_size": 260}
+MASK_ID = 257  # of the bytes tokenizer
 NO_DROPOUT = dict.fromkeys(
     [
         "hidden_dropout_prob",
@@ -554,6 +555,12 @@ def test_bad_input_is_one_message_on_every_rank(tmp_path: Path, corpus: Path) ->
                 config, run=RunConfig(folder=tmp_path / "gpt2.json" / "run", steps=2)
             ),
             ["Rank 0 cannot write", "Not a directory", "a folder that every rank can write to"],
+        ),
+        "mask": (
+            elsewhere(
+                config, "f", model={"name": model_file(tmp_path, "bert", pad_token_id=MASK_ID)}
+            ),
+            ["takes the tokenizer's mask for padding", f"mask_token has id {MASK_ID}"],
         ),
         "partition": (
             elsewhere(config, "e", parallel={"partition": 3}),

@@ -21,6 +21,7 @@ from mics.model_sharding import shard
 from mics.models.building import (
     build,
     check_fits,
+    check_mask,
     flops_per_token,
     load_config,
     num_parameters,
@@ -141,6 +142,8 @@ def _shape_and_data(config: TrainConfig) -> tuple[PretrainedConfig, Data, int]:
     )
     shape = load_config(name, vocabulary=data.tokenizer.size, separator=data.tokenizer.separator)
     check_fits(shape, sequence=sequence, vocabulary=data.tokenizer.size)
+    if task_of(shape) == "masked":
+        check_mask(shape, data.tokenizer.mask)
     return shape, data, sequence
 
 

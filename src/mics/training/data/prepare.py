@@ -24,7 +24,7 @@ from mics.training.data.stream import Masking, Stream
 from mics.training.data.tokens import Tokenizer, byte_tokenizer, saved_tokenizer, train_bpe
 from mics.training.waiting import TextProgress
 
-_FORMAT = 2
+_FORMAT = 3
 _LONGEST = timedelta(days=2)  # ranks wait for the one that tokenises
 
 
