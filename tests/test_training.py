@@ -45,7 +45,7 @@ TINY = {
     "llama": {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2},
 }
 COMMON = {"num_attention_heads": 2, "max_position_embeddings": 18, "vocab_size": 260}
-MASK_ID = 257  # of the bytes tokenizer
+MASK_ID = 258  # of the bytes tokenizer
 NO_DROPOUT = dict.fromkeys(
     [
         "hidden_dropout_prob",
