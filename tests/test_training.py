@@ -483,6 +483,18 @@ def test_metrics_hold_every_step_and_evaluation_and_survive_a_torn_line(
     )
 
 
+def test_throughput_counts_every_token_of_a_masked_model_and_not_the_masked_ones(
+    tmp_path: Path, corpus: Path
+) -> None:
+    """The model computes them all, so utilisation would be a seventh of what it is."""
+    config = settings(tmp_path, corpus, kind="bert")
+    run_ranks(train, 2, config)
+    for entry in lines(config):
+        assert entry["tokens_per_second"] * entry["seconds"] == pytest.approx(8 * 16)
+        assert entry["tokens_per_second_per_gpu"] == pytest.approx(entry["tokens_per_second"] / 2)
+    assert lines(config)[-1]["tokens"] < 4 * 8 * 16 / 2, "those predicted"
+
+
 def _bytes_per_token(config: TrainConfig) -> float:
     meta = json.loads(next((config.run.folder / "data").glob("*/meta.json")).read_text())["facts"]
     return float(meta["text_bytes"]["train"] / meta["tokens"]["train"])
