@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from parity import quiet
 from ranks import errors_of_ranks, run_ranks
 
 import mics
+from mics.checkpoint import writing
 from mics.training import keeping, loop
 from mics.training import step as step_module
 from mics.training.config import (
@@ -369,12 +371,28 @@ def test_too_many_bad_steps_in_a_row_end_the_run_with_the_newest_checkpoint_name
         assert "step-0000000" in text
 
 
+def _train_with_bad_steps_and_a_slow_disk(config: TrainConfig, bad: list[int]) -> int:
+    def slowly(*args: Any) -> Any:
+        time.sleep(2)
+        return write(*args)
+
+    write = writing.write_tensors
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writing, "write_tensors", slowly)
+        return _train_with_bad_steps(config, bad)
+
+
+def test_the_checkpoint_that_is_named_may_have_been_under_way(tmp_path: Path, corpus: Path) -> None:
+    config = settings(tmp_path, corpus, run={"steps": 9}, checkpoint={"every": 2})
+    config = dataclasses.replace(config, optimizer=OptimizerConfig(bad_steps=1))
+    for text in errors_of_ranks(_train_with_bad_steps_and_a_slow_disk, 2, config, [3]):
+        assert f"the newest checkpoint is {config.run.folder / 'step-00000002'}" in text
+
+
 # -- a save that fails -----------------------------------------------------------------------------
 
 
 def _train_without_room(config: TrainConfig) -> int:
-    from mics.checkpoint import writing
-
     def full(path: Path, tensors: Any) -> Any:
         if "step-00000002" in str(path):
             raise OSError(28, "No space left on device", str(path))

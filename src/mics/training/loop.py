@@ -114,8 +114,8 @@ def _sample(run: Run) -> str | None:
 
 
 def _not_finite(step: int, in_a_row: int, keeper: Keeper) -> MicsError:
-    kept = f"the newest checkpoint is {keeper.newest}" if keeper.newest else "there is none yet"
     keeper.look_after_save(wait=True)
+    kept = f"the newest checkpoint is {keeper.newest}" if keeper.newest else "there is none yet"
     return MicsError(
         f"Loss or gradient norm was not finite in {in_a_row} steps in a row.",
         numbers=f"Steps {step - in_a_row + 1} to {step} of {dist.get_world_size()} ranks; {kept}.",
