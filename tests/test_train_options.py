@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 from pathlib import Path
 from typing import Any
@@ -245,6 +246,14 @@ def test_a_tracker_that_is_not_installed_is_named_before_anything_starts() -> No
         check_trackers(LogConfig(wandb="project"))
     with pytest.raises(ConfigError, match=r"log\.mlflow asks for mlflow"):
         check_trackers(LogConfig(mlflow="experiment"))
+
+
+def test_what_to_write_without_tensorboard_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="pip install tensorboard, or") as caught:
+        check_trackers(LogConfig())
+    words = str(caught.value).rpartition("or ")[2].split()
+    assert not parse(words).options.log.tensorboard
 
 
 # -- the dry run -----------------------------------------------------------------------------------
