@@ -47,6 +47,7 @@ TINY = {
     "llama": {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2},
 }
 COMMON = {"num_attention_heads": 2, "max_position_embeddings": 18, "vocab_size": 260}
+FULL = Path("/dev/full")
 MASK_ID = 258  # of the bytes tokenizer
 NO_DROPOUT = dict.fromkeys(
     [
@@ -425,19 +426,12 @@ def test_when_the_last_save_fails_the_exit_code_says_so(tmp_path: Path, corpus: 
 def _train_with_a_full_metrics_disk(config: TrainConfig) -> int:
     from mics.training import reporting
 
-    class Full:
-        def write(self, text: str) -> None:
-            raise OSError(28, "No space left on device")
-
-        def flush(self) -> None: ...
-
-        def close(self) -> None: ...
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reporting, "_open_to_append", lambda path: Full())
+        patch.setattr(reporting, "_open_to_append", lambda path: FULL.open("a"))
         return loop.train(config)
 
 
+@pytest.mark.skipif(not FULL.exists(), reason="needs a device that is always full")
 def test_metrics_that_cannot_be_written_are_said_and_counted(
     tmp_path: Path, corpus: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -449,6 +443,20 @@ def test_metrics_that_cannot_be_written_are_said_and_counted(
     assert "Step 1 cannot be recorded: [Errno 28] No space left on device" in said
     assert said.count("cannot be recorded") == 1
     assert "could not be written" in said
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="needs a device that is always full")
+def test_a_picture_that_cannot_be_written_is_said_and_the_run_has_ended_well(
+    tmp_path: Path, corpus: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = settings(tmp_path, corpus)
+    (config.run.folder).mkdir()
+    (config.run.folder / "plot.png").symlink_to(FULL)
+    assert run_ranks(loop.train, 1, _alone(config)) == [0]
+    out, err = capfd.readouterr()
+    assert "plot.png cannot be written: [Errno 28] No space left on device" in err
+    assert "\nplot " not in out
+    assert "next        mics export" in out
 
 
 def _alone(config: TrainConfig) -> TrainConfig:
