@@ -65,6 +65,7 @@ class Trainer:
             run.model,
             micro_steps=MICRO_STEPS,
             steps=run.config.run.steps,
+            tokens=run.batch.global_batch * run.sequence,
             bytes_per_token=1.0,
             flops_per_token=run.flops_per_token,
             peak_flops=None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import multiprocessing
@@ -690,6 +691,23 @@ def test_an_unreachable_hub_keeps_the_librarys_own_words(
     with pytest.raises(DataError, match="hub:owner/name cannot be read") as caught:
         prepare("hub:owner/name", tmp_path / "run")
     assert "ConnectionError: Couldn't reach 'owner/name' on the Hub" in str(caught.value)
+
+
+@pytest.mark.parametrize("inside", ["", "runs/default"])
+def test_a_run_does_not_read_what_it_writes(texts: Path, inside: str) -> None:
+    """Its own metrics and checkpoints would be another corpus at every start."""
+    with pytest.raises(DataError, match=r"lies in data\.source") as caught:
+        prepare(texts, texts / inside)
+    assert "--run.folder <a folder outside of it>" in str(caught.value)
+    prepare(texts, texts / ".runs" / "default")  # hidden folders are not read
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl.gz", "a.txt.zst", "all.ZIP"])
+def test_compressed_text_is_not_taken_for_text(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(gzip.compress(b"text " * 999))
+    with pytest.raises(DataError, match="is compressed") as caught:
+        prepare(tmp_path / name, tmp_path / "run")
+    assert name in str(caught.value)
 
 
 def test_an_error_without_words_is_named_by_its_type(

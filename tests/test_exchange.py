@@ -386,3 +386,12 @@ def test_a_forged_size_is_refused(trained: Any, tmp_path: Path) -> None:
     forge(tmp_path / "c", lambda t: t["files"]["rank-00000.safetensors"].update(bytes=1))
     with pytest.raises(mics.CheckpointError, match="another size"):
         export(tmp_path / "c", tmp_path / "out", dtype=None, shard_bytes=10**9, told=silent)
+
+
+def test_imported_weights_of_another_dtype_say_how_to_convert_them(tmp_path: Path) -> None:
+    config = load_config("llama-tiny", vocabulary=96, separator=0)
+    build(config, device="cpu").to(torch.bfloat16).save_pretrained(tmp_path / "theirs")
+    import_folder(tmp_path / "theirs", tmp_path / "ours", dtype=None, told=silent)
+    with pytest.raises(mics.CheckpointError, match="bfloat16") as caught:
+        mics.load(tmp_path / "ours", model=build(config, device="cpu"))
+    assert "mics import --dtype fp32" in str(caught.value)

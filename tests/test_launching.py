@@ -105,3 +105,19 @@ def test_a_signal_reaches_every_rank_which_ends_in_its_own_way() -> None:
     process.send_signal(signal.SIGTERM)
     code, out, err = finish(process)
     assert (code, out) == (0, ["ended"] * 3), err
+
+
+@pytest.mark.slow
+def test_what_goes_wrong_after_a_signal_is_said() -> None:
+    """A last checkpoint that is refused must not look like a clean interruption."""
+    process = start(
+        "stop = []\nsignal.signal(signal.SIGTERM, lambda *_: stop.append(1))\n"
+        'print("ready", flush=True)\nwhile not stop: time.sleep(0.05)\n'
+        'raise MicsError("It broke.")'
+    )
+    assert process.stdout is not None
+    assert [process.stdout.readline() for _ in range(4)].count("ready\n") == 3
+    process.send_signal(signal.SIGTERM)
+    code, _, err = finish(process)
+    assert code == 1
+    assert err.endswith(": It broke.")

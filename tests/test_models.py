@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from mics.errors import ConfigError
 from mics.models.building import (
     build,
     check_fits,
+    check_mask,
     flops_per_token,
     load_config,
     num_parameters,
@@ -27,6 +29,7 @@ from mics.models.building import (
     task_of,
 )
 from mics.models.presets import PRESETS
+from mics.training.data.tokens import Tokenizer, byte_tokenizer, train_bpe
 
 TINY = ["bert-tiny", "roberta-tiny", "gpt2-tiny", "llama-tiny"]
 
@@ -174,6 +177,23 @@ def test_sequences_and_ids_that_do_not_fit_are_named_with_the_numbers() -> None:
     with pytest.raises(ConfigError, match="ids that the model has no embedding for") as caught:
         check_fits(config, sequence=128, vocabulary=305)
     assert "305 ids, the model's vocabulary is 304" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["bert-tiny", "roberta-tiny"])
+@pytest.mark.parametrize("make", [byte_tokenizer, lambda: train_bpe([b"ab" * 99], 300)])
+def test_masks_and_separators_are_no_padding(name: str, make: Callable[[], Tokenizer]) -> None:
+    """Padding has an embedding of zeros that never learns, and RoBERTa gives it no position."""
+    tokenizer = make()
+    config = load_config(name, vocabulary=tokenizer.size, separator=tokenizer.separator)
+    assert config.pad_token_id not in (tokenizer.mask, tokenizer.separator, None)
+    check_mask(config, tokenizer.mask)
+
+
+def test_a_mask_that_the_model_takes_for_padding_is_refused() -> None:
+    config = preset("roberta-tiny")
+    with pytest.raises(ConfigError, match="takes the tokenizer's mask for padding") as caught:
+        check_mask(config, config.pad_token_id)
+    assert "mask_token has id 1, pad_token_id = 1" in str(caught.value)
 
 
 def test_every_preset_says_what_it_is() -> None:

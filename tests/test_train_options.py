@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from mics.launch import Launch
 from mics.training.batching import solve
 from mics.training.config import (
     BatchConfig,
+    DataConfig,
     LogConfig,
+    ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     RunConfig,
@@ -245,6 +248,14 @@ def test_a_tracker_that_is_not_installed_is_named_before_anything_starts() -> No
         check_trackers(LogConfig(mlflow="experiment"))
 
 
+def test_what_to_write_without_tensorboard_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="pip install tensorboard, or") as caught:
+        check_trackers(LogConfig())
+    words = str(caught.value).rpartition("or ")[2].split()
+    assert not parse(words).options.log.tensorboard
+
+
 # -- the dry run -----------------------------------------------------------------------------------
 
 
@@ -289,3 +300,15 @@ def test_the_models_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "bert-10b" in out
     assert "10.08 B" in out
+
+
+@pytest.mark.parametrize(("asked", "tokens"), [(0, 1024), (2048, 2048)])
+def test_a_dry_run_counts_the_tokens_that_a_run_would_take(asked: int, tokens: int) -> None:
+    """A model of 8192 positions is not trained on sequences of 8192 unless they are asked for."""
+    config = TrainConfig(
+        model=ModelConfig(name="llama-8b"),
+        data=DataConfig(sequence=asked),
+        batch=BatchConfig(global_batch=1),
+        parallel=ParallelConfig(ranks=1),
+    )
+    assert f" tokens per step, {tokens} per sequence" in describe(config)

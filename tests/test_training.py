@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from parity import quiet
 from ranks import errors_of_ranks, run_ranks
 
 import mics
+from mics.checkpoint import writing
 from mics.training import keeping, loop
 from mics.training import step as step_module
 from mics.training.config import (
@@ -45,6 +47,8 @@ TINY = {
     "llama": {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2},
 }
 COMMON = {"num_attention_heads": 2, "max_position_embeddings": 18, "vocab_size": 260}
+FULL = Path("/dev/full")
+MASK_ID = 258  # of the bytes tokenizer
 NO_DROPOUT = dict.fromkeys(
     [
         "hidden_dropout_prob",
@@ -368,12 +372,28 @@ def test_too_many_bad_steps_in_a_row_end_the_run_with_the_newest_checkpoint_name
         assert "step-0000000" in text
 
 
+def _train_with_bad_steps_and_a_slow_disk(config: TrainConfig, bad: list[int]) -> int:
+    def slowly(*args: Any) -> Any:
+        time.sleep(2)
+        return write(*args)
+
+    write = writing.write_tensors
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writing, "write_tensors", slowly)
+        return _train_with_bad_steps(config, bad)
+
+
+def test_the_checkpoint_that_is_named_may_have_been_under_way(tmp_path: Path, corpus: Path) -> None:
+    config = settings(tmp_path, corpus, run={"steps": 9}, checkpoint={"every": 2})
+    config = dataclasses.replace(config, optimizer=OptimizerConfig(bad_steps=1))
+    for text in errors_of_ranks(_train_with_bad_steps_and_a_slow_disk, 2, config, [3]):
+        assert f"the newest checkpoint is {config.run.folder / 'step-00000002'}" in text
+
+
 # -- a save that fails -----------------------------------------------------------------------------
 
 
 def _train_without_room(config: TrainConfig) -> int:
-    from mics.checkpoint import writing
-
     def full(path: Path, tensors: Any) -> Any:
         if "step-00000002" in str(path):
             raise OSError(28, "No space left on device", str(path))
@@ -406,19 +426,12 @@ def test_when_the_last_save_fails_the_exit_code_says_so(tmp_path: Path, corpus: 
 def _train_with_a_full_metrics_disk(config: TrainConfig) -> int:
     from mics.training import reporting
 
-    class Full:
-        def write(self, text: str) -> None:
-            raise OSError(28, "No space left on device")
-
-        def flush(self) -> None: ...
-
-        def close(self) -> None: ...
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reporting, "_open_to_append", lambda path: Full())
+        patch.setattr(reporting, "_open_to_append", lambda path: FULL.open("a"))
         return loop.train(config)
 
 
+@pytest.mark.skipif(not FULL.exists(), reason="needs a device that is always full")
 def test_metrics_that_cannot_be_written_are_said_and_counted(
     tmp_path: Path, corpus: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -430,6 +443,20 @@ def test_metrics_that_cannot_be_written_are_said_and_counted(
     assert "Step 1 cannot be recorded: [Errno 28] No space left on device" in said
     assert said.count("cannot be recorded") == 1
     assert "could not be written" in said
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="needs a device that is always full")
+def test_a_picture_that_cannot_be_written_is_said_and_the_run_has_ended_well(
+    tmp_path: Path, corpus: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = settings(tmp_path, corpus)
+    (config.run.folder).mkdir()
+    (config.run.folder / "plot.png").symlink_to(FULL)
+    assert run_ranks(loop.train, 1, _alone(config)) == [0]
+    out, err = capfd.readouterr()
+    assert "plot.png cannot be written: [Errno 28] No space left on device" in err
+    assert "\nplot " not in out
+    assert "next        mics export" in out
 
 
 def _alone(config: TrainConfig) -> TrainConfig:
@@ -480,6 +507,18 @@ def test_metrics_hold_every_step_and_evaluation_and_survive_a_torn_line(
     assert entries[0]["bits_per_byte"] == pytest.approx(
         entries[0]["loss"] / math.log(2) / _bytes_per_token(config), rel=1e-9
     )
+
+
+def test_throughput_counts_every_token_of_a_masked_model_and_not_the_masked_ones(
+    tmp_path: Path, corpus: Path
+) -> None:
+    """The model computes them all, so utilisation would be a seventh of what it is."""
+    config = settings(tmp_path, corpus, kind="bert")
+    run_ranks(train, 2, config)
+    for entry in lines(config):
+        assert entry["tokens_per_second"] * entry["seconds"] == pytest.approx(8 * 16)
+        assert entry["tokens_per_second_per_gpu"] == pytest.approx(entry["tokens_per_second"] / 2)
+    assert lines(config)[-1]["tokens"] < 4 * 8 * 16 / 2, "those predicted"
 
 
 def _bytes_per_token(config: TrainConfig) -> float:
@@ -554,6 +593,12 @@ def test_bad_input_is_one_message_on_every_rank(tmp_path: Path, corpus: Path) ->
                 config, run=RunConfig(folder=tmp_path / "gpt2.json" / "run", steps=2)
             ),
             ["Rank 0 cannot write", "Not a directory", "a folder that every rank can write to"],
+        ),
+        "mask": (
+            elsewhere(
+                config, "f", model={"name": model_file(tmp_path, "bert", pad_token_id=MASK_ID)}
+            ),
+            ["takes the tokenizer's mask for padding", f"mask_token has id {MASK_ID}"],
         ),
         "partition": (
             elsewhere(config, "e", parallel={"partition": 3}),

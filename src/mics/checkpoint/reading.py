@@ -153,11 +153,18 @@ def _check_same(folder: Path, manifest: Manifest, contents: Contents) -> None:
         or entry.torch_dtype != tensor.dtype
     ]
     if differences:
+        shapes_fit = all(
+            manifest.tensors[name].shape == tuple(tensor.shape)
+            for name, tensor in contents.tensors.items()
+        )
         raise CheckpointError(
             f"{folder} is of another model: shapes or dtypes differ.",
             numbers=f"{len(differences)} of {len(contents.tensors)} tensors: "
             f"{'; '.join(differences[:_MOST_NAMED])}.",
-            write="the model it was saved from",
+            write="the model in the dtype it was saved in, or `mics import --dtype fp32` where it "
+            "was imported"
+            if shapes_fit
+            else "the model it was saved from",
         )
 
 

@@ -126,6 +126,22 @@ def check_fits(config: PretrainedConfig, *, sequence: int, vocabulary: int) -> N
         )
 
 
+def check_mask(config: PretrainedConfig, mask: int | None) -> None:
+    """Check that a masked model learns an embedding for the tokenizer's mask.
+
+    Padding's is zero and has no gradient, and RoBERTa counts no position for it.
+
+    Raises:
+        ConfigError: the mask is what the model knows as padding.
+    """
+    if mask is not None and mask == config.pad_token_id:
+        raise ConfigError(
+            "The model takes the tokenizer's mask for padding.",
+            numbers=f"mask_token has id {mask}, pad_token_id = {config.pad_token_id}.",
+            write="another pad_token_id in the model's config.json, or another tokenizer",
+        )
+
+
 def num_parameters(model: nn.Module) -> int:
     """Parameters, tied ones counted once."""
     return sum(param.numel() for param in model.parameters())

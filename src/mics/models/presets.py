@@ -94,7 +94,8 @@ PRESETS: dict[str, Preset] = {
     "bert-tiny": Preset(
         "bert",
         "BERT for one machine",
-        _encoder(128, 512, 4, 4, max_position_embeddings=128) | _NO_DROPOUT,
+        # Padding is 1 in a vocabulary that is trained here, and BERT's own 0 the separator.
+        _encoder(128, 512, 4, 4, max_position_embeddings=128, pad_token_id=1) | _NO_DROPOUT,
         vocabulary_of_tokenizer=True,
     ),
     "roberta-tiny": Preset(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from mics.errors import ConfigError
 from mics.training.config import BatchConfig
 
+_LONGEST_BY_DEFAULT = 1024
 _MICRO_BATCH = 8  # where nothing says otherwise; the paper's
 
 
@@ -75,6 +76,14 @@ def solve(config: BatchConfig, ranks: int) -> Batching:
         return Batching(whole, per_rank // steps, steps, ranks)
     _check_divides(whole, ranks, per_rank, "micro_batch", micro)
     return Batching(whole, micro, per_rank // micro, ranks)
+
+
+def sequence_length(asked: int, positions: int | None) -> int:
+    """Tokens per sequence: ``data.sequence``, or where that is 0 what the model has positions for.
+
+    1024 at most, unless more are asked for: some models have no limit, or a very high one.
+    """
+    return asked or min(positions or _LONGEST_BY_DEFAULT, _LONGEST_BY_DEFAULT)
 
 
 def _check_divides(whole: int, ranks: int, per_rank: int, name: str, value: int) -> None:

@@ -19,7 +19,7 @@ from mics.models.building import (
 )
 from mics.models.presets import PRESETS
 from mics.topology import Topology, possible_partitions
-from mics.training.batching import solve
+from mics.training.batching import sequence_length, solve
 from mics.training.config import TrainConfig
 from mics.training.launching import num_ranks
 from mics.training.record import count, size
@@ -43,21 +43,20 @@ def describe(config: TrainConfig) -> str:
     k = config.parallel.gpus_per_node or (launch.ranks_per_node if launch else ranks)
     shape = load_config(config.model.name, vocabulary=_vocabulary(config), separator=0)
     positions = num_positions(shape)
-    sequence = config.data.sequence or positions
-    if sequence is not None:
-        check_fits(shape, sequence=sequence, vocabulary=0)
+    sequence = sequence_length(config.data.sequence, positions)
+    check_fits(shape, sequence=sequence, vocabulary=0)
     model = build(shape)
     batch = solve(config.batch, ranks)
     wanted = config.parallel.partition
     topology = Topology.from_world(ranks, k, k if wanted == "auto" else wanted)
-    tokens = "n/a" if sequence is None else count(batch.global_batch * sequence)
     lines = [
         as_toml(config),
         f"model   {config.model.name}: {type(model).__name__} ({task_of(shape)}), "
         f"{count(num_parameters(model))} parameters in {len(find_blocks(model, None))} blocks, "
         f"{positions if positions is not None else 'any number of'} positions",
-        f"batch   {batch}; {tokens} tokens per step",
-        *_work(shape, model, sequence, batch.global_batch),
+        f"batch   {batch}; {count(batch.global_batch * sequence)} tokens per step, "
+        f"{sequence} per sequence",
+        _work(shape, model, sequence, batch.global_batch),
         "",
         draw(topology),
         *(
@@ -89,17 +88,13 @@ def _vocabulary(config: TrainConfig) -> int:
     return config.data.vocabulary if config.data.tokenizer == "bpe" else _BYTE_IDS
 
 
-def _work(
-    shape: PretrainedConfig, model: nn.Module, sequence: int | None, global_batch: int
-) -> list[str]:
-    if sequence is None:
-        return []
+def _work(shape: PretrainedConfig, model: nn.Module, sequence: int, global_batch: int) -> str:
     per_token = flops_per_token(shape, model, sequence)
     per_step = per_token * sequence * global_batch
-    return [
+    return (
         f"work    {per_token / 1e9:.3g} GFLOPs per token, {per_step / 1e12:.3g} TFLOPs per step "
         "(forward and backward, recomputation not counted)"
-    ]
+    )
 
 
 def _memory(config: TrainConfig, model: nn.Module, topology: Topology) -> list[str]:

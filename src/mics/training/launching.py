@@ -125,7 +125,7 @@ def _start_ranks(work: Work, config: TrainConfig, ranks: int) -> int:
         try:
             codes: dict[int, int] = elastic_launch(launcher, _rank)(work, config, ranks, folder)
         except ChildFailedError as error:
-            words = "mics: interrupted" if passed else _first_words(Path(folder), error)
+            words = _first_words(Path(folder), error, interrupted=bool(passed))
             print(words, file=sys.stderr, flush=True)
             return 1
     return max(codes.values())
@@ -141,8 +141,9 @@ def _rank(work: Work, config: TrainConfig, ranks: int, folder: str) -> int:
         code = work(config)
     except BaseException as error:
         rank = int(os.environ["RANK"])
-        words = str(error) if isinstance(error, MicsError) else traceback.format_exc()
-        report = {"time": time.time(), "rank": rank, "words": words}
+        meant = isinstance(error, MicsError)
+        words = str(error) if meant else traceback.format_exc()
+        report = {"time": time.time(), "rank": rank, "words": words, "meant": meant}
         (Path(folder) / f"{rank}.json").write_text(json.dumps(report))
         os._exit(1)  # threads of a backend may be waiting for ranks that have gone
     # From here on torchrun's wrapper waits for a word of the parent, for ever if that was killed.
@@ -156,8 +157,12 @@ def _leave_with(parent: int, code: int) -> None:
     os._exit(code)
 
 
-def _first_words(folder: Path, error: ChildFailedError) -> str:
+def _first_words(folder: Path, error: ChildFailedError, *, interrupted: bool) -> str:
     reports = [json.loads(file.read_text()) for file in folder.glob("*.json")]
+    if interrupted:  # ranks that lose a peer to the signal have tracebacks, of no interest
+        reports = [report for report in reports if report["meant"]]
+        if not reports:
+            return "mics: interrupted"
     if not reports:
         rank, failure = error.get_first_failure()
         return f"mics: rank {rank} ended with exit code {failure.exitcode} and said nothing"

@@ -76,6 +76,7 @@ def _meter(run: Run) -> Meter:
         run.model,
         micro_steps=run.batch.micro_steps,
         steps=run.config.run.steps,
+        tokens=run.batch.global_batch * run.sequence,
         bytes_per_token=None if run.masked else run.data.train.bytes_per_token,
         flops_per_token=run.flops_per_token,
         peak_flops=peak_flops(run.device, run.config.parallel.dtype),
@@ -113,8 +114,8 @@ def _sample(run: Run) -> str | None:
 
 
 def _not_finite(step: int, in_a_row: int, keeper: Keeper) -> MicsError:
-    kept = f"the newest checkpoint is {keeper.newest}" if keeper.newest else "there is none yet"
     keeper.look_after_save(wait=True)
+    kept = f"the newest checkpoint is {keeper.newest}" if keeper.newest else "there is none yet"
     return MicsError(
         f"Loss or gradient norm was not finite in {in_a_row} steps in a row.",
         numbers=f"Steps {step - in_a_row + 1} to {step} of {dist.get_world_size()} ranks; {kept}.",

@@ -23,6 +23,8 @@ class Meter:
         model: sharded by mics.
         micro_steps: of every step.
         steps: of the whole run.
+        tokens: that the model computes in a step, on all ranks; of a masked model few of them are
+            predicted.
         bytes_per_token: of the training text; ``None`` shows no bits per byte.
         flops_per_token: forward and backward, without recomputation.
         peak_flops: of one device, per second; ``None`` shows no MFU.
@@ -35,6 +37,7 @@ class Meter:
         *,
         micro_steps: int,
         steps: int,
+        tokens: int,
         bytes_per_token: float | None,
         flops_per_token: float,
         peak_flops: float | None,
@@ -43,6 +46,7 @@ class Meter:
         self._ledger = ledger(model)
         self._predicted = predict_traffic(model, micro_steps=micro_steps)
         self._steps = steps
+        self._tokens = tokens
         self._bytes_per_token = bytes_per_token
         self._flops_per_token = flops_per_token
         self._peak_flops = peak_flops
@@ -71,7 +75,7 @@ class Meter:
         seconds = self._watch.stop()
         between, inside, as_predicted = outcome.sums
         world = dist.get_world_size()
-        rate = outcome.targets / seconds
+        rate = self._tokens / seconds
         hop_1, hop_2 = self._seconds(1), self._seconds(2)
         used = None
         if self._peak_flops is not None:

@@ -20,7 +20,7 @@ class StepRecord:
     taken: bool  # False: not finite, every rank left its weights alone
     seconds: float
     tokens: int  # predicted by all ranks so far
-    tokens_per_second: float
+    tokens_per_second: float  # computed by all ranks, predicted or not
     tokens_per_second_per_gpu: float
     mfu: float | None  # of the devices' peak, recomputation not counted
     memory_bytes: int | None  # peak of rank 0 so far

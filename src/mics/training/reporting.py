@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
@@ -73,7 +74,8 @@ class Reporter:
         self._display.close()
         if self._lost:
             alarm(f"{self._lost} entries of {self._folder / METRICS} could not be written.")
-        self._metrics.close()
+        with suppress(OSError):  # of entries that are counted already
+            self._metrics.close()
         for tracker in self._trackers:
             tracker.close()
 
@@ -103,8 +105,11 @@ class Reporter:
         if text is not None:
             words += ["", "sample", *(f"  | {line}" for line in text.splitlines())]
         picture = self._folder / PLOT
-        if plot_run(self._folder / METRICS, picture, self._run.config.model.name):
-            words += ["", f"plot        {picture}"]
+        try:
+            if plot_run(self._folder / METRICS, picture, self._run.config.model.name):
+                words += ["", f"plot        {picture}"]
+        except OSError as error:
+            alarm(f"{picture} cannot be written: {error}.")
         words += ["", *self._traffic(at)]
         words += ["", *self._next(at, checkpoint)]
         print("\n".join(words), flush=True)

@@ -21,6 +21,7 @@ from mics.model_sharding import shard
 from mics.models.building import (
     build,
     check_fits,
+    check_mask,
     flops_per_token,
     load_config,
     num_parameters,
@@ -28,15 +29,13 @@ from mics.models.building import (
     task_of,
 )
 from mics.topology import Topology
-from mics.training.batching import Batching, solve
+from mics.training.batching import Batching, sequence_length, solve
 from mics.training.config import TrainConfig
 from mics.training.data import Batch, Data, Tokenizer, prepare_data
 from mics.training.optimisation import make_optimizer
 from mics.training.settings import as_toml
 from mics.training.trackers import check_trackers
 from mics.units import units_of
-
-_LONGEST_BY_DEFAULT = 1024  # where the model has no limit of its own, or a very high one
 
 
 @dataclass(frozen=True)
@@ -129,8 +128,7 @@ def _shape_and_data(config: TrainConfig) -> tuple[PretrainedConfig, Data, int]:
     """The model's configuration needs the tokenizer's size, the data the model's positions."""
     name = config.model.name
     draft = load_config(name, vocabulary=8, separator=0)
-    positions = num_positions(draft)
-    sequence = config.data.sequence or min(positions or _LONGEST_BY_DEFAULT, _LONGEST_BY_DEFAULT)
+    sequence = sequence_length(config.data.sequence, num_positions(draft))
     check_fits(draft, sequence=sequence, vocabulary=0)
     data = prepare_data(
         config.data,
@@ -141,6 +139,8 @@ def _shape_and_data(config: TrainConfig) -> tuple[PretrainedConfig, Data, int]:
     )
     shape = load_config(name, vocabulary=data.tokenizer.size, separator=data.tokenizer.separator)
     check_fits(shape, sequence=sequence, vocabulary=data.tokenizer.size)
+    if task_of(shape) == "masked":
+        check_mask(shape, data.tokenizer.mask)
     return shape, data, sequence
 
 

@@ -38,7 +38,7 @@ def check_trackers(config: LogConfig) -> None:
                 numbers=f"log.{package} = {asked!r}.",
                 write=f"pip install {package}, or leave --log.{package} out"
                 if package != "tensorboard"
-                else "pip install tensorboard, or --log.tensorboard False",
+                else "pip install tensorboard, or --log.no-tensorboard",
             )
 
 

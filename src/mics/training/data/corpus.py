@@ -18,6 +18,7 @@ from mics.errors import DataError
 
 # Installed packages and tests are not the library itself.
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+_COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".7z", ".tgz"}
 _ROWS_AT_ONCE = 1024  # of a Parquet file; a row group may be larger than memory
 _HUB = "hub:"
 
@@ -58,6 +59,21 @@ def find_files(source: str) -> list[Path]:
     return sorted(files)
 
 
+def check_apart(source: str, run: Path) -> None:
+    """Check that a run does not write into the folder that it reads.
+
+    Raises:
+        DataError: what it writes would be text of the next start.
+    """
+    path, run = Path(source).expanduser().resolve(), run.resolve()
+    if path.is_dir() and run.is_relative_to(path) and not _hidden(run.relative_to(path)):
+        raise DataError(
+            "The folder of the run lies in data.source, which would be read with what it holds.",
+            numbers=f"run.folder is {run}, data.source {path}.",
+            write="--run.folder <a folder outside of it>, or a glob of files as --data.source",
+        )
+
+
 def read_documents(source: str, field: str) -> Iterator[bytes]:
     """Yield the documents of a source in a fixed order.
 
@@ -77,6 +93,12 @@ def read_documents(source: str, field: str) -> Iterator[bytes]:
             yield from _texts(_json_rows(file), field, str(file))
         elif kind == ".parquet":
             yield from _texts(_parquet_rows(file), field, str(file))
+        elif kind in _COMPRESSED:
+            raise DataError(
+                f"{file} is compressed, and would be read as if its bytes were text.",
+                numbers=f"Its name ends in {kind}.",
+                write="--data.source <what it unpacks to>",
+            )
         else:
             yield _read(file)
 

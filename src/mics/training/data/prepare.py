@@ -19,12 +19,12 @@ from mics.console import say
 from mics.errors import DataError
 from mics.training.config import DataConfig
 from mics.training.data import cache
-from mics.training.data.corpus import find_files, read_documents
+from mics.training.data.corpus import check_apart, find_files, read_documents
 from mics.training.data.stream import Masking, Stream
 from mics.training.data.tokens import Tokenizer, byte_tokenizer, saved_tokenizer, train_bpe
 from mics.training.waiting import TextProgress
 
-_FORMAT = 2
+_FORMAT = 3
 _LONGEST = timedelta(days=2)  # ranks wait for the one that tokenises
 
 
@@ -57,8 +57,10 @@ def prepare_data(
         folder: tokens are kept in ``folder / "data"``.
 
     Raises:
-        DataError: on every rank; no text, no such tokenizer or column, too little text.
+        DataError: on every rank; no text, no such tokenizer or column, too little text, or the text
+            is where the run writes.
     """
+    check_apart(config.source, folder)
     cached = folder / "data" / _cache_key(config, seed)
     _build_where_needed(cached, lambda: _build(cached, config, seed))
     meta = cache.read_meta(cached)

@@ -89,7 +89,7 @@ def train_bpe(documents: Iterable[bytes], vocabulary: int) -> Tokenizer:
     backend = _byte_level(Backend(models.BPE()), split_words=True)
     trainer: Any = trainers.BpeTrainer(
         vocab_size=vocabulary,
-        special_tokens=[SEPARATOR, MASK, PAD],
+        special_tokens=[SEPARATOR, PAD, MASK],  # 1 is what RoBERTa calls padding
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
