@@ -256,7 +256,7 @@ def test_the_readmes_commands_run(tmp_path: Path, corpus: Path) -> None:
             timeout=250,
             check=False,
         )
-        assert done.returncode == 0, (words, done.stdout + done.stderr)
+        assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
         seen.append(done.stdout)
     train, torchrun, dry_run, export = seen
     assert "counted = predicted, every rank, stage and link: 2 of 2 steps" in train

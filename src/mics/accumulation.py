@@ -21,6 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from mics import compat
 from mics.errors import MicroStepError, MicsWarning
 from mics.hop_two import HopTwo
+from mics.reductions import reductions_of
 from mics.same_steps import MicroStepsAgree
 from mics.units import Unit, units_of
 
@@ -199,6 +200,7 @@ def _abandon(model: nn.Module, units: list[Unit]) -> None:
     # there is no step's gradient.
     params = [param for unit in units for param in compat.sharded_params(unit.group)]
     dropped = any(param.grad is not None for param in params)
+    reductions_of(units[0].groups).finish()
     for hop in _hops(units):
         hop.drop_gradients()
     for param in params:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,9 +27,10 @@ import torch
 import torch.distributed as dist
 
 from mics import compat
-from mics.exchanged import reduce_scatter
+from mics.exchanged import Exchange, reduce_scatter
 from mics.ledgers import Ledger, Span
 from mics.mesh import Groups, StageGroups, ranks_of, stage_groups
+from mics.reductions import Later
 from mics.topology import Ranks
 from mics.traffic import Collective, Form, Stage, StageMessage, stages
 
@@ -96,6 +97,7 @@ class ReduceScatter:
 
     Args:
         before_reduce: called when FSDP2 asks for a buffer, that is before it touches ``.grad``.
+        later: lets results land beside the backward pass; without it a call is complete on return.
     """
 
     def __init__(
@@ -104,11 +106,13 @@ class ReduceScatter:
         ledger: Ledger,
         decide: Decide,
         before_reduce: Callable[[], None] | None = None,
+        later: Later | None = None,
     ) -> None:
         self._groups = groups
         self._ledger = ledger
         self._decide = decide
         self._before_reduce = before_reduce
+        self._later = later
 
     def allocate(
         self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device
@@ -126,10 +130,14 @@ class ReduceScatter:
         op: compat.ReduceOp,
         async_op: bool = False,
     ) -> None:
-        """Reduce-scatter; complete on the current stream (on the CPU: complete) on return."""
+        """Reduce-scatter; on return ordered on the current stream, on the CPU complete or later."""
         spans, pair = _plan(
             "reduce_scatter", self._groups, self._ledger, self._decide, input_tensor, group
         )
+        if self._later is not None:
+            begin = functools.partial(_reduce_in_steps, input_tensor, op, group, pair, spans)
+            if self._later.reduce(output_tensor, op, begin):
+                return
         if pair is None:
             with spans.issue("flat"):
                 compat.reduce_scatter(output_tensor, input_tensor, op, group)
@@ -192,6 +200,45 @@ def _reduce_inside_nodes(
     with together:
         for shard, rows in zip(staged.chunk(nodes), input.chunk(nodes), strict=True):
             reduce_scatter(shard, rows, op, pair.intra)
+
+
+# -- a step at a time --------------------------------------------------------------------------
+
+
+def _reduce_in_steps(
+    input: torch.Tensor,
+    op: compat.ReduceOp,
+    group: dist.ProcessGroup,
+    pair: StageGroups | None,
+    spans: _Spans,
+    output: torch.Tensor,
+) -> Iterator[None]:
+    """A reduce-scatter on the CPU that yields whenever it would have to wait."""
+    if pair is None:
+        span = spans.issue("flat")
+        work = compat.reduce_scatter(output, input, op, group, async_op=True)
+        assert work is not None
+        yield
+        span.wait(work)  # Gloo's has no future to follow
+        return
+    inter, intra = spans.issue("inter"), spans.issue("intra")
+    staged = _inter_buffer(output, pair)
+    nodes = pair.inter.size()
+    inside = [
+        Exchange(shard, rows, op, pair.intra)
+        for shard, rows in zip(staged.chunk(nodes), input.chunk(nodes), strict=True)
+    ]
+    intra.follow(inside[-1].work)
+    yield
+    for exchange in inside:
+        intra.wait(exchange.work)
+        exchange.add_up()
+    inter.restart()
+    between = Exchange(output, staged, op, pair.inter)
+    inter.follow(between.work)
+    yield
+    inter.wait(between.work)
+    between.add_up()
 
 
 # -- handles -------------------------------------------------------------------------------------

@@ -222,6 +222,33 @@ def sums_only(group: Any) -> bool:
     return bool(group.force_sum_reduction_for_comms)
 
 
+def reads_gradients_at_once(group: Any) -> bool:
+    """Whether FSDP2 itself reads what a reduce-scatter returns: offloading, or a user's hook.
+
+    ``FSDPModule.set_all_reduce_hook`` has no getter.
+    """
+    offloads = any(fsdp_param.offload_to_cpu for fsdp_param in group.fsdp_params)
+    return offloads or group._all_reduce_hook is not None
+
+
+def gather_beside_computation(group: Any) -> None:
+    """Let the all-gathers of a group be waited for, not blocked on.
+
+    2.11 to 2.15: the assignment that the private ``FSDPModule._set_unshard_async_op`` makes; its
+    warning that only explicit prefetching overlaps does not hold on the CPU, which has no streams.
+    """
+    group.unshard_async_op = True
+
+
+def start_unshard(group: Any) -> None:
+    """Issue a group's all-gather for forward, unless it is under way or not needed.
+
+    2.11 to 2.15: what ``FSDPModule.set_modules_to_forward_prefetch`` does, but decided anew in
+    every forward: a gather that nobody waits for would leave this step's weights to the next.
+    """
+    group._prefetch_unshard(group, "forward")
+
+
 def root_param_groups(group: Any) -> list[Any]:
     """Every parameter group under the root of ``group``, in module order (after lazy init)."""
     for module in modules_of(group):
@@ -236,6 +263,11 @@ def _groups_of_state(state: Any) -> Iterator[Any]:
         yield from state._fsdp_param_groups
     elif state._fsdp_param_group is not None:
         yield state._fsdp_param_group
+
+
+def is_initialised(module: nn.Module) -> bool:
+    """Whether the first forward has told this module who its root is."""
+    return isinstance(module, FSDPModule) and module._get_fsdp_state()._is_root is not None
 
 
 def is_root(module: FSDPModule) -> bool:

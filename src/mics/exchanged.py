@@ -15,6 +15,43 @@ import torch.distributed as dist
 from mics import compat
 
 
+class Exchange:
+    """A reduce-scatter under way on the CPU; sums are rounded once, however many ranks.
+
+    Args:
+        output: [n], complete after ``finish``.
+        input: [ranks * n], not to be changed until ``finish``.
+        op: SUM or AVG.
+        group: whose ranks share a node, or sit on a node each.
+    """
+
+    def __init__(
+        self,
+        output: torch.Tensor,
+        input: torch.Tensor,
+        op: compat.ReduceOp,
+        group: dist.ProcessGroup,
+    ) -> None:
+        self._output = output
+        self._averages = op == dist.ReduceOp.AVG
+        self._ranks = group.size()
+        self._rows = torch.empty_like(input)
+        work = dist.all_to_all_single(self._rows, input, group=group, async_op=True)
+        assert work is not None
+        self.work: dist.Work = work
+
+    @staticmethod
+    def can(input: torch.Tensor, op: compat.ReduceOp) -> bool:
+        """Whether this is the form for such a message; if not, it is the backend's."""
+        return input.device.type == "cpu" and op in (dist.ReduceOp.AVG, dist.ReduceOp.SUM)
+
+    def add_up(self) -> None:
+        """Sum what has come, once ``work`` has been waited for."""
+        torch.sum(self._rows.view(self._ranks, -1), dim=0, out=self._output)
+        if self._averages:
+            self._output.div_(self._ranks)
+
+
 def reduce_scatter(
     output: torch.Tensor,  # [n]
     input: torch.Tensor,  # [ranks * n]
@@ -23,16 +60,12 @@ def reduce_scatter(
 ) -> None:
     """Reduce-scatter over a group whose ranks share a node, or sit on a node each.
 
-    Sums are rounded once, however many ranks; accelerators and other operations take the backend's
-    own. Complete on return on the CPU.
+    Accelerators and operations other than SUM and AVG take the backend's own. Complete on return on
+    the CPU.
     """
-    averages = op == dist.ReduceOp.AVG
-    if input.device.type != "cpu" or not (averages or op == dist.ReduceOp.SUM):
+    if not Exchange.can(input, op):
         compat.reduce_scatter(output, input, op, group)
         return
-    rows = torch.empty_like(input)
-    dist.all_to_all_single(rows, input, group=group)
-    table = rows.view(group.size(), -1)
-    torch.sum(table, dim=0, out=output)
-    if averages:
-        output.div_(group.size())
+    exchange = Exchange(output, input, op, group)
+    exchange.work.wait()
+    exchange.add_up()

@@ -37,13 +37,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from mics import compat
 from mics.errors import MicroStepError, MicsWarning
+from mics.gradients import flat_buffer, gradients_of
 from mics.ledgers import Ledger, Span
 from mics.mesh import ranks_of
+from mics.reductions import Later
 from mics.traffic import StageMessage
 
 
@@ -91,6 +92,8 @@ class HopTwo:
         self._unsynced = False  # .grad holds something no other replica has seen
         self._synced_version: tuple[int, int, int] | None = None  # of .grad as hop 2 left it
         self._flight: _Flight | None = None
+        self._due = False  # starts when the last reduce-scatter has landed
+        self.later: Later | None = None  # with reduce-scatters beside the backward
         # Asked before this rank waits for the others: do they take part in this all-reduce at all?
         self.confirm: Callable[[], None] | None = None
         _guard_optimizers()
@@ -98,12 +101,7 @@ class HopTwo:
     @property
     def has_partial_gradients(self) -> bool:
         """Whether ``.grad`` holds gradients that have not been through hop 2."""
-        return self._unsynced and bool(self.gradients())
-
-    def gradients(self) -> list[torch.Tensor]:
-        """The local shards of the gradients that exist, in group order."""
-        with torch.no_grad():
-            return [_local(p.grad) for p in compat.sharded_params(self.group) if p.grad is not None]
+        return self._unsynced and bool(gradients_of(self.group))
 
     def drop_gradients(self) -> None:
         """Forget the gradients of a step that will not be finished."""
@@ -135,7 +133,7 @@ class HopTwo:
         if self._synced_version is None:
             return
         version, self._synced_version = self._synced_version, None
-        gradients = self.gradients()
+        gradients = gradients_of(self.group)
         if not gradients:
             return
         if compat.divide_factor(self.group) is not None:  # see [Note: repeated hop 2]
@@ -175,7 +173,18 @@ class HopTwo:
         self._arrived.clear()
         self._uses -= 1
         if self._uses <= 0 and self._wanted():
+            self._due = True
+            self.start_if_due()
+
+    def start_if_due(self) -> None:
+        """Start, once the gradients are complete and have landed."""
+        if self._due and (self.later is None or not self.later.pending):
+            self._due = False
             self._start()
+
+    def _land(self) -> None:
+        if self.later is not None:
+            self.later.finish()
 
     def _wanted(self) -> bool:
         return compat.wants_all_reduce(self.group)
@@ -186,7 +195,7 @@ class HopTwo:
     def _start(self) -> None:
         self._unsynced = False
         self._synced_in_this_backward = True
-        gradients = self.gradients()
+        gradients = gradients_of(self.group)
         if self._device.type == "cpu":
             self._flight = self._issue(gradients, async_op=True)
             return
@@ -256,6 +265,7 @@ class HopTwo:
 
     def _reset_backward(self) -> None:
         self._uses = 0
+        self._due = False
         self._arrived.clear()
         self._synced_in_this_backward = False
         self._backward = -1
@@ -278,6 +288,8 @@ def _first_names(group: Any) -> str:
 def _end_backward(peers: list[HopTwo]) -> None:
     """Every group that has not been synchronised in this backward follows now, in module order."""
     for hop in peers:
+        hop._land()
+    for hop in peers:
         if hop._wanted() and hop.has_partial_gradients:
             hop._wait()
             hop._start()
@@ -297,16 +309,8 @@ def _message(
     it is unless the gradients come from several reductions (the used parameters changed), are
     offloaded, or are stored in another dtype than they are reduced in.
     """
-    first = gradients[0]
-    storage = first.untyped_storage()
-    numel = storage.nbytes() // first.element_size()
-    shared = all(
-        g.untyped_storage().data_ptr() == storage.data_ptr() and g.dtype == first.dtype
-        for g in gradients
-    )
-    if shared and sum(g.numel() for g in gradients) <= numel <= padded_numel:
-        flat = first.new_empty(0).set_(storage, 0, (numel,), (1,))
-    else:
+    flat = flat_buffer(gradients, padded_numel)
+    if flat is None:
         flat = torch.cat([g.reshape(-1) for g in gradients])
     return flat.to(device=device, dtype=dtype)
 
@@ -323,10 +327,6 @@ def _copy_back(flight: _Flight) -> None:
         start = gradient.storage_offset() if flat else offset
         gradient.copy_(message[start : start + gradient.numel()].view_as(gradient))
         offset += gradient.numel()
-
-
-def _local(gradient: torch.Tensor) -> torch.Tensor:
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
 
 @functools.cache

@@ -122,10 +122,10 @@ class Span:
         self._start = time.perf_counter()
         self._start_event: Any = None
         self._device = device
+        self._followed = False
 
     def __enter__(self) -> Span:
-        # A second stage is issued with the first but starts after it.
-        self._start = time.perf_counter()
+        self.restart()
         self._start_event = None if self._on_cpu else _record_event(self._device)
         return self
 
@@ -144,6 +144,10 @@ class Span:
             end = _record_event(self._device)
             self._ledger._add_events(self._key, self._start_event, end)
 
+    def restart(self) -> None:
+        """Begin here: a second stage is issued with the first but starts after it."""
+        self._start = time.perf_counter()
+
     def follow(self, work: dist.Work) -> None:
         """Time an asynchronous CPU collective to its completion, in the backend's own thread."""
 
@@ -151,12 +155,18 @@ class Span:
             self._ledger._add_seconds(self._key, Seconds(time.perf_counter() - self._start, 0.0))
 
         work.get_future().add_done_callback(done)
+        self._followed = True
 
     def wait(self, work: dist.Work) -> None:
-        """Wait for an asynchronous collective; the time spent here is what was exposed."""
+        """Wait for an asynchronous collective; the time spent here is what was exposed.
+
+        Of one that was not followed the total runs until here, later than its end.
+        """
         start = time.perf_counter()
         work.wait()
-        self._ledger._add_seconds(self._key, Seconds(0.0, time.perf_counter() - start))
+        end = time.perf_counter()
+        total = 0.0 if self._followed else end - self._start
+        self._ledger._add_seconds(self._key, Seconds(total, end - start))
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from mics.mesh import (
     ranks_of,
     start,
 )
+from mics.reductions import Later, reductions_of
 from mics.same_start import same_start
 from mics.units import Unit, attach, units_on
 from mics.version import __version__
@@ -44,6 +45,7 @@ def fully_shard(
     dp_mesh_dims: Any = None,
     collectives: Collectives = "auto",
     gpus_per_node: int | None = None,
+    overlap: bool = False,
 ) -> Any:
     """Apply FSDP2 to ``module``: same keywords, same return as torch's ``fully_shard``.
 
@@ -65,6 +67,9 @@ def fully_shard(
         collectives: "auto" measures flat against hierarchical once; or force one of them.
         gpus_per_node: k, if the mesh did not come from ``mics.init_mesh`` and the launcher's word
             is not right.
+        overlap: on the CPU, where FSDP2's streams do nothing and Gloo blocks: gather for backward
+            and reduce beside computation, at the price of two units' memory. On a GPU FSDP2's
+            streams do both in any case.
 
     Returns:
         ``module``, now an FSDPModule.
@@ -85,6 +90,7 @@ def fully_shard(
         "reshard_after_forward": reshard_after_forward,
         "mp_policy": mp_policy,
         "collectives": collectives,
+        "overlap": overlap,
     }
     more = {
         "ranks per node": [str(groups.gpus_per_node)],
@@ -112,7 +118,7 @@ def fully_shard(
         if compat.shard_group(group) is groups.shard:
             if smaller is not None:
                 compat.reshard_to(group, smaller)
-            _attach(modules[0], group, groups, collectives)
+            _attach(modules[0], group, groups, collectives, overlap)
     return sharded
 
 
@@ -137,7 +143,9 @@ def _smaller_group(reshard_after_forward: bool | int | None, groups: Groups) -> 
     return post_forward_mesh(groups, reshard_after_forward)
 
 
-def _attach(module: nn.Module, group: Any, groups: Groups, collectives: Collectives) -> None:
+def _attach(
+    module: nn.Module, group: Any, groups: Groups, collectives: Collectives, overlap: bool
+) -> None:
     """Give one parameter group its communication objects, its hop 2 and its ledger."""
     decide = decide_by(groups, collectives)
     if collectives == "auto":
@@ -150,10 +158,16 @@ def _attach(module: nn.Module, group: Any, groups: Groups, collectives: Collecti
             group, groups.replicas, ledger, groups.device, lambda: _hops_of_root(group)
         )
         module.register_forward_pre_hook(_before_forward(hop_two))
+    later = None
+    if overlap and groups.device.type == "cpu":
+        compat.gather_beside_computation(group)
+        later = Later(group, reductions_of(groups), hop_two.start_if_due if hop_two else None)
+    if hop_two is not None:
+        hop_two.later = later
     compat.set_comms(
         group,
         AllGather(groups, ledger, decide),
-        ReduceScatter(groups, ledger, decide, hop_two.before_reduce if hop_two else None),
+        ReduceScatter(groups, ledger, decide, hop_two.before_reduce if hop_two else None, later),
     )
     attach(module, Unit(group, groups, ledger, hop_two, decide))
 

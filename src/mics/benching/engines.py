@@ -10,14 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.fsdp import fully_shard as torch_fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from mics.accumulation import micro_steps
 from mics.benching.workloads import Workload
 from mics.choice import Collectives
-from mics.mesh import init_mesh
-from mics.sharding import fully_shard
+from mics.model_sharding import shard
 
 Name = Literal["mics", "fsdp2", "hsdp every micro-step", "hsdp deferred", "ddp"]
 
@@ -39,6 +39,7 @@ class Engine:
         partition: p, for those that have one.
         gpus_per_node: k.
         collectives: for mics.
+        overlap: for mics.
     """
 
     def __init__(
@@ -49,10 +50,11 @@ class Engine:
         partition: int,
         gpus_per_node: int,
         collectives: Collectives = "auto",
+        overlap: bool = True,
     ) -> None:
         self.name = name
         self._work = work
-        self.model = _parallel(name, work, partition, gpus_per_node, collectives)
+        self.model = _parallel(name, work, partition, gpus_per_node, collectives, overlap)
         self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
         self._step = 0
 
@@ -89,17 +91,27 @@ class Engine:
 
 
 def _parallel(
-    name: Name, work: Workload, partition: int, gpus_per_node: int, collectives: Collectives
+    name: Name,
+    work: Workload,
+    partition: int,
+    gpus_per_node: int,
+    collectives: Collectives,
+    overlap: bool,
 ) -> Any:
     model = work.model()
     if name == "ddp":
         return DistributedDataParallel(model)
     world = dist.get_world_size()
     if name == "mics":
-        mesh = init_mesh(partition=partition, gpus_per_node=gpus_per_node)
-        for block in work.blocks(model):
-            fully_shard(block, mesh=mesh, collectives=collectives)
-        return fully_shard(model, mesh=mesh, collectives=collectives)
+        return shard(
+            model,
+            partition=partition,
+            gpus_per_node=gpus_per_node,
+            blocks=work.blocks(model),
+            mp_policy=MixedPrecisionPolicy(),
+            collectives=collectives,
+            overlap=overlap,
+        )
     if name == "fsdp2":
         return _sharded(work, model, init_device_mesh("cpu", (world,)))
     shape, axes = (world // partition, partition), ("replicate", "shard")

@@ -79,6 +79,9 @@ class Train:
     collectives: Literal["auto", "flat", "hierarchical"] = "auto"
     """For mics: measured, or forced."""
 
+    overlap: bool = True
+    """For mics, on the CPU: gather and reduce beside computation."""
+
     out: Path | None = None
     """JSON file to write."""
 
@@ -136,6 +139,7 @@ def _train(config: Train) -> int:
             partition=config.partition,
             gpus_per_node=k,
             collectives=config.collectives,
+            overlap=config.overlap,
         )
         for name in config.engines
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import multiprocessing
@@ -18,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 
 import torch
+import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -87,7 +89,9 @@ def num_ranks(config: TrainConfig, launch: Launch | None) -> int:
 
 def _as_rank_of_launcher(work: Work, config: TrainConfig, launch: Launch) -> int:
     try:
-        return work(config)
+        code = work(config)
+        _leave_groups()
+        return code
     except MicsError as error:
         # Most errors are every rank's, and are said once: the launcher ends the others when the
         # first rank leaves. What is still here after a while has something of its own to say.
@@ -139,6 +143,7 @@ def _rank(work: Work, config: TrainConfig, ranks: int, folder: str) -> int:
     parent = os.getppid()
     try:
         code = work(config)
+        _leave_groups()
     except BaseException as error:
         rank = int(os.environ["RANK"])
         meant = isinstance(error, MicsError)
@@ -149,6 +154,13 @@ def _rank(work: Work, config: TrainConfig, ranks: int, folder: str) -> int:
     # From here on torchrun's wrapper waits for a word of the parent, for ever if that was killed.
     threading.Thread(target=_leave_with, args=(parent, code), daemon=True).start()
     return code
+
+
+def _leave_groups() -> None:
+    """Close connections while the interpreter is whole: a backend has threads of its own."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    gc.collect()  # modules and their hooks refer to each other, and to groups
 
 
 def _leave_with(parent: int, code: int) -> None:

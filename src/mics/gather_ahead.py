@@ -1,0 +1,46 @@
+"""Gather the next block's parameters while this one computes, where the backend blocks (Gloo).
+
+On a GPU FSDP2 issues gathers from a thread that runs ahead of the device. On the CPU nothing runs
+ahead, so every block starts its successor's gather before it waits for its own: the successor's
+inter stage is then on the wire while its own intra stage runs. Backward needs nothing of this,
+FSDP2 gathers ahead there by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+from mics import compat
+from mics.units import units_on
+
+
+def gather_ahead(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    """Let every block of a sharded model start the gather of the next one.
+
+    A block that is then not run costs its gather, nothing else: FSDP2 drops it at the end of
+    backward. Without gradients nothing is gathered ahead, since nothing would drop it.
+
+    Args:
+        model: the root.
+        blocks: in the order they run.
+    """
+    groups = [[unit.group for m in block.modules() for unit in units_on(m)] for block in blocks]
+    model.register_forward_pre_hook(_start(model, groups[0]))  # after FSDP2's own
+    for block, (own, following) in zip(blocks, pairwise([*groups, []]), strict=True):
+        block.register_forward_pre_hook(_start(model, [*own, *following]), prepend=True)
+
+
+def _start(model: nn.Module, groups: Sequence[Any]) -> Callable[..., None]:
+    def hook(*_: Any) -> None:
+        if compat.is_initialised(model) and torch.is_grad_enabled() and not compat.in_backward():
+            for group in groups:
+                compat.start_unshard(group)
+
+    # As FSDP2's own hooks: not part of any compiled graph.
+    outside_graphs: Callable[..., None] = torch.compiler.disable(hook, recursive=True)  # type: ignore[no-untyped-call]
+    return outside_graphs
