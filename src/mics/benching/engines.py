@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -15,11 +15,10 @@ from torch.distributed.fsdp import fully_shard as torch_fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from mics.accumulation import micro_steps
-from mics.benching.workloads import Workload
 from mics.choice import Collectives
 from mics.model_sharding import shard
 
-Name = Literal["mics", "fsdp2", "hsdp every micro-step", "hsdp deferred", "ddp"]
+Name = Literal["mics", "fsdp2", "hsdp every micro-step", "hsdp deferred", "ddp", "computation"]
 
 NAMES: dict[Name, str] = {
     "mics": "mics: partition groups, two stages where they span nodes, hop 2 once a step",
@@ -27,7 +26,24 @@ NAMES: dict[Name, str] = {
     "hsdp every micro-step": "FSDP2 HSDP, an all-reduce over the replicas every micro-step",
     "hsdp deferred": "FSDP2 HSDP, the all-reduce on the last micro-step only",
     "ddp": "DDP, the all-reduce on the last micro-step only (no_sync)",
+    "computation": "forward and backward of every micro-step and nothing else: a floor, no engine",
 }
+
+
+class Work(Protocol):
+    """What an engine trains: the same weights and batches every time."""
+
+    def model(self) -> Any:
+        """A model on the CPU."""
+
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        """Its repeated blocks, in the order they run."""
+
+    def batches(self, rank: int, step: int) -> list[Any]:
+        """One per micro-step, of one rank."""
+
+    def loss(self, model: Any, batch: Any) -> torch.Tensor:
+        """The mean over one micro-batch."""
 
 
 class Engine:
@@ -45,7 +61,7 @@ class Engine:
     def __init__(
         self,
         name: Name,
-        work: Workload,
+        work: Work,
         *,
         partition: int,
         gpus_per_node: int,
@@ -67,7 +83,8 @@ class Engine:
                 loss = self._work.loss(self.model, batch)
                 (loss * scale).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
-        self._optimizer.step()
+        if self.name != "computation":
+            self._optimizer.step()
         self._optimizer.zero_grad()
         self._step += 1
         dist.all_reduce(total)
@@ -92,13 +109,15 @@ class Engine:
 
 def _parallel(
     name: Name,
-    work: Workload,
+    work: Work,
     partition: int,
     gpus_per_node: int,
     collectives: Collectives,
     overlap: bool,
 ) -> Any:
     model = work.model()
+    if name == "computation":
+        return model
     if name == "ddp":
         return DistributedDataParallel(model)
     world = dist.get_world_size()
@@ -118,7 +137,7 @@ def _parallel(
     return _sharded(work, model, init_device_mesh("cpu", shape, mesh_dim_names=axes))
 
 
-def _sharded(work: Workload, model: nn.Module, mesh: DeviceMesh) -> Any:
+def _sharded(work: Work, model: nn.Module, mesh: DeviceMesh) -> Any:
     for block in work.blocks(model):
         torch_fully_shard(block, mesh=mesh)
     return torch_fully_shard(model, mesh=mesh)

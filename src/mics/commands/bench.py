@@ -1,4 +1,4 @@
-"""``mics bench``: what the links at hand can do, and how far from it the collectives are."""
+"""``mics bench``: what the links at hand can do, and how near to it collectives and engines are."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ import torch.distributed as dist
 import tyro
 
 from mics.benching.collectives import Measured, measure_collectives
-from mics.benching.engines import NAMES, Engine, Name
-from mics.benching.side_by_side import Compared, agree, compare
+from mics.benching.dilated import Dilation, Stretched
+from mics.benching.engines import NAMES, Engine, Name, Work
+from mics.benching.side_by_side import Compared, agree, compare, computation_of
 from mics.benching.workloads import Workload
 from mics.errors import MicsError
 from mics.lab.network import bits_per_second
@@ -56,12 +57,7 @@ class Collectives:
 
 
 @dataclass(frozen=True)
-class Train:
-    """Train the same model with several engines, steps interleaved, and compare.
-
-    In a lab: `mics lab run --nodes 4 --gpus-per-node 2 -- mics bench train --partition 2`.
-    """
-
+class _Comparison:
     partition: int
     """Ranks per partition group, for mics and HSDP."""
 
@@ -70,8 +66,6 @@ class Train:
 
     engines: tuple[Name, ...] = tuple(NAMES)
     """Which engines; the first one is what the others are compared with."""
-
-    workload: Workload = field(default_factory=Workload)
 
     steps: int = 5
     """Steps of each that count; one more warms up."""
@@ -82,13 +76,38 @@ class Train:
     overlap: bool = True
     """For mics, on the CPU: gather and reduce beside computation."""
 
+    link: str | None = None
+    """Rate of a node's slow link (200mbit), for the floor; a lab's own is known."""
+
     out: Path | None = None
-    """JSON file to write."""
+    """JSON file to write; a picture of the same name (.png) goes beside it."""
+
+
+@dataclass(frozen=True)
+class Train(_Comparison):
+    """Train the same model with several engines, steps interleaved, and compare.
+
+    In a lab: `mics lab run --nodes 4 --gpus-per-node 2 -- mics bench train --partition 2`.
+    """
+
+    workload: Workload = field(default_factory=Workload)
+
+
+@dataclass(frozen=True)
+class Dilated(_Comparison):
+    """The same with a large model on a real cluster, every time stretched by one stated factor.
+
+    In a lab: `mics lab run --nodes 8 --gpus-per-node 2 --link 100mbit -- mics bench dilated
+    --partition 2`.
+    """
+
+    dilation: Dilation = field(default_factory=Dilation)
 
 
 Config = (
     Annotated[Collectives, tyro.conf.subcommand("collectives")]
     | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Dilated, tyro.conf.subcommand("dilated")]
 )
 
 
@@ -96,18 +115,21 @@ def run(config: Config) -> int:
     """Measure.
 
     Returns:
-        0; 1 when something does not fit.
+        0; 1 when something does not fit, or the engines do not agree.
     """
     try:
-        return _collectives(config) if isinstance(config, Collectives) else _train(config)
+        if isinstance(config, Collectives):
+            return _collectives(config)
+        if isinstance(config, Dilated):
+            return _dilated(config)
+        return _train(config)
     except MicsError as error:
         print(f"mics bench: {error}", file=sys.stderr)
         return 1
 
 
 def _collectives(config: Collectives) -> int:
-    link = config.link or os.environ.get("MICS_LAB_LINK")
-    link_bits = bits_per_second(link) if link else None
+    link = _link(config.link)
     sizes = [_size(text) for text in config.sizes]
     world, _ = start()
     mesh = init_mesh(partition=config.partition or world, gpus_per_node=config.gpus_per_node)
@@ -119,7 +141,7 @@ def _collectives(config: Collectives) -> int:
         groups,
         sizes,
         repeats=config.repeats,
-        link_bits=link_bits,
+        link_bits=_bits(link),
         told=lambda one: print(_line(one), flush=True) if speaks else None,
     )
     if speaks and config.out is not None:
@@ -130,12 +152,31 @@ def _collectives(config: Collectives) -> int:
 
 
 def _train(config: Train) -> int:
+    title = f"{config.workload.kind}, {config.workload.layers} x {config.workload.hidden}"
+    return _compare(config, config.workload, title, {"workload": config.workload})
+
+
+def _dilated(config: Dilated) -> int:
+    link_bits = _bits(_link(config.link))
+    if link_bits is None:
+        raise MicsError(
+            "The factor of a time-dilated workload follows from the rate of a node's link.",
+            write="--link 200mbit, or run it in a lab: mics lab run --link 200mbit -- ...",
+        )
+    work = Stretched(config.dilation, link_bits)
+    times = work.arithmetic
+    title = f"{config.dilation.model} on {config.dilation.cluster}, times x {times.factor:.1f}"
+    return _compare(config, work, title, {"dilation": config.dilation, "arithmetic": times})
+
+
+def _compare(config: _Comparison, work: Work, title: str, what: dict[str, Any]) -> int:
+    link = _link(config.link)
     world, launched_per_node = start()
     k = config.gpus_per_node or launched_per_node
     engines = [
         Engine(
             name,
-            config.workload,
+            work,
             partition=config.partition,
             gpus_per_node=k,
             collectives=config.collectives,
@@ -155,29 +196,52 @@ def _train(config: Train) -> int:
     )
     same = agree(compared)
     if speaks:
-        print("\n".join(_table(compared)))
+        layout = f"{world // k} nodes x {k} ranks, partition {config.partition}, {link or 'n/a'}"
+        print("\n".join([f"{title}; {layout}", *_table(compared, _bits(link))]))
         print(f"losses of all engines agree: {'yes' if same else 'NO'}", flush=True)
         if config.out is not None:
-            facts = _facts(os.environ.get("MICS_LAB_LINK"), world, k, config.partition)
-            facts |= {"workload": dataclasses.asdict(config.workload), "steps": config.steps}
+            facts = _facts(link, world, k, config.partition)
+            facts |= {name: dataclasses.asdict(value) for name, value in what.items()}
+            facts |= {"steps": config.steps, "losses agree": same}
             _write(config.out, facts | {"engines": [dataclasses.asdict(one) for one in compared]})
+            _draw(config.out, compared, f"{title}\n{layout}", _bits(link))
     dist.destroy_process_group()
     return 0 if same else 1
 
 
-def _table(compared: Sequence[Compared]) -> list[str]:
+def _table(compared: Sequence[Compared], link_bits: float | None) -> list[str]:
     first = compared[0].engine
     rows = [
         f"{'engine':<24}{'step, median (quartiles)':>30}{f'time over {first}':>28}"
-        f"{'bytes a node sends':>22}"
+        f"{'bytes a node sends':>22}{'over the limit':>16}"
     ]
+    computation = computation_of(compared)
     for one in compared:
         spent, ratio = one.seconds, one.ratio
         times = f"{spent.median:.2f} s ({spent.low:.2f} to {spent.high:.2f})"
         ratios = f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
         sent = "n/a" if one.bytes_sent is None else f"{one.bytes_sent:,}"
-        rows.append(f"{one.engine:<24}{times:>30}{ratios:>28}{sent:>22}")
-    return rows
+        limit = None if computation is None else one.limit(computation, link_bits)
+        over = "n/a" if limit is None else f"{spent.median / limit:.2f}"
+        rows.append(f"{one.engine:<24}{times:>30}{ratios:>28}{sent:>22}{over:>16}")
+    return [*rows, "limit: the larger of computation and bytes sent over the rate of the link"]
+
+
+def _draw(out: Path, compared: Sequence[Compared], title: str, link_bits: float | None) -> None:
+    try:
+        from mics.benching.picture import plot_comparison
+    except ImportError:
+        print("no picture: pip install 'torch-mics[train]' brings matplotlib", file=sys.stderr)
+        return
+    plot_comparison(compared, out.with_suffix(".png"), title, link_bits)
+
+
+def _link(asked: str | None) -> str | None:
+    return asked or os.environ.get("MICS_LAB_LINK")
+
+
+def _bits(link: str | None) -> float | None:
+    return bits_per_second(link) if link else None
 
 
 def _facts(link: str | None, world: int, gpus_per_node: int, partition: int) -> dict[str, Any]:

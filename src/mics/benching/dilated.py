@@ -1,0 +1,222 @@
+"""A large model on a real cluster, every time stretched by one factor, on one machine.
+
+Nodes become slower links and smaller blocks. Computation is a sleep inside a real module,
+communication is real, so 16 nodes fit on 2 cores. With
+
+    B, b    bytes of a block in the model, in the stand-in
+    r, l    bytes per second of a node's link in the cluster, of the stand-in's link
+    f       FLOPs of one block's forward on one micro-batch, F those a GPU computes per second
+
+every time is stretched by D = (b / l) / (B / r): a block that takes B / r on the cluster's link
+takes D times as long on the stand-in's, and sleeps D f / F in forward and D 3 f / F in backward
+(backward is twice a forward, and recomputes it first). Bytes that leave a node do not depend on the
+number of its GPUs: a node sends M (n - 1) / n per gather over n nodes, and 2 M (R - 1) / R per hop 2
+with one replica per node. So few ranks may stand for a node's 8 GPUs. What is not scaled: the link
+inside a node (loopback here), and the number of blocks, of which there are fewer.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from mics.models.presets import PRESETS
+
+_WIDTH = 64  # of what travels between the blocks
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What a time is computed from.
+
+    ``link`` is what a node's link carries in practice, bytes per second. ``flops`` is what a GPU
+    computes in practice, FLOPs per second. ``source`` says where both are from.
+    """
+
+    gpu: str
+    link: float
+    flops: float
+    source: str
+
+
+CLUSTERS = {
+    "p3dn": Cluster(
+        "V100 32 GB",
+        8e9,
+        0.5 * 125e12,
+        "link: 100 Gbit/s EFA without GPUDirect, 6 to 10 GB/s in practice; GPU: half of its 125 "
+        "TFLOPS, an assumption",
+    ),
+    "p4d": Cluster(
+        "A100 40 GB",
+        42e9,
+        170e12,
+        "link: 400 Gbit/s EFA, about 42 GB/s in practice; GPU: 170 TFLOPS, the MiCS paper's "
+        "abstract, for its 100B model on p4d.24xlarge",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Dilation:
+    """What stands for what.
+
+    Args:
+        model: a preset of ``mics train --models`` whose blocks are all alike.
+        cluster: "p3dn" or "p4d".
+        micro_batch: sequences per GPU and micro-step of the model.
+        sequence: tokens per sequence.
+        micro_steps: per step.
+        blocks: of the stand-in.
+        block_bytes: of a stand-in's block, fp32.
+    """
+
+    model: str = "bert-10b"
+    cluster: str = "p3dn"
+    micro_batch: int = 8
+    sequence: int = 512
+    micro_steps: int = 4
+    blocks: int = 6
+    block_bytes: int = 2**21
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How the stand-in's times come about; seconds and bytes."""
+
+    real_block_bytes: float
+    real_block_on_link: float
+    real_forward: float
+    block_bytes: int
+    block_on_link: float
+    factor: float
+    forward: float
+    backward: float
+    source: str
+
+    @property
+    def computation(self) -> float:
+        """Of one block and micro-step."""
+        return self.forward + self.backward
+
+
+def arithmetic(dilation: Dilation, link_bits: float) -> Arithmetic:
+    """Work out the factor and the sleeps.
+
+    Args:
+        dilation: what stands for what.
+        link_bits: bits per second of the stand-in's link.
+    """
+    cluster = CLUSTERS[dilation.cluster]
+    parameters, flops = _block(dilation)
+    real_bytes = 2.0 * parameters  # fp16 on the wire
+    real_on_link = real_bytes / cluster.link
+    on_link = dilation.block_bytes * 8 / link_bits
+    factor = on_link / real_on_link
+    real_forward = flops / cluster.flops
+    return Arithmetic(
+        real_block_bytes=real_bytes,
+        real_block_on_link=real_on_link,
+        real_forward=real_forward,
+        block_bytes=dilation.block_bytes,
+        block_on_link=on_link,
+        factor=factor,
+        forward=factor * real_forward,
+        backward=factor * 3 * real_forward,
+        source=cluster.source,
+    )
+
+
+def _block(dilation: Dilation) -> tuple[int, float]:
+    """Parameters of one block of the model, and FLOPs of its forward on one micro-batch."""
+    settings = dict(PRESETS[dilation.model].settings)
+    config = transformers.AutoConfig.for_model(PRESETS[dilation.model].model_type, **settings)
+    width, layers = config.hidden_size, config.num_hidden_layers
+    with torch.device("meta"):
+        whole = transformers.AutoModel.from_config(config)  # type: ignore[no-untyped-call]
+    stack = next(m for m in whole.modules() if isinstance(m, nn.ModuleList) and len(m) == layers)
+    parameters = sum(p.numel() for p in stack[0].parameters())
+    tokens = dilation.micro_batch * dilation.sequence
+    # 2 per parameter and token, and the two products of attention: PaLM, appendix B, forward only.
+    return parameters, tokens * (2.0 * parameters + 4.0 * width * dilation.sequence)
+
+
+class Stretched:
+    """The stand-in as a workload: the same weights and batches for every engine."""
+
+    def __init__(self, dilation: Dilation, link_bits: float) -> None:
+        self.arithmetic = arithmetic(dilation, link_bits)
+        self._dilation = dilation
+
+    def model(self) -> nn.Module:
+        """Blocks that sleep, between two small layers."""
+        torch.manual_seed(0)
+        return _Stack(self._dilation, self.arithmetic)
+
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        """The repeated blocks of its model."""
+        assert isinstance(model, _Stack)
+        return list(model.blocks)
+
+    def batches(self, rank: int, step: int) -> list[torch.Tensor]:
+        """Inputs of every micro-step of one rank."""
+        generator = torch.Generator().manual_seed(1000 * step + rank)
+        count = self._dilation.micro_steps
+        return list(torch.randn(count, 2, _WIDTH, generator=generator))
+
+    def loss(self, model: Any, batch: torch.Tensor) -> torch.Tensor:
+        """Something to minimise."""
+        loss: torch.Tensor = ((model(batch) - batch) ** 2).mean()
+        return loss
+
+
+class _Stack(nn.Module):
+    def __init__(self, dilation: Dilation, times: Arithmetic) -> None:
+        super().__init__()
+        self.first = nn.Linear(_WIDTH, _WIDTH)
+        self.blocks = nn.ModuleList(_Block(times) for _ in range(dilation.blocks))
+        self.last = nn.Linear(_WIDTH, _WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+        last: torch.Tensor = self.last(x)
+        return last
+
+
+class _Block(nn.Module):
+    """As many weights as asked, all used, at no cost; then the sleep of the computation."""
+
+    def __init__(self, times: Arithmetic) -> None:
+        super().__init__()
+        rows = times.block_bytes // 4 // _WIDTH
+        self.weight = nn.Parameter(torch.randn(rows, _WIDTH))
+        self.forward_seconds = times.forward
+        self.backward_seconds = times.backward
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + torch.tanh(x * self.weight.sum(0) / len(self.weight) ** 0.5)
+        seconds = (self.forward_seconds, self.backward_seconds)
+        slept: torch.Tensor = _Sleep.apply(x, *seconds)  # type: ignore[no-untyped-call]
+        return slept
+
+
+class _Sleep(torch.autograd.Function):
+    """Last in forward, so first in backward: gradients are there when the time is over."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, forward: float, backward: float) -> torch.Tensor:
+        time.sleep(forward)
+        ctx.seconds = backward
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        time.sleep(ctx.seconds)
+        return gradients[0], None, None
