@@ -9,7 +9,8 @@ nothing, and it takes the output of a reduce-scatter for complete. So it is give
     accumulation      the output is zeros, which FSDP2 adds to the gradients; the result is added
                       to the flat buffer behind them when it comes
 
-Whatever needs the bytes at once blocks as before.
+Whatever needs the bytes at once blocks as before. So does a partition group inside a node in the
+last micro-step, since hop 2 waits for it: the fast link is soon done, the slow one wants to begin.
 
 [Note: the same order on every rank]
 A two-stage reduction issues its second stage when the next unit is reduced, not when the first
@@ -85,15 +86,23 @@ class Later:
     Args:
         group: the FSDP2 parameter group.
         reductions: of the mesh.
-        landed: called when one of its results is in the gradients; ``None`` if nobody waits.
+        landed: called when one of its results is in the gradients, to start hop 2; ``None`` without
+            replicas.
+        in_node: whether the partition group is inside a node.
     """
 
     def __init__(
-        self, group: Any, reductions: Reductions, landed: Callable[[], None] | None
+        self,
+        group: Any,
+        reductions: Reductions,
+        landed: Callable[[], None] | None,
+        *,
+        in_node: bool,
     ) -> None:
         self._group = group
         self._reductions = reductions
         self._tell = landed
+        self._in_node = in_node
         self._pending = False
 
     @property
@@ -114,8 +123,9 @@ class Later:
         self._reductions.advance()
         if self._pending:  # the unit was used twice
             self._reductions.finish()
+        hop_two_follows = self._tell is not None and compat.wants_all_reduce(self._group)
         accumulator = self._accumulator(output, op)
-        if accumulator is None:
+        if accumulator is None or (hop_two_follows and self._in_node):
             self._reductions.finish()
             return False
         result = output

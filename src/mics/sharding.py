@@ -161,7 +161,12 @@ def _attach(
     later = None
     if overlap and groups.device.type == "cpu":
         compat.gather_beside_computation(group)
-        later = Later(group, reductions_of(groups), hop_two.start_if_due if hop_two else None)
+        later = Later(
+            group,
+            reductions_of(groups),
+            hop_two.start_if_due if hop_two else None,
+            in_node=groups.shard.size() <= groups.gpus_per_node,
+        )
     if hop_two is not None:
         hop_two.later = later
     compat.set_comms(

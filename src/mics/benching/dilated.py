@@ -10,9 +10,9 @@ communication is real, so 16 nodes fit on 2 cores. With
 every time is stretched by D = (b / l) / (B / r): a block that takes B / r on the cluster's link
 takes D times as long on the stand-in's, and sleeps D f / F in forward and D 3 f / F in backward
 (backward is twice a forward, and recomputes it first). Bytes that leave a node do not depend on the
-number of its GPUs: a node sends M (n - 1) / n per gather over n nodes, and 2 M (R - 1) / R per hop 2
-with one replica per node. So few ranks may stand for a node's 8 GPUs. What is not scaled: the link
-inside a node (loopback here), and the number of blocks, of which there are fewer.
+number of its GPUs: a node sends M (n - 1) / n per gather over n nodes, and 2 M (R - 1) / R per hop
+2 with one replica per node. So few ranks may stand for a node's 8 GPUs. What is not scaled: the
+link inside a node (loopback here), and the number of blocks, of which there are fewer.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from mics.lab.network import Traffic, traffic
-from mics.lab.state import Lab
+from mics.lab.state import Lab, profile
 from mics.lab.system import find_program
 
 _PORT = 29511
@@ -82,15 +82,20 @@ def in_node(lab: Lab, index: int, words: Sequence[str]) -> list[str]:
 
 def environment(lab: Lab, index: int) -> Mapping[str, str]:
     """What a program in a node is told, beside torchrun's own variables."""
-    return os.environ | {
-        "MICS_LAB": lab.name,
-        "MICS_LAB_NODE": str(index),
-        "MICS_LAB_LINK": lab.link,
-        "GLOO_SOCKET_IFNAME": "eth0",
-        "NCCL_SOCKET_IFNAME": "eth0",
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-        "PYTHONUNBUFFERED": "1",
-    }
+    # Flat or hierarchical is measured once per lab: another one has other links.
+    return (
+        {"MICS_PROFILE": str(profile(lab))}
+        | os.environ
+        | {
+            "MICS_LAB": lab.name,
+            "MICS_LAB_NODE": str(index),
+            "MICS_LAB_LINK": lab.link,
+            "GLOO_SOCKET_IFNAME": "eth0",
+            "NCCL_SOCKET_IFNAME": "eth0",
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+            "PYTHONUNBUFFERED": "1",
+        }
+    )
 
 
 def _start_node(lab: Lab, index: int, words: Sequence[str], logs: Path) -> subprocess.Popen[str]:

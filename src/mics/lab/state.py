@@ -114,8 +114,14 @@ def note(lab: Lab, *, keep: bool) -> IO[str]:
     return file
 
 
+def profile(lab: Lab) -> Path:
+    """Where measurements of its links are kept, as long as it is there."""
+    return folder() / f"{lab.name}.profile"
+
+
 def forget(lab: Lab) -> None:
     """The lab is gone."""
+    profile(lab).unlink(missing_ok=True)
     (folder() / f"{lab.name}.json").unlink(missing_ok=True)
 
 

@@ -1,0 +1,137 @@
+"""How the time of a step grows with the cluster: mics and full sharding, nodes added one for one.
+
+    sudo .venv/bin/python benchmarks/weak_scaling.py            # 2, 4 and 8 nodes
+    sudo .venv/bin/python benchmarks/weak_scaling.py --nodes 2 4 8 16
+
+A large model on a real cluster with every time stretched by one stated factor (`mics bench
+dilated`), in a lab of network namespaces with links of 100 Mbit/s. Every node brings its own work,
+so a perfect step takes as long on 16 nodes as on 2; the efficiency of n nodes is the time at the
+fewest nodes over the time at n. Engines are interleaved in one run per number of nodes.
+
+The floor: computation does not grow; what a node sends per step is 2 M (n - 1) / n for mics, once,
+and 3 s M (n - 1) / n for full sharding, every micro-step. From 2 to 8 nodes both grow by 1.75.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+RESULTS = Path(__file__).parent / "results"
+ENGINES = ("mics", "fsdp2", "hsdp deferred", "computation")
+
+
+def measure(nodes: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """One lab, all engines interleaved; what `mics bench dilated` writes."""
+    with TemporaryDirectory() as folder:
+        out = Path(folder) / "dilated.json"
+        words = [sys.executable, "-m", "mics", "lab", "run", "--nodes", str(nodes)]
+        words += ["--gpus-per-node", str(arguments.ranks), "--link", arguments.link]
+        words += ["--logs", folder, "--", "mics", "bench", "dilated"]
+        words += ["--partition", str(arguments.ranks), "--steps", str(arguments.steps)]
+        words += ["--dilation.cluster", arguments.cluster]
+        words += ["--dilation.micro-steps", str(arguments.micro_steps)]
+        words += ["--dilation.blocks", str(arguments.blocks)]
+        words += ["--engines", *ENGINES, "--out", str(out)]
+        subprocess.run(words, check=True)
+        document: dict[str, Any] = json.loads(out.read_text())
+        return document
+
+
+def medians(document: dict[str, Any]) -> dict[str, float]:
+    return {one["engine"]: one["seconds"]["median"] for one in document["engines"]}
+
+
+def table(runs: dict[int, dict[str, Any]]) -> list[str]:
+    first = min(runs)
+    lines = [
+        "nodes   engine              step, median (quartiles)   efficiency   bytes a node sends"
+    ]
+    for nodes, document in runs.items():
+        for one in document["engines"]:
+            name, spent = one["engine"], one["seconds"]
+            efficiency = medians(runs[first])[name] / spent["median"]
+            lines.append(
+                f"{nodes:>5}   {name:<18}{spent['median']:>9.2f} s "
+                f"({spent['low']:.2f} to {spent['high']:.2f}){efficiency:>13.1%}"
+                f"{one['bytes_sent'] or 0:>21,}"
+            )
+    return lines
+
+
+def plot(runs: dict[int, dict[str, Any]], picture: Path) -> None:
+    """Throughput in units of one node's at the fewest nodes, and efficiency below it."""
+    nodes = sorted(runs)
+    first = medians(runs[nodes[0]])
+    colours = {"mics": "#4477aa", "fsdp2": "#cc3311", "hsdp deferred": "#999999"}
+    titles = {"fsdp2": "full sharding (ZeRO-3, FSDP2)", "hsdp deferred": "FSDP2 HSDP, deferred"}
+    best = first["computation"]
+    facts = runs[nodes[0]]
+    what = facts["dilation"]
+    with matplotlib.rc_context({"font.size": 11, "axes.spines.top": False}):
+        figure = Figure(figsize=(8, 7), layout="constrained", dpi=120)
+        figure.suptitle(
+            f"{what['model']} on {what['cluster']}, times x {facts['arithmetic']['factor']:.1f}; "
+            f"{what['micro_steps']} micro-steps"
+        )
+        speed, efficiency = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+        speed.plot(nodes, nodes, ":", color="#228833", label="ideal: computation alone")
+        for name, colour in colours.items():
+            times = [medians(runs[n])[name] for n in nodes]
+            label = titles.get(name, name)
+            speed.plot(
+                nodes,
+                [n * best / t for n, t in zip(nodes, times, strict=True)],
+                "o-",
+                color=colour,
+                label=label,
+            )
+            efficiency.plot(nodes, [100 * times[0] / t for t in times], "o-", color=colour)
+        efficiency.axhline(100, color="#228833", linestyle=":")
+        speed.set_ylabel("work per second, in nodes that only compute")
+        efficiency.set_ylabel(f"% of {nodes[0]} nodes' speed per node")
+        efficiency.set_xlabel("nodes")
+        efficiency.set_xticks(nodes)
+        for axes in (speed, efficiency):
+            axes.grid(alpha=0.25)
+            axes.spines["right"].set_visible(False)
+        speed.legend(frameon=False)
+        figure.savefig(picture)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--nodes", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--ranks", type=int, default=2, help="per node, and per partition group")
+    parser.add_argument("--link", default="100mbit")
+    parser.add_argument("--cluster", default="p3dn")
+    parser.add_argument("--micro-steps", type=int, default=8)
+    parser.add_argument("--blocks", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=RESULTS / "weak_scaling.json")
+    arguments = parser.parse_args()
+    runs = {nodes: measure(nodes, arguments) for nodes in sorted(arguments.nodes)}
+    lines = table(runs)
+    print("\n".join(lines))
+    document = {
+        "command": " ".join(["python", *sys.argv]),
+        "machine": f"{platform.machine()}, Python {platform.python_version()}",
+        "table": lines,
+        "runs": runs,
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(document, indent=1) + "\n")
+    plot(runs, arguments.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
