@@ -9,7 +9,7 @@ BIN := .venv/bin
 # One thread per rank: the ranks of tests and examples share this machine's cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test test-all check lint bench clean
+.PHONY: help setup demo test test-all check lint bench bench-environments clean
 
 help:
 	@echo "make setup   create .venv with the exact versions of constraints.txt"
@@ -19,6 +19,7 @@ help:
 	@echo "make check   the same without the slow tests"
 	@echo "make lint    format, lint and types only"
 	@echo "make bench   measure the overheads, write benchmarks/results/"
+	@echo "make bench-environments  DeepSpeed, for mics bench, in environments of its own"
 	@echo "make clean   remove .venv and caches"
 
 setup: .venv/ready
@@ -49,5 +50,18 @@ bench: setup
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/train.py
 
+bench-environments: .venv-deepspeed-0.19.8/ready .venv-deepspeed-0.19.2/ready
+
+# DeepSpeed in an environment of its own, which sees torch and transformers of .venv.
+.venv-deepspeed-%/ready: .venv/ready benchmarks/environments/deepspeed.txt
+	$(PYTHON) -m venv .venv-deepspeed-$*
+	.venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> $$(.venv-deepspeed-$*/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/project.pth
+	.venv-deepspeed-$*/bin/python -m pip install --disable-pip-version-check --no-deps \
+		-r benchmarks/environments/deepspeed.txt
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu .venv-deepspeed-$*/bin/python -m pip install \
+		--disable-pip-version-check --no-deps --no-build-isolation deepspeed==$*
+	@touch $@
+
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build dist src/*.egg-info
+	rm -rf .venv .venv-deepspeed-* .pytest_cache .mypy_cache .ruff_cache build dist src/*.egg-info

@@ -18,7 +18,19 @@ from mics.accumulation import micro_steps
 from mics.choice import Collectives
 from mics.model_sharding import shard
 
-Name = Literal["mics", "fsdp2", "hsdp every micro-step", "hsdp deferred", "ddp", "computation"]
+Name = Literal[
+    "mics",
+    "fsdp2",
+    "hsdp every micro-step",
+    "hsdp deferred",
+    "ddp",
+    "computation",
+    "zero2",
+    "zero3",
+    "hpz",
+    "deepspeed mics",
+]
+"""The last four are DeepSpeed's and run in ``children.py``."""
 
 NAMES: dict[Name, str] = {
     "mics": "mics: partition groups, two stages where they span nodes, hop 2 once a step",

@@ -16,10 +16,12 @@ import torch
 import torch.distributed as dist
 import tyro
 
+from mics.benching.children import RELEASES, Child, check_environments
 from mics.benching.collectives import Measured, measure_collectives
+from mics.benching.deepspeed_child import WORK_AROUND, Order
 from mics.benching.dilated import Dilation, Stretched
 from mics.benching.engines import NAMES, Engine, Name, Work
-from mics.benching.side_by_side import Compared, agree, compare, computation_of
+from mics.benching.side_by_side import Compared, Stepping, agree, compare, computation_of
 from mics.benching.workloads import Workload
 from mics.errors import MicsError
 from mics.lab.network import bits_per_second
@@ -65,7 +67,8 @@ class _Comparison:
     """Ranks joined by the fast link; what the launcher says by default."""
 
     engines: tuple[Name, ...] = tuple(NAMES)
-    """Which engines; the first one is what the others are compared with."""
+    """Which engines; the first one is what the others are compared with. DeepSpeed's need
+    `make bench-environments`."""
 
     steps: int = 5
     """Steps of each that count; one more warms up."""
@@ -169,21 +172,28 @@ def _dilated(config: Dilated) -> int:
     return _compare(config, work, title, {"dilation": config.dilation, "arithmetic": times})
 
 
+def _engine(name: Name, config: _Comparison, work: Work, what: dict[str, Any], k: int) -> Stepping:
+    if name in RELEASES:
+        stretched = "dilation" in what
+        fields = dataclasses.asdict(what["dilation" if stretched else "workload"])
+        link_bits = _bits(_link(config.link)) if stretched else None
+        return Child(Order(name, fields, link_bits, config.partition, k))
+    return Engine(
+        name,
+        work,
+        partition=config.partition,
+        gpus_per_node=k,
+        collectives=config.collectives,
+        overlap=config.overlap,
+    )
+
+
 def _compare(config: _Comparison, work: Work, title: str, what: dict[str, Any]) -> int:
     link = _link(config.link)
     world, launched_per_node = start()
     k = config.gpus_per_node or launched_per_node
-    engines = [
-        Engine(
-            name,
-            work,
-            partition=config.partition,
-            gpus_per_node=k,
-            collectives=config.collectives,
-            overlap=config.overlap,
-        )
-        for name in config.engines
-    ]
+    check_environments([name for name in config.engines if name in RELEASES])
+    engines = [_engine(name, config, work, what, k) for name in config.engines]
     speaks = dist.get_rank() == 0
     compared = compare(
         engines,
@@ -197,12 +207,13 @@ def _compare(config: _Comparison, work: Work, title: str, what: dict[str, Any]) 
     same = agree(compared)
     if speaks:
         layout = f"{world // k} nodes x {k} ranks, partition {config.partition}, {link or 'n/a'}"
-        print("\n".join([f"{title}; {layout}", *_table(compared, _bits(link))]))
+        notes = _notes(config.engines)
+        print("\n".join([f"{title}; {layout}", *_table(compared, _bits(link)), *notes]))
         print(f"losses of all engines agree: {'yes' if same else 'NO'}", flush=True)
         if config.out is not None:
             facts = _facts(link, world, k, config.partition)
             facts |= {name: dataclasses.asdict(value) for name, value in what.items()}
-            facts |= {"steps": config.steps, "losses agree": same}
+            facts |= {"steps": config.steps, "losses agree": same, "notes": notes}
             _write(config.out, facts | {"engines": [dataclasses.asdict(one) for one in compared]})
             _draw(config.out, compared, f"{title}\n{layout}", _bits(link))
     dist.destroy_process_group()
@@ -225,6 +236,18 @@ def _table(compared: Sequence[Compared], link_bits: float | None) -> list[str]:
         over = "n/a" if limit is None else f"{spent.median / limit:.2f}"
         rows.append(f"{one.engine:<24}{times:>30}{ratios:>28}{sent:>22}{over:>16}")
     return [*rows, "limit: the larger of computation and bytes sent over the rate of the link"]
+
+
+def _notes(engines: Sequence[Name]) -> list[str]:
+    """What must be known of the engines beside their numbers."""
+    notes = [
+        f"{name}: DeepSpeed {RELEASES[name]}, its defaults in fp32"
+        for name in engines
+        if name in RELEASES
+    ]
+    if "deepspeed mics" in engines:
+        notes.append(f"deepspeed mics: {WORK_AROUND}")
+    return notes
 
 
 def _draw(out: Path, compared: Sequence[Compared], title: str, link_bits: float | None) -> None:

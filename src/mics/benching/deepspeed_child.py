@@ -1,0 +1,128 @@
+"""One rank of DeepSpeed, in an environment of its own: ``python -m mics.benching.deepspeed_child``.
+
+Reads JSON lines from standard input: first what to train and how (``Order``), then one line per
+step; answers each, on what was standard output, with its mean loss. Everything else that is printed
+goes to standard error. Ends when its input does.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mics.benching.dilated import Dilation, Stretched
+from mics.benching.workloads import Workload
+
+WORK_AROUND = (
+    "Gloo cannot coalesce: every all-gather of DeepSpeed's MiCS is issued for one tensor at a time"
+)
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a child is to train.
+
+    ``work`` has the fields of a ``Workload``, or of a ``Dilation`` if ``link_bits`` is given.
+    """
+
+    name: str  # zero2, zero3, hpz or deepspeed mics
+    work: dict[str, Any]
+    link_bits: float | None
+    partition: int
+    gpus_per_node: int
+
+
+def configuration(order: Order, micro_batch: int, micro_steps: int) -> dict[str, Any]:
+    """DeepSpeed's configuration: its defaults, in fp32, but for what the engine's name says."""
+    zero: dict[str, Any] = {"stage": 2 if order.name == "zero2" else 3}
+    if order.name == "hpz":
+        zero["zero_hpz_partition_size"] = order.gpus_per_node
+    if order.name == "deepspeed mics":
+        zero["mics_shard_size"] = order.partition
+        zero["mics_hierarchical_params_gather"] = order.partition > order.gpus_per_node
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": micro_steps,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+    }
+
+
+def main() -> None:
+    """Serve steps until standard input ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever prints, prints to standard error
+    order = Order(**json.loads(sys.stdin.readline()))
+    work: Any
+    if order.link_bits is None:
+        work = Workload(**order.work)
+        micro_batch, micro_steps = work.rows, work.micro_steps
+    else:
+        dilation = Dilation(**order.work)
+        work = Stretched(dilation, order.link_bits)
+        micro_batch, micro_steps = dilation.micro_batch, dilation.micro_steps
+    engine = _engine(order, work, configuration(order, micro_batch, micro_steps))
+    print(json.dumps({"ready": True}), file=answers, flush=True)
+    for step, _ in enumerate(sys.stdin):
+        total = torch.zeros(())
+        batches = work.batches(dist.get_rank(), step)
+        for batch in batches:
+            loss = work.loss(engine, batch)
+            engine.backward(loss)  # divides by the micro-steps
+            engine.step()  # takes a step on the last one
+            total += loss.detach()
+        dist.all_reduce(total)
+        mean = float(total) / len(batches) / dist.get_world_size()
+        print(json.dumps({"loss": mean}), file=answers, flush=True)
+
+
+def _engine(order: Order, work: Any, settings: dict[str, Any]) -> Any:
+    os.environ["NDEV_PER_NODE"] = str(order.gpus_per_node)  # what its MiCS takes for a node
+    deepspeed = importlib.import_module("deepspeed")
+    # Its shared-memory collectives are compiled on first use; a killed build hangs the next.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="gloo")
+    if order.name == "deepspeed mics":
+        deepspeed.comm.all_gather_coalesced = _all_gather_one_by_one
+    model = work.model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    return engine
+
+
+def _all_gather_one_by_one(
+    outputs: Sequence[torch.Tensor],
+    inputs: Sequence[torch.Tensor],
+    group: dist.ProcessGroup | None = None,
+    async_op: bool = False,
+) -> _Works | None:
+    """See ``WORK_AROUND``."""
+    works = [
+        dist.all_gather_into_tensor(output, input, group=group, async_op=True)
+        for output, input in zip(outputs, inputs, strict=True)
+    ]
+    if async_op:
+        return _Works(works)
+    _Works(works).wait()
+    return None
+
+
+class _Works:
+    def __init__(self, works: Sequence[Any]) -> None:
+        self._works = works
+
+    def wait(self) -> None:
+        for work in self._works:
+            work.wait()
+
+
+if __name__ == "__main__":
+    main()
