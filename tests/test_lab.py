@@ -14,7 +14,7 @@ import pytest
 
 from mics.__main__ import main
 from mics.errors import LabError
-from mics.lab import lifetime, network, running, state, system
+from mics.lab import lifetime, network, running, state, system, unprivileged
 from mics.lab.state import Lab
 
 ROOT = Path(__file__).parents[1]
@@ -84,12 +84,6 @@ def test_what_is_missing_is_named_with_how_to_get_it(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(LabError, match="A lab needs Linux"):
         system.check_system()
-    monkeypatch.undo()
-    monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    monkeypatch.setattr(system, "find_program", lambda name: "/bin/true")
-    with pytest.raises(LabError, match="may not make network namespaces") as caught:
-        system.check_system()
-    assert "unshare --map-root-user" in str(caught.value)
 
 
 def test_a_command_is_what_torchrun_takes() -> None:
@@ -290,7 +284,7 @@ def test_of_20_labs_5_of_them_killed_nothing_is_left_and_nothing_else_touched() 
             assert main(["lab", "clean"]) == 0
             assert set(network.namespaces()) - before == set(other.namespaces)
         assert set(network.namespaces()) == before
-        assert not list(Path("/etc/netns").glob("mics-x*"))
+        assert not list(state.folder().glob("x*"))
         assert not [one for one in state.noted() if one.lab.name.startswith("x")]
     finally:
         system.call("ip", "netns", "delete", "somebody-elses")
@@ -310,3 +304,110 @@ def test_sigterm_takes_the_lab_down() -> None:
     process.terminate()
     process.communicate(timeout=60)
     assert not of_lab(Lab("term", 3, 1, ""))
+
+
+# -- an ordinary user ------------------------------------------------------------------------------
+
+USER = ["unshare", "--user", "--map-user=1000", "--map-group=1000"]
+IS_ROOT_THERE = [*USER, "unshare", "--user", "--map-root-user", "--net", "--mount", "true"]
+needs_user_namespaces = pytest.mark.skipif(
+    bool(WHY_NOT)
+    or subprocess.run(IS_ROOT_THERE, capture_output=True, check=False).returncode != 0,
+    reason="the kernel lets no user make namespaces of their own",
+)
+
+
+def as_user(folder: Path, script: str) -> str:
+    """Run a shell script as somebody who is not root; ``$MICS`` is the command."""
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT / "src"),
+        "TMPDIR": str(folder),
+        "MICS": f"{sys.executable} -m mics",
+    }
+    done = subprocess.run(
+        [*USER, "sh", "-ec", script],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=environment,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@needs_user_namespaces
+def test_an_ordinary_user_runs_a_job(tmp_path: Path) -> None:
+    (tmp_path / "job.py").write_text(
+        "import os, socket\n"
+        "print('rank', os.environ['RANK'], socket.gethostbyname('node1'), flush=True)\n"
+    )
+    before = set(network.namespaces())
+    text = as_user(tmp_path, "$MICS lab run --nodes 2 --gpus-per-node 1 -- job.py")
+    assert "rank 0 10.213.0.2" in text
+    assert "node1  sent" in text
+    assert set(network.namespaces()) == before
+
+
+@needs_user_namespaces
+def test_an_ordinary_users_lab_stays_up_and_goes_down(tmp_path: Path) -> None:
+    text = as_user(
+        tmp_path,
+        "$MICS lab up --nodes 2 --name user\n"
+        "$MICS lab status\n"
+        "$MICS lab exec node0 -- ip address\n"
+        "$MICS lab cut node1\n"
+        "$MICS lab status\n"
+        "$MICS lab down\n"
+        "$MICS lab status\n"
+        "$MICS lab clean\n",
+    )
+    up, shown, address, cut, shown_again, *rest = re.split(
+        r"(?=lab user: 2 nodes x)|(?=1: lo)|(?=lab user: the cable)|(?=lab user is)", text
+    )
+    assert "mics lab down user" in up
+    assert "node1  10.213.0.2" in shown and "CABLE CUT" not in shown
+    assert "10.213.0.1/24" in address
+    assert "node1 is cut" in cut
+    assert "CABLE CUT" in shown_again
+    assert rest == ["lab user is down\nno lab is up\nnothing was left behind\n"]
+
+
+@needs_user_namespaces
+def test_what_a_killed_job_of_an_ordinary_user_leaves_is_cleaned(tmp_path: Path) -> None:
+    (tmp_path / "job.py").write_text(
+        "import os, time\nopen(os.environ['RANK'], 'w').write(str(os.getpid()))\ntime.sleep(100)\n"
+    )
+    text = as_user(
+        tmp_path,
+        "$MICS lab run --nodes 2 --gpus-per-node 1 --name dies -- job.py &\n"
+        "while [ ! -s 0 ] || [ ! -s 1 ]; do sleep 0.1; done\n"
+        "kill -9 $!\n"
+        "kill -0 $(cat 0) && kill -0 $(cat 1) && echo alive\n"
+        "$MICS lab clean\n"
+        "while kill -0 $(cat 0) || kill -0 $(cat 1); do sleep 0.1; done\n",
+    )
+    assert text.endswith("alive\nremoved: dies\n")
+
+
+def test_a_user_who_may_make_no_namespaces_is_told_which_switch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for program in ("unshare", "nsenter"):
+        (tmp_path / program).write_text("#!/bin/sh\necho not allowed >&2\nexit 1\n")
+        (tmp_path / program).chmod(0o755)
+    switch = tmp_path / "switch"
+    switch.write_text("0\n")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    with pytest.raises(LabError, match=r"user namespace(.|\n)*sudo mics lab"):
+        unprivileged.check_user()
+    monkeypatch.setattr(unprivileged, "_SWITCHES", {str(switch): ("0", "sysctl -w it=1")})
+    with pytest.raises(LabError, match=r"switch is 0 \(sysctl -w it=1\)"):
+        unprivileged.check_user()
+
+
+def test_a_missing_program_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(LabError, match=r"'unshare' is missing(.|\n)*util-linux"):
+        unprivileged.check_user()

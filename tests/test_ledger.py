@@ -88,6 +88,7 @@ def test_ledger_equals_traffic_on_the_whole_grid(gpus_per_node: int) -> None:
                 run.micro_steps,
                 all_gather=form,
                 reduce_scatter=form,
+                gloo=True,
                 rank=rank,
             )
             assert seen == predicted, (rank, run)

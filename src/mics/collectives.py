@@ -351,6 +351,13 @@ def _plan(
     form: Form = "flat"
     if pair is not None:
         form = decide(collective, ranks, message_bytes, gathered.dtype)
-    messages = stages(ranks, dist.get_rank(), message_bytes, groups.gpus_per_node, form)
+    messages = stages(
+        ranks,
+        dist.get_rank(),
+        message_bytes,
+        groups.gpus_per_node,
+        form,
+        by_all_reduce=collective == "reduce_scatter" and gathered.device.type == "cpu",
+    )
     spans = _Spans(ledger, collective, messages, gathered.device)
     return spans, pair if form == "hierarchical" else None

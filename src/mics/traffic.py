@@ -13,10 +13,14 @@ all-reduce                 2 M (n - 1) / n         2 M (n - 1) / n
 all-gather, hierarchical   inter (M/k)(N - 1)/N    M (N - 1) / N  =  M (n - k) / n
                            intra M (k - 1)/k
 reduce-scatter, hier.      the mirror              the mirror
+reduce-scatter, flat, on   2 M (n - 1) / n         2 M (n - 1) / n  (an all-reduce of which all
+Gloo                                               but one row is thrown away)
 =========================  ======================  ==========================================
 
 Sources: the hierarchical volume is MiCS section 3.3 (``(p - k) M / p`` against ``(p - 1) M / p``),
-the two-hop schedule section 3.4, the ring terms the bandwidth-optimal ring of Patarasuk and Yuan.
+the two-hop schedule section 3.4, the ring terms the bandwidth-optimal ring of Patarasuk and Yuan,
+Gloo's reduce-scatter torch's ``ProcessGroupGloo.cpp`` and the counters of a network interface
+(``benchmarks/results/lab_bytes.json``).
 Bytes are exact rationals, so a prediction and a count can be compared with ``==``.
 """
 
@@ -155,18 +159,26 @@ class StageMessage(NamedTuple):
     ranks: Ranks
     message_bytes: int
     repeats: int  # coalesced collectives of message_bytes / repeats each, issued as one call
+    by_all_reduce: bool = False  # Gloo's flat reduce-scatter
 
 
 def stages(
-    ranks: Sequence[int], rank: int, message_bytes: int, gpus_per_node: int, form: Form
+    ranks: Sequence[int],
+    rank: int,
+    message_bytes: int,
+    gpus_per_node: int,
+    form: Form,
+    *,
+    by_all_reduce: bool = False,
 ) -> list[StageMessage]:
     """The stages of an all-gather or reduce-scatter over ``ranks``, as ``rank`` sees them.
 
     Hierarchical over N nodes of k ranks: the inter stage moves M / k over N ranks, the intra stage
-    is N coalesced collectives of M / N over k ranks.
+    is N coalesced collectives of M / N over k ranks. ``by_all_reduce`` says that the flat form is a
+    reduce-scatter of Gloo's; its stages are not, on no backend.
     """
     if form == "flat" or not has_two_stages(ranks, gpus_per_node):
-        return [StageMessage("flat", tuple(ranks), message_bytes, 1)]
+        return [StageMessage("flat", tuple(ranks), message_bytes, 1, by_all_reduce)]
     rows = nodes_of(ranks, gpus_per_node)
     row = next(row for row in rows if rank in row)
     column = tuple(other[row.index(rank)] for other in rows)
@@ -180,8 +192,9 @@ def stage_flow(
     collective: Collective, message: StageMessage, rank: int, gpus_per_node: int
 ) -> Flow:
     """What ``rank`` sends in one stage."""
+    runs: Collective = "all_reduce" if message.by_all_reduce else collective
     one = ring_flow(
-        collective, message.ranks, rank, message.message_bytes // message.repeats, gpus_per_node
+        runs, message.ranks, rank, message.message_bytes // message.repeats, gpus_per_node
     )
     return sum((one for _ in range(message.repeats)), Flow())
 
@@ -197,13 +210,15 @@ def mics(
     all_gather: Form = "hierarchical",
     reduce_scatter: Form = "hierarchical",
     hop_2_every_micro_step: bool = False,
+    gloo: bool = False,
     rank: int = 0,
 ) -> Traffic:
     """Traffic of one step of ``rank`` under MiCS (section 3.4).
 
     Hop 1, every micro-step and block: the all-gathers and the reduce-scatters of the block inside
     the partition group. Hop 2, once a step and block: an all-reduce of the shard over the replicas.
-    ``hop_2_every_micro_step`` gives the alternative schedule the paper compares with.
+    ``hop_2_every_micro_step`` gives the alternative schedule the paper compares with, ``gloo``
+    counts flat reduce-scatters as Gloo runs them.
     """
     seen_by_rank = View(
         rank,
@@ -221,6 +236,7 @@ def mics(
                 hop_2_runs,
                 all_gather=all_gather,
                 reduce_scatter=reduce_scatter,
+                gloo=gloo,
             )
             for block in blocks
         ),
@@ -245,6 +261,7 @@ def block_traffic(
     *,
     all_gather: Form,
     reduce_scatter: Form,
+    gloo: bool,
 ) -> Traffic:
     """Traffic of one block in one step, for any partition and replication group."""
     rank, partition, replicas, k = view
@@ -265,7 +282,7 @@ def block_traffic(
         smaller = partition[first : first + block.backward_partition]
         gather = stages(smaller, rank, block.gather_bytes, k, all_gather)
         add(1, "all_gather", gather, micro_steps * block.backward_gathers)
-    reduce = stages(partition, rank, block.reduce_bytes, k, reduce_scatter)
+    reduce = stages(partition, rank, block.reduce_bytes, k, reduce_scatter, by_all_reduce=gloo)
     add(1, "reduce_scatter", reduce, micro_steps * block.reduces)
     if block.reduces:
         sync = StageMessage("flat", replicas, block.sync_bytes, 1)
@@ -274,11 +291,16 @@ def block_traffic(
 
 
 def fsdp(
-    topology: Topology, blocks: Iterable[Block], micro_steps: int, *, rank: int = 0
+    topology: Topology,
+    blocks: Iterable[Block],
+    micro_steps: int,
+    *,
+    gloo: bool = False,
+    rank: int = 0,
 ) -> Traffic:
     """Traffic of one step of ``rank`` under FSDP full shard / ZeRO-3: one partition, the world."""
     world = Topology(topology.nodes, topology.gpus_per_node, topology.world)
-    return mics(world, blocks, micro_steps, all_gather="flat", reduce_scatter="flat", rank=rank)
+    return hsdp(world, blocks, micro_steps, deferred=True, gloo=gloo, rank=rank)
 
 
 def hsdp(
@@ -287,6 +309,7 @@ def hsdp(
     micro_steps: int,
     *,
     deferred: bool,
+    gloo: bool = False,
     rank: int = 0,
 ) -> Traffic:
     """Traffic of one step of ``rank`` under FSDP2's HSDP, with or without a deferred all-reduce."""
@@ -297,6 +320,7 @@ def hsdp(
         all_gather="flat",
         reduce_scatter="flat",
         hop_2_every_micro_step=not deferred,
+        gloo=gloo,
         rank=rank,
     )
 

@@ -83,6 +83,7 @@ def predict_traffic(model: nn.Module, *, micro_steps: int = 1) -> Traffic:
             hop_2_runs=1,
             all_gather=unit.decide("all_gather", partition, block.gather_bytes, gather),
             reduce_scatter=unit.decide("reduce_scatter", partition, block.reduce_bytes, reduce),
+            gloo=groups.device.type == "cpu",
         )
     return total
 

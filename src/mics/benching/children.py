@@ -102,12 +102,16 @@ class Child:
 
 
 def _environment() -> dict[str, str]:
-    """This rank's variables, with a store of the children's own in rank 0's."""
+    """This rank's variables, for a process group of the children's own."""
     source = str(Path(mics.__file__).parents[1])
     kept = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC")}
     return kept | {
         "PYTHONPATH": os.pathsep.join([source, os.environ.get("PYTHONPATH", "")]),
         "DS_ACCELERATOR": "cpu",
+        "RANK": str(dist.get_rank()),
+        "WORLD_SIZE": str(dist.get_world_size()),
+        "LOCAL_RANK": os.environ.get("LOCAL_RANK", str(dist.get_rank())),
+        "MASTER_ADDR": os.environ.get("MASTER_ADDR", "127.0.0.1"),
         "MASTER_PORT": str(_agreed_port()),
     }
 

@@ -41,7 +41,7 @@ class Order:
 
 
 def configuration(order: Order, micro_batch: int, micro_steps: int) -> dict[str, Any]:
-    """DeepSpeed's configuration: its defaults, in fp32, but for what the engine's name says."""
+    """DeepSpeed's defaults in fp32, without clipping, but for what the engine's name says."""
     zero: dict[str, Any] = {"stage": 2 if order.name == "zero2" else 3}
     if order.name == "hpz":
         zero["zero_hpz_partition_size"] = order.gpus_per_node
@@ -53,6 +53,7 @@ def configuration(order: Order, micro_batch: int, micro_steps: int) -> dict[str,
         "gradient_accumulation_steps": micro_steps,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,  # 0.19.8 clips at 1.0 by default, 0.19.2 does not
     }
 
 

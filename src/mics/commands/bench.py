@@ -241,7 +241,7 @@ def _table(compared: Sequence[Compared], link_bits: float | None) -> list[str]:
 def _notes(engines: Sequence[Name]) -> list[str]:
     """What must be known of the engines beside their numbers."""
     notes = [
-        f"{name}: DeepSpeed {RELEASES[name]}, its defaults in fp32"
+        f"{name}: DeepSpeed {RELEASES[name]}, its defaults in fp32, no clipping"
         for name in engines
         if name in RELEASES
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from typing import Annotated
 import tyro
 
 from mics.errors import MicsError
-from mics.lab import lifetime, network, running, state
+from mics.lab import lifetime, network, running, state, unprivileged
 from mics.lab.state import Lab
 from mics.lab.system import check_system
 
@@ -132,33 +133,55 @@ def run(config: Config) -> int:
 
 
 def _do(config: Config) -> int:
+    check_system()
+    if os.geteuid() != 0:
+        return _do_unprivileged(config)
     if isinstance(config, Run):
         return _run(config)
-    check_system()
     if isinstance(config, Up):
         lab = config.lab()
         lifetime.bring_up(lab)
         print(f"lab {lab.name}: {lab.nodes} nodes, {lab.link} each; mics lab down {lab.name}")
     elif isinstance(config, Down):
-        lab = state.find(config.lab)
-        lifetime.take_down(lab)
-        print(f"lab {lab.name} is down")
+        noted = state.find(config.lab)
+        lifetime.let_go(noted)
+        print(f"lab {noted.lab.name} is down")
     elif isinstance(config, Status):
         print(_status())
     elif isinstance(config, Exec):
-        lab = state.find(config.lab)
+        lab = state.find(config.lab).lab
         index = lab.node_index(config.node)
         words = running.in_node(lab, index, config.command)
         return subprocess.run(words, env=running.environment(lab, index), check=False).returncode
     elif isinstance(config, Cut):
-        lab = state.find(config.lab)
+        lab = state.find(config.lab).lab
         up = isinstance(config, Restore)
         network.set_link(lab, lab.node_index(config.node), up=up)
         print(f"lab {lab.name}: the cable of {config.node} is {'plugged in' if up else 'cut'}")
     else:
-        removed = lifetime.clean()
-        print(f"removed: {', '.join(removed)}" if removed else "nothing was left behind")
+        _say_removed(lifetime.clean())
     return 0
+
+
+def _do_unprivileged(config: Config) -> int:
+    """The same where it is root, or without."""
+    words = sys.argv[2:]
+    unprivileged.check_user()
+    if isinstance(config, Run | Up):
+        unprivileged.start_again_in_new(words)
+    if isinstance(config, Down | Exec | Cut):
+        unprivileged.start_again_in(state.find(config.lab), words)
+    if isinstance(config, Status):
+        labs = [one for one in state.noted() if one.alive]
+        shown = [unprivileged.show_from_within(one, words).strip() for one in labs]
+        print("\n".join(shown) or "no lab is up")
+    else:
+        _say_removed(lifetime.clean_unprivileged())
+    return 0
+
+
+def _say_removed(names: Sequence[str]) -> None:
+    print(f"removed: {', '.join(names)}" if names else "nothing was left behind")
 
 
 def _run(config: Run) -> int:
@@ -182,11 +205,14 @@ def _run(config: Run) -> int:
 
 def _status() -> str:
     lines: list[str] = []
+    here = network.namespaces()
     for one in state.noted():
         lab = one.lab
         if not one.alive:
             lines.append(f"lab {lab.name}: its owner is dead; mics lab clean")
             continue
+        if lab.switch not in here:
+            continue  # an ordinary user's, in other namespaces than this process
         lines.append(f"lab {lab.name}: {lab.nodes} nodes x {lab.gpus_per_node} ranks, {lab.link}")
         for index, counted in enumerate(network.traffic(lab)):
             cable = "" if network.link_is_up(lab, index) else "  CABLE CUT"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from mics.errors import LabError
-from mics.lab import network, state
+from mics.lab import network, state, unprivileged
 from mics.lab.state import PREFIX, Lab
 from mics.lab.system import check_system
 
@@ -21,7 +22,8 @@ def bring_up(lab: Lab) -> None:
     """
     check_system()
     _check(lab)
-    with state.note(lab, keep=True):
+    holder = unprivileged.leave_a_holder() if unprivileged.is_user_root() else None
+    with state.note(lab, keep=True, holder=holder):
         _build(lab)
 
 
@@ -29,6 +31,13 @@ def take_down(lab: Lab) -> None:
     """End a lab, what runs in it included."""
     network.take_down(lab)
     state.forget(lab)
+
+
+def let_go(noted: state.Noted) -> None:
+    """Take down a lab that was left up, and end the process that held it."""
+    take_down(noted.lab)
+    if noted.held:
+        os.kill(noted.owner, signal.SIGTERM)
 
 
 @contextmanager
@@ -73,6 +82,15 @@ def clean() -> list[str]:
     names = sorted(orphans | {lab.name for lab in dead})
     for name in names:
         take_down(Lab(name, 0, 0, ""))
+    return names
+
+
+def clean_unprivileged() -> list[str]:
+    """The same for an ordinary user, whose namespaces end with the last process in them."""
+    names = [one.lab.name for one in state.noted() if not one.alive]
+    for name in names:
+        unprivileged.kill_ranks(name)
+        state.forget(Lab(name, 0, 0, ""))
     return names
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from mics.lab.network import Traffic, traffic
-from mics.lab.state import Lab, profile
+from mics.lab.state import Lab, names_of_nodes, profile
 from mics.lab.system import find_program
 
 _PORT = 29511
@@ -76,8 +76,14 @@ def run(lab: Lab, words: Sequence[str], logs: Path, *, screen: IO[str] | None = 
 
 
 def in_node(lab: Lab, index: int, words: Sequence[str]) -> list[str]:
-    """The command line that runs ``words`` in a node's namespace."""
-    return [find_program("ip") or "ip", "netns", "exec", lab.node(index), *words]
+    """The command line that runs ``words`` in a node's namespace.
+
+    `ip netns exec` gives it mounts of its own, so the files mounted here are seen there alone.
+    """
+    hosts, switch = names_of_nodes(lab)
+    mount = "mount --bind $1 /etc/hosts && mount --bind $2 /etc/nsswitch.conf && shift 2 && exec "
+    shell = ["sh", "-c", mount + '"$@"', "sh", str(hosts), str(switch)]
+    return [find_program("ip") or "ip", "netns", "exec", lab.node(index), *shell, *words]
 
 
 def environment(lab: Lab, index: int) -> Mapping[str, str]:

@@ -19,6 +19,7 @@ from typing import IO
 from mics.errors import LabError
 
 PREFIX = "mics-"
+FOLDER = "MICS_LAB_FOLDER"
 _NAME = re.compile(r"[a-z0-9]{1,8}")
 
 
@@ -85,13 +86,20 @@ def check_name(name: str) -> None:
 
 
 def folder() -> Path:
-    """Where labs are noted, for this user."""
+    """Where labs are noted, for this user; ``unprivileged.py`` says where from within."""
+    if FOLDER in os.environ:
+        return Path(os.environ[FOLDER])
     base = "/run" if os.geteuid() == 0 and os.access("/run", os.W_OK) else tempfile.gettempdir()
     return Path(base) / f"mics-lab-{os.geteuid()}"
 
 
-def note(lab: Lab, *, keep: bool) -> IO[str]:
+def note(lab: Lab, *, keep: bool, holder: int | None = None) -> IO[str]:
     """Note a lab. Its owner holds a lock on the file; one to ``keep`` needs none.
+
+    Args:
+        lab: to be noted.
+        keep: whether it outlives this process.
+        holder: the process it lives as long as, if it is an ordinary user's.
 
     Returns:
         The locked file: it must stay open as long as the owner lives.
@@ -109,9 +117,24 @@ def note(lab: Lab, *, keep: bool) -> IO[str]:
             write=f"another --name, or mics lab down {lab.name}",
         ) from None
     fcntl.flock(file, fcntl.LOCK_EX)
-    json.dump({"lab": asdict(lab), "keep": keep, "owner": os.getpid()}, file)
+    owner = os.getpid() if holder is None else holder
+    table = {"lab": asdict(lab), "keep": keep, "owner": owner, "held": holder is not None}
+    json.dump(table, file)
     file.flush()
     return file
+
+
+def names_of_nodes(lab: Lab) -> tuple[Path, Path]:
+    """Files that stand for /etc/hosts and /etc/nsswitch.conf in its nodes.
+
+    Nodes know each other by name. Without the second file every lookup of an address would wait for
+    a name server that cannot be reached.
+    """
+    hosts, switch = folder() / f"{lab.name}.hosts", folder() / "nsswitch.conf"
+    lines = [f"{lab.address(index)} node{index}\n" for index in range(lab.nodes)]
+    hosts.write_text("".join(["127.0.0.1 localhost\n", *lines]))
+    switch.write_text("hosts: files\n")
+    return hosts, switch
 
 
 def profile(lab: Lab) -> Path:
@@ -122,16 +145,21 @@ def profile(lab: Lab) -> Path:
 def forget(lab: Lab) -> None:
     """The lab is gone."""
     profile(lab).unlink(missing_ok=True)
+    (folder() / f"{lab.name}.hosts").unlink(missing_ok=True)
     (folder() / f"{lab.name}.json").unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
 class Noted:
-    """A lab that was noted. ``alive``: its owner lives, or it is to be kept."""
+    """A lab that was noted. ``alive``: its owner lives, or it is to be kept.
+
+    ``held`` says that the owner is a process that only keeps its namespaces.
+    """
 
     lab: Lab
     alive: bool
     owner: int
+    held: bool
 
 
 def noted() -> list[Noted]:
@@ -141,23 +169,25 @@ def noted() -> list[Noted]:
         try:
             with path.open() as file:
                 table = json.load(file)
-                alive = table["keep"] or not _lockable(file)
-                found.append(Noted(Lab(**table["lab"]), alive, int(table["owner"])))
+                owner, held = int(table["owner"]), bool(table["held"])
+                there = Path(f"/proc/{owner}").exists() if held else table["keep"]
+                alive = there or not _lockable(file)
+                found.append(Noted(Lab(**table["lab"]), alive, owner, held))
         except FileNotFoundError:
             continue  # taken down meanwhile
         except (ValueError, KeyError, TypeError):  # its owner was killed while it wrote
             lab = Lab(path.stem, 0, 0, "")
-            found.append(Noted(lab, False, 0))
+            found.append(Noted(lab, False, 0, False))
     return found
 
 
-def find(name: str | None) -> Lab:
+def find(name: str | None) -> Noted:
     """A lab by its name, or the only one there is.
 
     Raises:
         LabError: there is none, or several to choose from.
     """
-    labs = {one.lab.name: one.lab for one in noted() if one.alive}
+    labs = {one.lab.name: one for one in noted() if one.alive}
     if name is not None and name in labs:
         return labs[name]
     if name is None and len(labs) == 1:

@@ -1,0 +1,207 @@
+"""Engines side by side: the same training, honest arithmetic, DeepSpeed in processes of its own."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import errors_of_ranks, run_ranks
+
+from mics.benching.children import RELEASES, Child, find_python
+from mics.benching.deepspeed_child import Order, configuration
+from mics.benching.dilated import CLUSTERS, Dilation, Stretched, arithmetic
+from mics.benching.engines import Engine
+from mics.benching.picture import plot_comparison
+from mics.benching.side_by_side import Compared, agree, compare
+from mics.benching.spread import Spread
+from mics.benching.workloads import Workload
+from mics.errors import MicsError
+
+SMALL = Workload(hidden=16, layers=2, rows=1, length=16, micro_steps=2)
+ENGINES = ("mics", "fsdp2", "hsdp every micro-step", "hsdp deferred", "ddp", "computation")
+ROOT = Path(__file__).parents[1]
+
+
+def _compared(work: Workload | Stretched) -> list[Compared]:
+    torch.set_num_threads(1)
+    # FSDP2 of BERT's outputs, of which nothing is changed in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
+    engines = [Engine(name, work, partition=2, gpus_per_node=2) for name in ENGINES]
+    return compare(engines, 2, told=lambda *_: None)
+
+
+@pytest.mark.parametrize("kind", ["gpt", "bert", "dilated"])
+def test_all_engines_have_the_same_losses(kind: str) -> None:
+    work: Workload | Stretched = Workload(kind, 16, 2, 1, 16, 2)
+    if kind == "dilated":
+        work = Stretched(Dilation(micro_steps=2, blocks=2, block_bytes=2**12), 1e9)
+    for found in run_ranks(_compared, 4, work):
+        assert [one.engine for one in found] == list(ENGINES)
+        assert agree(found)
+        assert len({*found[0].losses}) == 3  # it trains
+
+
+def _one(engine: str, losses: list[float], seconds: float = 1.0, sent: int | None = 10) -> Compared:
+    spread = Spread(seconds, seconds, seconds)
+    return Compared(engine, spread, Spread(1.0, 1.0, 1.0), sent, losses)
+
+
+def test_an_engine_with_other_losses_is_noticed() -> None:
+    same = [_one("mics", [2.0, 1.0]), _one("fsdp2", [2.0, 1.00005]), _one("computation", [9.0])]
+    assert agree(same)
+    assert not agree([*same, _one("ddp", [2.0, 1.001])])
+
+
+def test_the_limit_is_the_larger_of_computation_and_bytes_over_the_rate() -> None:
+    one = _one("mics", [1.0], sent=25_000_000)
+    assert one.limit(computation=0.5, link_bits=200e6) == 1.0
+    assert one.limit(computation=2.0, link_bits=200e6) == 2.0
+    assert one.limit(computation=2.0, link_bits=None) is None
+    assert _one("mics", [1.0], sent=None).limit(2.0, 200e6) is None
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_stretching_keeps_the_ratio_of_communication_to_computation(cluster: str) -> None:
+    times = arithmetic(Dilation(cluster=cluster, block_bytes=2**20), link_bits=100e6)
+    assert times.block_on_link == 2**20 / 12.5e6
+    assert times.forward / times.block_on_link == pytest.approx(
+        times.real_forward / times.real_block_on_link
+    )
+    assert times.factor == pytest.approx(times.forward / times.real_forward)
+    assert times.backward == pytest.approx(3 * times.forward)
+
+
+def test_the_real_times_are_those_of_the_model() -> None:
+    """BERT 10B: 12 h^2 + 13 h parameters a layer, 2 FLOPs per parameter and token, attention."""
+    times = arithmetic(Dilation("bert-10b", "p3dn"), link_bits=100e6)
+    parameters = 12 * 2560**2 + 13 * 2560
+    assert times.real_block_bytes == 2 * parameters
+    assert times.real_block_on_link == pytest.approx(2 * parameters / 8e9)
+    tokens = 8 * 512
+    flops = tokens * (2 * parameters + 4 * 512 * 2560)
+    assert times.real_forward == pytest.approx(flops / 62.5e12)
+
+
+def test_the_picture_is_drawn(tmp_path: Path) -> None:
+    compared = [_one("mics", [1.0], 1.0), _one("fsdp2", [1.0], 3.0), _one("computation", [], 0.8)]
+    for link_bits in (200e6, None):
+        plot_comparison(compared, tmp_path / "picture.png", "a title", link_bits)
+        assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+# -- DeepSpeed ------------------------------------------------------------------------------------
+
+
+def test_a_missing_environment_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MICS_BENCH_ENVIRONMENTS", str(tmp_path))
+    with pytest.raises(MicsError, match=r"DeepSpeed 0\.19\.2(.|\n)*make bench-environments"):
+        find_python("deepspeed mics")
+
+
+def test_what_deepspeed_is_told() -> None:
+    def zero(name: str, partition: int = 2) -> object:
+        order = Order(name, {}, None, partition, gpus_per_node=2)
+        return configuration(order, micro_batch=1, micro_steps=4)["zero_optimization"]
+
+    assert zero("zero2") == {"stage": 2}
+    assert zero("zero3") == {"stage": 3}
+    assert zero("hpz") == {"stage": 3, "zero_hpz_partition_size": 2}
+    for partition, two_stages in ((2, False), (4, True)):
+        assert zero("deepspeed mics", partition) == {
+            "stage": 3,
+            "mics_shard_size": partition,
+            "mics_hierarchical_params_gather": two_stages,
+        }
+
+
+STAND_IN = """
+import torch, torch.distributed as dist
+print("a library that prints to standard output")
+class ops:
+    __compatible_ops__ = {}
+class comm:
+    pass
+def init_distributed(dist_backend):
+    dist.init_process_group(dist_backend)
+class Engine:
+    def __init__(self, model, optimizer, config):
+        self.model, self.optimizer, self.left = model, optimizer, 0
+        self.micro_steps = config["gradient_accumulation_steps"]
+    def __call__(self, **inputs):
+        return self.model(**inputs)
+    def backward(self, loss):
+        (loss / self.micro_steps).backward()
+    def step(self):
+        self.left += 1
+        if self.left % self.micro_steps == 0:
+            for param in self.model.parameters():
+                dist.all_reduce(param.grad)
+                param.grad /= dist.get_world_size()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+def initialize(model, optimizer, config):
+    if config["zero_optimization"]["stage"] == 2:
+        raise RuntimeError("stage 2 is broken here")
+    return Engine(model, optimizer, config), None
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Environments whose DeepSpeed is a few lines: what is tested is everything around it."""
+    for release in set(RELEASES.values()):
+        place = tmp_path / f".venv-deepspeed-{release}" / "bin"
+        place.mkdir(parents=True)
+        start = f'#!/bin/sh\nexec "{sys.executable}" "$@"\n'
+        (place / "python").write_text(start)
+        (place / "python").chmod(0o755)
+    (tmp_path / "deepspeed.py").write_text(STAND_IN)
+    monkeypatch.setenv("MICS_BENCH_ENVIRONMENTS", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return tmp_path
+
+
+def _fields(work: Workload) -> dict[str, object]:
+    return dict(vars(work))
+
+
+def _beside(names: tuple[str, ...], ranks_per_node: int = 2) -> list[Compared]:
+    torch.set_num_threads(1)
+    engines: list[Engine | Child] = [
+        Engine("mics", SMALL, partition=2, gpus_per_node=ranks_per_node),
+        *(Child(Order(name, _fields(SMALL), None, 2, ranks_per_node)) for name in names),
+    ]
+    return compare(engines, 1, told=lambda *_: None)
+
+
+@pytest.mark.slow
+def test_a_child_steps_in_turn_with_the_same_losses(stand_in: Path) -> None:
+    for found in run_ranks(_beside, 2, ("zero3",), 1):
+        assert [one.engine for one in found] == ["mics", "zero3"]
+        assert agree(found)
+
+
+def _broken() -> None:
+    Child(Order("zero2", _fields(SMALL), None, 1, 1))
+
+
+@pytest.mark.slow
+def test_a_child_that_ends_says_why(stand_in: Path) -> None:
+    for text in errors_of_ranks(_broken, 2):
+        assert "DeepSpeed's zero2 ended" in text
+        assert "stage 2 is broken here" in text
+
+
+@pytest.mark.extra
+def test_deepspeed_trains_as_mics_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MICS_BENCH_ENVIRONMENTS", str(ROOT))
+    try:
+        for name in RELEASES:
+            find_python(name)
+    except MicsError:
+        pytest.skip("DeepSpeed's environments are not there: make bench-environments")
+    for found in run_ranks(_beside, 4, tuple(RELEASES)):
+        assert agree(found)
