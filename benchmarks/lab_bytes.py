@@ -28,7 +28,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 import mics
 from mics.agreement import gather_text
 from mics.benching.spread import Spread
-from mics.benching.wire import bytes_sent
+from mics.lab.wire import bytes_sent
 from mics.mesh import start
 from mics.topology import possible_partitions
 from mics.units import predict_traffic

@@ -11,6 +11,7 @@ import torch
 from ranks import errors_of_ranks, run_ranks
 
 from mics.benching.children import RELEASES, Child, find_python
+from mics.benching.collectives import keep_choices, measure_collectives
 from mics.benching.deepspeed_child import Order, configuration
 from mics.benching.dilated import CLUSTERS, Dilation, Stretched, arithmetic
 from mics.benching.engines import Engine
@@ -18,7 +19,9 @@ from mics.benching.picture import plot_comparison
 from mics.benching.side_by_side import Compared, agree, compare
 from mics.benching.spread import Spread
 from mics.benching.workloads import Workload
+from mics.choice import measure
 from mics.errors import MicsError
+from mics.mesh import Choice, groups_of, init_mesh, ranks_of
 
 SMALL = Workload(hidden=16, layers=2, rows=1, length=16, micro_steps=2)
 ENGINES = ("mics", "fsdp2", "hsdp every micro-step", "hsdp deferred", "ddp", "computation")
@@ -90,6 +93,32 @@ def test_the_picture_is_drawn(tmp_path: Path) -> None:
     for link_bits in (200e6, None):
         plot_comparison(compared, tmp_path / "picture.png", "a title", link_bits)
         assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def _chosen_by_measurement() -> dict[Choice, str]:
+    groups = groups_of(init_mesh(partition=4, gpus_per_node=2))
+    found = measure_collectives(groups, [2**16], repeats=1, link_bits=None, told=lambda _: None)
+    keep_choices(groups, found)
+    return dict(groups.layout.choices)
+
+
+def _chosen_by_profile() -> dict[Choice, str]:
+    groups = groups_of(init_mesh(partition=4, gpus_per_node=2))
+    ranks = ranks_of(groups.shard)
+    measure(groups, groups.shard, ranks, "all_gather", 2**16, torch.float32)
+    return dict(groups.layout.choices)
+
+
+def test_what_bench_collectives_measures_is_what_later_runs_choose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MICS_PROFILE", str(tmp_path / "profile.json"))
+    measured, *others = run_ranks(_chosen_by_measurement, 4)
+    assert all(other == measured for other in others)
+    assert {choice.collective for choice in measured} == {"all_gather", "reduce_scatter"}
+    written = (tmp_path / "profile.json").read_text()
+    assert run_ranks(_chosen_by_profile, 4) == [measured] * 4
+    assert (tmp_path / "profile.json").read_text() == written  # nothing was measured again
 
 
 # -- DeepSpeed ------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 
 from mics.__main__ import main
 from mics.errors import LabError
-from mics.lab import lifetime, network, running, state, system, unprivileged
+from mics.lab import lifetime, network, relay, running, state, system, unprivileged
 from mics.lab.state import Lab
 
 ROOT = Path(__file__).parents[1]
@@ -304,6 +305,81 @@ def test_sigterm_takes_the_lab_down() -> None:
     process.terminate()
     process.communicate(timeout=60)
     assert not of_lab(Lab("term", 3, 1, ""))
+
+
+# -- latency ---------------------------------------------------------------------------------------
+
+
+def test_latencies_are_read_and_what_is_none_is_refused() -> None:
+    assert network.milliseconds("0.5ms") == 0.5
+    assert network.milliseconds("0ms") == 0
+    for text in ("5", "-1ms", "1s", "ms"):
+        with pytest.raises(LabError, match="is no latency"):
+            network.milliseconds(text)
+
+
+def test_a_frame_is_delivered_when_it_is_due_and_in_order() -> None:
+    near, far = os.pipe2(os.O_NONBLOCK), os.pipe2(os.O_NONBLOCK)
+    direction = relay.Direction(near[0], far[1], latency=2.0)
+    os.write(near[1], b"first")
+    direction.take(now=10.0)
+    os.write(near[1], b"second")
+    direction.take(now=11.0)
+    assert direction.deliver(now=11.9) == 12.0
+    assert direction.deliver(now=12.0) == 13.0
+    assert os.read(far[0], 100) == b"first"
+    assert direction.deliver(now=14.0) is None
+    assert os.read(far[0], 100) == b"second"
+    os.close(far[0])
+    direction.take(now=20.0)
+    os.write(near[1], b"lost")
+    direction.take(now=20.0)
+    assert direction.deliver(now=30.0) is None  # nobody is there: lost without a word
+    for descriptor in (*near, far[1]):
+        os.close(descriptor)
+
+
+ECHO = """
+import os, socket, time
+if os.environ["RANK"] == "0":
+    server = socket.create_server(("", 5001))
+    connection, _ = server.accept()
+    while data := connection.recv(1 << 16):
+        connection.sendall(data)
+else:
+    while True:
+        try:
+            connection = socket.create_connection(("node0", 5001))
+            break
+        except OSError:
+            time.sleep(0.1)
+    for _ in range(5):
+        start = time.perf_counter()
+        connection.sendall(b"x")
+        connection.recv(1)
+        print("took", time.perf_counter() - start, flush=True)
+    connection.sendall(bytes(500_000))
+    left = 500_000
+    while left:
+        left -= len(connection.recv(1 << 16))
+    print("all came back", flush=True)
+"""
+
+
+@needs_a_lab
+def test_a_round_trip_takes_four_latencies_at_least(tmp_path: Path) -> None:
+    """From the node to the switch, to the other node, and back."""
+    script = tmp_path / "echo.py"
+    script.write_text(ECHO)
+    with lifetime.lab_for(Lab(state.new_name(), 2, 1, "100mbit", latency_ms=5.0)) as lab:
+        done = running.run(lab, [str(script)], tmp_path / "logs", screen=io.StringIO())
+    assert done.code == 0, done.words
+    log = (tmp_path / "logs" / "node1.log").read_text()
+    took = [float(words) for words in re.findall(r"took ([\d.]+)", log)]
+    assert len(took) == 5
+    assert min(took) >= 0.020
+    assert "all came back" in log
+    assert not of_lab(lab)
 
 
 # -- an ordinary user ------------------------------------------------------------------------------

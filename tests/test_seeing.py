@@ -33,6 +33,7 @@ def a_step(step: int = 3, **more: Any) -> StepRecord:
         "memory_bytes": 3 << 30,
         "bytes_between_nodes": 5 << 20,
         "bytes_inside_nodes": 2048,
+        "bytes_on_wire": None,
         "traffic_as_predicted": True,
         "hop_1_seconds": 0.25,
         "hop_1_exposed": None,

@@ -54,7 +54,7 @@ def decide_by(groups: Groups, collectives: Collectives) -> Decide:
     ) -> Form:
         if collectives != "auto":
             return collectives
-        return _nearest(groups, _choice(groups, collective, ranks, message_bytes, dtype))
+        return _nearest(groups, choice_of(groups, collective, ranks, message_bytes, dtype))
 
     return decide
 
@@ -74,7 +74,7 @@ def measure(
     pair = stage_groups(groups, ranks)
     if pair is None or message_bytes == 0:
         return
-    choice = _choice(groups, collective, ranks, message_bytes, dtype)
+    choice = choice_of(groups, collective, ranks, message_bytes, dtype)
     if choice in groups.layout.choices:
         return
     _read_profile(groups)
@@ -83,13 +83,18 @@ def measure(
     numel = 2**choice.size_class // dtype.itemsize // group.size() * group.size()
     numel = max(numel, group.size())
     flat, hierarchical = _time_forms(groups, group, pair, collective, numel, dtype)
-    wins = hierarchical < flat * (1 - _MARGIN)
-    groups.layout.choices[choice] = "hierarchical" if wins else "flat"
+    keep(groups, choice, flat, hierarchical)
     say(
         f"{collective} of {_size(2**choice.size_class)} {choice.dtype} over "
         f"{choice.nodes} nodes x {choice.ranks_per_node}: {groups.layout.choices[choice]} "
         f"(flat {flat * 1e3:.2f} ms, hierarchical {hierarchical * 1e3:.2f} ms)"
     )
+
+
+def keep(groups: Groups, choice: Choice, flat: float, hierarchical: float) -> None:
+    """Choose by two times in seconds, for this run and, in the profile, for the next ones."""
+    wins = hierarchical < flat * (1 - _MARGIN)
+    groups.layout.choices[choice] = "hierarchical" if wins else "flat"
     _write_profile(groups, choice, flat, hierarchical)
 
 
@@ -105,9 +110,10 @@ def profile_path() -> Path:
     return Path(cache) / "torch-mics" / "profile.json"
 
 
-def _choice(
+def choice_of(
     groups: Groups, collective: Collective, ranks: Ranks, message_bytes: int, dtype: torch.dtype
 ) -> Choice:
+    """What is chosen at once: all messages of a collective, group and dtype up to a power of 2."""
     rows = nodes_of(ranks, groups.gpus_per_node)
     size_class = max(0, (message_bytes - 1).bit_length())
     return Choice(

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from mics import compat
 from mics.benching.spread import Spread
+from mics.choice import choice_of, keep
 from mics.collectives import AllGather, hierarchical_all_gather, hierarchical_reduce_scatter
 from mics.ledgers import Ledger
 from mics.mesh import Groups, StageGroups, ranks_of, stage_groups
@@ -34,7 +35,7 @@ class Measured:
     the link's rate, in seconds; ``None`` where the rate is not known.
     """
 
-    collective: str
+    collective: Collective
     form: str
     message_bytes: int
     ranks: int
@@ -92,6 +93,21 @@ def measure_collectives(
                 found.append(one)
                 told(one)
     return found
+
+
+def keep_choices(groups: Groups, found: Sequence[Measured]) -> None:
+    """Let the runs that follow choose by what was measured, and write it into the profile.
+
+    The times are the slowest rank's, so all ranks choose alike.
+    """
+    ranks = ranks_of(groups.shard)
+    seconds = {(m.collective, m.message_bytes, m.form): m.seconds.median for m in found}
+    for (collective, size, form), flat in seconds.items():
+        two_stages = seconds.get((collective, size, "hierarchical"))
+        if form == "flat" and two_stages is not None:
+            keep(
+                groups, choice_of(groups, collective, ranks, size, torch.float32), flat, two_stages
+            )
 
 
 def _calls(

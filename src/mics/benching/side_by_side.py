@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from mics.benching.spread import Spread
-from mics.benching.wire import bytes_sent
+from mics.lab.wire import bytes_sent
 
 
 class Stepping(Protocol):

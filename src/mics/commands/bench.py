@@ -17,7 +17,7 @@ import torch.distributed as dist
 import tyro
 
 from mics.benching.children import RELEASES, Child, check_environments
-from mics.benching.collectives import Measured, measure_collectives
+from mics.benching.collectives import Measured, keep_choices, measure_collectives
 from mics.benching.deepspeed_child import WORK_AROUND, Order
 from mics.benching.dilated import Dilation, Stretched
 from mics.benching.engines import NAMES, Engine, Name, Work
@@ -34,6 +34,8 @@ _SIZES = tuple(f"{2**n}KiB" for n in range(6, 17, 2))
 @dataclass(frozen=True)
 class Collectives:
     """Time all-gather, reduce-scatter and all-reduce, flat and in two stages, beside the floor.
+
+    What is faster is kept in the profile that later runs choose by ($MICS_PROFILE).
 
     Run it on the ranks that are to be measured: under torchrun, Slurm or MPI, or in a lab:
     `mics lab run --nodes 2 --gpus-per-node 4 -- mics bench collectives`.
@@ -147,6 +149,7 @@ def _collectives(config: Collectives) -> int:
         link_bits=_bits(link),
         told=lambda one: print(_line(one), flush=True) if speaks else None,
     )
+    keep_choices(groups, found)
     if speaks and config.out is not None:
         facts = _facts(link, world, groups.gpus_per_node, groups.shard.size())
         _write(config.out, facts | {"measured": [dataclasses.asdict(one) for one in found]})

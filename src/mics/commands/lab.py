@@ -31,12 +31,17 @@ class Shape:
     link: str = "200mbit"
     """Rate of each node's cable, in each direction, as tc writes it."""
 
+    latency: str = "0ms"
+    """How long a frame is under way between a node and the switch: 0.5ms, 2ms."""
+
     name: str = ""
     """Name of the lab; one is made up if it is left out."""
 
     def lab(self) -> Lab:
         """The lab that is described."""
-        return Lab(self.name or state.new_name(), self.nodes, self.gpus_per_node, self.link)
+        name = self.name or state.new_name()
+        latency_ms = network.milliseconds(self.latency)
+        return Lab(name, self.nodes, self.gpus_per_node, self.link, latency_ms)
 
 
 @dataclass(frozen=True)

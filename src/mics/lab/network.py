@@ -6,18 +6,21 @@ import contextlib
 import os
 import re
 import signal
+import subprocess
+import sys
 from dataclasses import dataclass
 
 from mics.errors import LabError
+from mics.lab.relay import NODE_END, SWITCH_END
 from mics.lab.state import PREFIX, Lab
-from mics.lab.system import call, call_json
+from mics.lab.system import call, call_json, find_program
 
-_INTERFACE = "eth0"
 _BRIDGE = "br0"
 _MTU = 9000  # jumbo frames, as between the nodes of a cluster: headers are 1 % instead of 7
 _BUFFER_SECONDS = 0.02  # how long a packet may wait for its turn before it is dropped,
 _BUFFER_BYTES = 2**18  # unless the link is so slow that few packets could
 _RATE = re.compile(r"(\d+(?:\.\d+)?)(k|m|g)?bit", re.IGNORECASE)
+_LATENCY = re.compile(r"(\d+(?:\.\d+)?)ms")
 
 
 def bits_per_second(rate: str) -> float:
@@ -35,6 +38,18 @@ def bits_per_second(rate: str) -> float:
     )
 
 
+def milliseconds(text: str) -> float:
+    """What is meant by a latency such as ``0.5ms``.
+
+    Raises:
+        LabError: it is none.
+    """
+    match = _LATENCY.fullmatch(text)
+    if match is None:
+        raise LabError(f"{text!r} is no latency.", write="--latency 0.5ms")
+    return float(match[1])
+
+
 def build(lab: Lab) -> None:
     """Make the switch and the nodes; each cable is shaped in both directions.
 
@@ -46,22 +61,57 @@ def build(lab: Lab) -> None:
     _inside(lab.switch, "link", "add", _BRIDGE, "type", "bridge", "forward_delay", "0")
     _inside(lab.switch, "link", "set", _BRIDGE, "mtu", str(_MTU), "up")
     for index in range(lab.nodes):
-        _add_node(lab, index)
+        call("ip", "netns", "add", lab.node(index))
+        _inside(lab.node(index), "link", "set", "lo", "up")
+    if lab.latency_ms:
+        _start_relay(lab)
+    for index in range(lab.nodes):
+        if not lab.latency_ms:
+            _add_cable(lab, index)
+        _connect(lab, index)
 
 
-def _add_node(lab: Lab, index: int) -> None:
-    node, port = lab.node(index), _port(index)
-    call("ip", "netns", "add", node)
-    _inside(node, "link", "set", "lo", "up")
+def _add_cable(lab: Lab, index: int) -> None:
     # Both ends are made inside namespaces: the machine's own has no part in this.
     _inside(
         lab.switch,
-        *("link", "add", port, "type", "veth"),
-        *("peer", "name", _INTERFACE, "netns", node),
+        *("link", "add", _port(index), "type", "veth"),
+        *("peer", "name", NODE_END, "netns", lab.node(index)),
     )
+
+
+_relays: dict[str, subprocess.Popen[str]] = {}  # those that this process has started
+
+
+def _start_relay(lab: Lab) -> None:
+    """Cables that take time end at a process of this lab, see ``relay.py``."""
+    words = [sys.executable, "-m", "mics.lab.relay"]
+    words += [lab.node(0).removesuffix("node0"), str(lab.nodes), str(lab.latency_ms)]
+    process = subprocess.Popen(
+        [find_program("ip") or "ip", "netns", "exec", lab.switch, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"MICS_LAB": lab.name},
+        start_new_session=True,
+    )
+    _relays[lab.name] = process
+    assert process.stdout is not None and process.stderr is not None
+    if process.stdout.readline() != "ready\n":
+        last = (process.stderr.read().strip() or "it said nothing").splitlines()[-1]
+        raise LabError(
+            "The relay that delays the frames of this lab could not start.",
+            numbers=last,
+            write="without --latency; a relay needs to open /dev/net/tun",
+        )
+
+
+def _connect(lab: Lab, index: int) -> None:
+    """Both ends of a node's cable: addressed, shaped and up."""
+    node, port = lab.node(index), _port(index)
     _inside(lab.switch, "link", "set", port, "master", _BRIDGE)
-    _inside(node, "address", "add", f"{lab.address(index)}/24", "dev", _INTERFACE)
-    for namespace, interface in ((lab.switch, port), (node, _INTERFACE)):
+    _inside(node, "address", "add", f"{lab.address(index)}/24", "dev", NODE_END)
+    for namespace, interface in ((lab.switch, port), (node, NODE_END)):
         # Without gso_max_size packets of 64 kB pass as one, and a small bucket would drop them.
         _inside(namespace, "link", "set", interface, "mtu", str(_MTU), "gso_max_size", str(_MTU))
         _shape(namespace, interface, lab.link)
@@ -87,6 +137,9 @@ def take_down(lab: Lab) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         call("ip", "netns", "delete", name)
+    if lab.name in _relays:
+        with _relays.pop(lab.name):  # closes its pipes and waits for it
+            pass
 
 
 def namespaces() -> list[str]:
@@ -125,7 +178,7 @@ def traffic(lab: Lab) -> list[Traffic]:
     """The counters of every node since it was made."""
     found = []
     for index in range(lab.nodes):
-        shown = call_json("ip", "-n", lab.node(index), "-s", "-j", "link", "show", _INTERFACE)
+        shown = call_json("ip", "-n", lab.node(index), "-s", "-j", "link", "show", NODE_END)
         counters = shown[0]["stats64"]
         found.append(Traffic(counters["tx"]["bytes"], counters["rx"]["bytes"]))
     return found
@@ -136,4 +189,4 @@ def _inside(namespace: str, *words: str) -> None:
 
 
 def _port(index: int) -> str:
-    return f"port{index}"
+    return f"{SWITCH_END}{index}"

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from mics.lab.wire import bytes_sent
 from mics.ledgers import Seconds
 from mics.training.progress import Progress
 from mics.training.rates import Stopwatch, memory_bytes
@@ -52,6 +53,7 @@ class Meter:
         self._peak_flops = peak_flops
         self._device = device
         self._watch = Stopwatch()
+        self._wire: int | None = None  # what this node's interface had sent as the step began
         flow = self._predicted.flow
         both = [float(flow.inter_bytes), float(flow.intra_bytes)]
         summed = torch.tensor(both, dtype=torch.float64, device=device)
@@ -61,6 +63,7 @@ class Meter:
     def begin(self) -> None:
         """A step begins; what was communicated before it does not count."""
         self._ledger.reset()
+        self._wire = bytes_sent()
         self._watch.start()
 
     def count(self) -> list[float]:
@@ -77,6 +80,7 @@ class Meter:
         world = dist.get_world_size()
         rate = self._tokens / seconds
         hop_1, hop_2 = self._seconds(1), self._seconds(2)
+        wire = bytes_sent()
         used = None
         if self._peak_flops is not None:
             used = rate / world * self._flops_per_token / self._peak_flops
@@ -98,6 +102,7 @@ class Meter:
             memory_bytes=memory_bytes(self._device),
             bytes_between_nodes=int(between),
             bytes_inside_nodes=int(inside),
+            bytes_on_wire=None if wire is None or self._wire is None else wire - self._wire,
             traffic_as_predicted=as_predicted == world,
             hop_1_seconds=hop_1.total,
             hop_1_exposed=hop_1.exposed,

@@ -26,6 +26,7 @@ class StepRecord:
     memory_bytes: int | None  # peak of rank 0 so far
     bytes_between_nodes: int  # sent by all ranks in this step, counted
     bytes_inside_nodes: int
+    bytes_on_wire: int | None  # sent by rank 0's node, as the kernel counts at its interface
     traffic_as_predicted: bool  # every rank, every stage and link
     hop_1_seconds: float  # rank 0's, issue to completion
     hop_1_exposed: float | None  # what its computation waited for
@@ -80,13 +81,16 @@ def step_line(record: StepRecord, steps: int) -> str:
     """One line for the console."""
     bits = f"  {record.bits_per_byte:.3f} bits/byte" if record.bits_per_byte is not None else ""
     skipped = "" if record.taken else "  SKIPPED (not finite)"
+    wire = (
+        "" if record.bytes_on_wire is None else f", on node 0's wire {size(record.bytes_on_wire)}"
+    )
     return (
         f"step {record.step:>{len(str(steps))}}/{steps}{skipped}  loss {record.loss:.4f}{bits}"
         f"  lr {record.learning_rate:.1e}  norm {record.norm:.2f}"
         f"  {record.tokens_per_second:,.0f} tok/s ({record.tokens_per_second_per_gpu:,.0f}/GPU)"
         f"  MFU {percent(record.mfu)}  mem {size(record.memory_bytes)}"
         f"  sent between nodes {size(record.bytes_between_nodes)}, inside"
-        f" {size(record.bytes_inside_nodes)}"
+        f" {size(record.bytes_inside_nodes)}{wire}"
         f"  hop 1 {seconds(record.hop_1_seconds)} ({seconds(record.hop_1_exposed)} exposed)"
         f"  hop 2 {seconds(record.hop_2_seconds)} ({seconds(record.hop_2_exposed)} exposed)"
         f"  ETA {clock(record.seconds_left)}"
