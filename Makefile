@@ -18,7 +18,7 @@ help:
 	@echo "make test-all  with the extra tests that CI runs, some minutes more"
 	@echo "make check   the same without the slow tests"
 	@echo "make lint    format, lint and types only"
-	@echo "make bench   measure the overheads, write benchmarks/results/"
+	@echo "make bench   measure everything, write benchmarks/results/ (Linux, root, 90 minutes)"
 	@echo "make bench-environments  DeepSpeed, for mics bench, in environments of its own"
 	@echo "make clean   remove .venv and caches"
 
@@ -46,9 +46,12 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: setup
+bench: setup bench-environments
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/train.py
+	$(BIN)/python benchmarks/slow_links.py
+	$(BIN)/python benchmarks/lab_bytes.py
+	$(BIN)/python benchmarks/weak_scaling.py
 
 bench-environments: .venv-deepspeed-0.19.8/ready .venv-deepspeed-0.19.2/ready
 

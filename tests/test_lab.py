@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import subprocess
@@ -487,3 +488,47 @@ def test_a_missing_program_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(LabError, match=r"'unshare' is missing(.|\n)*util-linux"):
         unprivileged.check_user()
+
+
+# -- the measurements ------------------------------------------------------------------------------
+
+
+def measured(script: str, *words: str) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / script), *words],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src"), "MICS_BENCH_ENVIRONMENTS": "nowhere"},
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_a_lab
+@pytest.mark.extra
+def test_the_kernel_counts_what_the_ledger_counts_and_headers(tmp_path: Path) -> None:
+    """Partitions inside a node, over 2 and over 4 nodes, flat and in two stages."""
+    out = tmp_path / "bytes.json"
+    measured("lab_bytes.py", "--repeats", "1", "--out", str(out))
+    found = json.loads(out.read_text())
+    rows = [row for node in found["nodes"] for row in node]
+    layouts = {(row["partition"], row["form"]) for row in rows}
+    assert {(2, "flat"), (4, "flat"), (4, "hierarchical"), (8, "hierarchical")} <= layouts
+    for row in rows:
+        assert 1 <= row["kernel_over_ledger"]["median"] <= 1.06, row
+    for one in found["all-gather"]:
+        expected = one["(p - k) / (p - 1)"]
+        assert abs(one["hierarchical over flat"] / expected - 1) <= 0.05, one
+
+
+@needs_a_lab
+@pytest.mark.extra
+def test_the_readmes_measurements_of_slow_links_run(tmp_path: Path) -> None:
+    """Small: tiny models, one step, 2 nodes."""
+    measured("slow_links.py", "--small", "--folder", str(tmp_path))
+    written = {file.stem for file in tmp_path.glob("*.json")}
+    assert {"collectives", "lab_inside", "lab_spanning", "lab_bert", "lab_dilated_p4d"} <= written
+    for file in tmp_path.glob("lab_*.json"):
+        assert json.loads(file.read_text())["losses agree"]
+        assert file.with_suffix(".png").is_file()
