@@ -22,7 +22,15 @@ from mics.benching.children import RELEASES, find_python
 from mics.errors import MicsError
 
 RESULTS = Path(__file__).parent / "results"
-TORCH = ("mics", "fsdp2", "hsdp every micro-step", "hsdp deferred", "ddp", "computation")
+TORCH = (
+    "mics",
+    "mics p=1",
+    "fsdp2",
+    "hsdp every micro-step",
+    "hsdp deferred",
+    "ddp",
+    "computation",
+)
 
 
 DEEPSPEED = ("mics", *RELEASES)

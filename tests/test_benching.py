@@ -24,7 +24,15 @@ from mics.errors import MicsError
 from mics.mesh import Choice, groups_of, init_mesh, ranks_of
 
 SMALL = Workload(hidden=16, layers=2, rows=1, length=16, micro_steps=2)
-ENGINES = ("mics", "fsdp2", "hsdp every micro-step", "hsdp deferred", "ddp", "computation")
+ENGINES = (
+    "mics",
+    "mics p=1",
+    "fsdp2",
+    "hsdp every micro-step",
+    "hsdp deferred",
+    "ddp",
+    "computation",
+)
 ROOT = Path(__file__).parents[1]
 
 

@@ -20,6 +20,7 @@ from mics.model_sharding import shard
 
 Name = Literal[
     "mics",
+    "mics p=1",
     "fsdp2",
     "hsdp every micro-step",
     "hsdp deferred",
@@ -34,6 +35,7 @@ Name = Literal[
 
 NAMES: dict[Name, str] = {
     "mics": "mics: partition groups, two stages where they span nodes, hop 2 once a step",
+    "mics p=1": "mics with a whole replica on every rank, what it chooses where that fits",
     "fsdp2": "FSDP2 full shard over all ranks",
     "hsdp every micro-step": "FSDP2 HSDP, an all-reduce over the replicas every micro-step",
     "hsdp deferred": "FSDP2 HSDP, the all-reduce on the last micro-step only",
@@ -105,7 +107,7 @@ class Engine:
     def _micro_steps(self, batches: list[Any]) -> Iterator[tuple[Any, float, Callable[[], Any]]]:
         """Every micro-batch, what its loss is multiplied with, and the context it runs in."""
         none = contextlib.nullcontext
-        if self.name == "mics":
+        if self.name in ("mics", "mics p=1"):
             for batch in micro_steps(self.model, batches, normalise="micro_steps"):
                 yield batch, 1.0, none
             return
@@ -133,10 +135,10 @@ def _parallel(
     if name == "ddp":
         return DistributedDataParallel(model)
     world = dist.get_world_size()
-    if name == "mics":
+    if name in ("mics", "mics p=1"):
         return shard(
             model,
-            partition=partition,
+            partition=partition if name == "mics" else 1,
             gpus_per_node=gpus_per_node,
             blocks=work.blocks(model),
             mp_policy=MixedPrecisionPolicy(),
