@@ -131,16 +131,27 @@ class ReduceScatter:
         async_op: bool = False,
     ) -> None:
         """Reduce-scatter; on return ordered on the current stream, on the CPU complete or later."""
+        exchanged = self._later is not None and self._later.in_node
+        by_all_reduce = input_tensor.device.type == "cpu" and not exchanged
         spans, pair = _plan(
-            "reduce_scatter", self._groups, self._ledger, self._decide, input_tensor, group
+            "reduce_scatter",
+            self._groups,
+            self._ledger,
+            self._decide,
+            input_tensor,
+            group,
+            by_all_reduce=by_all_reduce,
         )
         if self._later is not None:
-            begin = functools.partial(_reduce_in_steps, input_tensor, op, group, pair, spans)
+            begin = functools.partial(
+                _reduce_in_steps, input_tensor, op, group, pair, spans, exchanged
+            )
             if self._later.reduce(output_tensor, op, begin):
                 return
         if pair is None:
+            flat = reduce_scatter if exchanged else compat.reduce_scatter
             with spans.issue("flat"):
-                compat.reduce_scatter(output_tensor, input_tensor, op, group)
+                flat(output_tensor, input_tensor, op, group)
             return
         inter, intra = spans.issue("inter"), spans.issue("intra")
         hierarchical_reduce_scatter(output_tensor, input_tensor, op, pair, inter, intra)
@@ -211,9 +222,18 @@ def _reduce_in_steps(
     group: dist.ProcessGroup,
     pair: StageGroups | None,
     spans: _Spans,
+    exchanged: bool,
     output: torch.Tensor,
 ) -> Iterator[None]:
     """A reduce-scatter on the CPU that yields whenever it would have to wait."""
+    if pair is None and exchanged:
+        span = spans.issue("flat")
+        alone = Exchange(output, input, op, group)
+        span.follow(alone.work)
+        yield
+        span.wait(alone.work)
+        alone.add_up()
+        return
     if pair is None:
         span = spans.issue("flat")
         work = compat.reduce_scatter(output, input, op, group, async_op=True)
@@ -343,6 +363,8 @@ def _plan(
     decide: Decide,
     gathered: torch.Tensor,
     group: dist.ProcessGroup,
+    *,
+    by_all_reduce: bool = False,
 ) -> tuple[_Spans, StageGroups | None]:
     """What to count and, if the collective is hierarchical, the groups of its stages."""
     ranks = ranks_of(group)
@@ -357,7 +379,7 @@ def _plan(
         message_bytes,
         groups.gpus_per_node,
         form,
-        by_all_reduce=collective == "reduce_scatter" and gathered.device.type == "cpu",
+        by_all_reduce=by_all_reduce,
     )
     spans = _Spans(ledger, collective, messages, gathered.device)
     return spans, pair if form == "hierarchical" else None

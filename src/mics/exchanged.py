@@ -2,9 +2,10 @@
 
 Gloo reduce-scatters by an all-reduce whose other rows are thrown away: a rank sends 2 M (n-1)/n.
 Here every rank sends each other one its row and adds up what it gets: M (n-1)/n, the volume of
-``traffic.py``. All of it goes to its addressee directly, so this is for the two stages, whose ranks
-share one node or sit on one node each; among several ranks on several nodes a ring crosses the slow
-link less often. The flat form stays the backend's, and with it FSDP2's results to the bit.
+``traffic.py``. All of it goes to its addressee directly, so this is for ranks that share one node
+or sit on one node each: the two stages, and with ``overlap`` a partition group inside a node. Among
+several ranks on several nodes a ring crosses the slow link less often. Without ``overlap`` the flat
+form stays the backend's, and with it FSDP2's results to the bit.
 """
 
 from __future__ import annotations

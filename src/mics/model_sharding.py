@@ -74,7 +74,7 @@ def shard(
         compile: ``torch.compile`` each block; a mapping is passed on as its keywords.
         collectives: "auto" measures flat against hierarchical once; or force one of them.
         overlap: on the CPU, where Gloo blocks: gather and reduce beside computation, at the price
-            of two blocks' memory. On a GPU FSDP2's streams do so in any case.
+            of two blocks' memory; see ``fully_shard``. On a GPU FSDP2's streams do so in any case.
 
     Returns:
         ``model``, an FSDPModule now; ``state_dict``, optimizers and checkpoints work as on any.

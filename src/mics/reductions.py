@@ -102,7 +102,7 @@ class Later:
         self._group = group
         self._reductions = reductions
         self._tell = landed
-        self._in_node = in_node
+        self.in_node = in_node
         self._pending = False
 
     @property
@@ -125,7 +125,7 @@ class Later:
             self._reductions.finish()
         hop_two_follows = self._tell is not None and compat.wants_all_reduce(self._group)
         accumulator = self._accumulator(output, op)
-        if accumulator is None or (hop_two_follows and self._in_node):
+        if accumulator is None or (hop_two_follows and self.in_node):
             self._reductions.finish()
             return False
         result = output

@@ -68,8 +68,9 @@ def fully_shard(
         gpus_per_node: k, if the mesh did not come from ``mics.init_mesh`` and the launcher's word
             is not right.
         overlap: on the CPU, where FSDP2's streams do nothing and Gloo blocks: gather for backward
-            and reduce beside computation, at the price of two units' memory. On a GPU FSDP2's
-            streams do both in any case.
+            and reduce beside computation, at the price of two units' memory, and reduce inside a
+            node with half of Gloo's bytes, at the price of another order of rounding. On a GPU
+            FSDP2's streams overlap in any case.
 
     Returns:
         ``module``, now an FSDPModule.
@@ -174,7 +175,8 @@ def _attach(
         AllGather(groups, ledger, decide),
         ReduceScatter(groups, ledger, decide, hop_two.before_reduce if hop_two else None, later),
     )
-    attach(module, Unit(group, groups, ledger, hop_two, decide))
+    exchanges = later is not None and later.in_node
+    attach(module, Unit(group, groups, ledger, hop_two, decide, exchanges))
 
 
 def _measure(group: Any, groups: Groups) -> None:

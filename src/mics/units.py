@@ -28,6 +28,7 @@ class Unit:
     ledger: Ledger
     hop_two: HopTwo | None  # None with one replica
     decide: Decide  # flat or hierarchical
+    exchanges: bool  # whether its flat reduce-scatter is an exchange, not the backend's
 
 
 def attach(module: nn.Module, unit: Unit) -> None:
@@ -83,7 +84,7 @@ def predict_traffic(model: nn.Module, *, micro_steps: int = 1) -> Traffic:
             hop_2_runs=1,
             all_gather=unit.decide("all_gather", partition, block.gather_bytes, gather),
             reduce_scatter=unit.decide("reduce_scatter", partition, block.reduce_bytes, reduce),
-            gloo=groups.device.type == "cpu",
+            gloo=groups.device.type == "cpu" and not unit.exchanges,
         )
     return total
 
