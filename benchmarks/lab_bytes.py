@@ -60,11 +60,12 @@ def node_sum(value: float) -> float:
 def count(partition: int, form: str, repeats: int) -> dict[str, Any]:
     """One layout: bytes that leave this node in a step, by ledger and by kernel."""
     torch.manual_seed(0)
+    whole = nn.Sequential(*[block() for _ in range(BLOCKS)])
     model = mics.shard(
-        nn.Sequential(*[block() for _ in range(BLOCKS)]),
+        whole,
         partition=partition,
         gpus_per_node=RANKS,
-        blocks=nn.Sequential,
+        blocks=list(whole),
         mp_policy=MixedPrecisionPolicy(),
         collectives=form,
     )

@@ -67,6 +67,9 @@ def test_blocks_can_be_named_by_class_module_or_predicate() -> None:
     model = nn.ModuleList(Layer() for _ in range(2))
     assert names(model, blocks=[Attention]) == ["0.attention", "1.attention"]
     assert names(model, blocks=[model[1]]) == ["1"]
+    assert names(model, blocks=Attention) == names(model, blocks=[Attention])
+    assert names(model, blocks=model[1]) == ["1"]
+    assert names(nn.Sequential(layers := nn.ModuleList([model[0]])), blocks=layers) == ["0.0"]
     assert names(model, blocks=lambda m: isinstance(m, nn.Linear))[:2] == [
         "0.attention.q",
         "0.attention.k",

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from mics.errors import ShardError
 
-Blocks = Sequence[type[nn.Module] | nn.Module] | Callable[[nn.Module], bool] | None
+Block = type[nn.Module] | nn.Module
+Blocks = Sequence[Block] | Block | Callable[[nn.Module], bool] | None
 
 _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
@@ -25,8 +27,8 @@ def find_blocks(model: nn.Module, blocks: Blocks = None) -> dict[str, nn.Module]
 
     Args:
         model: any module.
-        blocks: classes, the block modules themselves, or a function that says whether a module is
-            one.
+        blocks: classes, the block modules themselves (a ModuleList too), one of either, or a
+            function that says whether a module is one.
 
     Raises:
         ShardError: there is no block, or a given class or module does not occur.
@@ -90,14 +92,21 @@ def units_of_block(block: nn.Module, ignored: set[nn.Parameter]) -> list[nn.Modu
     return [*reversed(units), block]
 
 
+def _as_list(blocks: Any) -> list[Block]:
+    """Blocks one by one: a list of them, the layers of a ModuleList, or a single one."""
+    if isinstance(blocks, Sequence | nn.ModuleList):
+        return list(blocks)
+    return [blocks]
+
+
 def _given(model: nn.Module, blocks: Blocks) -> dict[str, nn.Module]:
     if callable(blocks) and not isinstance(blocks, (type, nn.Module)):
         return _outermost(model, blocks)
-    assert isinstance(blocks, Sequence)
-    classes = tuple(b for b in blocks if isinstance(b, type))
-    modules = {b for b in blocks if isinstance(b, nn.Module)}
+    named = _as_list(blocks)
+    classes = tuple(b for b in named if isinstance(b, type))
+    modules = {b for b in named if isinstance(b, nn.Module)}
     present = set(model.modules())
-    for block in blocks:
+    for block in named:
         missing = (
             block not in present
             if isinstance(block, nn.Module)

@@ -158,9 +158,13 @@ def _check_world_agrees(
 
 
 def _spelled(blocks: Blocks) -> str:
-    if blocks is None or not isinstance(blocks, Sequence):
-        return "None" if blocks is None else "a function"
-    return " ".join(b.__name__ if isinstance(b, type) else type(b).__name__ for b in blocks)
+    if blocks is None:
+        return "None"
+    if isinstance(blocks, Sequence):
+        return " ".join(_spelled(block) for block in blocks)
+    if isinstance(blocks, nn.Module):
+        return type(blocks).__name__
+    return blocks.__name__ if isinstance(blocks, type) else "a function"
 
 
 def _mesh_for(
