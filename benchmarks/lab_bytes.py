@@ -78,7 +78,10 @@ def count(partition: int, form: str, repeats: int) -> dict[str, Any]:
         ledger = node_sum(float(view.traffic().flow.inter_bytes))
         assert view.traffic() == predict_traffic(model, micro_steps=MICRO_STEPS)
         ratios.append(sent / ledger)
-        with torch.no_grad():  # all-gathers alone
+    with (
+        torch.no_grad()
+    ):  # all-gathers alone; last, as FSDP2 prefetches by the last forward's order
+        for _ in range(repeats):
             gathered.append(float(kernel_bytes(lambda: model(torch.ones(2, WIDTH)))))
     return {
         "partition": partition,
