@@ -71,24 +71,22 @@ def count(partition: int, form: str, repeats: int) -> dict[str, Any]:
     )
     one_step(model)  # makes connections
     view = mics.ledger(model)
-    ratios, gathered = [], []
+    ratios = []
     for _ in range(repeats):
         view.reset()
         sent = kernel_bytes(lambda: one_step(model))
         ledger = node_sum(float(view.traffic().flow.inter_bytes))
         assert view.traffic() == predict_traffic(model, micro_steps=MICRO_STEPS)
         ratios.append(sent / ledger)
-    with (
-        torch.no_grad()
-    ):  # all-gathers alone; last, as FSDP2 prefetches by the last forward's order
-        for _ in range(repeats):
-            gathered.append(float(kernel_bytes(lambda: model(torch.ones(2, WIDTH)))))
+    # All-gathers alone come last: FSDP2 prefetches in the order of the last forward, evaluation too.
+    with torch.no_grad():
+        alone = [kernel_bytes(lambda: model(torch.ones(2, WIDTH))) for _ in range(repeats)]
     return {
         "partition": partition,
         "form": form,
         "ledger_bytes_of_node": ledger,
         "kernel_over_ledger": vars(Spread.of(ratios)),
-        "all_gathers_by_kernel": vars(Spread.of(gathered)),
+        "all_gathers_by_kernel": vars(Spread.of(alone)),
     }
 
 
