@@ -78,7 +78,7 @@ def count(partition: int, form: str, repeats: int) -> dict[str, Any]:
         ledger = node_sum(float(view.traffic().flow.inter_bytes))
         assert view.traffic() == predict_traffic(model, micro_steps=MICRO_STEPS)
         ratios.append(sent / ledger)
-    # All-gathers alone come last: FSDP2 prefetches in the order of the last forward, evaluation too.
+    # Gathers alone come last: FSDP2 prefetches in the order of the last forward, evaluation too.
     with torch.no_grad():
         alone = [kernel_bytes(lambda: model(torch.ones(2, WIDTH))) for _ in range(repeats)]
     return {
