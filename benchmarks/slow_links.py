@@ -51,6 +51,7 @@ class Measurement:
 INSIDE = ("train", "--partition", "2")
 BERT = (*INSIDE, "--workload.kind", "bert")
 DILATED = ("dilated", "--partition", "2")
+FOUR = ("--dilation.micro-batch", "4")
 MEASUREMENTS = {
     "collectives": Measurement(
         2, 4, "200mbit", ("collectives",), (), ("--sizes", "64KiB", "--repeats", "2")
@@ -61,6 +62,8 @@ MEASUREMENTS = {
     "bert_deepspeed": Measurement(4, 2, "200mbit", BERT, DEEPSPEED),
     "spanning": Measurement(2, 4, "200mbit", ("train", "--partition", "8")),
     "dilated_p3dn": Measurement(4, 2, "100mbit", DILATED),
+    "dilated_p3dn_4": Measurement(4, 2, "100mbit", (*DILATED, *FOUR)),
+    "dilated_p3dn_4_deepspeed": Measurement(4, 2, "100mbit", (*DILATED, *FOUR), DEEPSPEED),
     "dilated_p4d": Measurement(4, 2, "100mbit", (*DILATED, "--dilation.cluster", "p4d")),
     "dilated_spanning": Measurement(4, 2, "100mbit", ("dilated", "--partition", "4")),
 }

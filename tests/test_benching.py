@@ -154,6 +154,16 @@ def test_what_deepspeed_is_told() -> None:
         }
 
 
+def test_sizes_of_deepspeed_are_scaled_as_the_stand_in_is() -> None:
+    order = Order("zero3", {}, None, 2, gpus_per_node=2, scale=0.01)
+    zero = configuration(order, micro_batch=1, micro_steps=4)["zero_optimization"]
+    assert zero["stage3_max_live_parameters"] == 10_000_000
+    assert zero["stage3_param_persistence_threshold"] == 1_000
+    # 6 blocks of 2 MiB in fp32 for 127 blocks of a 10B model.
+    scale = arithmetic(Dilation("bert-10b", "p3dn"), link_bits=100e6).scale
+    assert 1e10 * scale == pytest.approx(6 * 2**19, rel=0.01)
+
+
 STAND_IN = """
 import torch, torch.distributed as dist
 print("a library that prints to standard output")

@@ -38,11 +38,30 @@ class Order:
     link_bits: float | None
     partition: int
     gpus_per_node: int
+    scale: float = 1.0  # parameters of the stand-in per parameter of what it stands for
+
+
+SIZES: dict[str, float] = {
+    "reduce_bucket_size": 5e8,
+    "allgather_bucket_size": 5e8,
+    "stage3_prefetch_bucket_size": 5e7,
+    "stage3_param_persistence_threshold": 1e5,
+    "stage3_max_live_parameters": 1e9,
+    "stage3_max_reuse_distance": 1e9,
+}
+"""DeepSpeed's defaults that are numbers of parameters (``runtime/zero/config.py``, both releases).
+
+A stand-in that is a thousand times smaller would be wholly below them: stage 3 would keep every
+parameter between forward and backward, as no model of that size does. They are scaled as it is.
+"""
 
 
 def configuration(order: Order, micro_batch: int, micro_steps: int) -> dict[str, Any]:
     """DeepSpeed's defaults in fp32, without clipping, but for what the engine's name says."""
     zero: dict[str, Any] = {"stage": 2 if order.name == "zero2" else 3}
+    if order.scale != 1.0:
+        # Even ones: stage 2 wants its buckets aligned.
+        zero |= {name: max(int(value * order.scale / 2), 1) * 2 for name, value in SIZES.items()}
     if order.name == "hpz":
         zero["zero_hpz_partition_size"] = order.gpus_per_node
     if order.name == "deepspeed mics":

@@ -98,6 +98,7 @@ class Arithmetic:
     forward: float
     backward: float
     source: str
+    scale: float  # parameters of the stand-in per parameter of the model
 
     @property
     def computation(self) -> float:
@@ -113,7 +114,7 @@ def arithmetic(dilation: Dilation, link_bits: float) -> Arithmetic:
         link_bits: bits per second of the stand-in's link.
     """
     cluster = CLUSTERS[dilation.cluster]
-    parameters, flops = _block(dilation)
+    parameters, layers, flops = _block(dilation)
     real_bytes = 2.0 * parameters  # fp16 on the wire
     real_on_link = real_bytes / cluster.link
     on_link = dilation.block_bytes * 8 / link_bits
@@ -129,11 +130,12 @@ def arithmetic(dilation: Dilation, link_bits: float) -> Arithmetic:
         forward=factor * real_forward,
         backward=factor * 3 * real_forward,
         source=cluster.source,
+        scale=dilation.block_bytes / 4 * dilation.blocks / (parameters * layers),
     )
 
 
-def _block(dilation: Dilation) -> tuple[int, float]:
-    """Parameters of one block of the model, and FLOPs of its forward on one micro-batch."""
+def _block(dilation: Dilation) -> tuple[int, int, float]:
+    """Parameters of one block, their number, and FLOPs of a forward of one on a micro-batch."""
     settings = dict(PRESETS[dilation.model].settings)
     config = transformers.AutoConfig.for_model(PRESETS[dilation.model].model_type, **settings)
     width, layers = config.hidden_size, config.num_hidden_layers
@@ -143,7 +145,7 @@ def _block(dilation: Dilation) -> tuple[int, float]:
     parameters = sum(p.numel() for p in stack[0].parameters())
     tokens = dilation.micro_batch * dilation.sequence
     # 2 per parameter and token, and the two products of attention: PaLM, appendix B, forward only.
-    return parameters, tokens * (2.0 * parameters + 4.0 * width * dilation.sequence)
+    return parameters, layers, tokens * (2.0 * parameters + 4.0 * width * dilation.sequence)
 
 
 class Stretched:

@@ -180,7 +180,8 @@ def _engine(name: Name, config: _Comparison, work: Work, what: dict[str, Any], k
         stretched = "dilation" in what
         fields = dataclasses.asdict(what["dilation" if stretched else "workload"])
         link_bits = _bits(_link(config.link)) if stretched else None
-        return Child(Order(name, fields, link_bits, config.partition, k))
+        scale = what["arithmetic"].scale if stretched else 1.0
+        return Child(Order(name, fields, link_bits, config.partition, k, scale))
     return Engine(
         name,
         work,
@@ -210,7 +211,7 @@ def _compare(config: _Comparison, work: Work, title: str, what: dict[str, Any]) 
     same = agree(compared)
     if speaks:
         layout = f"{world // k} nodes x {k} ranks, partition {config.partition}, {link or 'n/a'}"
-        notes = _notes(config.engines)
+        notes = _notes(config.engines, scaled="dilation" in what)
         print("\n".join([f"{title}; {layout}", *_table(compared, _bits(link)), *notes]))
         print(f"losses of all engines agree: {'yes' if same else 'NO'}", flush=True)
         if config.out is not None:
@@ -241,13 +242,15 @@ def _table(compared: Sequence[Compared], link_bits: float | None) -> list[str]:
     return [*rows, "limit: the larger of computation and bytes sent over the rate of the link"]
 
 
-def _notes(engines: Sequence[Name]) -> list[str]:
+def _notes(engines: Sequence[Name], *, scaled: bool) -> list[str]:
     """What must be known of the engines beside their numbers."""
     notes = [
         f"{name}: DeepSpeed {RELEASES[name]}, its defaults in fp32, no clipping"
         for name in engines
         if name in RELEASES
     ]
+    if notes and scaled:
+        notes.append("DeepSpeed: its sizes in parameters are scaled as the model is")
     if "deepspeed mics" in engines:
         notes.append(f"deepspeed mics: {WORK_AROUND}")
     return notes
