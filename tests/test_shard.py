@@ -18,7 +18,9 @@ from torch.distributed.tensor import DTensor
 
 import mics
 from mics.blocks import find_blocks, units_of_block
-from mics.partition_choice import choose_partition, model_state_bytes
+from mics.partition_choice import PartitionChoice, choose_partition
+from mics.simulation.anatomy import Parameter, Unit
+from mics.simulation.memory import Setup, states_and_blocks
 
 # -- blocks ----------------------------------------------------------------------------------------
 
@@ -146,26 +148,36 @@ GIB = 2**30
 
 def test_the_smallest_partition_that_fits_is_chosen_and_explained() -> None:
     """10 B parameters of 16 bytes on 32 GB cards: 8 GPUs hold 18.6 GiB each (MiCS, section 3.2)."""
-    choice = choose_partition(160 * 10**9, 32 * GIB, nodes=4, gpus_per_node=8)
+    choice = chosen(160 * 10**9, 32 * GIB, nodes=4, k=8)
     assert choice.partition == 8
-    assert "18.63 GiB of model states in 32.00 GiB per rank" in choice.reason
+    assert "smallest that fits (18.63 GiB of 32.00 GiB, 30% kept for activations)" in choice.reason
     assert "4 would need 37.25 GiB" in choice.reason
-    assert choose_partition(240 * 10**9, 32 * GIB, nodes=4, gpus_per_node=8).partition == 16
-    assert choose_partition(10**9, 32 * GIB, nodes=4, gpus_per_node=8).partition == 1
+    assert chosen(240 * 10**9, 32 * GIB, nodes=4, k=8).partition == 16
+    assert chosen(10**9, 32 * GIB, nodes=4, k=8).partition == 1
+
+
+def chosen(state_bytes: int, device_bytes: int, *, nodes: int, k: int) -> PartitionChoice:
+    return choose_partition(
+        lambda p: state_bytes // p, device_bytes, nodes=nodes, gpus_per_node=k, share=0.7
+    )
 
 
 def test_a_model_that_fits_nowhere_says_how_many_ranks_it_needs() -> None:
     with pytest.raises(mics.ShardError) as error:
-        choose_partition(100 * GIB, 8 * GIB, nodes=2, gpus_per_node=4)
+        chosen(100 * GIB, 8 * GIB, nodes=2, k=4)
     message = str(error.value)
-    assert "one replica over all 8 rank(s) still needs 12.50 GiB" in message
-    assert "Write: at least 18 ranks" in message
+    assert "with one replica over all 8 rank(s) each still needs 12.50 GiB" in message
+    assert "Write: about 32 ranks" in message
 
 
 def test_frozen_parameters_need_neither_gradients_nor_moments() -> None:
-    model = nn.Sequential(nn.Linear(10, 10, bias=False), nn.Linear(10, 10, bias=False))
-    model[0].requires_grad_(False)
-    assert model_state_bytes(model) == 400 + 4 * 400
+    frozen, trained = (Unit((Parameter(10, 10, trained),)) for trained in (False, True))
+    setup = Setup(1, optimizer="adamw-fused", compute_bytes=4, micro_steps=2, prefetch=0)
+    none = Unit(())
+    both, alone = (states_and_blocks([u], none, setup).total for u in (trained, frozen))
+    # Itself and gathered; trained also its gradient (whole and its own), two moments.
+    assert alone == 2 * 400
+    assert both == (2 + 2 + 2) * 400
 
 
 def _auto() -> tuple[int, ...]:

@@ -272,12 +272,15 @@ def test_a_dry_run_of_the_papers_models(
     assert "8192 sequences = 8 x 16 micro-step(s) x 64 rank(s)" in out
     assert "Group map: partition 16, 4 replicas" in out
     assert f'name = "{name}"' in out
-    rows = [line.split() for line in out.splitlines() if line.rstrip().endswith(("GiB", "chosen"))]
+    table = out.partition("replicas        states")[2].splitlines()
+    rows = [line.split() for line in table if line.strip()[:1].isdigit()]
     assert [row[0] for row in rows] == ["1", "2", "4", "8", "16", "32", "64"]
     assert [row[0] for row in rows if row[-1] == "chosen"] == ["16"]
     if name == "bert-10b":
         assert rows[0][2:4] == ["150.23", "GiB"]  # 16 bytes a parameter
-    assert "activations: n/a" in out
+    # Without checkpointing, what the blocks keep is most of it.
+    assert float(rows[-1][6]) > 40
+    assert "not modelled: " in out
 
 
 def test_a_dry_run_checks_what_a_run_would(capsys: pytest.CaptureFixture[str]) -> None:

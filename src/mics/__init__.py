@@ -23,10 +23,14 @@ if TYPE_CHECKING:
     from mics.errors import MicroStepError as MicroStepError
     from mics.errors import MicsError as MicsError
     from mics.errors import MicsWarning as MicsWarning
+    from mics.errors import PlanError as PlanError
     from mics.errors import ShardError as ShardError
     from mics.errors import TopologyError as TopologyError
     from mics.mesh import init_mesh as init_mesh
     from mics.model_sharding import shard as shard
+    from mics.planning.answer import Cluster as Cluster
+    from mics.planning.answer import plan as plan
+    from mics.planning.answer import simulate as simulate
     from mics.sharding import fully_shard as fully_shard
     from mics.topology import Topology as Topology
     from mics.units import ledger as ledger
@@ -37,9 +41,11 @@ _HOME = {
     "ConfigError": "mics.errors",
     "DataError": "mics.errors",
     "DisagreementError": "mics.errors",
+    "Cluster": "mics.planning.answer",
     "MicroStepError": "mics.errors",
     "MicsError": "mics.errors",
     "MicsWarning": "mics.errors",
+    "PlanError": "mics.errors",
     "ShardError": "mics.errors",
     "Topology": "mics.topology",
     "TopologyError": "mics.errors",
@@ -48,9 +54,11 @@ _HOME = {
     "ledger": "mics.units",
     "load": "mics.checkpoint",
     "micro_steps": "mics.accumulation",
+    "plan": "mics.planning.answer",
     "predict_traffic": "mics.units",
     "save": "mics.checkpoint",
     "shard": "mics.model_sharding",
+    "simulate": "mics.planning.answer",
 }
 
 __all__ = ["__version__", "traffic", *_HOME]

@@ -18,6 +18,10 @@ from torch.distributed.distributed_c10d import _coalescing_manager
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_common import HSDPMeshInfo, TrainingState
 
+# 2.11 to 2.15: seeing every operator, and the leaves of nested containers, have private homes only.
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._pytree import tree_leaves as tree_leaves
+
 ReduceOp = dist.ReduceOp | dist.ReduceOp.RedOpType
 
 # torch 2.13 renamed the single-tensor collectives and made the old names warn.
@@ -61,6 +65,15 @@ def is_premul_sum(op: ReduceOp) -> bool:
     """
     kinds: Any = dist.ReduceOp.RedOpType
     return bool(getattr(op, "op", op) == kinds.PREMUL_SUM)
+
+
+def without_torch_functions() -> Any:
+    """Context in which no ``TorchFunctionMode`` is asked.
+
+    2.11 to 2.15: the public class covers subclasses only. Without it a mode sees every attribute
+    that a dispatch mode reads.
+    """
+    return torch._C.DisableTorchFunction()
 
 
 # -- FSDP2 parameter groups ----------------------------------------------------------------------

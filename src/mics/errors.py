@@ -56,5 +56,9 @@ class LabError(MicsError):
     """A cluster on one machine that cannot be built, or of which something was asked in vain."""
 
 
+class PlanError(MicsError, ValueError):
+    """A model and a cluster for which there is no plan, or an unknown part of either."""
+
+
 class MicsWarning(UserWarning):
     """Something legal that costs time, memory or a step."""

@@ -28,8 +28,10 @@ from mics.mesh import (
     init_mesh,
     start,
 )
-from mics.partition_choice import choose_partition, device_memory, model_state_bytes
+from mics.partition_choice import FOR_STATES, PartitionChoice, choose_partition, device_memory
 from mics.sharding import check_ranks_agree, fully_shard
+from mics.simulation.anatomy import units_of_model
+from mics.simulation.memory import Setup, states_and_blocks
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -37,7 +39,7 @@ Model = TypeVar("Model", bound=nn.Module)
 def shard(
     model: Model,
     *,
-    partition: int | Literal["auto"] = "auto",
+    partition: int | Literal["auto"] | PartitionChoice = "auto",
     mesh: DeviceMesh | None = None,
     gpus_per_node: int | None = None,
     blocks: Blocks = None,
@@ -60,7 +62,8 @@ def shard(
 
     Args:
         model: any module with repeated blocks, transformers models included.
-        partition: p; "auto" takes the smallest whose pooled memory holds the model states.
+        partition: p; "auto" takes the smallest that holds the model states and two blocks in 70 %
+            of a device. A choice made elsewhere comes with its reason.
         mesh: a mesh to use instead of making one; then ``partition`` must be left alone.
         gpus_per_node: k, by default what the launcher says.
         blocks: block classes, block modules or a predicate, where they cannot be guessed.
@@ -95,7 +98,7 @@ def shard(
     ]
     if mesh is None:
         _check_world_agrees(model, ignored, gpus_per_node, arguments)
-        mesh, reason = _mesh_for(model, partition, gpus_per_node)
+        mesh, reason = _mesh_for(model, partition, gpus_per_node, blocks, policy)
         groups = groups_of(mesh, gpus_per_node=gpus_per_node)
     elif partition != "auto":
         raise ShardError(
@@ -168,10 +171,17 @@ def _spelled(blocks: Blocks) -> str:
 
 
 def _mesh_for(
-    model: nn.Module, partition: int | Literal["auto"], gpus_per_node: int | None
+    model: nn.Module,
+    partition: int | Literal["auto"] | PartitionChoice,
+    gpus_per_node: int | None,
+    blocks: Blocks,
+    policy: MixedPrecisionPolicy,
 ) -> tuple[DeviceMesh, str]:
     world, launched_per_node = start()
     k = gpus_per_node or launched_per_node
+    if isinstance(partition, PartitionChoice):
+        mesh = init_mesh(partition=partition.partition, gpus_per_node=gpus_per_node)
+        return mesh, partition.reason
     if partition != "auto":
         mesh = init_mesh(partition=partition, gpus_per_node=gpus_per_node)
         return mesh, f"partition {partition}: as asked"
@@ -181,11 +191,27 @@ def _mesh_for(
     device = torch.device(device_type)
     memory = torch.tensor(device_memory(device, launched_per_node), device=device)
     dist.all_reduce(memory, dist.ReduceOp.MIN)
+    found = list(find_blocks(model, blocks).values())
+    sizes = units_of_model(model, found)
+
+    def need(p: int) -> int:
+        return states_and_blocks(*sizes, _setup(model, policy, p)).total
+
     choice = choose_partition(
-        model_state_bytes(model), int(memory), nodes=world // k, gpus_per_node=k
+        need, int(memory), nodes=world // k, gpus_per_node=k, share=FOR_STATES
     )
     mesh = init_mesh(partition=choice.partition, gpus_per_node=gpus_per_node)
     return mesh, choice.reason
+
+
+def _setup(model: nn.Module, policy: MixedPrecisionPolicy, partition: int) -> Setup:
+    """What of the step is known before the first batch."""
+    master = max((p.element_size() for p in model.parameters()), default=4)
+    compute = policy.param_dtype.itemsize if policy.param_dtype else master
+    reduce = policy.reduce_dtype.itemsize if policy.reduce_dtype else compute
+    return Setup(
+        partition, master_bytes=master, compute_bytes=compute, reduce_bytes=reduce, micro_steps=2
+    )
 
 
 def _home(groups: Groups, offload_policy: OffloadPolicy | None) -> torch.device:

@@ -1,22 +1,24 @@
 """The partition size when nobody names one: the smallest whose pooled memory holds the model.
 
 MiCS section 3.2: smaller groups talk to fewer ranks over faster links, so p is as small as memory
-allows. Adam's model states are 4 values per trainable parameter: itself, its gradient, two moments.
+allows. What a rank needs is the planner's memory model (``simulation/memory.py``).
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from mics.errors import ShardError
 from mics.topology import possible_partitions
 
-_FOR_STATES = 0.7
-"""Share of a device for model states; the rest is for activations and buffers."""
+FOR_STATES = 0.7
+"""Share of a device for model states and blocks, where activations are not known."""
+
+_MOST_RANKS = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -27,48 +29,52 @@ class PartitionChoice:
     reason: str
 
 
-def model_state_bytes(model: nn.Module) -> int:
-    """Bytes of parameters, gradients and Adam's two moments of the whole model."""
-    return sum(
-        p.numel() * p.element_size() * (4 if p.requires_grad else 1) for p in model.parameters()
-    )
-
-
 def choose_partition(
-    state_bytes: int, device_bytes: int, *, nodes: int, gpus_per_node: int
+    need: Callable[[int], int],
+    device_bytes: int,
+    *,
+    nodes: int,
+    gpus_per_node: int,
+    share: float = 1.0,
 ) -> PartitionChoice:
-    """The smallest legal p whose share of the model states fits.
+    """The smallest legal p that fits.
 
     Args:
-        state_bytes: model states of one replica.
+        need: bytes a rank needs with a partition of that many ranks.
         device_bytes: memory of one rank's device, the smallest of all ranks.
         nodes: number of nodes.
         gpus_per_node: ranks per node.
+        share: of the device that may be used; what is left is for what ``need`` does not count.
 
     Raises:
         ShardError: not even the whole cluster holds one replica.
     """
-    budget = device_bytes * _FOR_STATES
+    budget = device_bytes * share
     possible = possible_partitions(nodes, gpus_per_node)
-    fitting = [p for p in possible if state_bytes / p <= budget]
-    if not fitting:
-        needed = -(-state_bytes // int(budget))
+    p = next((p for p in possible if need(p) <= budget), None)
+    kept = f", {1 - share:.0%} kept for activations" if share < 1 else ""
+    if p is None:
         raise ShardError(
-            f"The model does not fit: one replica over all {possible[-1]} rank(s) still needs "
-            f"{_size(state_bytes / possible[-1])} of model states per rank.",
-            numbers=f"A rank has {_size(device_bytes)}, of which {_FOR_STATES:.0%} may be model "
-            f"states; {_size(state_bytes)} in all (Adam: 4 values per trainable parameter).",
-            write=f"at least {needed} ranks, a smaller model, or CPU offload",
+            f"The model does not fit: with one replica over all {possible[-1]} rank(s) each still "
+            f"needs {_size(need(possible[-1]))}.",
+            numbers=f"A rank has {_size(device_bytes)}{kept}; on 1 rank it would need "
+            f"{_size(need(1))}.",
+            write=_instead(need, budget, possible[-1]),
         )
-    p = fitting[0]
-    reason = (
-        f"partition {p}: the smallest that fits, {_size(state_bytes / p)} of model states in "
-        f"{_size(device_bytes)} per rank ({1 - _FOR_STATES:.0%} kept for activations)"
-    )
+    reason = f"partition {p}: smallest that fits ({_size(need(p))} of {_size(device_bytes)}{kept})"
     smaller = [q for q in possible if q < p]
     if smaller:
-        reason += f"; {smaller[-1]} would need {_size(state_bytes / smaller[-1])}"
+        reason += f"; {smaller[-1]} would need {_size(need(smaller[-1]))}"
     return PartitionChoice(p, reason)
+
+
+def _instead(need: Callable[[int], int], budget: float, ranks: int) -> str:
+    """The fewest ranks, in steps of doubling, on which it would fit."""
+    while ranks < _MOST_RANKS:
+        ranks *= 2
+        if need(ranks) <= budget:
+            return f"about {ranks} ranks, a smaller model, activation checkpointing, or CPU offload"
+    return "a smaller model, a smaller micro-batch, or devices with more memory"
 
 
 def device_memory(device: torch.device, ranks_per_host: int) -> int:

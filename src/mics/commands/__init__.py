@@ -23,6 +23,13 @@ class Verb:
 
 VERBS = (
     Verb("train", "train", "train a language model", "mics train examples/demo.toml"),
+    Verb("plan", "plan", "which partition, how fast, what price", "mics plan --model llama-8b"),
+    Verb(
+        "simulate",
+        "simulate",
+        "scaling, engine against engine",
+        "mics simulate --model bert-10b --node p3dn --nodes 2..64",
+    ),
     Verb("export", "export", "a checkpoint for transformers", "mics export runs/demo exported"),
     Verb("import", "importing", "a checkpoint from transformers", "mics import folder checkpoint"),
     Verb("bench", "bench", "measure links, compare engines", "mics bench collectives"),

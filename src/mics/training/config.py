@@ -130,7 +130,7 @@ class ParallelConfig:
     """Ranks to start on this machine when no launcher has; default: one per accelerator, or 1."""
 
     partition: int | Literal["auto"] = "auto"
-    """Ranks that together hold one replica of the model states."""
+    """Ranks that together hold one replica of the model states; the fewest that fit by default."""
 
     gpus_per_node: int | None = None
     """Ranks joined by the fast link; default: what the launcher says. Smaller simulates nodes."""
@@ -146,6 +146,9 @@ class ParallelConfig:
 
     compile: bool = False
     """torch.compile each block."""
+
+    node: str | None = None
+    """What these nodes are (`mics plan --list`), to predict the time of a step."""
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -18,15 +19,16 @@ from mics.models.building import (
     task_of,
 )
 from mics.models.presets import PRESETS
+from mics.planning.subject import subject
+from mics.simulation.memory import NOT_MODELLED, Setup, memory
 from mics.topology import Topology, possible_partitions
-from mics.training.batching import sequence_length, solve
+from mics.training.batching import Batching, sequence_length, solve
 from mics.training.config import TrainConfig
 from mics.training.launching import num_ranks
 from mics.training.record import count, size
 from mics.training.settings import as_toml
 
 _BYTE_IDS = 259  # bytes and the special ids
-_ADAM_BYTES = 16  # per parameter, fp32: itself, its gradient, two moments
 
 
 def describe(config: TrainConfig) -> str:
@@ -65,7 +67,7 @@ def describe(config: TrainConfig) -> str:
             else []
         ),
         "",
-        *_memory(config, model, topology),
+        *_memory(config, shape, topology, sequence, batch),
     ]
     return "\n".join(lines)
 
@@ -97,21 +99,34 @@ def _work(shape: PretrainedConfig, model: nn.Module, sequence: int, global_batch
     )
 
 
-def _memory(config: TrainConfig, model: nn.Module, topology: Topology) -> list[str]:
-    parameters = num_parameters(model)
-    itemsize = 2 if config.parallel.dtype == "bf16" else 4
-    blocks = find_blocks(model, None).values()
-    block = max(num_parameters(each) for each in blocks) * itemsize
+def _memory(
+    config: TrainConfig, shape: PretrainedConfig, topology: Topology, sequence: int, batch: Batching
+) -> list[str]:
+    bf16 = config.parallel.dtype == "bf16"
+    anatomy = subject(shape, dtype=torch.bfloat16 if bf16 else torch.float32)
+    trace = anatomy.trace(batch.micro_batch, sequence)
+    checkpointing = config.parallel.activation_checkpointing
     lines = [
-        "memory per GPU of model states (fp32 weights, gradients and Adam: 16 bytes a parameter)",
-        f"and of one unsharded block ({config.parallel.dtype}); activations: n/a, not modelled",
-        f"  {'partition':>9}{'replicas':>10}{'states':>14}{'one block':>14}{'together':>14}",
+        f"memory per GPU, micro-batch {batch.micro_batch}, "
+        f"{'with' if checkpointing else 'without'} activation checkpointing "
+        "(fp32 weights, gradients and Adam; `mics plan` for more)",
+        f"  {'partition':>9}{'replicas':>10}{'states':>14}{'gathered':>14}{'activations':>14}"
+        f"{'together':>14}  largest in",
     ]
     for p in possible_partitions(topology.nodes, topology.gpus_per_node):
-        states = -(-parameters * _ADAM_BYTES // p)
+        setup = Setup(
+            p,
+            checkpointing,
+            compute_bytes=2 if bf16 else 4,
+            micro_steps=batch.micro_steps,
+        )
+        found = memory(anatomy, trace, setup)
+        need = found.phases[found.phase]
+        states = need.parameters + need.optimizer + need.gradients
+        gathered = need.unsharded_blocks + need.prefetched_blocks + need.communication_buffers
         mark = "  <- chosen" if p == config.parallel.partition else ""
         lines.append(
-            f"  {p:>9}{topology.world // p:>10}{size(states):>14}{size(block):>14}"
-            f"{size(states + block):>14}{mark}"
+            f"  {p:>9}{topology.world // p:>10}{size(states):>14}{size(gathered):>14}"
+            f"{size(need.activations + need.logits):>14}{size(need.total):>14}  {found.phase}{mark}"
         )
-    return lines
+    return [*lines, f"  not modelled: {NOT_MODELLED}"]

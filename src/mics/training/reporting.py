@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -9,7 +10,7 @@ from typing import TextIO
 
 import torch.distributed as dist
 
-from mics.console import alarm
+from mics.console import alarm, say
 from mics.drawing import draw
 from mics.errors import ConfigError
 from mics.training.display import open_display
@@ -23,6 +24,7 @@ from mics.training.trackers import open_trackers
 
 METRICS = "metrics.jsonl"
 PLOT = "plot.png"
+_COMPARED = 20  # steps until predictions are compared
 
 
 class Reporter:
@@ -54,6 +56,7 @@ class Reporter:
         self._lost = 0
         self._not_as_predicted: list[int] = []
         self._last: StepRecord | None = None
+        self._seconds: list[float] = []
         print(_header(run, meter, at), flush=True)
         log = run.config.log
         self._display = open_display(
@@ -84,6 +87,9 @@ class Reporter:
         if self._silent:
             return
         self._last = record
+        self._seconds.append(record.seconds)
+        if len(self._seconds) == _COMPARED:
+            say(self._against_expected(record))
         if not record.traffic_as_predicted:
             self._not_as_predicted.append(record.step)
         self._display.step(record)
@@ -113,6 +119,21 @@ class Reporter:
         words += ["", *self._traffic(at)]
         words += ["", *self._next(at, checkpoint)]
         print("\n".join(words), flush=True)
+
+    def _against_expected(self, record: StepRecord) -> str:
+        """Predicted against measured, once."""
+        expected, before = self._run.expected, self._run.memory_before
+        time = "n/a" if expected.step_seconds is None else f"{expected.step_seconds:.3f} s"
+        memory = "n/a" if expected.memory_bytes is None else size(expected.memory_bytes)
+        grown = "n/a"
+        if record.memory_bytes is not None and before is not None:
+            grown = size(record.memory_bytes - before)
+        return (
+            f"after {_COMPARED} steps, predicted against measured: step {time}, "
+            f"{statistics.median(self._seconds[1:]):.3f} s; memory for training "
+            f"{memory}, {grown}; between nodes "
+            f"{size(self._meter.predicted_between_nodes)}, {size(record.bytes_between_nodes)}"
+        )
 
     def _traffic(self, at: Progress) -> list[str]:
         if self._last is None:

@@ -32,7 +32,9 @@ from mics.topology import Topology
 from mics.training.batching import Batching, sequence_length, solve
 from mics.training.config import TrainConfig
 from mics.training.data import Batch, Data, Tokenizer, prepare_data
+from mics.training.expectation import Expectation, Forecast
 from mics.training.optimisation import make_optimizer
+from mics.training.rates import memory_bytes
 from mics.training.settings import as_toml
 from mics.training.trackers import check_trackers
 from mics.units import units_of
@@ -53,6 +55,8 @@ class Run:
     topology: Topology
     device: torch.device
     sequence: int
+    expected: Expectation
+    memory_before: int | None
     assets: dict[str, bytes]
 
     @property
@@ -90,13 +94,24 @@ def set_up(config: TrainConfig) -> Iterator[Run]:
     batch = solve(config.batch, world)
     with hold_folder(config.run.folder):
         shape, data, sequence = _shape_and_data(config)
+        forecast = Forecast(
+            config,
+            shape,
+            micro_batch=batch.micro_batch,
+            micro_steps=batch.micro_steps,
+            sequence=sequence,
+            device=device,
+        )
+        wanted = config.parallel.partition
+        partition = forecast.choose() if wanted == "auto" else wanted
+        before = memory_bytes(device)
         torch.manual_seed(config.run.seed)  # of the weights
         model = build(shape)
         parameters = num_parameters(model)
         flops = flops_per_token(shape, model, sequence)
         shard(
             model,
-            partition=config.parallel.partition,
+            partition=partition,
             gpus_per_node=config.parallel.gpus_per_node,
             mp_policy=_precision(config.parallel.dtype),
             activation_checkpointing=config.parallel.activation_checkpointing,
@@ -119,6 +134,8 @@ def set_up(config: TrainConfig) -> Iterator[Run]:
             topology=Topology.from_world(world, groups.gpus_per_node, groups.shard.size()),
             device=device,
             sequence=sequence,
+            expected=forecast.expect(groups.shard.size()),
+            memory_before=before,
             assets=_assets(config, shape, data.tokenizer),
         )
         dist.barrier()

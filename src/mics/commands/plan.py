@@ -1,0 +1,300 @@
+"""``mics plan``: which partition, does it fit, how fast, what does it cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mics.errors import MicsError, PlanError
+from mics.planning.inverse import check_any, fewest_nodes, largest_micro_batch, longest_sequence
+from mics.planning.page import page
+from mics.planning.plan import MICRO_BATCHES, Plan, Question, Search, search
+from mics.planning.reasons import explained
+from mics.planning.scaling import ENGINES, parse_range, weak_scaling
+from mics.planning.subject import subject
+from mics.planning.table import as_document, as_table
+from mics.simulation.anatomy import Anatomy
+from mics.simulation.catalogue_text import catalogue
+from mics.simulation.hardware import Cluster, Node, described, find_gpu, find_node
+from mics.simulation.measured import measured_node
+from mics.simulation.memory import NOT_MODELLED
+from mics.simulation.stacks import find_stack
+
+
+@dataclass(frozen=True)
+class Config:
+    """Simulate every legal way to train a model on a cluster; print those that fit, fastest first.
+
+    Needs no GPU and makes no weight. A cluster is a node of the catalogue (`mics plan --list`), a
+    file of your own, three numbers, or what `mics bench collectives --out` measured.
+    """
+
+    model: str = "bert-10b"
+    """A preset (`mics train --models`), config.json, a folder with one, or a hub name."""
+
+    node: str = "p4d"
+    """A node of the catalogue, or a .toml file of the same form."""
+
+    nodes: int = 8
+    """How many."""
+
+    memory: float | None = None
+    """Instead of --node: GiB of a GPU; with --intra and --inter."""
+
+    intra: float | None = None
+    """GB/s of a ring inside the node."""
+
+    inter: float | None = None
+    """GB/s of a node to others."""
+
+    gpus_per_node: int = 8
+    """With --memory."""
+
+    profile: Path | None = None
+    """Instead of --node: the JSON of `mics bench collectives --out`; with --gpu."""
+
+    gpu: str = "A100-40GB"
+    """With --profile: a GPU of the catalogue."""
+
+    sequence: int | None = None
+    """Tokens of one sequence; the model's positions by default, at most 4096."""
+
+    global_batch: int | None = None
+    """Sequences per step; without it every plan takes --micro-steps."""
+
+    micro_steps: int = 4
+    """Per step, where there is no --global-batch."""
+
+    micro_batch: tuple[int, ...] = MICRO_BATCHES
+    """Which to try."""
+
+    partition: tuple[int, ...] = ()
+    """Which to try; every legal one by default."""
+
+    checkpointing: Literal["both", "none", "full"] = "both"
+    """Recompute every block in backward."""
+
+    optimizer: Literal["adamw", "adamw-fused", "sgd-momentum", "sgd"] = "adamw"
+    """Which states are kept."""
+
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Of gradients in hop 1."""
+
+    prefetch: int = 1
+    """Blocks gathered ahead."""
+
+    stack: str = "eager"
+    """How much of a GPU's rate the software reaches: eager, fused, mics-paper."""
+
+    fragmentation: float = 1.05
+    """What the allocator takes over what is alive."""
+
+    by: Literal["time", "cost"] = "time"
+    """What is best: tokens per second, or dollars per token."""
+
+    sweep: str | None = None
+    """Also plan for other numbers of nodes: nodes=2..64 (doubling)."""
+
+    top: int = 10
+    """Lines of the table."""
+
+    json: Path | None = None
+    """File for all plans."""
+
+    png: Path | None = None
+    """File for a picture."""
+
+    html: Path | None = None
+    """File for a page with memory, timeline, scaling and prices."""
+
+    list: bool = False
+    """List GPUs, nodes and software stacks with their sources, and stop."""
+
+
+def run(config: Config) -> int:
+    """Plan.
+
+    Returns:
+        0; 1 when nothing fits or something does not exist.
+    """
+    try:
+        if config.list:
+            print(catalogue())
+            return 0
+        return _plan(config)
+    except MicsError as error:
+        print(f"mics plan: {error}", file=sys.stderr)
+        return 1
+
+
+def cluster_of(config: Config) -> Cluster:
+    """The cluster that the options describe.
+
+    Raises:
+        PlanError: an unknown node, or numbers that belong together and are not all there.
+    """
+    return Cluster(_node(config), _positive("nodes", config.nodes))
+
+
+def _node(config: Config) -> Node:
+    numbers = (config.memory, config.intra, config.inter)
+    if config.profile is not None:
+        return measured_node(config.profile, find_gpu(config.gpu))
+    if all(number is None for number in numbers):
+        return find_node(config.node)
+    memory, intra, inter = numbers
+    if memory is None or intra is None or inter is None:
+        raise PlanError(
+            "A node is described by three numbers, of which not all were given.",
+            numbers=f"--memory {memory}, --intra {intra}, --inter {inter}.",
+            write="--memory <GiB> --intra <GB/s> --inter <GB/s>",
+        )
+    return described(
+        memory_gib=memory,
+        intra_gb_s=intra,
+        inter_gb_s=inter,
+        gpus_per_node=config.gpus_per_node,
+    )
+
+
+def question_of(config: Config, sequence: int) -> Question:
+    """What is asked for."""
+    checkpointing = {"both": (False, True), "none": (False,), "full": (True,)}
+    return Question(
+        sequence=sequence,
+        global_batch=config.global_batch,
+        micro_steps=_positive("micro-steps", config.micro_steps),
+        micro_batches=tuple(_positive("micro-batch", b) for b in config.micro_batch),
+        partitions=config.partition or None,
+        checkpointing=checkpointing[config.checkpointing],
+        optimizer=config.optimizer,
+        reduce_bytes=4 if config.reduce_dtype == "fp32" else 2,
+        prefetch=config.prefetch,
+        stack=config.stack,
+        fragmentation=config.fragmentation,
+    )
+
+
+def _plan(config: Config) -> int:
+    cluster = cluster_of(config)
+    stack = find_stack(config.stack)
+    _told(f"tracing {config.model}")
+    anatomy = subject(config.model)
+    question = question_of(config, anatomy.sequence_or(config.sequence))
+    _told(f"simulating on {cluster}")
+    found = search(anatomy, cluster, question)
+    check_any(anatomy, cluster, question, found)
+    plans = _ordered(explained(found), config.by)
+    swept = _swept(config, anatomy, cluster, question)
+    print(
+        f"{config.model}: {anatomy.num_parameters:,} parameters, sequence {question.sequence}\n"
+        f"{cluster}\nsoftware stack {stack.name}: {stack.calibrated}\n"
+    )
+    print(as_table(plans[: config.top]))
+    print(
+        f"\n{len(plans)} of {len(plans) + len(found.rejected)} ways fit. Best: {plans[0].reason}."
+    )
+    print("\n".join(_limits(anatomy, cluster, question, plans[0])))
+    if swept:
+        print("\n" + _sweep_table(swept, config.by))
+    print(f"Not modelled: {NOT_MODELLED}.")
+    _files(config, found, plans, swept)
+    return 0
+
+
+def _ordered(plans: Sequence[Plan], by: str) -> list[Plan]:
+    if by == "time":
+        return sorted(plans, key=lambda plan: -plan.tokens_per_second)
+    price = [plan.dollars_per_billion_tokens for plan in plans]
+    if None in price:
+        raise PlanError(
+            f"The price of {plans[0].cluster.node.name} is not known.",
+            write="--by time, or a price in a .toml file of your own",
+        )
+    return sorted(plans, key=lambda plan: plan.dollars_per_billion_tokens or 0)
+
+
+def _limits(anatomy: Anatomy, cluster: Cluster, question: Question, best: Plan) -> list[str]:
+    """The questions the other way round, around the best plan."""
+    way = best.way
+    batch = largest_micro_batch(anatomy, cluster, question, way.partition, way.checkpointing)
+    longest = longest_sequence(
+        anatomy,
+        cluster,
+        question,
+        way.partition,
+        way.micro_batch,
+        way.checkpointing,
+        limit=anatomy.positions,
+    )
+    fewest = fewest_nodes(anatomy, cluster, question)
+    return [
+        f"Around it: micro-batch up to {batch}, sequence up to {longest}"
+        + (" (the model's positions)" if longest == anatomy.positions else "")
+        + f", fewest nodes on which anything fits {fewest}."
+    ]
+
+
+def _swept(config: Config, anatomy: Anatomy, cluster: Cluster, question: Question) -> list[Plan]:
+    if config.sweep is None:
+        return []
+    best = []
+    for nodes in parse_range(config.sweep):
+        _told(f"simulating on {nodes} nodes")
+        other = dataclasses.replace(cluster, nodes=nodes)
+        plans = explained(search(anatomy, other, question))
+        if plans:
+            best.append(_ordered(plans, config.by)[0])
+    return best
+
+
+def _sweep_table(plans: Sequence[Plan], by: str) -> str:
+    lines = [f"best by {by} on each number of nodes"]
+    table = as_table(plans).split("\n")
+    lines.append(f"{'nodes':>6}  {table[0]}")
+    lines += [
+        f"{plan.cluster.nodes:>6}  {line}" for plan, line in zip(plans, table[1:], strict=True)
+    ]
+    return "\n".join(lines)
+
+
+def _files(config: Config, found: Search, plans: Sequence[Plan], swept: Sequence[Plan]) -> None:
+    best = plans[0]
+    title = f"{config.model} on {best.cluster}"
+    if config.json is not None:
+        document = {
+            "model": config.model,
+            "parameters": best.anatomy.num_parameters,
+            "sequence": best.question.sequence,
+            "cluster": str(best.cluster),
+            "stack": config.stack,
+            "not_modelled": NOT_MODELLED,
+            "plans": [as_document(plan) for plan in plans],
+            "sweep": [as_document(plan) for plan in swept],
+        }
+        config.json.write_text(json.dumps(document, indent=1) + "\n")
+    scaling = {}
+    if config.html is not None or config.png is not None:
+        _told("simulating other engines")
+        scaling = weak_scaling(best, ENGINES)
+    if config.html is not None:
+        config.html.write_text(page(title, found, [*plans, *swept], scaling))
+    if config.png is not None:
+        from mics.planning.picture import draw
+
+        draw(config.png, title, plans, scaling)
+
+
+def _positive(name: str, value: int) -> int:
+    if value < 1:
+        raise PlanError(f"--{name} must be at least 1, got {value}.")
+    return value
+
+
+def _told(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

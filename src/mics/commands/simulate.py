@@ -1,0 +1,251 @@
+"""``mics simulate``: how a job scales, engine against engine, from 8 GPUs to tens of thousands."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from mics.errors import MicsError, PlanError
+from mics.planning.plan import Plan, Question, Search, search, simulate_way
+from mics.planning.scaling import parse_range, strong_scaling, weak_scaling
+from mics.planning.subject import subject
+from mics.planning.validation import as_markdown, validate
+from mics.simulation.engines import PROFILES, Engine
+from mics.simulation.hardware import Cluster, Node, find_node
+from mics.simulation.step import Span
+
+_TRACE = Path("step.json")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Simulate a step on growing clusters and compare engines. Needs no GPU, makes no weight.
+
+    The partition is the smallest that fits unless --partition names one.
+    """
+
+    model: str = "bert-10b"
+    """A preset (`mics train --models`), config.json, a folder with one, or a hub name."""
+
+    node: str = "p4d"
+    """A node of the catalogue (`mics plan --list`), or a .toml file of the same form."""
+
+    nodes: str = "2..64"
+    """How many: a range, doubling, or one number."""
+
+    engines: tuple[Engine, ...] = (
+        "mics",
+        "hsdp every micro-step",
+        "hsdp deferred",
+        "fsdp2",
+        "zero3",
+    )
+    """Which; the first is what the others are compared with."""
+
+    partition: int | None = None
+    """p; the smallest that fits by default."""
+
+    sequence: int | None = None
+    """Tokens of one sequence; the model's positions by default, at most 4096."""
+
+    micro_batch: int = 8
+    """Sequences of a GPU and micro-step."""
+
+    micro_steps: int = 4
+    """Per step; with --scaling strong those on the smallest cluster."""
+
+    checkpointing: bool = True
+    """Recompute every block in backward."""
+
+    scaling: Literal["weak", "strong"] = "weak"
+    """Every GPU keeps its work, or all GPUs share the work of the smallest cluster."""
+
+    bandwidth: float = 1.0
+    """What if links between nodes carried so many times as much."""
+
+    latency: float = 1.0
+    """What if a hop between nodes took so many times as long."""
+
+    stack: str = "eager"
+    """How much of a GPU's rate the software reaches: eager, fused, mics-paper."""
+
+    sigma: float = 0.02
+    """Spread of a micro-step's time over GPUs."""
+
+    json: Path | None = None
+    """File for all figures."""
+
+    png: Path | None = None
+    """File for a picture of the curves."""
+
+    trace: Path | None = None
+    """File for a timeline of the first engine's step on the smallest cluster, for Perfetto or
+    chrome://tracing."""
+
+    validate: bool = False
+    """Print every published figure beside the simulated one, and stop."""
+
+    out: Path | None = None
+    """With --validate: file for the table."""
+
+
+def run(config: Config) -> int:
+    """Simulate.
+
+    Returns:
+        0; 1 when something does not exist or fit, or a held-out figure is missed.
+    """
+    try:
+        return _validate(config) if config.validate else _simulate(config)
+    except MicsError as error:
+        print(f"mics simulate: {error}", file=sys.stderr)
+        return 1
+
+
+def _validate(config: Config) -> int:
+    rows = validate()
+    table = as_markdown(rows)
+    print(table, end="")
+    if config.out is not None:
+        config.out.write_text(table)
+    return 0
+
+
+def _simulate(config: Config) -> int:
+    counts = parse_range(
+        config.nodes if ".." in config.nodes else f"{config.nodes}..{config.nodes}"
+    )
+    node = _what_if(find_node(config.node), config)
+    print(f"tracing {config.model}", file=sys.stderr, flush=True)
+    anatomy = subject(config.model)
+    question = Question(
+        sequence=anatomy.sequence_or(config.sequence),
+        micro_steps=config.micro_steps,
+        micro_batches=(config.micro_batch,),
+        partitions=None if config.partition is None else (config.partition,),
+        checkpointing=(config.checkpointing,),
+        stack=config.stack,
+        sigma=config.sigma,
+    )
+    plan = _first(config, search(anatomy, _smallest(config, node, counts), question))
+    scale = weak_scaling if config.scaling == "weak" else strong_scaling
+    curves = scale(plan, config.engines, counts)
+    print(f"{config.model}: {anatomy.num_parameters:,} parameters; {plan.way}, sequence ", end="")
+    print(f"{question.sequence}, {config.micro_steps} micro-steps; {node.name}; {config.scaling}")
+    print("\n".join(_table(curves, config)))
+    _files(config, plan, curves)
+    return 0
+
+
+def _what_if(node: Node, config: Config) -> Node:
+    for name in ("bandwidth", "latency"):
+        if not getattr(config, name) > 0:
+            raise PlanError(f"--{name} must be positive, got {getattr(config, name)}.")
+
+    def changed(link: object) -> object:
+        return replace(
+            link,  # type: ignore[type-var]
+            bandwidth=link.bandwidth * config.bandwidth,  # type: ignore[attr-defined]
+            latency=link.latency * config.latency,  # type: ignore[attr-defined]
+        )
+
+    return replace(
+        node,
+        inter=changed(node.inter),  # type: ignore[arg-type]
+        all_reduce=changed(node.all_reduce) if node.all_reduce else None,  # type: ignore[arg-type]
+    )
+
+
+def _smallest(config: Config, node: Node, counts: Sequence[int]) -> Cluster:
+    """The fewest nodes of the range that hold the partition."""
+    needed = -(-(config.partition or 1) // node.gpus_per_node)
+    fitting = [count for count in counts if count >= needed]
+    if not fitting:
+        raise PlanError(
+            f"partition {config.partition} is larger than every cluster of the range.",
+            numbers=f"{counts[-1]} x {node.name} have {counts[-1] * node.gpus_per_node} GPUs.",
+            write=f"--nodes {needed}..{max(needed, counts[-1])}",
+        )
+    return Cluster(node, fitting[0])
+
+
+def _first(config: Config, found: Search) -> Plan:
+    """The smallest partition that fits."""
+    if found.plans:
+        return min(found.plans, key=lambda plan: (plan.way.partition, plan.seconds))
+    nearest = min(found.rejected, key=lambda one: one.needed)
+    raise PlanError(
+        f"{config.model} does not fit the smallest cluster of the range.",
+        numbers=f"{nearest.way} lacks {nearest.missing / 2**30:.1f} GiB.",
+        write="more --nodes, a smaller --micro-batch, or mics plan, which says what would fit",
+    )
+
+
+def _table(curves: Mapping[str, Sequence[tuple[float, float]]], config: Config) -> list[str]:
+    first = config.engines[0]
+    lines = [
+        f"{'GPUs':>7}  {'engine':<24}{'tokens/s':>14}{'per GPU':>10}{'efficiency':>12}"
+        f"{f'time over {first}':>26}"
+    ]
+    for index, (gpus, base) in enumerate(curves[first]):
+        for engine in config.engines:
+            speed = curves[engine][index][1]
+            at_first = curves[engine][0]
+            efficiency = speed / gpus / (at_first[1] / at_first[0])
+            lines.append(
+                f"{gpus:>7.0f}  {engine:<24}{speed:>14,.0f}{speed / gpus:>10,.0f}"
+                f"{efficiency:>12.1%}{base / speed:>26.2f}"
+            )
+    return [*lines, *(f"{engine}: {PROFILES[engine].about}" for engine in config.engines)]
+
+
+def _files(config: Config, plan: Plan, curves: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+    if config.json is not None:
+        document = {
+            "model": config.model,
+            "node": config.node,
+            "scaling": config.scaling,
+            "partition": plan.way.partition,
+            "micro_batch": plan.way.micro_batch,
+            "micro_steps": plan.way.micro_steps,
+            "sequence": plan.question.sequence,
+            "bandwidth": config.bandwidth,
+            "latency": config.latency,
+            "stack": config.stack,
+            "tokens_per_second_by_gpus": curves,
+        }
+        config.json.write_text(json.dumps(document, indent=1) + "\n")
+    if config.png is not None:
+        from mics.planning.picture import draw_scaling
+
+        draw_scaling(config.png, f"{config.model} on {config.node}", curves)
+    if config.trace is not None:
+        simulated = simulate_way(
+            config.engines[0], plan.anatomy, plan.cluster, plan.question, plan.way, timeline=True
+        )
+        config.trace.write_text(json.dumps(chrome_trace(simulated.step.timeline)))
+
+
+def chrome_trace(spans: Sequence[Span]) -> dict[str, object]:
+    """A timeline as Chrome's trace events (microseconds), which Perfetto reads too."""
+    streams = list(dict.fromkeys(span.stream for span in spans))
+    events: list[dict[str, object]] = [
+        {"ph": "M", "pid": 0, "tid": n, "name": "thread_name", "args": {"name": stream}}
+        for n, stream in enumerate(streams)
+    ]
+    events += [
+        {
+            "ph": "X",
+            "pid": 0,
+            "tid": streams.index(span.stream),
+            "name": span.name,
+            "ts": span.start * 1e6,
+            "dur": (span.end - span.start) * 1e6,
+        }
+        for span in spans
+    ]
+    return {"traceEvents": events, "displayTimeUnit": "ms"}

@@ -1,0 +1,1 @@
+"""Which partition, does it fit, how fast, what does it cost."""

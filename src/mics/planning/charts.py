@@ -1,0 +1,221 @@
+"""Four charts of a plan as SVG: memory, a step, scaling, time against price."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+
+from mics.planning.plan import GIB, Plan, Rejected
+from mics.simulation.memory import Need
+from mics.simulation.step import Span
+
+COLOURS = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377", "#bbbbbb", "#88aa99")
+_WIDTH = 860
+_LEFT = 200
+_ROW = 26
+
+
+def memory_bars(needs: Sequence[tuple[str, Need]], capacity: float) -> str:
+    """One bar per partition: the largest moment, by kind, against what a GPU has.
+
+    Args:
+        needs: a label and the need of each bar.
+        capacity: bytes of a GPU.
+    """
+    kinds = [kind for kind in vars(needs[0][1]) if any(vars(n)[kind] for _, n in needs)]
+    most = max([capacity, *(need.total for _, need in needs)]) * 1.05
+    scale = (_WIDTH - _LEFT - 90) / most
+    parts = []
+    for row, (label, need) in enumerate(needs):
+        y = row * _ROW
+        parts.append(_text(_LEFT - 8, y + 16, label, "end"))
+        x = float(_LEFT)
+        for colour, kind in zip(_colours(kinds), kinds, strict=True):
+            size = vars(need)[kind]
+            told = f"{kind.replace('_', ' ')}: {size / GIB:.2f} GiB"
+            parts.append(_box(x, y + 3, size * scale, _ROW - 8, colour, told))
+            x += size * scale
+        parts.append(_text(x + 6, y + 16, f"{need.total / GIB:.1f} GiB"))
+    height = len(needs) * _ROW + 48
+    at = _LEFT + capacity * scale
+    parts.append(_line(at, 0, at, height - 44, "#cc3311"))
+    parts.append(_text(at, height - 30, f"{capacity / GIB:.0f} GiB", "middle"))
+    parts.append(_legend([k.replace("_", " ") for k in kinds], _colours(kinds), height - 12))
+    return _svg(height, parts, "Memory of a GPU by partition size")
+
+
+def step_timeline(spans: Sequence[Span], start: float, end: float) -> str:
+    """Streams of one rank, one row each, between two moments (seconds)."""
+    streams = list(dict.fromkeys(span.stream for span in spans))
+    colours = dict(zip(streams, _colours(streams), strict=True))
+    scale = (_WIDTH - _LEFT - 20) / (end - start)
+    parts = [_text(_LEFT - 8, row * _ROW + 16, stream, "end") for row, stream in enumerate(streams)]
+    for span in spans:
+        if span.end < start or span.start > end:
+            continue
+        x, until = max(span.start, start), min(span.end, end)
+        told = f"{span.name}: {(span.end - span.start) * 1e3:.2f} ms at {span.start * 1e3:.1f} ms"
+        y = streams.index(span.stream) * _ROW + 3
+        place = (_LEFT + (x - start) * scale, y, (until - x) * scale, _ROW - 8)
+        parts.append(_box(*place, colours[span.stream], told))
+    height = len(streams) * _ROW + 26
+    for tick in range(6):
+        at = start + (end - start) * tick / 5
+        x = _LEFT + (at - start) * scale
+        parts.append(_text(x, height - 8, f"{at * 1e3:.0f} ms", "middle" if tick < 5 else "end"))
+    return _svg(height, parts, "Timeline of a step")
+
+
+def curves(series: Mapping[str, Sequence[tuple[float, float]]], x_name: str, y_name: str) -> str:
+    """Lines over a logarithmic x axis.
+
+    Args:
+        series: points by name.
+        x_name: of the horizontal axis.
+        y_name: of the vertical one.
+    """
+    import math
+
+    points = [point for line in series.values() for point in line]
+    xs = sorted({x for x, _ in points})
+    low, high = math.log2(xs[0]), math.log2(xs[-1])
+    top = max(y for _, y in points) * 1.08
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = (math.log2(x) - low) / ((high - low) or 1)
+        return _LEFT / 2 + across * (_WIDTH - _LEFT), 250 - 230 * y / top
+
+    parts = _axes(xs, top, place, x_name, y_name)
+    for colour, (name, line) in zip(_colours(list(series)), series.items(), strict=True):
+        path = " ".join(f"{a:.1f},{b:.1f}" for a, b in (place(*point) for point in line))
+        parts.append(
+            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2.5"/>'
+        )
+        for x, y in line:
+            a, b = place(x, y)
+            parts.append(_dot(a, b, colour, f"{name}: {y:.4g} at {x:g}"))
+    parts.append(_legend(list(series), _colours(list(series)), 320))
+    return _svg(330, parts, f"{y_name} over {x_name}")
+
+
+def pareto(plans: Sequence[Plan]) -> str:
+    """Plans as points: tokens per second, and dollars per billion tokens; the best ones marked."""
+    points = [
+        (plan.tokens_per_second, price, plan)
+        for plan in plans
+        if (price := plan.dollars_per_billion_tokens) is not None
+    ]
+    if not points:
+        return ""
+    most_x = max(x for x, _, _ in points) * 1.1
+    most_y = max(y for _, y, _ in points) * 1.1
+    best = pareto_set(plans)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return _LEFT / 2 + x / most_x * (_WIDTH - _LEFT), 250 - 230 * y / most_y
+
+    ticks = [most_x / 1.1 * part / 4 for part in range(5)]
+    parts = _axes(ticks, most_y, place, "tokens per second", "$ per billion tokens")
+    for x, y, plan in points:
+        a, b = place(x, y)
+        colour = COLOURS[4] if plan in best else COLOURS[6]
+        told = f"{plan.cluster.nodes} nodes, {plan.way}: {x:,.0f} tokens/s, ${y:,.0f}"
+        parts.append(_dot(a, b, colour, told))
+    parts.append(
+        _legend(["no other is faster and cheaper", "others"], [COLOURS[4], COLOURS[6]], 320)
+    )
+    return _svg(330, parts, "Speed against price")
+
+
+def pareto_set(plans: Sequence[Plan]) -> list[Plan]:
+    """Those to which no other plan is both faster and cheaper."""
+    priced = [plan for plan in plans if plan.dollars_per_billion_tokens is not None]
+    chosen: list[Plan] = []
+    cheapest = float("inf")
+    for plan in sorted(priced, key=lambda one: -one.tokens_per_second):
+        price = plan.dollars_per_billion_tokens
+        if price is not None and price < cheapest * (1 - 1e-9):
+            chosen.append(plan)
+            cheapest = price
+    return chosen
+
+
+def bars_of(plans: Sequence[Plan], rejected: Sequence[Rejected]) -> list[tuple[str, Need]]:
+    """The best plan of every partition that fits, for ``memory_bars``."""
+    found: dict[int, Plan] = {}
+    for plan in plans:
+        found.setdefault(plan.way.partition, plan)
+    return [
+        (str(found[p].way).replace("micro-batch", "b ="), _need(found[p])) for p in sorted(found)
+    ]
+
+
+def _need(plan: Plan) -> Need:
+    return plan.memory.phases[plan.memory.phase]
+
+
+def _axes(
+    xs: Sequence[float],
+    top: float,
+    place: Callable[[float, float], tuple[float, float]],
+    x_name: str,
+    y_name: str,
+) -> list[str]:
+    parts = [_text(4, 12, y_name), _text(_WIDTH - _LEFT / 2, 290, x_name, "end")]
+    for x in xs:
+        a, b = place(x, 0)
+        parts.append(_text(a, b + 18, f"{x:,.0f}", "middle"))
+    for part in range(5):
+        y = top * part / 4
+        a, b = place(xs[0], y)
+        parts.append(_line(a, b, _WIDTH - _LEFT / 2, b, "#8884"))
+        parts.append(_text(a - 8, b + 4, _short(y), "end"))
+    return parts
+
+
+def _short(y: float) -> str:
+    if y >= 1e4:
+        return f"{y / 1e3:,.0f}k"
+    return f"{y:,.0f}" if y >= 100 else f"{y:.3g}"
+
+
+def _colours(names: Sequence[str]) -> list[str]:
+    return [COLOURS[n % len(COLOURS)] for n in range(len(names))]
+
+
+def _legend(names: Sequence[str], colours: Sequence[str], y: float) -> str:
+    parts, x = [], 10.0
+    for name, colour in zip(names, colours, strict=True):
+        parts += [_box(x, y - 10, 12, 12, colour, name), _text(x + 16, y, name)]
+        x += 30 + 6.6 * len(name)
+    return "".join(parts)
+
+
+def _svg(height: float, parts: Sequence[str], name: str) -> str:
+    return (
+        f'<svg viewBox="0 0 {_WIDTH} {height:.0f}" role="img" aria-label="{escape(name)}">'
+        + "".join(parts)
+        + "</svg>"
+    )
+
+
+def _box(x: float, y: float, width: float, height: float, colour: str, told: str) -> str:
+    return (
+        f'<rect x="{x:.2f}" y="{y:.1f}" width="{max(width, 0):.2f}" height="{height:.1f}" '
+        f'fill="{colour}"><title>{escape(told)}</title></rect>'
+    )
+
+
+def _dot(x: float, y: float, colour: str, told: str) -> str:
+    return (
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="{colour}">'
+        f"<title>{escape(told)}</title></circle>"
+    )
+
+
+def _line(x: float, y: float, to_x: float, to_y: float, colour: str) -> str:
+    return f'<line x1="{x:.1f}" y1="{y:.1f}" x2="{to_x:.1f}" y2="{to_y:.1f}" stroke="{colour}"/>'
+
+
+def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'

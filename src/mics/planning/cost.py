@@ -1,0 +1,41 @@
+"""What a step costs, failures included."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mics.simulation.hardware import Cluster
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """How often something breaks, and what that loses.
+
+    Args:
+        failures: unexpected interruptions per GPU and hour. Llama 3: 419 in 54 days on 16,384 H100
+            (Grattafiori et al., 2024), one per 50,000 GPU hours.
+        restart: seconds until the job computes again.
+        save: seconds a checkpoint holds the step up.
+        every: seconds between two checkpoints.
+    """
+
+    failures: float = 2.0e-5
+    restart: float = 600.0
+    save: float = 20.0
+    every: float = 1800.0
+
+
+def goodput(cluster: Cluster, reliability: Reliability = Reliability()) -> float:
+    """Share of the time that becomes steps: what saving, lost work and restarts leave.
+
+    On average a failure loses half of what was computed since the last checkpoint.
+    """
+    per_second = reliability.failures * cluster.gpus / 3600
+    lost = per_second * (reliability.every / 2 + reliability.restart)
+    return max(0.0, 1 - lost - reliability.save / (reliability.every + reliability.save))
+
+
+def dollars(cluster: Cluster, seconds: float, share: float) -> float | None:
+    """Price of that many seconds of steps; ``None`` where a node's price is not known."""
+    price = cluster.node.price
+    return None if price is None or not share else seconds / 3600 * cluster.nodes * price / share

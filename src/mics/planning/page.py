@@ -1,0 +1,90 @@
+"""A plan as one page of HTML that needs nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+
+from mics.planning.charts import bars_of, curves, memory_bars, pareto, step_timeline
+from mics.planning.plan import Plan, Search, simulate_way
+from mics.planning.table import COLUMNS, cells
+from mics.simulation.memory import NOT_MODELLED
+from mics.simulation.stacks import find_stack
+from mics.version import __version__
+
+_STYLE = """
+:root { color-scheme: light dark; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 920px; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+svg { width: 100%; height: auto; } svg text { font-size: 12px; fill: currentColor; }
+table { border-collapse: collapse; font-size: 13px; width: 100%; }
+td { white-space: nowrap; }
+th, td { text-align: right; padding: 3px 8px; border-bottom: 1px solid #8884; }
+.reason { border-left: 4px solid #4477aa; padding-left: .8rem; }
+.wide { overflow-x: auto; } small { opacity: .75; }
+"""
+
+
+def page(
+    title: str,
+    search: Search,
+    plans: Sequence[Plan],
+    scaling: Mapping[str, Sequence[tuple[float, float]]],
+) -> str:
+    """The page.
+
+    Args:
+        title: model and cluster.
+        search: of the cluster asked for.
+        plans: with reasons, the best first; those of a sweep may follow.
+        scaling: tokens per second over GPUs, by engine.
+    """
+    best = plans[0]
+    simulated = simulate_way(
+        "mics", best.anatomy, best.cluster, best.question, best.way, timeline=True
+    )
+    spans = simulated.step.timeline
+    computed = [span for span in spans if span.stream == "compute"]
+    first = computed[: len(computed) // min(best.way.micro_steps, 3)]
+    stack = find_stack(best.question.stack)
+    sections = [
+        f"<h1>{escape(title)}</h1>",
+        f'<p class="reason">{escape(best.reason)}</p>',
+        "<h2>Plans</h2>",
+        _table(plans[:12]),
+        "<h2>Memory of a GPU, the best plan of every partition</h2>",
+        memory_bars(bars_of(search.plans, search.rejected), best.cluster.node.gpu.memory),
+        "<h2>First micro-step of the best plan</h2>",
+        step_timeline(spans, 0.0, first[-1].end),
+        "<h2>Scaling, every GPU with the same work</h2>",
+        curves(_per_gpu(scaling), "GPUs", "tokens per second and GPU"),
+    ]
+    priced = pareto(plans)
+    if priced:
+        sections += ["<h2>Speed against price</h2>", priced]
+    sections.append(
+        f"<p><small>mics {__version__}. Simulated, nothing was run. Software stack {stack.name}: "
+        f"{escape(stack.calibrated)}. Not modelled: {escape(NOT_MODELLED)}.</small></p>"
+    )
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>"
+        + "\n".join(sections)
+        + "</body></html>\n"
+    )
+
+
+def _per_gpu(
+    scaling: Mapping[str, Sequence[tuple[float, float]]],
+) -> dict[str, list[tuple[float, float]]]:
+    return {name: [(x, y / x) for x, y in line] for name, line in scaling.items()}
+
+
+def _table(plans: Sequence[Plan]) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in COLUMNS)
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells(plan)) + "</tr>"
+        for plan in plans
+    )
+    return f'<div class="wide"><table><tr>{head}</tr>{rows}</table></div>'

@@ -1,0 +1,84 @@
+"""Plans and curves as PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from mics.planning.charts import COLOURS
+from mics.planning.plan import GIB, Plan
+
+Curves = Mapping[str, Sequence[tuple[float, float]]]
+_LOOK: Any = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
+
+
+def draw(picture: Path, title: str, plans: Sequence[Plan], scaling: Curves) -> None:
+    """Memory of the best plan of every partition, and how speed grows with the cluster."""
+    best: dict[int, Plan] = {}
+    for plan in plans:
+        best.setdefault(plan.way.partition, plan)
+    with matplotlib.rc_context(_LOOK):
+        figure = Figure(figsize=(9, 8), layout="constrained", dpi=120)
+        figure.suptitle(title)
+        memory, speed = figure.subplots(2, 1)
+        _memory(memory, [best[p] for p in sorted(best)])
+        _curves(speed, scaling)
+        figure.savefig(picture, format="png")
+
+
+def draw_scaling(picture: Path, title: str, curves: Curves) -> None:
+    """Tokens per second over GPUs, and speed per GPU against the fewest."""
+    with matplotlib.rc_context(_LOOK):
+        figure = Figure(figsize=(9, 7), layout="constrained", dpi=120)
+        figure.suptitle(title)
+        speed, efficiency = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+        _curves(speed, curves)
+        speed.set_xlabel("")
+        for n, line in enumerate(curves.values()):
+            base = line[0][1] / line[0][0]
+            shares = [100 * y / x / base for x, y in line]
+            efficiency.plot([x for x, _ in line], shares, "o-", color=COLOURS[n])
+        efficiency.set_xscale("log", base=2)
+        efficiency.set_ylabel("% of the speed per GPU")
+        efficiency.set_xlabel("GPUs")
+        efficiency.set_xticks([x for x, _ in next(iter(curves.values()))])
+        efficiency.xaxis.set_major_formatter("{x:.0f}")
+        efficiency.grid(alpha=0.25)
+        figure.savefig(picture, format="png")
+
+
+def _memory(axes: Any, plans: Sequence[Plan]) -> None:
+    needs = [plan.memory.phases[plan.memory.phase] for plan in plans]
+    kinds = [kind for kind in vars(needs[0]) if any(vars(need)[kind] for need in needs)]
+    left = [0.0] * len(plans)
+    for n, kind in enumerate(kinds):
+        sizes = [vars(need)[kind] / GIB for need in needs]
+        label = kind.replace("_", " ")
+        axes.barh(range(len(plans)), sizes, left=left, color=COLOURS[n], label=label, height=0.7)
+        left = [a + b for a, b in zip(left, sizes, strict=True)]
+    axes.axvline(plans[0].cluster.node.gpu.memory / GIB, color="#cc3311", label="a GPU's memory")
+    axes.set_yticks(range(len(plans)), [str(plan.way) for plan in plans])
+    axes.invert_yaxis()
+    axes.set_xlabel("GiB")
+    axes.legend(frameon=False, fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.18))
+
+
+def _curves(axes: Any, curves: Curves) -> None:
+    for n, (name, line) in enumerate(curves.items()):
+        axes.plot([x for x, _ in line], [y for _, y in line], "o-", color=COLOURS[n], label=name)
+    first = next(iter(curves.values()))
+    ideal = [first[0][1] * x / first[0][0] for x, _ in first]
+    axes.plot([x for x, _ in first], ideal, ":", color="#555555", label="ideal")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.set_xticks([x for x, _ in first])
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.set_xlabel("GPUs")
+    axes.set_ylabel("tokens per second")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)

@@ -1,0 +1,82 @@
+"""How speed grows with the cluster, engine against engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from mics.errors import PlanError
+from mics.planning.plan import Plan, Way, simulate_way
+from mics.simulation.engines import Engine
+from mics.topology import possible_partitions
+
+ENGINES: tuple[Engine, ...] = ("mics", "hsdp every micro-step", "fsdp2", "zero3")
+_MOST = 2048
+
+
+def weak_scaling(
+    plan: Plan, engines: Sequence[Engine], nodes: Sequence[int] | None = None
+) -> dict[str, list[tuple[float, float]]]:
+    """Tokens per second over GPUs; every GPU keeps the plan's micro-batch and micro-steps.
+
+    Args:
+        plan: partition, micro-batch and so on.
+        engines: which.
+        nodes: how many; by default doubling from the fewest the partition allows to 64, at least.
+    """
+    found: dict[str, list[tuple[float, float]]] = {engine: [] for engine in engines}
+    for count in nodes or _doubling(plan):
+        cluster = replace(plan.cluster, nodes=count)
+        if plan.way.partition not in possible_partitions(count, cluster.node.gpus_per_node):
+            continue
+        sequences = plan.way.micro_batch * plan.way.micro_steps * cluster.gpus
+        tokens = sequences * plan.question.sequence
+        for engine in engines:
+            simulated = simulate_way(engine, plan.anatomy, cluster, plan.question, plan.way)
+            found[engine].append((cluster.gpus, tokens / simulated.seconds))
+    return found
+
+
+def strong_scaling(
+    plan: Plan, engines: Sequence[Engine], nodes: Sequence[int]
+) -> dict[str, list[tuple[float, float]]]:
+    """The same global batch on more GPUs: fewer micro-steps each.
+
+    Numbers of nodes that do not divide the batch are left out.
+    """
+    found: dict[str, list[tuple[float, float]]] = {engine: [] for engine in engines}
+    sequences = plan.way.micro_batch * plan.way.micro_steps * plan.cluster.gpus
+    for count in nodes:
+        cluster = replace(plan.cluster, nodes=count)
+        steps, rest = divmod(sequences, plan.way.micro_batch * cluster.gpus)
+        legal = possible_partitions(count, cluster.node.gpus_per_node)
+        if rest or not steps or plan.way.partition not in legal:
+            continue
+        way: Way = replace(plan.way, micro_steps=steps)
+        for engine in engines:
+            simulated = simulate_way(engine, plan.anatomy, cluster, plan.question, way)
+            found[engine].append((cluster.gpus, plan.tokens / simulated.seconds))
+    return found
+
+
+def parse_range(text: str) -> list[int]:
+    """ "nodes=2..64" or "2..64": 2, 4, 8, ..., 64.
+
+    Raises:
+        PlanError: another form.
+    """
+    low, dots, high = text.removeprefix("nodes=").partition("..")
+    if not dots or not low.isdigit() or not high.isdigit() or not 0 < int(low) <= int(high):
+        raise PlanError(f"{text!r} is no range.", write="nodes=2..64 (doubling)")
+    counts, count = [], int(low)
+    while count <= int(high):
+        counts.append(count)
+        count *= 2
+    return counts
+
+
+def _doubling(plan: Plan) -> Iterator[int]:
+    count = max(1, plan.way.partition // plan.cluster.node.gpus_per_node)
+    while count <= max(64, plan.cluster.nodes) and count <= _MOST:
+        yield count
+        count *= 2

@@ -1,0 +1,83 @@
+"""What is planned for: a preset, a config.json, a transformers configuration or any module."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from mics.blocks import Blocks
+from mics.errors import PlanError
+from mics.simulation.anatomy import Anatomy, Loss, cast
+from mics.simulation.trace_cache import TraceCache
+
+_VOCABULARY = 32768  # of presets that take their tokenizer's
+
+
+def subject(
+    model: Any,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    blocks: Blocks = None,
+    loss: Loss | None = None,
+    vocabulary: int = _VOCABULARY,
+) -> Anatomy:
+    """Sizes and traces of a model, of which no weight is made.
+
+    Args:
+        model: a preset's name, a path to config.json, a hub name, a transformers configuration, or
+            a module (copied to the meta device).
+        dtype: what is computed in.
+        blocks: as in ``mics.shard``.
+        loss: ``loss(model, micro_batch, sequence)`` runs it on inputs it makes on the meta device;
+            by default as transformers' language models are, ids in and labels beside them.
+        vocabulary: for presets that take their tokenizer's.
+
+    Raises:
+        ConfigError: there is no such model.
+        ShardError: it has no blocks.
+        PlanError: a module without ``loss`` that is none of transformers'.
+    """
+    if isinstance(model, nn.Module):
+        if loss is None and not hasattr(model, "config"):
+            raise PlanError(
+                f"How {type(model).__name__} is run is not known.",
+                write="loss=lambda model, micro_batch, sequence: model(torch.zeros(micro_batch, "
+                'sequence, width, device="meta")).sum()',
+            )
+        return Anatomy(cast(_on_meta(model), dtype), loss or language_model_loss, blocks)
+    from mics.models.building import build, load_config, num_positions
+
+    config = model
+    if not hasattr(config, "to_json_string"):
+        config = load_config(str(model), vocabulary=vocabulary, separator=0)
+    identity = "\n".join([config.to_json_string(), str(dtype), torch.__version__])
+    module = cast(build(config).train(), dtype)
+    kept = TraceCache(identity) if loss is None and blocks is None else None
+    return Anatomy(
+        module, loss or language_model_loss, blocks, kept, positions=num_positions(config)
+    )
+
+
+def language_model_loss(model: Callable[..., Any], micro_batch: int, sequence: int) -> torch.Tensor:
+    """What transformers' language models give for ids and labels."""
+    ids = torch.zeros(micro_batch, sequence, dtype=torch.long, device="meta")
+    loss: torch.Tensor = model(input_ids=ids, labels=ids).loss
+    return loss
+
+
+def _on_meta(model: nn.Module) -> nn.Module:
+    """A copy without values; ``model`` keeps its own."""
+    memo: dict[int, Any] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if id(tensor) not in memo:
+            empty = torch.empty_like(tensor, device="meta")
+            memo[id(tensor)] = (
+                nn.Parameter(empty, requires_grad=tensor.requires_grad)
+                if isinstance(tensor, nn.Parameter)
+                else empty
+            )
+    return copy.deepcopy(model, memo).train()

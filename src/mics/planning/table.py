@@ -1,0 +1,86 @@
+"""Plans as text and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mics.planning.plan import GIB, Plan
+
+COLUMNS = (
+    "p",
+    "replicas",
+    "micro-batch",
+    "micro-steps",
+    "checkpoint",
+    "gather",
+    "memory",
+    "step",
+    "tokens/s",
+    "MFU",
+    "HFU",
+    "hop 1 waits",
+    "hop 2 waits",
+    "between nodes",
+    "$/B tokens",
+)
+
+
+def as_table(plans: Sequence[Plan]) -> str:
+    """One line per plan."""
+    rows = [COLUMNS, *(cells(plan) for plan in plans)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def cells(plan: Plan) -> tuple[str, ...]:
+    """A plan's line, one text per column."""
+    way, exposed = plan.way, plan.simulated.step.exposed
+    price = plan.dollars_per_billion_tokens
+    seconds = plan.simulated.step.seconds
+    return (
+        str(way.partition),
+        str(plan.cluster.gpus // way.partition),
+        str(way.micro_batch),
+        str(way.micro_steps),
+        "full" if way.checkpointing else "none",
+        "two stages" if way.form == "hierarchical" else "flat",
+        f"{plan.needed / GIB:.1f} GiB",
+        f"{plan.seconds:.3f} s",
+        f"{plan.tokens_per_second:,.0f}",
+        f"{plan.mfu:.1%}",
+        f"{plan.hfu:.1%}",
+        f"{exposed[1] / seconds:.1%}",
+        f"{exposed[2] / seconds:.1%}",
+        f"{plan.inter_bytes / 1e9:,.1f} GB",
+        "n/a" if price is None else f"{price:,.0f}",
+    )
+
+
+def as_document(plan: Plan) -> dict[str, Any]:
+    """A plan for JSON; bytes and seconds."""
+    way, step = plan.way, plan.simulated.step
+    return {
+        "nodes": plan.cluster.nodes,
+        "node": plan.cluster.node.name,
+        "partition": way.partition,
+        "micro_batch": way.micro_batch,
+        "micro_steps": way.micro_steps,
+        "checkpointing": way.checkpointing,
+        "all_gather": plan.simulated.form,
+        "memory_bytes": plan.needed,
+        "memory_by_phase": {phase: vars(need) for phase, need in plan.memory.phases.items()},
+        "step_seconds": plan.seconds,
+        "compute_seconds": step.compute,
+        "exposed_seconds": {str(hop): value for hop, value in step.exposed.items()},
+        "communication_seconds": {str(hop): value for hop, value in step.total.items()},
+        "tokens_per_second": plan.tokens_per_second,
+        "mfu": plan.mfu,
+        "hfu": plan.hfu,
+        "node_bytes_between_nodes": plan.inter_bytes,
+        "dollars_per_billion_tokens": plan.dollars_per_billion_tokens,
+        "reason": plan.reason,
+    }

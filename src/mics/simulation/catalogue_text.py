@@ -1,0 +1,63 @@
+"""The catalogue as text, every figure with its source."""
+
+from __future__ import annotations
+
+from mics.simulation.hardware import Link, dated, gpus, nodes
+from mics.simulation.stacks import stacks
+
+
+def catalogue() -> str:
+    """GPUs, nodes and software stacks; what nobody published is "n/a"."""
+    lines = [
+        f"GPUs ({dated('gpus')})",
+        f"  {'name':<12}{'memory':>10}{'peak':>14}{'achieved':>14}{'its memory':>13}",
+    ]
+    for gpu in gpus().values():
+        achieved = "n/a" if gpu.achieved is None else f"{gpu.achieved / 1e12:.1f} TFLOPS"
+        rate = "n/a" if gpu.bandwidth is None else f"{gpu.bandwidth / 1e9:,.0f} GB/s"
+        lines.append(
+            f"  {gpu.name:<12}{gpu.memory / 2**30:>6.0f} GiB{gpu.peak / 1e12:>7.0f} TFLOPS"
+            f"{achieved:>14}{rate:>13}"
+        )
+        lines.append(f"    {gpu.source}")
+    lines += ["", f"Nodes ({dated('nodes')}; dollars per hour on demand, us-east-1)"]
+    lines.append(
+        f"  {'name':<10}{'GPUs':>15}{'inside':>12}{'between':>12}{'hop inside':>12}"
+        f"{'between':>10}{'$/h':>9}"
+    )
+    for node in nodes().values():
+        price = "n/a" if node.price is None else f"{node.price:.2f}"
+        lines.append(
+            f"  {node.name:<10}{f'{node.gpus_per_node} x {node.gpu.name}':>15}"
+            f"{_rate(node.intra):>12}{_rate(node.inter):>12}{_latency(node.intra):>12}"
+            f"{_latency(node.inter):>10}{price:>9}"
+        )
+        lines.append(f"    {node.source}")
+    lines += ["", f"Software stacks ({dated('stacks')}; factor on the modelled rate)"]
+    lines += [f"  {s.name:<12}{s.factor:>6.3f}  {s.calibrated}" for s in stacks().values()]
+    lines += ["", "A node of your own, a .toml file:", "", *_FORM]
+    return "\n".join(lines)
+
+
+_FORM = (
+    "  [ours]",
+    '  gpu = "H100"',
+    "  gpus_per_node = 8",
+    "  price = 30.0                                  # may be left out",
+    "  fixed = 5                                     # microseconds of any collective",
+    "  intra = { bandwidth = 350, latency = 4 }      # GB/s of a ring, microseconds per hop",
+    "  inter = { bandwidth = 180, latency = 20 }",
+    "",
+    "  [gpus.ours]                                   # only for a GPU that is not listed",
+    "  memory = 96                                   # GiB",
+    "  peak = 500                                    # TFLOPS, 16 bits",
+    "  bandwidth = 4000                              # GB/s",
+)
+
+
+def _rate(link: Link) -> str:
+    return f"{link.bandwidth / 1e9:.1f} GB/s" if link.bandwidth else "n/a"
+
+
+def _latency(link: Link) -> str:
+    return f"{link.latency * 1e6:.0f} us"

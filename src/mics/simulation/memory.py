@@ -1,0 +1,267 @@
+"""The most memory a GPU needs in a step, by phase and by kind.
+
+With P the parameters a rank holds, in fp32 as FSDP2 keeps them, and a unit's parameters gathered in
+the dtype of computation:
+
+==================  ================================================================================
+phase               beside model states, the gathered root and the activations kept until then
+==================  ================================================================================
+loss                logits and their gradients; the last block's gather, freed when forward is over
+block backward      the block, gathered; the next one, prefetched; its gradients, whole; what it
+                    computes; the block before it, being reduced
+end of backward     the root's gradients, whole, and being reduced; the last block, being reduced
+optimizer step      model states alone, and what the optimizer computes with
+==================  ================================================================================
+
+What activations need is read from a trace (``trace.py``). Gradients are alive from the first
+reduction of a step to its end. Source of the order of events: FSDP2
+(``torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py``, torch 2.13), checked against torch's
+``FSDPMemTracker`` in ``benchmarks/memory_model.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+from typing import Literal
+
+from mics.simulation.anatomy import Anatomy, Unit
+from mics.simulation.trace import ROOT, Trace
+
+Phase = Literal["loss", "block backward", "end of backward", "optimizer step"]
+PHASES: tuple[Phase, ...] = ("loss", "block backward", "end of backward", "optimizer step")
+
+NOT_MODELLED = "workspaces of libraries, other processes, fragmentation beyond what is added"
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """What an optimizer keeps, and needs for a moment, per trained parameter of a rank's shard."""
+
+    state_bytes: int
+    step_bytes: int
+
+
+OPTIMIZERS = {
+    "adamw": Optimizer(8, 4),  # two moments; torch's foreach form takes a shard for the root
+    "adamw-fused": Optimizer(8, 0),
+    "sgd-momentum": Optimizer(4, 0),
+    "sgd": Optimizer(0, 0),
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a step is run on each GPU.
+
+    Args:
+        partition: p.
+        checkpointing: recompute every block in backward.
+        optimizer: one of ``OPTIMIZERS``.
+        master_bytes: of a parameter and its gradient in the rank's shard.
+        compute_bytes: of a gathered parameter.
+        reduce_bytes: of a gradient that is being reduced.
+        prefetch: blocks gathered ahead.
+        reductions: buffers of a block that is being reduced: on the CPU two, as ranks exchange.
+        micro_steps: with more than one, gradients are alive from the second forward on.
+        communicators: groups a rank is in.
+        communicator_bytes: buffers of each.
+        runtime_bytes: what a GPU is missing before the first tensor is made.
+    """
+
+    partition: int
+    checkpointing: bool = False
+    optimizer: str = "adamw"
+    master_bytes: int = 4
+    compute_bytes: int = 2
+    reduce_bytes: int = 4
+    prefetch: int = 1
+    reductions: int = 1
+    micro_steps: int = 1
+    communicators: int = 0
+    communicator_bytes: int = 0
+    runtime_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of one moment, by kind."""
+
+    parameters: int
+    optimizer: int
+    gradients: int = 0
+    unsharded_blocks: int = 0
+    prefetched_blocks: int = 0
+    activations: int = 0
+    logits: int = 0
+    communication_buffers: int = 0
+    communicators: int = 0
+
+    @property
+    def total(self) -> int:
+        """All kinds together."""
+        return sum(vars(self).values())
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The largest moment of every phase."""
+
+    phases: dict[Phase, Need] = field(default_factory=dict)
+
+    @property
+    def phase(self) -> Phase:
+        """The one that needs most."""
+        return max(self.phases, key=lambda phase: self.phases[phase].total)
+
+    @property
+    def peak(self) -> int:
+        """Bytes it needs."""
+        return self.phases[self.phase].total
+
+
+@dataclass(frozen=True)
+class _Level:
+    """What a moment of a micro-step keeps, on any number of GPUs; bytes."""
+
+    phase: Phase
+    unit: int
+    activations: int
+    logits: int
+    gradients: int  # whole ones, not yet reduced
+
+
+def memory(anatomy: Anatomy, trace: Trace, setup: Setup) -> Memory:
+    """Work out the peak.
+
+    Args:
+        anatomy: sizes of the units.
+        trace: of one micro-step with the micro-batch and sequence in question.
+        setup: how it is run.
+    """
+    states = _States(anatomy.blocks, anatomy.root, setup)
+    phases: dict[Phase, Need] = {"optimizer step": states.at_optimizer_step()}
+    for level in _levels(trace, setup.checkpointing):
+        need = states.at(level)
+        if level.phase not in phases or need.total > phases[level.phase].total:
+            phases[level.phase] = need
+    return Memory({phase: phases[phase] for phase in PHASES if phase in phases})
+
+
+def states_and_blocks(blocks: Sequence[Unit], root: Unit, setup: Setup) -> Need:
+    """What is needed before anything is known of activations: model states and gathered blocks.
+
+    Args:
+        blocks: sizes of the blocks.
+        root: size of what is outside of them.
+        setup: how a step is run.
+    """
+    states = _States(blocks, root, setup)
+    moments = [
+        states.at(_Level("block backward", number, 0, 0, unit.trained() * setup.compute_bytes))
+        for number, unit in enumerate(blocks)
+    ]
+    return max([*moments, states.at_optimizer_step()], key=lambda need: need.total)
+
+
+def _levels(trace: Trace, checkpointing: bool) -> Iterator[_Level]:
+    blocks = len(trace.block_inputs)
+    forgotten = _forgotten(trace) if checkpointing else [0] * (blocks + 1)
+    last_forward = max(n for n, s in enumerate(trace.segments) if s.direction == "forward")
+    backward_begun = False
+    to_come = blocks  # blocks whose backward is still to come
+    for number, segment in enumerate(trace.segments):
+        if segment.unit != ROOT and segment.direction == "backward":
+            backward_begun = True
+            to_come = segment.unit
+            kept = segment.peak - segment.gradients - forgotten[segment.unit]
+            yield _Level("block backward", segment.unit, kept, 0, segment.gradients)
+        elif segment.unit == ROOT and backward_begun and to_come == 0:
+            kept = segment.peak - segment.gradients
+            yield _Level("end of backward", ROOT, kept, 0, segment.gradients)
+        elif segment.unit == ROOT and number >= last_forward and not backward_begun:
+            kept = segment.start - forgotten[blocks]
+            logits = segment.peak - segment.start - segment.gradients
+            yield _Level("loss", ROOT, kept, logits, segment.gradients)
+
+
+def _forgotten(trace: Trace) -> list[int]:
+    """Bytes that checkpointing has freed when the first n blocks have run forward, for every n."""
+    blocks = len(trace.block_inputs)
+    before = [0] * (blocks + 1)  # alive when block n begins, n = blocks: when all are over
+    for segment, following in pairwise(trace.segments):
+        if segment.unit != ROOT and segment.direction == "forward":
+            before[segment.unit] = segment.start
+            before[segment.unit + 1] = following.start
+    # Of the last block its output stays, which is as large as what entered it.
+    kept = [0, *accumulate([*trace.block_inputs[1:], trace.block_inputs[-1]])]
+    return [max(now - before[0] - inputs, 0) for now, inputs in zip(before, kept, strict=True)]
+
+
+class _States:
+    """Model states and buffers of one setup."""
+
+    def __init__(self, blocks: Sequence[Unit], root: Unit, setup: Setup) -> None:
+        p, optimizer = setup.partition, OPTIMIZERS[setup.optimizer]
+        units = [*blocks, root]
+        trained = sum(unit.trained(p) for unit in units) // p
+        self._prefetch = setup.prefetch
+        self._gathered = [unit.numel(p) * setup.compute_bytes for unit in units]
+        buffers = setup.reduce_bytes * setup.reductions
+        self._reduced = [unit.trained(p) * buffers for unit in units]
+        self._whole = [unit.trained(p) * setup.compute_bytes for unit in units]
+        shards = [unit.trained(p) // p * setup.master_bytes for unit in units]
+        self._all_shards = sum(shards)
+        # Backward reduces the last block first.
+        behind = list(accumulate(reversed(shards[:-1]), initial=0))[::-1]
+        several = setup.micro_steps > 1
+        self._shards_at = [
+            self._all_shards if several else behind[n + 1] for n in range(len(shards) - 1)
+        ]
+        self._shards_before = self._all_shards if several else 0
+        self._shards_of_blocks = self._all_shards if several else behind[0]
+        self._step = trained * optimizer.step_bytes
+        self._fixed = {
+            "parameters": sum(unit.numel(p) for unit in units) // p * setup.master_bytes,
+            "optimizer": trained * optimizer.state_bytes,
+            "communicators": setup.communicators * setup.communicator_bytes + setup.runtime_bytes,
+        }
+
+    def at_optimizer_step(self) -> Need:
+        """When every gradient is reduced."""
+        return Need(**self._fixed, gradients=self._all_shards, communication_buffers=self._step)
+
+    def at(self, level: _Level) -> Need:
+        """At a moment of the micro-step."""
+        root = self._gathered[-1]
+        if level.phase == "loss":
+            return Need(
+                **self._fixed,
+                gradients=self._shards_before + level.gradients,
+                unsharded_blocks=root,
+                prefetched_blocks=self._gathered[-2] if self._prefetch else 0,
+                activations=level.activations,
+                logits=level.logits,
+            )
+        if level.phase == "block backward":
+            unit = level.unit
+            ahead = self._gathered[max(unit - self._prefetch, 0) : unit]
+            behind = self._reduced[unit + 1] if unit + 2 < len(self._reduced) else 0
+            return Need(
+                **self._fixed,
+                gradients=self._shards_at[unit] + level.gradients,
+                unsharded_blocks=root + self._gathered[unit],
+                prefetched_blocks=sum(ahead),
+                activations=level.activations,
+                communication_buffers=behind,
+            )
+        # The root's own reduction needs its whole gradients and a buffer, but no parameters.
+        reducing = max(self._reduced[-1], root + self._reduced[0])
+        return Need(
+            **self._fixed,
+            gradients=self._shards_of_blocks + max(level.gradients, self._whole[-1]),
+            unsharded_blocks=root if reducing > self._reduced[-1] else 0,
+            activations=level.activations,
+            communication_buffers=reducing - (root if reducing > self._reduced[-1] else 0),
+        )

@@ -1,0 +1,49 @@
+"""Software stacks: one factor each, what of the modelled rate it reaches."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+
+from mics.errors import PlanError
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One factor, and the figure it was calibrated at.
+
+    Args:
+        name: of the stack.
+        factor: what of the modelled rate of computation it reaches.
+        calibrated: at which figure.
+    """
+
+    name: str
+    factor: float
+    calibrated: str
+
+
+@cache
+def stacks() -> dict[str, Stack]:
+    """All of the catalogue by name."""
+    text = (files("mics.simulation") / "catalogue" / "stacks.toml").read_text()
+    tables = {k: v for k, v in tomllib.loads(text).items() if isinstance(v, dict)}
+    return {name: Stack(name, t["factor"], t["calibrated"]) for name, t in tables.items()}
+
+
+def find_stack(name: str) -> Stack:
+    """A stack of the catalogue.
+
+    Raises:
+        PlanError: there is none.
+    """
+    known = stacks()
+    if name not in known:
+        raise PlanError(
+            f"There is no software stack {name!r}.",
+            numbers=f"Stacks: {', '.join(known)}.",
+            write="--stack <one of them>",
+        )
+    return known[name]

@@ -1,0 +1,74 @@
+"""Traces kept on disk, so that a model is traced once.
+
+JSON, one file per model, micro-batch and sequence; equal lists of kernels are written once. A file
+that cannot be read is as good as none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from mics.simulation.trace import Operator, Segment, Trace
+
+_FIGURES = ("unit", "direction", "start", "peak", "gradients", "end")
+
+
+class TraceCache:
+    """Where traces of one model are kept.
+
+    Args:
+        identity: everything a trace depends on but micro-batch and sequence: configuration, dtype,
+            versions.
+        folder: ``$MICS_CACHE``, else ``~/.cache/mics``, by default.
+    """
+
+    def __init__(self, identity: str, folder: Path | None = None) -> None:
+        at = folder or Path(os.environ.get("MICS_CACHE", "~/.cache/mics")).expanduser()
+        self._folder = at / "traces" / hashlib.sha256(identity.encode()).hexdigest()[:24]
+
+    def get(self, micro_batch: int, sequence: int) -> Trace | None:
+        """One that was kept, or ``None``."""
+        try:
+            return _read(json.loads(self._file(micro_batch, sequence).read_text()))
+        except (OSError, ValueError, KeyError, TypeError, IndexError):
+            return None
+
+    def put(self, micro_batch: int, sequence: int, made: Trace) -> None:
+        """Keep one; a folder that cannot be written is no error."""
+        file = self._file(micro_batch, sequence)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = file.with_suffix(f".{os.getpid()}")
+            unfinished.write_text(json.dumps(_written(made)))
+            unfinished.replace(file)
+        except OSError:
+            return
+
+    def _file(self, micro_batch: int, sequence: int) -> Path:
+        return self._folder / f"{micro_batch}x{sequence}.json"
+
+
+def _written(made: Trace) -> dict[str, Any]:
+    lists: dict[tuple[Operator, ...], int] = {}
+    segments = [
+        [*(getattr(s, name) for name in _FIGURES), lists.setdefault(s.operators, len(lists))]
+        for s in made.segments
+    ]
+    return {
+        "kernels": [[[op.flops, op.num_bytes] for op in kernels] for kernels in lists],
+        "segments": segments,
+        "block_inputs": made.block_inputs,
+    }
+
+
+def _read(written: dict[str, Any]) -> Trace:
+    lists = [tuple(Operator(*op) for op in kernels) for kernels in written["kernels"]]
+    segments = tuple(
+        Segment(**dict(zip(_FIGURES, figures, strict=True)), operators=lists[at])
+        for *figures, at in written["segments"]
+    )
+    return Trace(segments, tuple(written["block_inputs"]))

@@ -1,0 +1,142 @@
+"""What a run is expected to need: the partition when nobody names one, memory, a step's time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from transformers import PretrainedConfig
+
+from mics.console import say
+from mics.launch import read_launch
+from mics.partition_choice import PartitionChoice, choose_partition, device_memory
+from mics.planning.plan import GIB, Question, Way, memory_of, simulate_way, with_fragmentation
+from mics.planning.subject import subject
+from mics.simulation.anatomy import Anatomy
+from mics.simulation.hardware import Cluster, Gpu, Link, Node, find_node
+from mics.training.config import TrainConfig
+
+_NOWHERE = Link(1.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """Predictions for the chosen partition.
+
+    Args:
+        memory_bytes: of a rank, at most; ``None`` for a model that cannot be traced.
+        step_seconds: ``None`` then too, and where no node was named that it could be predicted for.
+    """
+
+    memory_bytes: int | None
+    step_seconds: float | None
+
+
+class Forecast:
+    """The planner's view of a run. Says the same on every rank.
+
+    Args:
+        config: of the run.
+        shape: of the model.
+        micro_batch: sequences of a rank and micro-step.
+        micro_steps: of a step.
+        sequence: tokens of a sequence.
+        device: of the ranks.
+
+    Raises:
+        PlanError: ``parallel.node`` names no node of the catalogue.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        shape: PretrainedConfig,
+        *,
+        micro_batch: int,
+        micro_steps: int,
+        sequence: int,
+        device: torch.device,
+    ) -> None:
+        world = dist.get_world_size()
+        launch = read_launch()
+        per_host = launch.ranks_per_node if launch else world
+        self._k = config.parallel.gpus_per_node or per_host
+        self._per_host, self._device, self._named = per_host, device, config.parallel.node
+        self._checkpointing = config.parallel.activation_checkpointing
+        self._micro_batch, self._micro_steps = micro_batch, micro_steps
+        self._bytes = 2 if config.parallel.dtype == "bf16" else 4
+        dtype = torch.bfloat16 if self._bytes == 2 else torch.float32
+        self._anatomy: Anatomy = subject(shape, dtype=dtype)
+        on_gpu = device.type != "cpu"
+        self._question = Question(
+            sequence,
+            micro_steps=micro_steps,
+            compute_bytes=self._bytes,
+            reductions=1 if on_gpu else 2,
+            runtime_gib=0.8 if on_gpu else 0.0,
+            communicator_gib=0.35 if on_gpu else 0.0,
+        )
+        self._nodes = max(world // self._k, 1)
+        self._node = self._described()
+        self._traced = self._try_trace()
+
+    def choose(self) -> PartitionChoice | Literal["auto"]:
+        """The smallest partition whose memory is there. Collective.
+
+        Returns:
+            "auto" for a model that cannot be traced, which leaves the choice to ``mics.shard``.
+
+        Raises:
+            ShardError: none fits.
+        """
+        if not self._traced:
+            return "auto"
+        memory = torch.tensor(device_memory(self._device, self._per_host), device=self._device)
+        dist.all_reduce(memory, dist.ReduceOp.MIN)
+        return choose_partition(self._need(), int(memory), nodes=self._nodes, gpus_per_node=self._k)
+
+    def expect(self, partition: int) -> Expectation:
+        """Memory and time with a partition."""
+        if not self._traced:
+            return Expectation(None, None)
+        seconds = None
+        if self._named is not None:
+            seconds = simulate_way(
+                "mics", self._anatomy, self._cluster(), self._question, self._way(partition)
+            ).seconds
+        return Expectation(self._need()(partition), seconds)
+
+    def _try_trace(self) -> bool:
+        """Whether the model runs without values; one whose path depends on them does not."""
+        try:
+            self._anatomy.trace(self._micro_batch, self._question.sequence)
+        except Exception as error:
+            say(f"memory is not predicted, the model cannot be traced: {error}")
+            return False
+        return True
+
+    def _need(self) -> Callable[[int], int]:
+        def need(partition: int) -> int:
+            way = self._way(partition)
+            found = memory_of(self._anatomy, self._cluster(), self._question, way)
+            return round(with_fragmentation(found, self._question))
+
+        return need
+
+    def _way(self, partition: int) -> Way:
+        form: Literal["flat", "hierarchical"] = (
+            "hierarchical" if partition > self._k > 1 else "flat"
+        )
+        return Way(partition, self._micro_batch, self._micro_steps, self._checkpointing, form)
+
+    def _cluster(self) -> Cluster:
+        return Cluster(self._node, self._nodes)
+
+    def _described(self) -> Node:
+        if self._named is not None:
+            return find_node(self._named)
+        gpu = Gpu("this device", float(GIB), 1.0, None)
+        return Node("here", gpu, self._k, _NOWHERE, _NOWHERE)

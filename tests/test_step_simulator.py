@@ -1,0 +1,286 @@
+"""A step, event by event: what hides, what waits, and the properties every engine must have."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from fractions import Fraction
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from mics import traffic
+from mics.commands.simulate import chrome_trace
+from mics.planning.subject import subject
+from mics.simulation.anatomy import Anatomy
+from mics.simulation.compute import Times, times
+from mics.simulation.engines import PROFILES, Run, inter_bytes, simulate_engine
+from mics.simulation.hardware import Cluster, Gpu, find_node
+from mics.simulation.network import Stage
+from mics.simulation.step import Schedule, Step, Work, simulate, straggling
+from mics.simulation.trace import Operator, Segment, Trace
+from mics.topology import Topology
+
+BLOCKS = 4
+NONE = Work(0.0, 0.0)
+
+
+def inter(seconds: float) -> tuple[Stage, ...]:
+    return (Stage("inter", seconds),)
+
+
+def run(block: Work, **schedule: Any) -> Step:
+    return simulate([block] * BLOCKS, NONE, Schedule(**schedule))
+
+
+def test_without_communication_a_step_is_its_computation() -> None:
+    step = run(Work(1.0, 2.0), micro_steps=5, last=0.5)
+    assert step.seconds == pytest.approx(5 * BLOCKS * 3.0 + 0.5)
+    assert step.compute == pytest.approx(5 * BLOCKS * 3.0)
+    assert step.exposed == {0: 0.5, 1: 0.0, 2: 0.0}
+
+
+def test_what_is_not_prefetched_is_waited_for() -> None:
+    block = Work(1.0, 2.0, inter(0.5), inter(0.25))
+    step = run(block, prefetch=0, in_flight=0)
+    assert step.seconds == pytest.approx(BLOCKS * (3.0 + 2 * 0.5 + 0.25))
+    assert step.exposed[1] == pytest.approx(BLOCKS * 1.25)
+    assert step.total[1] == pytest.approx(BLOCKS * 1.25)
+
+
+def test_a_prefetched_gather_hides_behind_computation() -> None:
+    block = Work(1.0, 2.0, inter(0.5))
+    step = run(block)
+    # Only the first gather of each pass has nothing to hide behind.
+    assert step.exposed[1] == pytest.approx(2 * 0.5)
+
+
+def test_a_link_that_cannot_keep_up_sets_the_pace() -> None:
+    step = run(Work(1.0, 2.0, inter(5.0)))
+    assert step.seconds == pytest.approx(2 * BLOCKS * 5.0 + 1.0 + 2.0)
+
+
+def test_reductions_are_waited_for_when_the_backward_pass_ends() -> None:
+    step = run(Work(1.0, 2.0, reduce=inter(0.5)), micro_steps=3)
+    assert step.exposed[1] == pytest.approx(3 * 0.5)  # of each micro-step the last block's
+
+
+def test_the_next_gather_goes_before_the_reduction() -> None:
+    """The other way round the gather of a block waits for the block before it to be reduced."""
+    gather, reduce = 1.0, 1.5
+    step = run(Work(3.0, 3.0, inter(gather), inter(reduce)))
+    # In 3.0 of computation a gather and a reduction fit, if nobody waits for the wrong one.
+    assert step.seconds == pytest.approx(2 * gather + BLOCKS * 6.0 + reduce)
+
+
+def test_two_stages_run_beside_each_other_when_pipelined() -> None:
+    gather = (Stage("inter", 2.0), Stage("intra", 2.0))
+    one_by_one = run(Work(0.0, 0.0, gather), prefetch=2)
+    pipelined = run(Work(0.0, 0.0, gather), prefetch=2, pipelined=True)
+    assert one_by_one.seconds == pytest.approx(2 * BLOCKS * 4.0)
+    # By hand, each pass: the first gather 4, then one every 2, and one more 2 for the third, which
+    # is issued when the second is waited for.
+    assert pipelined.seconds == pytest.approx(2 * 12.0)
+
+
+def test_hop_2_hides_behind_the_last_backward_only() -> None:
+    block = Work(1.0, 2.0, sync=inter(0.5))
+    for micro_steps in (1, 2, 4, 7):
+        deferred = run(block, micro_steps=micro_steps)
+        assert deferred.exposed[2] == pytest.approx(0.5)  # the last block's
+        assert deferred.total[2] == pytest.approx(BLOCKS * 0.5)
+    every = run(block, micro_steps=4, sync="every", sync_overlaps=False)
+    assert every.exposed[2] == pytest.approx(4 * BLOCKS * 0.5)
+
+
+def test_more_micro_steps_cost_the_same_each() -> None:
+    block = Work(1.0, 2.0, inter(0.7), inter(0.9), inter(2.5))
+    spent = [run(block, micro_steps=s).seconds for s in range(2, 9)]
+    more = [b - a for a, b in pairwise(spent)]
+    assert more == pytest.approx([more[0]] * len(more))
+
+
+def test_messages_cost_the_host() -> None:
+    block = Work(1.0, 2.0, inter(0.1))
+    free, paid = run(block), run(block, host=0.01, messages=12)
+    assert paid.compute - free.compute == pytest.approx(2 * BLOCKS * 0.12)
+
+
+def test_a_timeline_holds_every_span() -> None:
+    block = Work(1.0, 2.0, inter(0.5), inter(0.25), inter(0.2))
+    step = simulate([block] * BLOCKS, NONE, Schedule(), timeline=True)
+    by_stream = {
+        name: [s for s in step.timeline if s.stream == name] for name in ("hop 1", "hop 2")
+    }
+    assert len(by_stream["hop 1"]) == BLOCKS * 3
+    assert len(by_stream["hop 2"]) == BLOCKS
+    for spans in by_stream.values():  # a stream does one thing at a time
+        for a, b in pairwise(spans):
+            assert a.end <= b.start + 1e-12
+    assert max(span.end for span in step.timeline) == pytest.approx(step.seconds)
+    events = chrome_trace(step.timeline)["traceEvents"]
+    assert isinstance(events, list)
+    assert sum(event["ph"] == "X" for event in events) == len(step.timeline)
+
+
+def test_somebody_is_always_late() -> None:
+    assert straggling(0.0, 512, 64, 4) == 1.0
+    assert straggling(0.02, 1, 1, 1) == 1.0
+    assert straggling(0.02, 8, 1, 1) == pytest.approx(1 + 0.02 * 1.4236, rel=2e-3)  # tables: 1.4236
+    assert straggling(0.02, 8, 64, 4) < straggling(0.02, 512, 1, 4)  # averages over micro-steps
+
+
+# -- computation ---------------------------------------------------------------------------------
+
+CHIP = Gpu("chip", 1e9, peak=1e12, bandwidth=1e11, achieved=5e11)
+
+
+def one_kernel(flops: int, num_bytes: int) -> Trace:
+    kernel = (Operator(flops, num_bytes),)
+    segments = (
+        Segment(0, "forward", 0, 0, 0, 0, kernel),
+        Segment(0, "backward", 0, 0, 0, 0, kernel),
+    )
+    return Trace(segments, (0,))
+
+
+def test_a_kernel_takes_the_larger_of_product_and_memory() -> None:
+    product = times(one_kernel(200_000_000_000, 8), CHIP)
+    assert product.forward[0] == pytest.approx(
+        200e9 / 5e11, rel=1e-4
+    )  # capped by what was achieved
+    memory = times(one_kernel(0, 1_000_000_000), CHIP)
+    assert memory.forward[0] == pytest.approx(1e9 / (0.9 * 1e11), rel=1e-3)
+    small = times(one_kernel(1_000_000, 8), CHIP)
+    assert small.forward[0] > 1_000_000 / 2e11  # a small one does not fill the chip
+
+
+def test_checkpointing_computes_forward_again() -> None:
+    made = one_kernel(200_000_000_000, 8)
+    plain, again = times(made, CHIP), times(made, CHIP, checkpointing=True)
+    assert again.backward[0] == pytest.approx(plain.backward[0] + plain.forward[0])
+    assert times(made, CHIP, stack=0.5).total == pytest.approx(2 * plain.total)
+
+
+# -- engines -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def anatomy() -> Anatomy:
+    return subject("gpt2-tiny")
+
+
+@pytest.fixture(scope="module")
+def made(anatomy: Anatomy) -> Times:
+    return times(anatomy.trace(4, 128), find_node("p4d").gpu)
+
+
+def cluster(nodes: int = 4, bandwidth: float = 1.0, latency: float = 1.0) -> Cluster:
+    node = find_node("p4d")
+    link = dataclasses.replace(
+        node.inter,
+        bandwidth=node.inter.bandwidth * bandwidth,
+        latency=node.inter.latency * latency,
+    )
+    return Cluster(dataclasses.replace(node, inter=link), nodes)
+
+
+@pytest.mark.parametrize("engine", list(PROFILES))
+def test_time_falls_with_bandwidth_and_rises_with_latency(
+    engine: Any, anatomy: Anatomy, made: Times
+) -> None:
+    run = Run(4, 16)
+
+    def seconds(**links: float) -> float:
+        return simulate_engine(engine, anatomy, made, cluster(**links), run).seconds
+
+    assert seconds(bandwidth=0.01) > seconds() >= seconds(bandwidth=100)
+    assert seconds(latency=100) > seconds() >= seconds(latency=0.01)
+
+
+def test_with_p_the_world_mics_moves_what_zero_3_moves(anatomy: Anatomy) -> None:
+    run = Run(4, 32, form="flat")
+    mics = inter_bytes("mics", anatomy, cluster(), run)
+    assert mics == inter_bytes("zero3", anatomy, cluster(), run)
+    assert mics == inter_bytes("fsdp2", anatomy, cluster(), run)
+
+
+def test_with_p_1_mics_moves_what_ddp_moves(anatomy: Anatomy) -> None:
+    run = Run(4, 1)
+    assert inter_bytes("mics", anatomy, cluster(), run) == inter_bytes(
+        "ddp", anatomy, cluster(), run
+    )
+
+
+@pytest.mark.parametrize("p", [1, 2, 8, 16])
+def test_with_one_micro_step_both_schedules_are_one(p: int, anatomy: Anatomy, made: Times) -> None:
+    run = Run(1, p, form="flat")
+    two_hop, every = (
+        simulate_engine(engine, anatomy, made, cluster(), run).step.seconds
+        for engine in ("hsdp deferred", "hsdp every micro-step")
+    )
+    assert two_hop == every  # type: ignore[comparison-overlap]
+    assert inter_bytes("hsdp deferred", anatomy, cluster(), run) == inter_bytes(
+        "hsdp every micro-step", anatomy, cluster(), run
+    )
+
+
+@pytest.mark.parametrize("engine", list(PROFILES))
+@pytest.mark.parametrize("sigma", [0.0, 0.02])
+def test_weak_scaling_is_at_most_perfect(
+    engine: Any, sigma: float, anatomy: Anatomy, made: Times
+) -> None:
+    spent = [
+        simulate_engine(engine, anatomy, made, cluster(nodes), Run(4, 8, sigma=sigma)).seconds
+        for nodes in (1, 2, 4, 16, 64, 256)
+    ]
+    # A smaller shard's optimizer step may be shorter: that is all that can fall.
+    for fewer, more in pairwise(spent):
+        assert more >= fewer - 1e-4
+
+
+def test_bytes_are_those_of_the_traffic_module(anatomy: Anatomy) -> None:
+    where, run = cluster(), Run(3, 16)
+    blocks = [
+        traffic.Block(2 * u.numel(16), 4 * u.trained(16), 4 * u.trained(16) // 16)
+        for u in anatomy.blocks
+    ]
+    root = anatomy.root
+    blocks.append(
+        traffic.Block(2 * root.numel(16), 4 * root.trained(16), 4 * root.trained(16) // 16, 1)
+    )
+    topology = Topology(4, 8, 16)
+    for form in ("flat", "hierarchical"):
+        expected = traffic.node_inter_bytes(
+            [
+                traffic.mics(topology, blocks, 3, all_gather=form, reduce_scatter=form, rank=rank)
+                for rank in range(8)
+            ]
+        )
+        asked = dataclasses.replace(run, form=form)  # type: ignore[arg-type]
+        assert inter_bytes("mics", anatomy, where, asked) == expected
+        assert isinstance(expected, Fraction)
+
+
+def test_a_frozen_block_is_gathered_and_not_reduced() -> None:
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8)) for _ in range(3)))
+    for param in model[0].parameters():
+        param.requires_grad_(False)
+    anatomy = subject(
+        model,
+        dtype=torch.float32,
+        loss=lambda m, b, s: m(torch.zeros(b, 8, device="meta")).sum(),
+    )
+    trained = inter_bytes("zero2", anatomy, cluster(), Run(1, 8))
+    whole = (2 * 72 * Fraction(31, 32) * 4) + 3 * 72 * 2 * Fraction(31, 32)
+    padded = sum(u.trained(32) for u in anatomy.blocks) * 4 * Fraction(31, 32)
+    assert trained == padded + anatomy.num_parameters * 2 * Fraction(31, 32)
+    assert trained > whole  # biases of 8 elements are padded to 32
+
+
+def test_sixteen_thousand_gpus_are_simulated(anatomy: Anatomy, made: Times) -> None:
+    found = simulate_engine("mics", anatomy, made, cluster(2048), Run(8, 8))
+    assert math.isfinite(found.seconds)

@@ -1,0 +1,206 @@
+"""What a trace on the meta device sees: FLOPs, bytes, what is kept; it leaves nothing behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from mics.errors import PlanError
+from mics.planning.subject import subject
+from mics.simulation.anatomy import Anatomy
+from mics.simulation.trace import ROOT, Trace, between, trace
+from mics.simulation.trace_cache import TraceCache
+
+ROWS, WIDTH, INNER = 6, 8, 32
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(WIDTH, INNER, bias=False)
+        self.down = nn.Linear(INNER, WIDTH, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden: torch.Tensor = self.down(torch.relu(self.up(x)))
+        return hidden
+
+
+class Stack(nn.Module):
+    def __init__(self, blocks: int = 3) -> None:
+        super().__init__()
+        self.first = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.blocks = nn.ModuleList(Block() for _ in range(blocks))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def run(model: Any, micro_batch: int, sequence: int) -> torch.Tensor:
+    x = torch.zeros(micro_batch * sequence, WIDTH, device="meta")
+    loss: torch.Tensor = model(x).sum()
+    return loss
+
+
+def stack_trace(rows: int = ROWS) -> Trace:
+    with torch.device("meta"):
+        model = Stack()
+    return trace(model, list(model.blocks), lambda: run(model, 1, rows))
+
+
+def test_flops_are_those_of_the_products() -> None:
+    made = stack_trace()
+    product = 2 * ROWS * WIDTH * INNER
+    forward = [s for s in made.segments if s.direction == "forward" and s.unit != ROOT]
+    backward = [s for s in made.segments if s.direction == "backward" and s.unit != ROOT]
+    assert [s.unit for s in forward] == [0, 1, 2]
+    assert [s.unit for s in backward] == [2, 1, 0]
+    assert {sum(op.flops for op in s.operators) for s in forward} == {2 * product}
+    assert {sum(op.flops for op in s.operators) for s in backward} == {4 * product}
+    root = 2 * ROWS * WIDTH * WIDTH
+    assert made.flops("forward") == 6 * product + root
+    # The input wants no gradient, so the first layer's backward is one product only.
+    assert made.flops("backward") == 12 * product + root
+
+
+def test_a_block_keeps_what_its_backward_needs() -> None:
+    forward = [s for s in stack_trace().segments if s.direction == "forward" and s.unit == 1]
+    # relu's output is kept for relu and for the second layer, once; the block's output goes on.
+    assert forward[0].end - forward[0].start == 4 * ROWS * (INNER + WIDTH)
+
+
+def test_gradients_of_parameters_are_in_the_peak_and_gone_at_the_end() -> None:
+    made = stack_trace()
+    weights = 4 * 2 * WIDTH * INNER
+    for segment in made.segments:
+        if segment.direction == "backward" and segment.unit != ROOT:
+            assert 0 < segment.gradients <= weights
+            assert segment.end < segment.start
+    # Only the root's gradient is left: it is reduced when the backward pass is over.
+    assert made.segments[-1].unit == ROOT
+    assert made.segments[-1].end == 4 * WIDTH * WIDTH
+
+
+def test_what_enters_a_block_is_counted_once() -> None:
+    assert stack_trace().block_inputs == (4 * ROWS * WIDTH,) * 3
+
+
+def test_a_trace_leaves_no_gradients_and_no_hooks() -> None:
+    with torch.device("meta"):
+        model = Stack()
+    trace(model, list(model.blocks), lambda: run(model, 1, ROWS))
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(block._forward_hooks or block._forward_pre_hooks for block in model.blocks)
+    again = trace(model, list(model.blocks), lambda: run(model, 1, ROWS))
+    assert again == stack_trace()
+
+
+class Attention(nn.Module):
+    causal, grouped = True, False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        query = self.q(x).view(1, -1, 2, WIDTH // 2).transpose(1, 2)
+        key = query[:, :1] if self.grouped else query
+        attended = functional.scaled_dot_product_attention(
+            query, key, key, is_causal=self.causal, enable_gqa=self.grouped
+        )
+        return attended.transpose(1, 2).reshape(x.shape)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_attention_is_one_kernel_without_a_score_matrix(grouped: bool) -> None:
+    rows, seen = 512, {}
+    for causal in (False, True):
+        with torch.device("meta"):
+            model = nn.Sequential(Attention(), Attention())
+        for layer in model:
+            layer.causal, layer.grouped = causal, grouped  # type: ignore[assignment]
+        seen[causal] = trace(model, list(model), lambda model=model: run(model, 1, rows))
+    linear = 2 * rows * WIDTH * WIDTH
+    for causal, made in seen.items():
+        scores = 4 * rows * rows * WIDTH // (2 if causal else 1)
+        assert made.flops("forward") == 2 * (linear + scores)
+        largest = max(s.peak for s in made.segments)
+        assert largest < 4 * rows * rows  # not even one head's scores
+
+
+def test_a_micro_batch_between_two_others_is_as_if_traced() -> None:
+    two, four, eight = (stack_trace(64 * rows) for rows in (2, 4, 8))
+    assert between(two, four, 3.0) == eight
+    with pytest.raises(ValueError, match="zip"):
+        between(two, Trace(four.segments[:-1], four.block_inputs), 3.0)
+
+
+def test_an_anatomy_extrapolates_large_micro_batches() -> None:
+    with torch.device("meta"):
+        model = Stack()
+    anatomy = Anatomy(model, run)
+    direct = trace(model, list(model.blocks), lambda: run(model, 16, 99))
+    assert anatomy.trace(16, 99) == direct
+    assert anatomy.trace(16, 99) is anatomy.trace(16, 99)
+    assert anatomy.blocks[0] is anatomy.blocks[2]  # equal units are one
+    assert anatomy.num_parameters == WIDTH * WIDTH + 3 * 2 * WIDTH * INNER
+
+
+def test_traces_are_kept_on_disk(tmp_path: Path) -> None:
+    made, cache = stack_trace(), TraceCache("a model", tmp_path)
+    assert cache.get(1, ROWS) is None
+    cache.put(1, ROWS, made)
+    assert cache.get(1, ROWS) == made
+    assert TraceCache("another model", tmp_path).get(1, ROWS) is None
+    (file,) = (tmp_path / "traces").rglob("*.json")
+    file.write_text(file.read_text()[:100])
+    assert cache.get(1, ROWS) is None  # half a file is none
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "traces").write_text("a file where a folder should be")
+    cache = TraceCache("a model", tmp_path)
+    cache.put(1, ROWS, stack_trace())
+    assert cache.get(1, ROWS) is None
+
+
+def test_a_users_module_keeps_its_values() -> None:
+    model = Stack()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    anatomy = subject(model, loss=_in_bf16)
+    anatomy.trace(1, ROWS)
+    for name, param in model.named_parameters():
+        assert param.dtype == torch.float32
+        assert torch.equal(param, before[name])
+        assert param.grad is None
+
+
+def _in_bf16(model: Any, micro_batch: int, sequence: int) -> torch.Tensor:
+    x = torch.zeros(micro_batch * sequence, WIDTH, device="meta", dtype=torch.bfloat16)
+    loss: torch.Tensor = model(x).sum()
+    return loss
+
+
+def test_a_module_nobody_knows_how_to_run_is_refused() -> None:
+    with pytest.raises(PlanError, match=r"How Stack is run is not known(.|\n)*Write: loss="):
+        subject(Stack())
+
+
+@pytest.mark.parametrize("name", ["bert-tiny", "roberta-tiny", "gpt2-tiny", "llama-tiny"])
+def test_transformers_models_are_traced(name: str) -> None:
+    anatomy = subject(name)
+    made = anatomy.trace(2, 64)
+    assert [s.unit for s in made.segments if s.unit != ROOT and s.direction == "forward"] == [
+        *range(4)
+    ]
+    # 6 N per token, without embeddings that are only looked up: between the blocks' share and all.
+    of_blocks = sum(unit.numel() for unit in anatomy.blocks)
+    flops = made.flops("forward") + made.flops("backward")
+    assert 6 * of_blocks * 128 < flops < 8 * anatomy.num_parameters * 128
