@@ -10,10 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import run_ranks
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
+import mics
 from mics import traffic
 from mics.commands.simulate import chrome_trace
+from mics.models.building import build, load_config
 from mics.planning.subject import subject
 from mics.simulation.anatomy import Anatomy
 from mics.simulation.compute import Times, times
@@ -263,6 +267,40 @@ def test_bytes_are_those_of_the_traffic_module(anatomy: Anatomy) -> None:
         asked = dataclasses.replace(run, form=form)  # type: ignore[arg-type]
         assert inter_bytes("mics", anatomy, where, asked) == expected
         assert isinstance(expected, Fraction)
+
+
+def _counted(partition: int) -> int:
+    """What this rank counts over the slow link in a step of two micro-steps, 2 nodes x 2 ranks."""
+    torch.manual_seed(0)
+    config = load_config("gpt2-tiny", vocabulary=1024, separator=0)
+    model = mics.shard(
+        build(config, device="cpu"),
+        partition=partition,
+        gpus_per_node=2,
+        mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32),
+        collectives="hierarchical",
+    )
+    ids = torch.randint(0, 1024, (2, 2, 32))
+    for part in mics.micro_steps(model, list(ids)):  # the first step only sets up
+        model(input_ids=part, labels=part).loss.backward()
+    model.zero_grad()
+    counts = mics.ledger(model)
+    counts.reset()
+    for part in mics.micro_steps(model, list(ids)):
+        model(input_ids=part, labels=part).loss.backward()
+    return int(counts.traffic().flow.inter_bytes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("partition", [1, 2, 4])
+def test_bytes_planned_are_bytes_counted(partition: int) -> None:
+    counted = run_ranks(_counted, 4, partition)
+    anatomy = subject("gpt2-tiny", vocabulary=1024)
+    node = dataclasses.replace(find_node("p4d"), gpus_per_node=2)
+    run = Run(2, partition, form="hierarchical")
+    planned = inter_bytes("mics", anatomy, Cluster(node, 2), run)
+    assert planned * 2 == sum(counted)
+    assert planned > 0
 
 
 def test_a_frozen_block_is_gathered_and_not_reduced() -> None:

@@ -117,6 +117,19 @@ def test_training_exporting_and_loading_with_transformers(tmp_path: Path, corpus
 
 
 @pytest.mark.slow
+def test_a_run_chooses_its_partition_and_compares_what_was_predicted(
+    tmp_path: Path, corpus: Path
+) -> None:
+    file = configuration(tmp_path, corpus, steps=20)
+    file.write_text(file.read_text().replace("partition = 2\n", ""))
+    _, err = run("train", str(file), "--parallel.node", "p4d")
+    assert re.search(r"partition 1: smallest that fits \(\d+\.\d+ MiB of \d+\.\d+ GiB\)", err), err
+    (line,) = [line for line in err.splitlines() if "after 20 steps, predicted against" in line]
+    figures = r"step \d+\.\d+ s, \d+\.\d+ s; memory for training \d+\.\d+ MiB, .*; between nodes"
+    assert re.search(figures, line), line
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.extra)]
 )

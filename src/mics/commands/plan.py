@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from mics.errors import MicsError, PlanError
+from mics.planning.cost import dollars, goodput, wall_seconds
 from mics.planning.inverse import check_any, fewest_nodes, largest_micro_batch, longest_sequence
 from mics.planning.page import page
 from mics.planning.plan import MICRO_BATCHES, Plan, Question, Search, search
@@ -93,6 +94,9 @@ class Config:
 
     fragmentation: float = 1.05
     """What the allocator takes over what is alive."""
+
+    tokens: float | None = None
+    """Of the whole run (300e9): how long it takes and what it costs, failures included."""
 
     by: Literal["time", "cost"] = "time"
     """What is best: tokens per second, or dollars per token."""
@@ -199,12 +203,33 @@ def _plan(config: Config) -> int:
     print(
         f"\n{len(plans)} of {len(plans) + len(found.rejected)} ways fit. Best: {plans[0].reason}."
     )
+    print(_price(config, plans[0]))
     print("\n".join(_limits(anatomy, cluster, question, plans[0])))
     if swept:
         print("\n" + _sweep_table(swept, config.by))
     print(f"Not modelled: {NOT_MODELLED}.")
     _files(config, found, plans, swept)
     return 0
+
+
+def _price(config: Config, best: Plan) -> str:
+    """What a step costs, and the whole run."""
+    step = dollars(best.cluster, best.seconds)
+    text = f"A step costs {_dollars(step)}, a billion tokens "
+    text += _dollars(best.dollars_per_billion_tokens)
+    if config.tokens is not None:
+        spent = best.seconds_of(config.tokens)
+        wall = wall_seconds(best.cluster, spent)
+        days = "n/a" if wall is None else f"{wall / 86400:,.1f} days"
+        text += f", {config.tokens:.3g} tokens {_dollars(dollars(best.cluster, spent))} in {days}"
+    share = goodput(best.cluster)
+    return f"{text}; {1 - share:.1%} of the time goes to checkpoints and failures."
+
+
+def _dollars(value: float | None) -> str:
+    if value is None:
+        return "n/a"
+    return f"${value:,.2f}" if value < 100 else f"${value:,.0f}"
 
 
 def _ordered(plans: Sequence[Plan], by: str) -> list[Plan]:

@@ -62,7 +62,7 @@ def simulate(plan: Plan, engine: Engine = "mics", *, timeline: bool = False) -> 
     Args:
         plan: of ``mics.plan``.
         engine: "mics", "fsdp2", "hsdp every micro-step", "hsdp deferred", "ddp", "zero2", "zero3",
-            or "zero3 0.5.6".
+            "zero2 0.5.6" or "zero3 0.5.6".
         timeline: keep every span of the first micro-steps.
 
     Raises:

@@ -35,7 +35,13 @@ def goodput(cluster: Cluster, reliability: Reliability = Reliability()) -> float
     return max(0.0, 1 - lost - reliability.save / (reliability.every + reliability.save))
 
 
-def dollars(cluster: Cluster, seconds: float, share: float) -> float | None:
-    """Price of that many seconds of steps; ``None`` where a node's price is not known."""
-    price = cluster.node.price
-    return None if price is None or not share else seconds / 3600 * cluster.nodes * price / share
+def wall_seconds(cluster: Cluster, seconds: float) -> float | None:
+    """How long so many seconds of steps take; ``None`` where failures leave no time for any."""
+    share = goodput(cluster)
+    return seconds / share if share else None
+
+
+def dollars(cluster: Cluster, seconds: float) -> float | None:
+    """Price of so many seconds of steps, with failures; ``None`` where a node's is not known."""
+    spent, price = wall_seconds(cluster, seconds), cluster.node.price
+    return None if spent is None or price is None else spent / 3600 * cluster.nodes * price

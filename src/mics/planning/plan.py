@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Literal
 
 from mics.errors import PlanError
-from mics.planning.cost import dollars, goodput
+from mics.planning.cost import dollars
 from mics.simulation.anatomy import Anatomy
 from mics.simulation.compute import times
 from mics.simulation.engines import Engine, Run, Simulated, inter_bytes, simulate_engine
@@ -135,7 +135,11 @@ class Plan:
     @property
     def dollars_per_billion_tokens(self) -> float | None:
         """With failures; ``None`` where the price is not known."""
-        return dollars(self.cluster, self.seconds * 1e9 / self.tokens, goodput(self.cluster))
+        return dollars(self.cluster, self.seconds_of(1e9))
+
+    def seconds_of(self, tokens: float) -> float:
+        """Steps of so many tokens, without what failures lose."""
+        return self.seconds * tokens / self.tokens
 
     @cached_property
     def inter_bytes(self) -> int:

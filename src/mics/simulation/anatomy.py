@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -60,14 +60,24 @@ class Unit:
     """What is gathered at once: a block, or the root."""
 
     parameters: tuple[Parameter, ...]
+    _padded: dict[int, tuple[int, int]] = field(default_factory=dict, compare=False, repr=False)
 
     def numel(self, partition: int = 1) -> int:
         """Elements after padding."""
-        return sum(p.padded(partition) for p in self.parameters)
+        return self._sizes(partition)[0]
 
     def trained(self, partition: int = 1) -> int:
         """Those of parameters with a gradient."""
-        return sum(p.padded(partition) for p in self.parameters if p.trained)
+        return self._sizes(partition)[1]
+
+    def _sizes(self, partition: int) -> tuple[int, int]:
+        """Both, worked out once per partition."""
+        found = self._padded.get(partition)
+        if found is None:
+            padded = [(p.padded(partition), p.trained) for p in self.parameters]
+            found = sum(size for size, _ in padded), sum(size for size, with_ in padded if with_)
+            self._padded[partition] = found
+        return found
 
 
 class Anatomy:

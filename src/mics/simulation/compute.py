@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from mics.simulation.hardware import Gpu
 from mics.simulation.trace import Operator, Segment, Trace
@@ -39,6 +40,7 @@ class Times:
         return sum(self.forward) + sum(self.backward) + self.before + self.between + self.after
 
 
+@lru_cache(maxsize=256)
 def times(trace: Trace, gpu: Gpu, *, stack: float = 1.0, checkpointing: bool = False) -> Times:
     """Of every segment of a trace.
 

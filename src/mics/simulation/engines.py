@@ -23,6 +23,7 @@ Engine = Literal[
     "ddp",
     "zero2",
     "zero3",
+    "zero2 0.5.6",
     "zero3 0.5.6",
 ]
 
@@ -75,6 +76,14 @@ PROFILES: dict[Engine, Profile] = {
         sync="never",
     ),
     "zero3": Profile("DeepSpeed ZeRO-3 of today", "world", sync="never"),
+    "zero2 0.5.6": Profile(
+        "DeepSpeed ZeRO-2 of 2021: nothing overlaps, messages in buckets",
+        "no",
+        at_end=True,
+        sync="never",
+        overlaps=False,
+        host=0.3e-3,
+    ),
     "zero3 0.5.6": Profile(
         "DeepSpeed ZeRO-3 of 2021: a message per parameter, nothing overlaps, each costs the host",
         "world",

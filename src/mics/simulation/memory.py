@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Literal
 
@@ -165,7 +166,12 @@ def states_and_blocks(blocks: Sequence[Unit], root: Unit, setup: Setup) -> Need:
     return max([*moments, states.at_optimizer_step()], key=lambda need: need.total)
 
 
-def _levels(trace: Trace, checkpointing: bool) -> Iterator[_Level]:
+@lru_cache(maxsize=256)
+def _levels(trace: Trace, checkpointing: bool) -> tuple[_Level, ...]:
+    return tuple(_each_level(trace, checkpointing))
+
+
+def _each_level(trace: Trace, checkpointing: bool) -> Iterator[_Level]:
     blocks = len(trace.block_inputs)
     forgotten = _forgotten(trace) if checkpointing else [0] * (blocks + 1)
     last_forward = max(n for n, s in enumerate(trace.segments) if s.direction == "forward")

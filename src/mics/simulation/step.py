@@ -312,12 +312,17 @@ class Rank:
             if not waiting:
                 continue
             head = waiting[0]
-            start = head.ready
-            if head.after is not None:
-                if head.after.end < 0:
+            start, free, after = head.ready, self._link_free[head.link], head.after
+            if after is not None:
+                if after.end < 0:
                     continue
-                start = max(start, head.after.end)
-            start = max(start, self._stream_free[queue], self._link_free[head.link])
+                if after.end > start:
+                    start = after.end
+            if free > start:
+                start = free
+            free = self._stream_free[queue]
+            if free > start:
+                start = free
             if start < soonest:
                 best, soonest = head, start
         assert best is not None

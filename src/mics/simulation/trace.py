@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -73,10 +74,18 @@ class Trace:
     segments: tuple[Segment, ...]
     block_inputs: tuple[int, ...]
 
+    # By identity, so that what is worked out from a trace can be kept cheaply.
+    __hash__ = object.__hash__
+
     def flops(self, direction: Pass) -> int:
         """Of all products."""
-        chosen = [s for s in self.segments if s.direction == direction]
-        return sum(op.flops for segment in chosen for op in segment.operators)
+        return _flops(self, direction)
+
+
+@lru_cache(maxsize=256)
+def _flops(made: Trace, direction: Pass) -> int:
+    chosen = [s for s in made.segments if s.direction == direction]
+    return sum(op.flops for segment in chosen for op in segment.operators)
 
 
 def between(first: Trace, second: Trace, share: float) -> Trace:
