@@ -18,7 +18,7 @@ help:
 	@echo "make test-all  with the extra tests that CI runs, some minutes more"
 	@echo "make check   the same without the slow tests"
 	@echo "make lint    format, lint and types only"
-	@echo "make bench   measure everything, write benchmarks/results/ (Linux, root, 90 minutes)"
+	@echo "make bench   measure everything, write benchmarks/results/ (Linux, root, 2 hours)"
 	@echo "make bench-environments  DeepSpeed, for mics bench, in environments of its own"
 	@echo "make clean   remove .venv and caches"
 
@@ -52,6 +52,10 @@ bench: setup bench-environments
 	$(BIN)/python benchmarks/slow_links.py
 	$(BIN)/python benchmarks/lab_bytes.py
 	$(BIN)/python benchmarks/weak_scaling.py
+	$(BIN)/python benchmarks/memory_model.py
+	$(BIN)/python benchmarks/planner_speed.py
+	$(BIN)/python benchmarks/predicted_steps.py
+	$(BIN)/mics simulate --validate --out benchmarks/results/validation.md
 
 bench-environments: .venv-deepspeed-0.19.8/ready .venv-deepspeed-0.19.2/ready
 

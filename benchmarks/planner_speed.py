@@ -1,6 +1,6 @@
-"""How long planning takes: a trace, two thousand plans, one step of 16,384 GPUs, the command itself.
+"""How long planning takes: a trace, 2,000 plans, one step of 16,384 GPUs, the command itself.
 
-    .venv/bin/python benchmarks/planner_speed.py
+.venv/bin/python benchmarks/planner_speed.py
 """
 
 from __future__ import annotations

@@ -124,7 +124,6 @@ def predict(case: Case, node: Node, inside: float) -> float:
         case.micro_steps,
         prefetch=1,
         in_flight=1,
-        shared=False,
         pipelined=True,
     )
     blocks = [block] * case.dilation.blocks

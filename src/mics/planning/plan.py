@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
 
 from mics.errors import PlanError
 from mics.planning.cost import dollars
@@ -327,6 +326,3 @@ def _plan(
 def with_reason(plan: Plan, reason: str) -> Plan:
     """The same plan, explained."""
     return replace(plan, reason=reason)
-
-
-Objective = Literal["time", "cost"]

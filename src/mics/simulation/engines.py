@@ -41,7 +41,6 @@ class Profile:
         overlaps: hop 1 runs beside computation.
         host: seconds of the host per message, which hold up the GPU.
         two_stages: hierarchical collectives where a group spans nodes.
-        shared: gathers and reductions on one communicator.
         at_end: parameters are gathered after the optimizer step.
     """
 
@@ -53,7 +52,6 @@ class Profile:
     overlaps: bool = True
     host: float = 0.0
     two_stages: bool = False
-    shared: bool = True
     at_end: bool = False
 
 
@@ -172,7 +170,6 @@ def simulate_engine(
         prefetch=run.prefetch if profile.overlaps else 0,
         in_flight=1 if profile.overlaps else 0,
         sync=profile.sync,
-        shared=profile.shared,
         pipelined=profile.two_stages,
         host=profile.host,
         messages=1 if profile.coalesced else _messages(anatomy),

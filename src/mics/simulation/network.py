@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mics.simulation.hardware import Node
-from mics.traffic import Collective, Form
+from mics.traffic import Form
 
 On = Literal["intra", "inter"]
 
@@ -87,14 +87,6 @@ def all_reduce_seconds(node: Node, ranks: int, nodes: int, num_bytes: float, sha
     link = node.inter
     hops = 2 * math.ceil(math.log2(nodes))
     return link.fixed + hops * link.latency + sharing * moved / link.over(nodes)
-
-
-def collective_seconds(node: Node, collective: Collective, ranks: int, num_bytes: float) -> float:
-    """Of one flat collective over all GPUs of as many whole nodes as ``ranks`` need."""
-    if collective == "all_reduce":
-        nodes = -(-ranks // node.gpus_per_node)
-        return all_reduce_seconds(node, ranks, nodes, num_bytes, 1)
-    return sum(stage.seconds for stage in gather_stages(node, ranks, num_bytes))
 
 
 def _ring(node: Node, ranks: int, num_bytes: float) -> float:

@@ -56,7 +56,6 @@ class Schedule:
         in_flight: reductions computation does not wait for; 0 waits for each.
         sync: on the last micro-step, on every one, or never.
         sync_overlaps: hop 2 runs beside computation.
-        shared: gathers and reductions use one communicator, one after the other.
         pipelined: the next gather's first stage runs beside this one's second.
         host: seconds computation is held up by every message that is started.
         messages: of one unit's gather, and of its reduction.
@@ -71,7 +70,6 @@ class Schedule:
     in_flight: int = 1
     sync: Sync = "last"
     sync_overlaps: bool = True
-    shared: bool = True
     pipelined: bool = False
     host: float = 0.0
     messages: int = 1
@@ -257,8 +255,8 @@ class Rank:
         schedule = self.schedule
         reduction = None
         if work.reduce:
-            stream = "hop 1" if schedule.shared else "hop 1, reductions"
-            reduction = self.send(stream, work.reduce, f"reduce {name}")
+            # Gathers and reductions use one communicator, one after the other.
+            reduction = self.send("hop 1", work.reduce, f"reduce {name}")
             self._reductions.append(reduction)
             while len(self._reductions) > schedule.in_flight:
                 self.wait(self._reductions.popleft(), 1)
