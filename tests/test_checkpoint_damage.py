@@ -234,6 +234,8 @@ def test_a_malicious_pickle_in_place_of_any_file_executes_nothing(
 
 
 def _save_forever(root: Path, said: Connection) -> None:
+    # OpenMP's threads do not survive a fork: a child that waits for one waits for ever.
+    torch.set_num_threads(1)
     model = torch.nn.Linear(700, 700)
     for step in range(1, 10_000):
         with torch.no_grad():

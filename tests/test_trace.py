@@ -188,6 +188,19 @@ def _in_bf16(model: Any, micro_batch: int, sequence: int) -> torch.Tensor:
     return loss
 
 
+def test_a_model_that_needs_values_is_refused() -> None:
+    class Choosy(Stack):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x[x.sum(1) > 0])
+
+    with torch.device("meta"):
+        model = Choosy()
+    with pytest.raises(
+        PlanError, match=r"Choosy does not run on the meta device(.|\n)*Micro-batch 1, sequence 4"
+    ):
+        Anatomy(model, run).trace(1, 4)
+
+
 def test_a_module_nobody_knows_how_to_run_is_refused() -> None:
     with pytest.raises(PlanError, match=r"How Stack is run is not known(.|\n)*Write: loss="):
         subject(Stack())

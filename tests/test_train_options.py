@@ -259,7 +259,10 @@ def test_what_to_write_without_tensorboard_can_be_written(monkeypatch: pytest.Mo
 # -- the dry run -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "size"), [("bert-10b", "10.08 B"), ("bert-15b", "15.04 B")])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("bert-10b", "10.08 B"), pytest.param("bert-15b", "15.04 B", marks=pytest.mark.extra)],
+)
 def test_a_dry_run_of_the_papers_models(
     name: str, size: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -134,6 +134,9 @@ class Anatomy:
 
         From 5 on a micro-batch is extrapolated from those of 2 and 4: all sizes and FLOPs are a
         part that grows with it and one that does not.
+
+        Raises:
+            PlanError: the model cannot be traced.
         """
         key = (micro_batch, sequence)
         if key not in self._traces:
@@ -147,11 +150,20 @@ class Anatomy:
     def _made(self, micro_batch: int, sequence: int) -> Trace:
         found = self._kept.get(micro_batch, sequence) if self._kept else None
         if found is None:
-            found = trace(
-                self._model,
-                self._modules,
-                lambda: self._loss(self._model, micro_batch, sequence),
-            )
+            try:
+                found = trace(
+                    self._model,
+                    self._modules,
+                    lambda: self._loss(self._model, micro_batch, sequence),
+                )
+            except Exception as error:  # whatever the model's own code raises
+                raise PlanError(
+                    f"{type(self._model).__name__} does not run on the meta device, where tensors "
+                    "have no values.",
+                    numbers=f"Micro-batch {micro_batch}, sequence {sequence}: "
+                    f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+                    write="a model whose path does not depend on values, or another loss",
+                ) from error
             if self._kept:
                 self._kept.put(micro_batch, sequence, found)
         return found

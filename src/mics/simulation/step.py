@@ -17,6 +17,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from statistics import NormalDist
 from typing import Literal
 
@@ -161,6 +162,12 @@ def _seconds(stages: Sequence[Stage]) -> float:
     return sum(stage.seconds for stage in stages)
 
 
+@cache
+def _queue(stream: str, link: On) -> str:
+    """The stream of one stage, where stages run beside each other."""
+    return f"{stream} {link}"
+
+
 class Message:
     """One stage of a collective."""
 
@@ -276,13 +283,15 @@ class Rank:
             self.now += held
             self.compute += held
         message = after
+        queues = self._queues
         for stage in stages:
-            queue = f"{stream} {stage.link}" if schedule.pipelined else stream
+            queue = _queue(stream, stage.link) if schedule.pipelined else stream
             message = Message(queue, stage, self.now, message, name)
-            if queue not in self._queues:
-                self._queues[queue] = deque()
+            waiting = queues.get(queue)
+            if waiting is None:
+                waiting = queues[queue] = deque()
                 self._stream_free[queue] = 0.0
-            self._queues[queue].append(message)
+            waiting.append(message)
         assert message is not None
         return message
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from transformers import PretrainedConfig
 
 from mics.console import say
+from mics.errors import PlanError
 from mics.launch import read_launch
 from mics.partition_choice import PartitionChoice, choose_partition, device_memory
 from mics.planning.plan import GIB, Question, Way, memory_of, simulate_way, with_fragmentation
@@ -113,8 +114,8 @@ class Forecast:
         """Whether the model runs without values; one whose path depends on them does not."""
         try:
             self._anatomy.trace(self._micro_batch, self._question.sequence)
-        except Exception as error:
-            say(f"memory is not predicted, the model cannot be traced: {error}")
+        except PlanError as error:
+            say(f"memory is not predicted: {error}")
             return False
         return True
 
