@@ -301,6 +301,7 @@ def test_mics_plan_prints_a_table_and_writes_files(
         "Best: p = ",
         "$/B tokens",
         "Around it: micro-batch up to",
+        "Assumed: 0.8 GiB a GPU for its runtime",
         "Not modelled: ",
     ):
         assert words in out
@@ -361,6 +362,7 @@ def test_mics_simulate_compares_engines(tmp_path: Path, capsys: pytest.CaptureFi
     assert main([*words, *options]) == 0
     out = capsys.readouterr().out
     assert out.count("FSDP2 full shard over all ranks") == 1
+    assert "p4d were measured on up to 2 nodes; times on more are extrapolated" in out
     curves = json.loads(files["json"].read_text())["tokens_per_second_by_gpus"]
     assert [gpus for gpus, _ in curves["fsdp2"]] == [8, 16, 32]
     assert json.loads(files["trace"].read_text())["traceEvents"]

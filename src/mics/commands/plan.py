@@ -21,7 +21,7 @@ from mics.planning.subject import subject
 from mics.planning.table import as_document, as_table
 from mics.simulation.anatomy import Anatomy
 from mics.simulation.catalogue_text import catalogue
-from mics.simulation.hardware import Cluster, Node, described, find_gpu, find_node
+from mics.simulation.hardware import Cluster, Node, described, extrapolated, find_gpu, find_node
 from mics.simulation.measured import measured_node
 from mics.simulation.memory import NOT_MODELLED
 from mics.simulation.stacks import find_stack
@@ -207,9 +207,22 @@ def _plan(config: Config) -> int:
     print("\n".join(_limits(anatomy, cluster, question, plans[0])))
     if swept:
         print("\n" + _sweep_table(swept, config.by))
-    print(f"Not modelled: {NOT_MODELLED}.")
+    print("\n".join(_caveats(config, [plan.cluster for plan in [plans[0], *swept]])))
     _files(config, found, plans, swept)
     return 0
+
+
+def _caveats(config: Config, clusters: Sequence[Cluster]) -> list[str]:
+    """What a reader must know of the numbers above."""
+    largest = max(clusters, key=lambda cluster: cluster.nodes)
+    asked = question_of(config, 1)
+    lines = [
+        f"Assumed: {asked.runtime_gib} GiB a GPU for its runtime, {asked.communicator_gib} GiB for "
+        f"each group it is in, {asked.fragmentation - 1:.0%} for fragmentation.",
+        f"Not modelled: {NOT_MODELLED}.",
+        extrapolated(largest.node, largest.nodes),
+    ]
+    return [line for line in lines if line]
 
 
 def _price(config: Config, best: Plan) -> str:

@@ -15,7 +15,7 @@ from mics.planning.scaling import parse_range, strong_scaling, weak_scaling
 from mics.planning.subject import subject
 from mics.planning.validation import as_markdown, validate
 from mics.simulation.engines import PROFILES, Engine
-from mics.simulation.hardware import Cluster, Node, find_node
+from mics.simulation.hardware import Cluster, Node, extrapolated, find_node
 from mics.simulation.step import Span
 
 _TRACE = Path("step.json")
@@ -137,6 +137,8 @@ def _simulate(config: Config) -> int:
     print(f"{config.model}: {anatomy.num_parameters:,} parameters; {plan.way}, sequence ", end="")
     print(f"{question.sequence}, {config.micro_steps} micro-steps; {node.name}; {config.scaling}")
     print("\n".join(_table(curves, config)))
+    if note := extrapolated(node, counts[-1]):
+        print(note)
     _files(config, plan, curves)
     return 0
 

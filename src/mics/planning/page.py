@@ -8,6 +8,7 @@ from html import escape
 from mics.planning.charts import bars_of, curves, memory_bars, pareto, step_timeline
 from mics.planning.plan import Plan, Search, simulate_way
 from mics.planning.table import COLUMNS, cells
+from mics.simulation.hardware import extrapolated
 from mics.simulation.memory import NOT_MODELLED
 from mics.simulation.stacks import find_stack
 from mics.version import __version__
@@ -62,9 +63,10 @@ def page(
     priced = pareto(plans)
     if priced:
         sections += ["<h2>Speed against price</h2>", priced]
+    note = extrapolated(best.cluster.node, max(plan.cluster.nodes for plan in plans))
     sections.append(
-        f"<p><small>mics {__version__}. Simulated, nothing was run. Software stack {stack.name}: "
-        f"{escape(stack.calibrated)}. Not modelled: {escape(NOT_MODELLED)}.</small></p>"
+        f"<p><small>{escape(note)} mics {__version__}. Simulated, nothing was run. "
+        f"Software stack {stack.name}: {escape(stack.calibrated)}. Not modelled: {escape(NOT_MODELLED)}.</small></p>"
     )
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'

@@ -70,6 +70,7 @@ class Node:
     Args:
         all_reduce: between nodes, where it was measured apart: trees, so latency is per level.
         price: US dollars per hour.
+        measured_nodes: the most nodes of a measurement behind ``inter``; ``None`` where none is.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Node:
     all_reduce: Link | None = None
     price: float | None = None
     source: str = ""
+    measured_nodes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,16 @@ class Cluster:
             f"{self.nodes} x {self.node.name} ({self.gpus} x {self.node.gpu.name}, "
             f"{self.node.gpu.memory / 2**30:.1f} GiB each)"
         )
+
+
+def extrapolated(node: Node, count: int) -> str:
+    """A sentence where times are worked out for more nodes than were measured, else nothing."""
+    if count == 1 or node.measured_nodes is None or count <= node.measured_nodes:
+        return ""
+    return (
+        f"Links of {node.name} were measured on up to {node.measured_nodes} nodes; "
+        "times on more are extrapolated."
+    )
 
 
 def nodes() -> dict[str, Node]:
@@ -238,6 +250,7 @@ _NODE_KEYS = {
     "gpu",
     "gpus_per_node",
     "price",
+    "measured_nodes",
     "fixed",
     "intra",
     "inter",
@@ -271,6 +284,7 @@ def _node(name: str, facts: Mapping[str, Any], known: Mapping[str, Gpu]) -> Node
         else None,
         _number(name, facts, "price"),
         facts.get("source", ""),
+        facts.get("measured_nodes"),
     )
 
 

@@ -44,7 +44,7 @@ def measured_node(path: Path, gpu: Gpu) -> Node:
     reduced = fit_all_reduce(_points(rows, "all_reduce", "flat", nodes))
     if nodes == 1:
         inside = _link(flat)
-        return Node(path.stem, gpu, k, inside, inside, source=str(path))
+        return Node(path.stem, gpu, k, inside, inside, source=str(path), measured_nodes=1)
     inner = fit_all_gather(_inner_points(rows, nodes, k, flat))
     return Node(
         path.stem,
@@ -54,6 +54,7 @@ def measured_node(path: Path, gpu: Gpu) -> Node:
         _link(flat),
         Link(reduced.bandwidth, reduced.latency, reduced.falls, reduced.fixed),
         source=str(path),
+        measured_nodes=nodes,
     )
 
 
