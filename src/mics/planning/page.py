@@ -66,7 +66,8 @@ def page(
     note = extrapolated(best.cluster.node, max(plan.cluster.nodes for plan in plans))
     sections.append(
         f"<p><small>{escape(note)} mics {__version__}. Simulated, nothing was run. "
-        f"Software stack {stack.name}: {escape(stack.calibrated)}. Not modelled: {escape(NOT_MODELLED)}.</small></p>"
+        f"Software stack {stack.name}: {escape(stack.calibrated)}. "
+        f"Not modelled: {escape(NOT_MODELLED)}.</small></p>"
     )
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'

@@ -128,6 +128,8 @@ class Reporter:
         grown = "n/a"
         if record.memory_bytes is not None and before is not None:
             grown = size(record.memory_bytes - before)
+            if self._run.device.type == "cpu":  # the system counts processes, not tensors
+                grown += " (of the process, libraries included)"
         return (
             f"after {_COMPARED} steps, predicted against measured: step {time}, "
             f"{statistics.median(self._seconds[1:]):.3f} s; memory for training "
