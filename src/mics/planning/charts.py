@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
-from mics.planning.plan import GIB, Plan, Rejected
+from mics.planning.plan import GIB, Plan
 from mics.simulation.memory import Need
 from mics.simulation.step import Span
 
@@ -15,18 +15,18 @@ _LEFT = 200
 _ROW = 26
 
 
-def memory_bars(needs: Sequence[tuple[str, Need]], capacity: float) -> str:
+def memory_bars(needs: Sequence[tuple[str, Need, float]], capacity: float) -> str:
     """One bar per partition: the largest moment, by kind, against what a GPU has.
 
     Args:
-        needs: a label and the need of each bar.
+        needs: a label, the need of each bar, and its bytes with fragmentation.
         capacity: bytes of a GPU.
     """
-    kinds = [kind for kind in vars(needs[0][1]) if any(vars(n)[kind] for _, n in needs)]
-    most = max([capacity, *(need.total for _, need in needs)]) * 1.05
+    kinds = [kind for kind in vars(needs[0][1]) if any(vars(n)[kind] for _, n, _ in needs)]
+    most = max([capacity, *(needed for _, _, needed in needs)]) * 1.05
     scale = (_WIDTH - _LEFT - 90) / most
     parts = []
-    for row, (label, need) in enumerate(needs):
+    for row, (label, need, needed) in enumerate(needs):
         y = row * _ROW
         parts.append(_text(_LEFT - 8, y + 16, label, "end"))
         x = float(_LEFT)
@@ -35,7 +35,11 @@ def memory_bars(needs: Sequence[tuple[str, Need]], capacity: float) -> str:
             told = f"{kind.replace('_', ' ')}: {size / GIB:.2f} GiB"
             parts.append(_box(x, y + 3, size * scale, _ROW - 8, colour, told))
             x += size * scale
-        parts.append(_text(x + 6, y + 16, f"{need.total / GIB:.1f} GiB"))
+        lost = needed - need.total
+        parts.append(
+            _box(x, y + 3, lost * scale, _ROW - 8, "#8886", f"fragmentation: {lost / GIB:.2f} GiB")
+        )
+        parts.append(_text(x + lost * scale + 6, y + 16, f"{needed / GIB:.1f} GiB"))
     height = len(needs) * _ROW + 48
     at = _LEFT + capacity * scale
     parts.append(_line(at, 0, at, height - 44, "#cc3311"))
@@ -140,13 +144,14 @@ def pareto_set(plans: Sequence[Plan]) -> list[Plan]:
     return chosen
 
 
-def bars_of(plans: Sequence[Plan], rejected: Sequence[Rejected]) -> list[tuple[str, Need]]:
+def bars_of(plans: Sequence[Plan]) -> list[tuple[str, Need, float]]:
     """The best plan of every partition that fits, for ``memory_bars``."""
     found: dict[int, Plan] = {}
     for plan in plans:
         found.setdefault(plan.way.partition, plan)
     return [
-        (str(found[p].way).replace("micro-batch", "b ="), _need(found[p])) for p in sorted(found)
+        (str(found[p].way).replace("micro-batch", "b ="), _need(found[p]), found[p].needed)
+        for p in sorted(found)
     ]
 
 

@@ -54,7 +54,7 @@ def page(
         "<h2>Plans</h2>",
         _table(plans[:12]),
         "<h2>Memory of a GPU, the best plan of every partition</h2>",
-        memory_bars(bars_of(search.plans, search.rejected), best.cluster.node.gpu.memory),
+        memory_bars(bars_of(search.plans), best.cluster.node.gpu.memory),
         "<h2>First micro-step of the best plan</h2>",
         step_timeline(spans, 0.0, first[-1].end),
         "<h2>Scaling, every GPU with the same work</h2>",
