@@ -367,6 +367,10 @@ def test_mics_simulate_compares_engines(tmp_path: Path, capsys: pytest.CaptureFi
     assert [gpus for gpus, _ in curves["fsdp2"]] == [8, 16, 32]
     assert json.loads(files["trace"].read_text())["traceEvents"]
     assert files["png"].read_bytes().startswith(b"\x89PNG")
+    assert "as if it fitted" not in out
+    large = ["simulate", "--model", "gpt2-xl", "--node", "p3dn", "--nodes", "1"]
+    assert main([*large, "--micro-batch", "16", "--engines", "mics", "ddp"]) == 0
+    assert "ddp would need" in capsys.readouterr().out
     assert main([*words, "--bandwidth", "0.01", "--scaling", "strong"]) == 0
     slower = capsys.readouterr().out
     assert slower != out

@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Literal
 
 from mics.errors import MicsError, PlanError
-from mics.planning.plan import Plan, Question, Search, search, simulate_way
+from mics.planning.plan import (
+    GIB,
+    Plan,
+    Question,
+    Search,
+    memory_of,
+    search,
+    simulate_way,
+    with_fragmentation,
+)
 from mics.planning.scaling import parse_range, strong_scaling, weak_scaling
 from mics.planning.subject import subject
 from mics.planning.validation import as_markdown, validate
@@ -137,8 +146,9 @@ def _simulate(config: Config) -> int:
     print(f"{config.model}: {anatomy.num_parameters:,} parameters; {plan.way}, sequence ", end="")
     print(f"{question.sequence}, {config.micro_steps} micro-steps; {node.name}; {config.scaling}")
     print("\n".join(_table(curves, config)))
-    if note := extrapolated(node, counts[-1]):
-        print(note)
+    for note in (extrapolated(node, counts[-1]), _too_large(config, plan)):
+        if note:
+            print(note)
     _files(config, plan, curves)
     return 0
 
@@ -182,7 +192,7 @@ def _first(config: Config, found: Search) -> Plan:
     nearest = min(found.rejected, key=lambda one: one.needed)
     raise PlanError(
         f"{config.model} does not fit the smallest cluster of the range.",
-        numbers=f"{nearest.way} lacks {nearest.missing / 2**30:.1f} GiB.",
+        numbers=f"{nearest.way} lacks {nearest.missing / GIB:.1f} GiB.",
         write="more --nodes, a smaller --micro-batch, or mics plan, which says what would fit",
     )
 
@@ -203,6 +213,21 @@ def _table(curves: Mapping[str, Sequence[tuple[float, float]]], config: Config) 
                 f"{efficiency:>12.1%}{base / speed:>26.2f}"
             )
     return [*lines, *(f"{engine}: {PROFILES[engine].about}" for engine in config.engines)]
+
+
+def _too_large(config: Config, plan: Plan) -> str:
+    """What to know of an engine that could not run this at all."""
+    if "ddp" not in config.engines:
+        return ""
+    whole = replace(plan.way, partition=1)
+    need = memory_of(plan.anatomy, plan.cluster, plan.question, whole)
+    needed, gpu = with_fragmentation(need, plan.question), plan.cluster.node.gpu
+    if needed <= gpu.memory:
+        return ""
+    return (
+        f"ddp would need {needed / GIB:.1f} of {gpu.memory / GIB:.0f} GiB: "
+        "it is simulated as if it fitted."
+    )
 
 
 def _files(config: Config, plan: Plan, curves: Mapping[str, Sequence[tuple[float, float]]]) -> None:
