@@ -10,6 +10,7 @@ from parity import Run, Stack, train_sharded
 from ranks import run_ranks
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.utils.checkpoint import checkpoint
 
 import mics
 from mics import compat
@@ -178,6 +179,48 @@ def test_what_a_failed_backward_left_under_way_lands_nowhere(set_to_none: bool) 
         blocking = _after_a_failed_backward(False, set_to_none)
         beside = _after_a_failed_backward(True, set_to_none)
         return all(torch.equal(a, b) for a, b in zip(blocking, beside, strict=True))
+
+    assert all(run_ranks(same, 4))
+
+
+class Reentrant(nn.Module):
+    """Every second block recomputes in a backward pass of its own, inside the outer one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for number, block in enumerate(self.blocks):
+            x = block(x) if number % 2 else checkpoint(block, x, use_reentrant=True)
+            x = torch.tanh(x)
+        return x
+
+
+def _with_reentrant_checkpoints(overlap: bool, partition: int) -> list[torch.Tensor]:
+    model = mics.shard(
+        seeded(Reentrant),
+        partition=partition,
+        gpus_per_node=2,
+        blocks=nn.Linear,
+        mp_policy=MixedPrecisionPolicy(),
+        collectives="hierarchical",
+        overlap=overlap,
+    )
+    for _ in range(3):
+        model.zero_grad()
+        for _ in mics.micro_steps(model, range(2)):
+            x = torch.full((2, WIDTH), 1.0 + dist.get_rank(), requires_grad=True)
+            model(x).sum().backward()
+    return [param.grad.full_tensor() for param in model.parameters()]
+
+
+@pytest.mark.parametrize("partition", [2, 4])
+def test_a_backward_inside_another_loses_no_gradient(partition: int) -> None:
+    def same() -> bool:
+        blocking = _with_reentrant_checkpoints(False, partition)
+        beside = _with_reentrant_checkpoints(True, partition)
+        return all(torch.allclose(a, b) for a, b in zip(blocking, beside, strict=True))
 
     assert all(run_ranks(same, 4))
 

@@ -43,6 +43,7 @@ class _Reduction:
     stages: Iterator[None]
     result: torch.Tensor
     accumulator: torch.Tensor  # what the result is added to, unless it is the result
+    abandoned: bool = False  # its backward pass has raised
 
 
 class Reductions:
@@ -58,11 +59,10 @@ class Reductions:
         What a backward pass that raised has left behind is waited for, but lands nowhere: the
         gradients have been dropped meanwhile, or zeroed.
         """
-        ours = self._backward == compat.backward_id()
         for reduction in list(self._under_way):
             if next(reduction.stages, "over") == "over":
                 self._under_way.remove(reduction)  # always the oldest
-                reduction.owner.end(reduction, lands=ours)
+                reduction.owner.end(reduction, lands=not reduction.abandoned)
 
     def finish(self) -> None:
         """Wait until none is under way."""
@@ -70,9 +70,19 @@ class Reductions:
             while self._under_way:
                 self.advance()
 
+    def before_forward(self) -> None:
+        """A forward begins: if outside of every backward pass, what is under way is a failed one's.
+
+        A pass that ends waits for everything. A forward inside one is a recomputed block's.
+        """
+        if self._under_way and not compat.in_backward():
+            for reduction in self._under_way:
+                reduction.abandoned = True
+
     def start(self, reduction: _Reduction) -> None:
         """Issue the first stage of one more, which the end of this backward will wait for."""
         if self._backward != compat.backward_id():
+            # Also a backward pass inside another one (reentrant checkpoints): both wait in the end.
             self.finish()
             self._backward = compat.backward_id()
             compat.at_end_of_backward(self.finish)
@@ -109,6 +119,10 @@ class Later:
     def pending(self) -> bool:
         """Whether a result is still to come."""
         return self._pending
+
+    def before_forward(self) -> None:
+        """The unit's forward begins."""
+        self._reductions.before_forward()
 
     def finish(self) -> None:
         """Wait until everything over the mesh has landed."""

@@ -158,7 +158,7 @@ def _attach(
         hop_two = HopTwo(
             group, groups.replicas, ledger, groups.device, lambda: _hops_of_root(group)
         )
-        module.register_forward_pre_hook(_before_forward(hop_two))
+        module.register_forward_pre_hook(_before_forward(hop_two.before_forward))
     later = None
     if overlap and groups.device.type == "cpu":
         compat.gather_beside_computation(group)
@@ -168,6 +168,7 @@ def _attach(
             hop_two.start_if_due if hop_two else None,
             in_node=groups.shard.size() <= groups.gpus_per_node,
         )
+        module.register_forward_pre_hook(_before_forward(later.before_forward))
     if hop_two is not None:
         hop_two.later = later
     compat.set_comms(
@@ -193,9 +194,9 @@ def _measure(group: Any, groups: Groups) -> None:
             measure(groups, backward, ranks_of(backward), "all_gather", gather_bytes, gather)
 
 
-def _before_forward(hop_two: HopTwo) -> Callable[..., None]:
+def _before_forward(tell: Callable[[], None]) -> Callable[..., None]:
     def hook(*_: Any) -> None:
-        hop_two.before_forward()
+        tell()
 
     # As FSDP2's own hooks: not part of any compiled graph.
     outside_graphs: Callable[..., None] = torch.compiler.disable(hook, recursive=True)  # type: ignore[no-untyped-call]
