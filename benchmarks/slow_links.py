@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,13 +52,15 @@ class Measurement:
 INSIDE = ("train", "--partition", "2")
 BERT = (*INSIDE, "--workload.kind", "bert")
 DILATED = ("dilated", "--partition", "2")
+SIZES = ("--sizes", "64KiB", "256KiB", "1MiB", "4MiB", "8MiB", "16MiB")
 FOUR = ("--dilation.micro-batch", "4")
 MEASUREMENTS = {
     "collectives": Measurement(
-        2, 4, "200mbit", ("collectives",), (), ("--sizes", "64KiB", "--repeats", "2")
+        2, 4, "200mbit", ("collectives", *SIZES), (), ("--sizes", "64KiB", "--repeats", "2")
     ),
     "inside": Measurement(4, 2, "200mbit", INSIDE),
     "inside_deepspeed": Measurement(4, 2, "200mbit", INSIDE, DEEPSPEED),
+    "inside_rows4": Measurement(4, 2, "200mbit", (*INSIDE, "--workload.rows", "4")),
     "bert": Measurement(4, 2, "200mbit", BERT),
     "bert_deepspeed": Measurement(4, 2, "200mbit", BERT, DEEPSPEED),
     "spanning": Measurement(2, 4, "200mbit", ("train", "--partition", "8")),
@@ -104,14 +107,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="tiny models, one step, 2 nodes")
     parser.add_argument("--only", nargs="+", choices=list(MEASUREMENTS), default=MEASUREMENTS)
-    parser.add_argument("--folder", type=Path, default=RESULTS)
+    parser.add_argument("--folder", type=Path, help="results/; --small: a temporary one")
     arguments = parser.parse_args()
+    folder = arguments.folder
+    if folder is None:
+        folder = Path(tempfile.mkdtemp(prefix="mics-small-")) if arguments.small else RESULTS
     for name in arguments.only:
         if missing := why_not(MEASUREMENTS[name]):
             print(f"\n{name} is left out: {missing}", file=sys.stderr)
             continue
         file = name if name == "collectives" else f"lab_{name}"
-        words = command(name, arguments.folder / f"{file}.json", small=arguments.small)
+        words = command(name, folder / f"{file}.json", small=arguments.small)
         print(f"\n$ {' '.join(words)}", flush=True)
         subprocess.run([sys.executable, "-m", *words], check=True)
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from ranks import errors_of_ranks, run_ranks
 
+from mics.__main__ import main
 from mics.benching.children import RELEASES, Child, find_python
 from mics.benching.collectives import keep_choices, measure_collectives
 from mics.benching.deepspeed_child import Order, configuration
@@ -152,6 +155,42 @@ def test_what_deepspeed_is_told() -> None:
             "mics_shard_size": partition,
             "mics_hierarchical_params_gather": two_stages,
         }
+
+
+def test_computation_alone_is_nobodys_reference() -> None:
+    spread = Spread.of([1.0])
+    alone = Compared("computation", spread, spread, None, [3.0])
+    ours, theirs = (Compared(name, spread, spread, None, [2.0]) for name in ("mics", "fsdp2"))
+    assert agree([alone, ours, theirs])
+    assert not agree([alone, ours, dataclasses.replace(theirs, losses=[2.1])])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model": "nope"}, "no model 'nope'"),
+        ({"block_bytes": 100}, r"rows of 256 bytes(.|\n)*--dilation.block-bytes 256"),
+        ({"micro_steps": 0}, "micro_steps must be at least 1"),
+    ],
+)
+def test_a_dilation_that_cannot_be_is_refused(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(MicsError, match=words):
+        arithmetic(Dilation(**change), link_bits=100e6)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["train", "--partition", "1", "--steps", "0"], "--steps must be at least 1"),
+        (["collectives", "--repeats", "0"], "--repeats must be at least 1"),
+        (["collectives", "--sizes", "0KiB"], "'0KiB' is no size"),
+    ],
+)
+def test_mics_bench_refuses_what_makes_no_sense(
+    options: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", *options]) == 1
+    assert words in capsys.readouterr().err
 
 
 def test_sizes_of_deepspeed_are_scaled_as_the_stand_in_is() -> None:

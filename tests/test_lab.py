@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -191,6 +192,20 @@ def test_the_first_failing_ranks_own_traceback_is_returned(
 
 
 @needs_a_lab
+@pytest.mark.slow
+def test_a_second_run_of_a_name_says_its_own_failure(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["lab", "run", "--gpus-per-node", "1", "--name", state.new_name()]
+    words += ["--logs", str(tmp_path / "logs"), "--"]
+    for which in ("first", "second"):
+        script = tmp_path / f"{which}.py"
+        script.write_text(f"raise RuntimeError('this is the {which}')\n")
+        assert main([*words, str(script)]) == 1
+        assert f"RuntimeError: this is the {which}" in capfd.readouterr().err
+
+
+@needs_a_lab
 @pytest.mark.extra
 def test_a_cut_cable_is_an_error_on_every_rank_within_the_timeout(
     lab: Lab, job: str, tmp_path: Path
@@ -235,6 +250,8 @@ def test_a_lab_that_is_up_is_shown_used_and_taken_down(capfd: pytest.CaptureFixt
         command = ["lab", "exec", "node2", "--lab", name, "--", "cat", "/etc/hosts"]
         assert main(command) == 0
         assert "10.213.0.1 node0" in capfd.readouterr().out
+        assert main(["lab", "exec", "node2", "--lab", name]) == 2
+        assert "no command" in capfd.readouterr().err
         assert main(["lab", "cut", "node1", "--lab", name]) == 0
         assert main(["lab", "status"]) == 0
         shown = capfd.readouterr().out
@@ -294,7 +311,8 @@ def test_of_20_labs_5_of_them_killed_nothing_is_left_and_nothing_else_touched() 
 
 @needs_a_lab
 @pytest.mark.slow
-def test_sigterm_takes_the_lab_down() -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_takes_the_lab_down(number: int) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, "term", "60"],
         stdout=subprocess.PIPE,
@@ -303,9 +321,49 @@ def test_sigterm_takes_the_lab_down() -> None:
     )
     assert process.stdout is not None
     assert [process.stdout.readline() for _ in range(2)] == ["begins\n", "up\n"]
-    process.terminate()
+    process.send_signal(number)
     process.communicate(timeout=60)
     assert not of_lab(Lab("term", 3, 1, ""))
+
+
+def test_a_lab_that_begins_is_not_taken_for_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(state.FOLDER, str(tmp_path))
+    lab = Lab("begins", 2, 1, "1gbit")
+    with state.note(lab):
+        (one,) = state.noted()
+        assert one.alive
+        with pytest.raises(LabError, match="There is a lab 'begins' already"):
+            state.note(lab)
+        assert [path.name for path in tmp_path.iterdir()] == ["begins.json"]
+    (one,) = state.noted()
+    assert not one.alive  # its owner lets go without having kept it
+    state.keep(lab)
+    (one,) = state.noted()
+    assert one.alive
+    state.forget(lab)
+    assert state.noted() == []
+
+
+def test_a_holder_whose_number_is_anothers_now_holds_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(state.FOLDER, str(tmp_path))
+    with state.note(Lab("held", 2, 1, "1gbit"), holder=os.getpid()):
+        pass
+    (one,) = state.noted()
+    assert one.alive
+    path = tmp_path / "held.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"began": "1"}))
+    (one,) = state.noted()
+    assert not one.alive
+
+
+def test_only_namespaces_of_the_form_of_ours_are_ours() -> None:
+    assert network.lab_of("mics-a1-switch") == network.lab_of("mics-a1-node12") == "a1"
+    for name in ("mics-a1", "mics-a1-net", "mics-a1-node", "x-mics-a1-node1", "mics-A-node1"):
+        assert network.lab_of(name) is None
 
 
 # -- latency ---------------------------------------------------------------------------------------

@@ -87,8 +87,10 @@ def measure_collectives(
         for collective, calls in _calls(groups, pair, size).items():
             seconds = _interleaved(groups, calls, repeats)
             for form, spent in seconds.items():
-                sent = _leaves_a_node(collective, ranks, size, groups.gpus_per_node, form)
-                floor = sent * 8 / link_bits if link_bits and sent else None
+                k, gloo = groups.gpus_per_node, groups.device.type == "cpu"
+                sent = _leaves_a_node(collective, ranks, size, k, form, gloo=gloo)
+                least = _leaves_a_node(collective, ranks, size, k, form, gloo=False)
+                floor = least * 8 / link_bits if link_bits and least else None
                 one = Measured(collective, form, size, len(ranks), Spread.of(spent), sent, floor)
                 found.append(one)
                 told(one)
@@ -182,16 +184,28 @@ def _interleaved(
 
 
 def _leaves_a_node(
-    collective: Collective, ranks: Sequence[int], size: int, gpus_per_node: int, form: str
+    collective: Collective,
+    ranks: Sequence[int],
+    size: int,
+    gpus_per_node: int,
+    form: str,
+    *,
+    gloo: bool,
 ) -> int:
-    """Bytes that leave the busiest node over the slow link, per call."""
+    """Bytes that leave the busiest node over the slow link, per call.
+
+    ``gloo``: its flat reduce-scatter is an all-reduce; without it, what a reduce-scatter needs.
+    """
+    by_all_reduce = gloo and collective == "reduce_scatter"
     two_stages: Form = "flat" if form == "flat" else "hierarchical"
     per_node: dict[int, float] = {}
     for rank in ranks:
         if collective == "all_reduce":
             sent = ring_flow(collective, ranks, rank, size, gpus_per_node).inter_bytes
         else:
-            messages = stages(ranks, rank, size, gpus_per_node, two_stages)
+            messages = stages(
+                ranks, rank, size, gpus_per_node, two_stages, by_all_reduce=by_all_reduce
+            )
             flows = [stage_flow(collective, m, rank, gpus_per_node) for m in messages]
             sent = sum((flow.inter_bytes for flow in flows), start=0 * flows[0].inter_bytes)
         node = rank // gpus_per_node

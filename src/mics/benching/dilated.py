@@ -9,22 +9,25 @@ communication is real, so 16 nodes fit on 2 cores. With
 
 every time is stretched by D = (b / l) / (B / r): a block that takes B / r on the cluster's link
 takes D times as long on the stand-in's, and sleeps D f / F in forward and D 3 f / F in backward
-(backward is twice a forward, and recomputes it first). Bytes that leave a node do not depend on the
-number of its GPUs: a node sends M (n - 1) / n per gather over n nodes, and 2 M (R - 1) / R per hop
-2 with one replica per node. So few ranks may stand for a node's 8 GPUs. What is not scaled: the
-link inside a node (loopback here), and the number of blocks, of which there are fewer.
+(backward is twice a forward, and recomputes it first). What mics sends does not depend on the
+number of GPUs of a node: M (n - 1) / n per two-stage gather over n nodes, and 2 M (R - 1) / R per
+hop 2 with one replica per node. So few ranks may stand for a node's 8 GPUs. A flat ring over all p
+ranks sends M (p - 1) / p: 0.75 with 2 nodes of 2 ranks, 0.94 with 8 GPUs each. All messages count
+as 16 bits; gradients reduced in fp32, as mics does by default, would be twice as long. What is not
+scaled: the link inside a node (loopback here), and the number of blocks, of which there are fewer.
 """
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
 from torch import nn
 
+from mics.errors import MicsError
 from mics.models.presets import PRESETS
 
 _WIDTH = 64  # of what travels between the blocks
@@ -77,7 +80,7 @@ class Dilation:
     """
 
     model: str = "bert-10b"
-    cluster: str = "p3dn"
+    cluster: Literal["p3dn", "p4d"] = "p3dn"
     micro_batch: int = 8
     sequence: int = 512
     micro_steps: int = 4
@@ -113,6 +116,7 @@ def arithmetic(dilation: Dilation, link_bits: float) -> Arithmetic:
         dilation: what stands for what.
         link_bits: bits per second of the stand-in's link.
     """
+    _check(dilation)
     cluster = CLUSTERS[dilation.cluster]
     parameters, layers, flops = _block(dilation)
     real_bytes = 2.0 * parameters  # fp16 on the wire
@@ -132,6 +136,23 @@ def arithmetic(dilation: Dilation, link_bits: float) -> Arithmetic:
         source=cluster.source,
         scale=dilation.block_bytes / 4 * dilation.blocks / (parameters * layers),
     )
+
+
+def _check(dilation: Dilation) -> None:
+    row = 4 * _WIDTH
+    if dilation.model not in PRESETS:
+        raise MicsError(
+            f"There is no model {dilation.model!r}.", numbers=f"Presets: {', '.join(PRESETS)}."
+        )
+    for name in ("micro_batch", "sequence", "micro_steps", "blocks"):
+        if getattr(dilation, name) < 1:
+            raise MicsError(f"{name} must be at least 1, got {getattr(dilation, name)}.")
+    if dilation.block_bytes < row or dilation.block_bytes % row:
+        raise MicsError(
+            f"A stand-in's block has rows of {row} bytes.",
+            numbers=f"block_bytes = {dilation.block_bytes}.",
+            write=f"--dilation.block-bytes {max(round(dilation.block_bytes / row), 1) * row}",
+        )
 
 
 def _block(dilation: Dilation) -> tuple[int, int, float]:

@@ -6,7 +6,7 @@ import random
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ class Workload:
         micro_steps: per step.
     """
 
-    kind: str = "gpt"
+    kind: Literal["gpt", "bert"] = "gpt"
     hidden: int = 256
     layers: int = 6
     rows: int = 2

@@ -26,6 +26,7 @@ from mics.benching.workloads import Workload
 from mics.errors import MicsError
 from mics.lab.network import bits_per_second
 from mics.mesh import groups_of, init_mesh, start
+from mics.topology import Topology
 from mics.version import __version__
 
 _SIZES = tuple(f"{2**n}KiB" for n in range(6, 17, 2))
@@ -35,7 +36,8 @@ _SIZES = tuple(f"{2**n}KiB" for n in range(6, 17, 2))
 class Collectives:
     """Time all-gather, reduce-scatter and all-reduce, flat and in two stages, beside the floor.
 
-    What is faster is kept in the profile that later runs choose by ($MICS_PROFILE).
+    What is faster in fp32 is kept in the profile that later runs choose by ($MICS_PROFILE); a lab's
+    own profile ends with the lab, so measure in one that is up, or set the variable.
 
     Run it on the ranks that are to be measured: under torchrun, Slurm or MPI, or in a lab:
     `mics lab run --nodes 2 --gpus-per-node 4 -- mics bench collectives`.
@@ -136,6 +138,7 @@ def run(config: Config) -> int:
 def _collectives(config: Collectives) -> int:
     link = _link(config.link)
     sizes = [_size(text) for text in config.sizes]
+    _at_least_one("repeats", config.repeats)
     world, _ = start()
     mesh = init_mesh(partition=config.partition or world, gpus_per_node=config.gpus_per_node)
     groups = groups_of(mesh)
@@ -194,8 +197,10 @@ def _engine(name: Name, config: _Comparison, work: Work, what: dict[str, Any], k
 
 def _compare(config: _Comparison, work: Work, title: str, what: dict[str, Any]) -> int:
     link = _link(config.link)
+    _at_least_one("steps", config.steps)
     world, launched_per_node = start()
     k = config.gpus_per_node or launched_per_node
+    Topology.from_world(world, k, config.partition)  # for every engine, mics among them or not
     check_environments([name for name in config.engines if name in RELEASES])
     engines = [_engine(name, config, work, what, k) for name in config.engines]
     speaks = dist.get_rank() == 0
@@ -265,6 +270,11 @@ def _draw(out: Path, compared: Sequence[Compared], title: str, link_bits: float 
     plot_comparison(compared, out.with_suffix(".png"), title, link_bits)
 
 
+def _at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise MicsError(f"--{name} must be at least 1, got {value}.")
+
+
 def _link(asked: str | None) -> str | None:
     return asked or os.environ.get("MICS_LAB_LINK")
 
@@ -317,6 +327,6 @@ def _ms(seconds: float) -> str:
 
 def _size(text: str) -> int:
     for unit, scale in (("KiB", 2**10), ("MiB", 2**20), ("GiB", 2**30)):
-        if text.endswith(unit) and text.removesuffix(unit).isdigit():
+        if text.endswith(unit) and text.removesuffix(unit).isdigit() and text[0] != "0":
             return int(text.removesuffix(unit)) * scale
     raise MicsError(f"{text!r} is no size.", write="--sizes 64KiB 8MiB")

@@ -156,6 +156,9 @@ def _do(config: Config) -> int:
     elif isinstance(config, Exec):
         lab = state.find(config.lab).lab
         index = lab.node_index(config.node)
+        if not config.command:
+            print("mics lab exec: no command; write it after `--`", file=sys.stderr)
+            return 2
         words = running.in_node(lab, index, config.command)
         return subprocess.run(words, env=running.environment(lab, index), check=False).returncode
     elif isinstance(config, Cut):
@@ -173,6 +176,7 @@ def _do_unprivileged(config: Config) -> int:
     words = sys.argv[2:]
     unprivileged.check_user()
     if isinstance(config, Run | Up):
+        lifetime.clean_unprivileged()  # from within nobody else's processes can be seen
         unprivileged.start_again_in_new(words)
     if isinstance(config, Down | Exec | Cut):
         unprivileged.start_again_in(state.find(config.lab), words)
@@ -218,6 +222,9 @@ def _status() -> str:
             continue
         if lab.switch not in here:
             continue  # an ordinary user's, in other namespaces than this process
+        if not set(lab.namespaces) <= set(here):
+            lines.append(f"lab {lab.name}: begins, ends or is damaged; mics lab down {lab.name}")
+            continue
         lines.append(f"lab {lab.name}: {lab.nodes} nodes x {lab.gpus_per_node} ranks, {lab.link}")
         for index, counted in enumerate(network.traffic(lab)):
             cable = "" if network.link_is_up(lab, index) else "  CABLE CUT"

@@ -10,8 +10,10 @@ from types import FrameType
 
 from mics.errors import LabError
 from mics.lab import network, state, unprivileged
-from mics.lab.state import PREFIX, Lab
+from mics.lab.state import Lab
 from mics.lab.system import check_system
+
+_ENDS = (signal.SIGTERM, signal.SIGHUP)
 
 
 def bring_up(lab: Lab) -> None:
@@ -23,8 +25,14 @@ def bring_up(lab: Lab) -> None:
     check_system()
     _check(lab)
     holder = unprivileged.leave_a_holder() if unprivileged.is_user_root() else None
-    with state.note(lab, keep=True, holder=holder):
-        _build(lab)
+    try:
+        with _ended_as_by_exception(), state.note(lab, holder=holder):
+            _build(lab)
+            state.keep(lab)
+    except BaseException:
+        if holder is not None:
+            os.kill(holder, signal.SIGTERM)
+        raise
 
 
 def take_down(lab: Lab) -> None:
@@ -44,25 +52,37 @@ def let_go(noted: state.Noted) -> None:
 def lab_for(lab: Lab) -> Iterator[Lab]:
     """A lab for as long as this is entered, however it is left.
 
-    SIGTERM ends it as an exception would; after SIGKILL ``clean`` finds what is left.
+    SIGTERM and SIGHUP end it as an exception would; after SIGKILL ``clean`` finds what is left.
 
     Raises:
         LabError: this machine cannot, or there is one of that name.
     """
     check_system()
     _check(lab)
-    clean()
-    before = signal.signal(signal.SIGTERM, _as_exception)
+    if not unprivileged.is_user_root():  # in new namespaces those of other labs cannot be seen
+        clean()
+    with _ended_as_by_exception(), state.note(lab):
+        try:
+            _build(lab)
+            yield lab
+        finally:
+            for number in (signal.SIGINT, *_ENDS):
+                signal.signal(number, signal.SIG_IGN)
+            take_down(lab)
+
+
+@contextmanager
+def _ended_as_by_exception() -> Iterator[None]:
+    """SIGTERM and a closed terminal raise; afterwards all is as before."""
+    numbers = (signal.SIGINT, *_ENDS)
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number in _ENDS:
+        signal.signal(number, _as_exception)
     try:
-        with state.note(lab, keep=False):
-            try:
-                _build(lab)
-                yield lab
-            finally:
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)
-                take_down(lab)
+        yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def clean() -> list[str]:
@@ -71,15 +91,12 @@ def clean() -> list[str]:
     Returns:
         The names of what was removed.
     """
+    # In this order: a lab that begins meanwhile is noted before it has a namespace.
+    there = {lab for name in network.namespaces() if (lab := network.lab_of(name))}
     known = state.noted()
-    dead = [one.lab for one in known if not one.alive]
+    dead = {one.lab.name for one in known if not one.alive}
     alive = {one.lab.name for one in known if one.alive}
-    orphans = {
-        name.removeprefix(PREFIX).split("-")[0]
-        for name in network.namespaces()
-        if name.startswith(PREFIX)
-    } - alive
-    names = sorted(orphans | {lab.name for lab in dead})
+    names = sorted((there - alive) | dead)
     for name in names:
         take_down(Lab(name, 0, 0, ""))
     return names

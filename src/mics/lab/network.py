@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 
 from mics.errors import LabError
@@ -21,6 +22,8 @@ _BUFFER_SECONDS = 0.02  # how long a packet may wait for its turn before it is d
 _BUFFER_BYTES = 2**18  # unless the link is so slow that few packets could
 _RATE = re.compile(r"(\d+(?:\.\d+)?)(k|m|g)?bit", re.IGNORECASE)
 _LATENCY = re.compile(r"(\d+(?:\.\d+)?)ms")
+_OURS = re.compile(rf"{PREFIX}([a-z0-9]{{1,8}})-(?:switch|node\d+)")
+_SWEEPS = 50  # through a namespace whose processes start others while they are killed
 
 
 def bits_per_second(rate: str) -> float:
@@ -130,16 +133,35 @@ def _shape(namespace: str, interface: str, rate: str) -> None:
 
 def take_down(lab: Lab) -> None:
     """Remove its namespaces, what runs in them first; what is not there is no error."""
-    there = set(namespaces())
-    wanted = [name for name in there if name.startswith(f"{PREFIX}{lab.name}-")]
-    for name in wanted:
-        for pid in processes(name):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        call("ip", "netns", "delete", name)
+    for name in namespaces():
+        if lab_of(name) == lab.name:
+            _end_namespace(name)
     if lab.name in _relays:
         with _relays.pop(lab.name):  # closes its pipes and waits for it
             pass
+
+
+def lab_of(namespace: str) -> str | None:
+    """The name of the lab a namespace is of; ``None`` if it is no lab's."""
+    found = _OURS.fullmatch(namespace)
+    return found.group(1) if found else None
+
+
+def _end_namespace(name: str) -> None:
+    """Kill what runs in it, and what that starts meanwhile; then remove it."""
+    try:
+        for _ in range(_SWEEPS):
+            running = processes(name)
+            for pid in running:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            if not running:
+                break
+            time.sleep(0.02)
+        call("ip", "netns", "delete", name)
+    except LabError:
+        if name in namespaces():  # else somebody else has just taken it down
+            raise
 
 
 def namespaces() -> list[str]:

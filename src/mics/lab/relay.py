@@ -63,13 +63,11 @@ class Direction:
 def relay(directions: Sequence[Direction]) -> None:
     """Carry frames for ever."""
     by_source = {direction.source: direction for direction in directions}
-    poll = select.poll()
-    for source in by_source:
-        poll.register(source, select.POLLIN)
     due: float | None = None
     while True:
-        wait = None if due is None else max(0.0, (due - time.monotonic()) * 1e3)
-        for source, _ in poll.poll(wait):
+        # select counts in microseconds; poll and epoll round up to milliseconds.
+        wait = None if due is None else max(0.0, due - time.monotonic())
+        for source in select.select(by_source, [], [], wait)[0]:
             by_source[source].take(time.monotonic())
         now = time.monotonic()
         nexts = [direction.deliver(now) for direction in directions]

@@ -46,7 +46,7 @@ def run(lab: Lab, words: Sequence[str], logs: Path, *, screen: IO[str] | None = 
         screen: where rank 0's output goes, as it comes; standard output by default.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    before, start = traffic(lab), time.monotonic()
+    before, start, began = traffic(lab), time.monotonic(), time.time()
     nodes = [_start_node(lab, index, words, logs) for index in range(lab.nodes)]
     stop = _Stop(nodes)
     readers = [
@@ -72,7 +72,7 @@ def run(lab: Lab, words: Sequence[str], logs: Path, *, screen: IO[str] | None = 
         return Finished(128 + stop.asked, "interrupted", spent, per_node)
     if first is None:
         return Finished(0, "", spent, per_node)
-    return Finished(nodes[first].returncode or 1, _words(logs, lab, first), spent, per_node)
+    return Finished(nodes[first].returncode or 1, _words(logs, lab, first, began), spent, per_node)
 
 
 def in_node(lab: Lab, index: int, words: Sequence[str]) -> list[str]:
@@ -168,12 +168,17 @@ def _end(nodes: Sequence[subprocess.Popen[str]], number: int = signal.SIGTERM) -
             os.killpg(node.pid, signal.SIGKILL)
 
 
-def _words(logs: Path, lab: Lab, first: int) -> str:
-    """The end of the standard error of the rank that failed first, by the time it was written."""
+def _words(logs: Path, lab: Lab, first: int, began: float) -> str:
+    """The end of the standard error of the rank that failed first, by the time it was written.
+
+    A folder may hold the logs of an earlier run, from before ``began``.
+    """
     order = [first, *(index for index in range(lab.nodes) if index != first)]
     spoken = []
     for index in order:
         for file in sorted((logs / f"node{index}").rglob("stderr.log")):
+            if file.stat().st_mtime < began:
+                continue
             text = file.read_text(errors="replace").strip()
             if "Error" in text or "mics:" in text:
                 local = int(file.parent.name)
@@ -192,7 +197,7 @@ def _words(logs: Path, lab: Lab, first: int) -> str:
 
 
 class _Stop:
-    """While entered, SIGINT and SIGTERM go to the nodes."""
+    """While entered, SIGINT, SIGTERM and SIGHUP go to the nodes."""
 
     def __init__(self, nodes: Sequence[subprocess.Popen[str]]) -> None:
         self._nodes = nodes
@@ -200,7 +205,7 @@ class _Stop:
 
     def __enter__(self) -> None:
         if threading.current_thread() is threading.main_thread():
-            numbers = (signal.SIGINT, signal.SIGTERM)
+            numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
             self._before = {n: signal.signal(n, self._ask) for n in numbers}
 
     def __exit__(self, *_: object) -> None:

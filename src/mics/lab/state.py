@@ -81,7 +81,7 @@ def check_name(name: str) -> None:
     if not _NAME.fullmatch(name):
         raise LabError(
             f"A lab cannot be called {name!r}.",
-            write="1 to 8 letters and digits, such as --name slow",
+            write="1 to 8 lower-case letters and digits, such as --name slow",
         )
 
 
@@ -93,12 +93,11 @@ def folder() -> Path:
     return Path(base) / f"mics-lab-{os.geteuid()}"
 
 
-def note(lab: Lab, *, keep: bool, holder: int | None = None) -> IO[str]:
-    """Note a lab. Its owner holds a lock on the file; one to ``keep`` needs none.
+def note(lab: Lab, *, holder: int | None = None) -> IO[str]:
+    """Note a lab. Its owner holds a lock on the file, until it is to be kept (``keep``).
 
     Args:
         lab: to be noted.
-        keep: whether it outlives this process.
         holder: the process it lives as long as, if it is an ordinary user's.
 
     Returns:
@@ -108,20 +107,53 @@ def note(lab: Lab, *, keep: bool, holder: int | None = None) -> IO[str]:
         LabError: there is a lab of that name.
     """
     folder().mkdir(mode=0o700, parents=True, exist_ok=True)
-    path = folder() / f"{lab.name}.json"
+    path = _path(lab)
+    owner = os.getpid() if holder is None else holder
+    table = {
+        "lab": asdict(lab),
+        "keep": False,
+        "owner": owner,
+        "began": _began(owner),
+        "held": holder is not None,
+    }
+    # It gets its name when it is written and locked: nobody may take a lab that begins for dead.
+    unnamed = path.with_suffix(f".{os.getpid()}")
+    file = unnamed.open("w")
+    fcntl.flock(file, fcntl.LOCK_EX)
+    json.dump(table, file)
+    file.flush()
     try:
-        file = path.open("x")
+        os.link(unnamed, path)
     except FileExistsError:
+        file.close()
         raise LabError(
             f"There is a lab {lab.name!r} already.",
             write=f"another --name, or mics lab down {lab.name}",
         ) from None
-    fcntl.flock(file, fcntl.LOCK_EX)
-    owner = os.getpid() if holder is None else holder
-    table = {"lab": asdict(lab), "keep": keep, "owner": owner, "held": holder is not None}
-    json.dump(table, file)
-    file.flush()
+    finally:
+        unnamed.unlink()
     return file
+
+
+def keep(lab: Lab) -> None:
+    """The lab outlives this process."""
+    path = _path(lab)
+    table = json.loads(path.read_text()) | {"keep": True}
+    unnamed = path.with_suffix(f".{os.getpid()}")
+    unnamed.write_text(json.dumps(table))
+    unnamed.replace(path)
+
+
+def _path(lab: Lab) -> Path:
+    return folder() / f"{lab.name}.json"
+
+
+def _began(process: int) -> str:
+    """When a process began, in ticks since the machine did: its number may be another's later."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
 
 
 def names_of_nodes(lab: Lab) -> tuple[Path, Path]:
@@ -146,7 +178,7 @@ def forget(lab: Lab) -> None:
     """The lab is gone."""
     profile(lab).unlink(missing_ok=True)
     (folder() / f"{lab.name}.hosts").unlink(missing_ok=True)
-    (folder() / f"{lab.name}.json").unlink(missing_ok=True)
+    _path(lab).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -170,7 +202,8 @@ def noted() -> list[Noted]:
             with path.open() as file:
                 table = json.load(file)
                 owner, held = int(table["owner"]), bool(table["held"])
-                there = Path(f"/proc/{owner}").exists() if held else table["keep"]
+                holds = held and _began(owner) == table["began"] != ""
+                there = holds if held else table["keep"]
                 alive = there or not _lockable(file)
                 found.append(Noted(Lab(**table["lab"]), alive, owner, held))
         except FileNotFoundError:
