@@ -510,7 +510,14 @@ def test_an_ordinary_users_lab_stays_up_and_goes_down(tmp_path: Path) -> None:
 
 
 @needs_user_namespaces
-def test_what_a_killed_job_of_an_ordinary_user_leaves_is_cleaned(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("cleaner", "says"),
+    [("clean", "removed: dies\n"), ("run --nodes 1 --gpus-per-node 1 -- true > /dev/null", "")],
+    ids=["clean", "the next run"],
+)
+def test_what_a_killed_job_of_an_ordinary_user_leaves_is_cleaned(
+    cleaner: str, says: str, tmp_path: Path
+) -> None:
     (tmp_path / "job.py").write_text(
         "import os, time\nopen(os.environ['RANK'], 'w').write(str(os.getpid()))\ntime.sleep(100)\n"
     )
@@ -520,10 +527,10 @@ def test_what_a_killed_job_of_an_ordinary_user_leaves_is_cleaned(tmp_path: Path)
         "while [ ! -s 0 ] || [ ! -s 1 ]; do sleep 0.1; done\n"
         "kill -9 $!\n"
         "kill -0 $(cat 0) && kill -0 $(cat 1) && echo alive\n"
-        "$MICS lab clean\n"
+        f"$MICS lab {cleaner}\n"
         "while kill -0 $(cat 0) || kill -0 $(cat 1); do sleep 0.1; done\n",
     )
-    assert text.endswith("alive\nremoved: dies\n")
+    assert text.endswith(f"alive\n{says}")
 
 
 def test_a_user_who_may_make_no_namespaces_is_told_which_switch(

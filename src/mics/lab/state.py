@@ -107,6 +107,7 @@ def note(lab: Lab, *, holder: int | None = None) -> IO[str]:
         LabError: there is a lab of that name.
     """
     folder().mkdir(mode=0o700, parents=True, exist_ok=True)
+    _check_owner(folder())
     path = _path(lab)
     owner = os.getpid() if holder is None else holder
     table = {
@@ -133,6 +134,17 @@ def note(lab: Lab, *, holder: int | None = None) -> IO[str]:
     finally:
         unnamed.unlink()
     return file
+
+
+def _check_owner(path: Path) -> None:
+    """Processes noted in a folder are ended: it must be ours, not put there by somebody else."""
+    owner = path.stat().st_uid
+    if owner not in (os.geteuid(), os.getuid()):
+        raise LabError(
+            f"{path} belongs to another user.",
+            numbers=f"Its owner is {owner}, this is {os.geteuid()}.",
+            write=f"{FOLDER}=<a folder of your own>",
+        )
 
 
 def keep(lab: Lab) -> None:
