@@ -285,7 +285,7 @@ def _bits(link: str | None) -> float | None:
 
 def _facts(link: str | None, world: int, gpus_per_node: int, partition: int) -> dict[str, Any]:
     return {
-        "command": " ".join(["mics", *sys.argv[1:]]),
+        "command": " ".join(["mics", *_without_out(sys.argv[1:])]),
         "date": datetime.now(UTC).date().isoformat(),
         "torch": torch.__version__,
         "mics": __version__,
@@ -295,6 +295,12 @@ def _facts(link: str | None, world: int, gpus_per_node: int, partition: int) -> 
         "gpus_per_node": gpus_per_node,
         "partition": partition,
     }
+
+
+def _without_out(words: Sequence[str]) -> list[str]:
+    """A command line without its file: where a result lies is no part of it."""
+    at = words.index("--out") if "--out" in words else len(words)
+    return [*words[:at], *words[at + 2 :]]
 
 
 def _write(path: Path, document: dict[str, Any]) -> None:
