@@ -299,8 +299,9 @@ def _facts(link: str | None, world: int, gpus_per_node: int, partition: int) -> 
 
 def _without_out(words: Sequence[str]) -> list[str]:
     """A command line without its file: where a result lies is no part of it."""
-    at = words.index("--out") if "--out" in words else len(words)
-    return [*words[:at], *words[at + 2 :]]
+    kept = [word for word in words if not word.startswith("--out=")]
+    at = kept.index("--out") if "--out" in kept else len(kept)
+    return [*kept[:at], *kept[at + 2 :]]
 
 
 def _write(path: Path, document: dict[str, Any]) -> None:
