@@ -317,6 +317,14 @@ def test_mics_plan_prints_a_table_and_writes_files(
     assert files["png"].read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_sweep_leaves_out_what_does_not_go(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "--model", "gpt2-tiny", "--nodes", "2", "--micro-batch", "1"]
+    assert main([*words, "--partition", "16", "--sweep", "nodes=1..4"]) == 0
+    out, err = capsys.readouterr()
+    assert "1 nodes are left out: partition 16 is not possible" in err
+    assert "best by time on each number of nodes" in out
+
+
 def test_mics_plan_lists_the_catalogue(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--list"]) == 0
     out = capsys.readouterr().out

@@ -285,9 +285,15 @@ def _swept(config: Config, anatomy: Anatomy, cluster: Cluster, question: Questio
     for nodes in parse_range(config.sweep):
         _told(f"simulating on {nodes} nodes")
         other = dataclasses.replace(cluster, nodes=nodes)
-        plans = explained(search(anatomy, other, question))
+        try:
+            plans = explained(search(anatomy, other, question))
+        except PlanError as error:  # a partition or a global batch that does not go with so many
+            _told(f"{nodes} nodes are left out: {error.what}")
+            continue
         if plans:
             best.append(_ordered(plans, config.by)[0])
+        else:
+            _told(f"{nodes} nodes are left out: nothing fits")
     return best
 
 
