@@ -27,8 +27,6 @@ from mics.simulation.engines import PROFILES, Engine
 from mics.simulation.hardware import Cluster, Node, extrapolated, find_node
 from mics.simulation.step import Span
 
-_TRACE = Path("step.json")
-
 
 @dataclass(frozen=True)
 class Config:
@@ -51,7 +49,6 @@ class Config:
         "hsdp every micro-step",
         "hsdp deferred",
         "fsdp2",
-        "zero3",
     )
     """Which; the first is what the others are compared with."""
 
@@ -106,7 +103,7 @@ def run(config: Config) -> int:
     """Simulate.
 
     Returns:
-        0; 1 when something does not exist or fit, or a held-out figure is missed.
+        0; 1 when something does not exist or fit.
     """
     try:
         return _validate(config) if config.validate else _simulate(config)

@@ -41,7 +41,7 @@ def draw_scaling(picture: Path, title: str, curves: Curves) -> None:
         for n, line in enumerate(curves.values()):
             base = line[0][1] / line[0][0]
             shares = [100 * y / x / base for x, y in line]
-            efficiency.plot([x for x, _ in line], shares, "o-", color=COLOURS[n])
+            efficiency.plot([x for x, _ in line], shares, "o-", color=COLOURS[n % len(COLOURS)])
         efficiency.set_xscale("log", base=2)
         efficiency.set_ylabel("% of the speed per GPU")
         efficiency.set_xlabel("GPUs")
@@ -58,7 +58,14 @@ def _memory(axes: Any, plans: Sequence[Plan]) -> None:
     for n, kind in enumerate(kinds):
         sizes = [vars(need)[kind] / GIB for need in needs]
         label = kind.replace("_", " ")
-        axes.barh(range(len(plans)), sizes, left=left, color=COLOURS[n], label=label, height=0.7)
+        axes.barh(
+            range(len(plans)),
+            sizes,
+            left=left,
+            color=COLOURS[n % len(COLOURS)],
+            label=label,
+            height=0.7,
+        )
         left = [a + b for a, b in zip(left, sizes, strict=True)]
     axes.axvline(plans[0].cluster.node.gpu.memory / GIB, color="#cc3311", label="a GPU's memory")
     axes.set_yticks(range(len(plans)), [str(plan.way) for plan in plans])
@@ -69,7 +76,13 @@ def _memory(axes: Any, plans: Sequence[Plan]) -> None:
 
 def _curves(axes: Any, curves: Curves) -> None:
     for n, (name, line) in enumerate(curves.items()):
-        axes.plot([x for x, _ in line], [y for _, y in line], "o-", color=COLOURS[n], label=name)
+        axes.plot(
+            [x for x, _ in line],
+            [y for _, y in line],
+            "o-",
+            color=COLOURS[n % len(COLOURS)],
+            label=name,
+        )
     first = next(iter(curves.values()))
     ideal = [first[0][1] * x / first[0][0] for x, _ in first]
     axes.plot([x for x, _ in first], ideal, ":", color="#555555", label="ideal")

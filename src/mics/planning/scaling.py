@@ -10,7 +10,7 @@ from mics.planning.plan import Plan, Way, simulate_way
 from mics.simulation.engines import Engine
 from mics.topology import possible_partitions
 
-ENGINES: tuple[Engine, ...] = ("mics", "hsdp every micro-step", "fsdp2", "zero3")
+ENGINES: tuple[Engine, ...] = ("mics", "hsdp every micro-step", "fsdp2")
 _MOST = 2048
 
 
