@@ -15,10 +15,9 @@ from mics.planning.plan import (
     Plan,
     Question,
     Search,
-    memory_of,
+    needed_by,
     search,
     simulate_way,
-    with_fragmentation,
 )
 from mics.planning.scaling import parse_range, strong_scaling, weak_scaling
 from mics.planning.subject import subject
@@ -217,8 +216,8 @@ def _too_large(config: Config, plan: Plan) -> str:
     if "ddp" not in config.engines:
         return ""
     whole = replace(plan.way, partition=1)
-    need = memory_of(plan.anatomy, plan.cluster, plan.question, whole)
-    needed, gpu = with_fragmentation(need, plan.question), plan.cluster.node.gpu
+    needed = needed_by(plan.anatomy, plan.cluster, plan.question, whole)
+    gpu = plan.cluster.node.gpu
     if needed <= gpu.memory:
         return ""
     return (

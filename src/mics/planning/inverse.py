@@ -11,8 +11,7 @@ from mics.planning.plan import (
     Question,
     Search,
     Way,
-    memory_of,
-    with_fragmentation,
+    needed_by,
 )
 from mics.simulation.anatomy import Anatomy
 from mics.simulation.hardware import Cluster
@@ -23,8 +22,7 @@ _MOST_NODES = 2048
 
 def fits(anatomy: Anatomy, cluster: Cluster, question: Question, way: Way) -> bool:
     """Whether a way's memory is there."""
-    need = memory_of(anatomy, cluster, question, way)
-    return with_fragmentation(need, question) <= cluster.node.gpu.memory
+    return needed_by(anatomy, cluster, question, way) <= cluster.node.gpu.memory
 
 
 def smallest_partition(
@@ -77,12 +75,15 @@ def longest_sequence(
 
 def fewest_nodes(anatomy: Anatomy, cluster: Cluster, question: Question) -> int | None:
     """The fewest nodes on which anything fits; ``None`` if not even 2,048 do."""
+
+    def fitting(nodes: int) -> bool:
+        tried = replace(cluster, nodes=nodes)
+        frugal = _way(tried.gpus, min(question.micro_batches), True, question)
+        return fits(anatomy, tried, question, frugal)
+
     nodes = 1
     while nodes <= _MOST_NODES:
-        tried = replace(cluster, nodes=nodes)
-        asked = replace(question, global_batch=None, partitions=None)
-        frugal = _way(tried.gpus, min(question.micro_batches), True, asked)
-        if fits(anatomy, tried, asked, frugal):
+        if fitting(nodes):
             break
         nodes *= 2
     else:
@@ -90,9 +91,7 @@ def fewest_nodes(anatomy: Anatomy, cluster: Cluster, question: Question) -> int 
     low = nodes // 2
     while nodes - low > 1:
         middle = (low + nodes) // 2
-        tried = replace(cluster, nodes=middle)
-        frugal = _way(tried.gpus, min(question.micro_batches), True, question)
-        if fits(anatomy, tried, question, frugal):
+        if fitting(middle):
             nodes = middle
         else:
             low = middle
@@ -147,15 +146,13 @@ def _changes(
     if not way.checkpointing:
         changed.append(("checkpointing", replace(way, checkpointing=True)))
     for text, other in changed:
-        yield text, with_fragmentation(memory_of(anatomy, cluster, question, other), question)
+        yield text, needed_by(anatomy, cluster, question, other)
     half = question.sequence // 2
     shorter = replace(question, sequence=half)
-    need = with_fragmentation(memory_of(anatomy, cluster, shorter, way), shorter)
-    yield f"sequence {half}", need
+    yield f"sequence {half}", needed_by(anatomy, cluster, shorter, way)
     if question.optimizer == "adamw":
         fused = replace(question, optimizer="adamw-fused")
-        need = with_fragmentation(memory_of(anatomy, cluster, fused, way), fused)
-        yield "a fused optimizer", need
+        yield "a fused optimizer", needed_by(anatomy, cluster, fused, way)
 
 
 def _way(partition: int, micro_batch: int, checkpointing: bool, question: Question) -> Way:

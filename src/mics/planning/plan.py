@@ -13,7 +13,7 @@ from mics.simulation.compute import times
 from mics.simulation.engines import Engine, Run, Simulated, inter_bytes, simulate_engine
 from mics.simulation.hardware import Cluster
 from mics.simulation.memory import Memory, Setup, memory
-from mics.simulation.stacks import Stack, find_stack
+from mics.simulation.stacks import find_stack
 from mics.topology import possible_partitions
 from mics.traffic import Form
 
@@ -181,7 +181,7 @@ def search(anatomy: Anatomy, cluster: Cluster, question: Question) -> Search:
         PlanError: there is nothing to try: a partition that is not legal, or a global batch that no
             micro-batch divides.
     """
-    stack = find_stack(question.stack)
+    find_stack(question.stack)  # an unknown one is refused before anything is tried
     plans: list[Plan] = []
     rejected: list[Rejected] = []
     for way in ways(cluster, question):
@@ -191,7 +191,7 @@ def search(anatomy: Anatomy, cluster: Cluster, question: Question) -> Search:
         if needed > capacity:
             rejected.append(Rejected(way, needed, capacity))
             continue
-        plans.append(_plan(anatomy, cluster, question, way, need, needed, stack))
+        plans.append(_plan(anatomy, cluster, question, way, need, needed))
     plans.sort(key=lambda plan: -plan.tokens_per_second)
     return Search(tuple(plans), tuple(rejected))
 
@@ -265,6 +265,11 @@ def with_fragmentation(need: Memory, question: Question) -> float:
     return (need.peak - fixed) * question.fragmentation + fixed
 
 
+def needed_by(anatomy: Anatomy, cluster: Cluster, question: Question, way: Way) -> float:
+    """Bytes a way needs of a GPU, with fragmentation."""
+    return with_fragmentation(memory_of(anatomy, cluster, question, way), question)
+
+
 def run_of(way: Way, question: Question) -> Run:
     """As the simulator wants it."""
     return Run(
@@ -305,7 +310,6 @@ def _plan(
     way: Way,
     need: Memory,
     needed: float,
-    stack: Stack,
 ) -> Plan:
     trace = anatomy.trace(way.micro_batch, question.sequence)
     forward, backward = trace.flops("forward"), trace.flops("backward")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from mics.errors import PlanError
-from mics.planning.plan import Plan, Way, simulate_way
+from mics.planning.plan import Plan, simulate_way
 from mics.simulation.engines import Engine
 from mics.topology import possible_partitions
 
@@ -14,9 +14,12 @@ ENGINES: tuple[Engine, ...] = ("mics", "hsdp every micro-step", "fsdp2")
 _MOST = 2048
 
 
+Curves = dict[str, list[tuple[float, float]]]
+
+
 def weak_scaling(
     plan: Plan, engines: Sequence[Engine], nodes: Sequence[int] | None = None
-) -> dict[str, list[tuple[float, float]]]:
+) -> Curves:
     """Tokens per second over GPUs; every GPU keeps the plan's micro-batch and micro-steps.
 
     Args:
@@ -24,38 +27,32 @@ def weak_scaling(
         engines: which.
         nodes: how many; by default doubling from the fewest the partition allows to 64, at least.
     """
-    found: dict[str, list[tuple[float, float]]] = {engine: [] for engine in engines}
-    for count in nodes or _doubling(plan):
-        cluster = replace(plan.cluster, nodes=count)
-        if plan.way.partition not in possible_partitions(count, cluster.node.gpus_per_node):
-            continue
-        sequences = plan.way.micro_batch * plan.way.micro_steps * cluster.gpus
-        tokens = sequences * plan.question.sequence
-        for engine in engines:
-            simulated = simulate_way(engine, plan.anatomy, cluster, plan.question, plan.way)
-            found[engine].append((cluster.gpus, tokens / simulated.seconds))
-    return found
+    steps = plan.way.micro_steps
+    return _curves(plan, engines, ((count, steps) for count in nodes or _doubling(plan)))
 
 
-def strong_scaling(
-    plan: Plan, engines: Sequence[Engine], nodes: Sequence[int]
-) -> dict[str, list[tuple[float, float]]]:
+def strong_scaling(plan: Plan, engines: Sequence[Engine], nodes: Sequence[int]) -> Curves:
     """The same global batch on more GPUs: fewer micro-steps each.
 
     Numbers of nodes that do not divide the batch are left out.
     """
-    found: dict[str, list[tuple[float, float]]] = {engine: [] for engine in engines}
-    sequences = plan.way.micro_batch * plan.way.micro_steps * plan.cluster.gpus
-    for count in nodes:
+    whole = plan.way.micro_steps * plan.cluster.nodes
+    shared = ((count, *divmod(whole, count)) for count in nodes)
+    return _curves(plan, engines, ((n, steps) for n, steps, rest in shared if steps and not rest))
+
+
+def _curves(plan: Plan, engines: Sequence[Engine], points: Iterable[tuple[int, int]]) -> Curves:
+    """Of numbers of nodes with micro-steps; those the partition does not go with are left out."""
+    found: Curves = {engine: [] for engine in engines}
+    for count, steps in points:
         cluster = replace(plan.cluster, nodes=count)
-        steps, rest = divmod(sequences, plan.way.micro_batch * cluster.gpus)
-        legal = possible_partitions(count, cluster.node.gpus_per_node)
-        if rest or not steps or plan.way.partition not in legal:
+        if plan.way.partition not in possible_partitions(count, cluster.node.gpus_per_node):
             continue
-        way: Way = replace(plan.way, micro_steps=steps)
+        way = replace(plan.way, micro_steps=steps)
+        tokens = way.micro_batch * steps * cluster.gpus * plan.question.sequence
         for engine in engines:
             simulated = simulate_way(engine, plan.anatomy, cluster, plan.question, way)
-            found[engine].append((cluster.gpus, plan.tokens / simulated.seconds))
+            found[engine].append((cluster.gpus, tokens / simulated.seconds))
     return found
 
 

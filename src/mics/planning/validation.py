@@ -5,11 +5,9 @@ A figure that set a factor is marked calibrated and does not count as reproduced
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
 from typing import Any
 
 import torch
@@ -19,7 +17,7 @@ from mics.simulation.anatomy import Anatomy
 from mics.simulation.compute import times
 from mics.simulation.engines import Engine, Run, simulate_engine
 from mics.simulation.fit import Point, fit_all_gather, fit_all_reduce, predicted
-from mics.simulation.hardware import Cluster, find_node
+from mics.simulation.hardware import Cluster, find_node, read_catalogue
 from mics.simulation.stacks import find_stack
 
 STACK = "mics-paper"
@@ -54,7 +52,7 @@ class Row:
 
 def validate() -> list[Row]:
     """Simulate every figure of ``catalogue/published.toml`` and fit the public measurements."""
-    return [*map(_figure, _catalogue("published")["figure"]), *_collectives()]
+    return [*map(_figure, read_catalogue("published")["figure"]), *_collectives()]
 
 
 def as_markdown(rows: Sequence[Row]) -> str:
@@ -169,7 +167,7 @@ def _of_shape(hidden: int, layers: int, heads: int) -> Anatomy:
 
 def _collectives() -> list[Row]:
     rows = []
-    for name, facts in _catalogue("measurements").items():
+    for name, facts in read_catalogue("measurements").items():
         if not isinstance(facts, dict):
             continue
         points = _points(facts)
@@ -215,7 +213,3 @@ def _points(facts: Mapping[str, Any]) -> list[Point]:
 
 def _mean_error(fitted: Any, points: Sequence[Point]) -> float:
     return sum(abs(predicted(fitted, p) / p.seconds(fitted) - 1) for p in points) / len(points)
-
-
-def _catalogue(name: str) -> dict[str, Any]:
-    return tomllib.loads((files("mics.simulation") / "catalogue" / f"{name}.toml").read_text())

@@ -125,7 +125,7 @@ def gpus() -> dict[str, Gpu]:
 
 def dated(file: str) -> str:
     """When a file of the catalogue was last looked over."""
-    return str(_read(file)["dated"])
+    return str(read_catalogue(file)["dated"])
 
 
 def find_node(name: str) -> Node:
@@ -341,10 +341,10 @@ def _number(of: str, facts: Mapping[str, Any], key: str) -> float | None:
 
 
 def _tables(file: str) -> dict[str, Mapping[str, Any]]:
-    return {name: table for name, table in _read(file).items() if isinstance(table, dict)}
+    return {name: table for name, table in read_catalogue(file).items() if isinstance(table, dict)}
 
 
 @cache
-def _read(file: str) -> dict[str, Any]:
+def read_catalogue(file: str) -> dict[str, Any]:
     """A file of the catalogue."""
     return tomllib.loads((files("mics.simulation") / "catalogue" / f"{file}.toml").read_text())

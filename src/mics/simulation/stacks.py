@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
 
 from mics.errors import PlanError
+from mics.simulation.hardware import read_catalogue
 
 
 @dataclass(frozen=True)
@@ -28,8 +27,7 @@ class Stack:
 @cache
 def stacks() -> dict[str, Stack]:
     """All of the catalogue by name."""
-    text = (files("mics.simulation") / "catalogue" / "stacks.toml").read_text()
-    tables = {k: v for k, v in tomllib.loads(text).items() if isinstance(v, dict)}
+    tables = {k: v for k, v in read_catalogue("stacks").items() if isinstance(v, dict)}
     return {name: Stack(name, t["factor"], t["calibrated"]) for name, t in tables.items()}
 
 

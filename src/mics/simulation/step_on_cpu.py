@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mics.simulation.network import Stage
-from mics.simulation.step import Message, Rank, Work
+from mics.simulation.step import Message, Rank, Schedule, Work
 
 
 @dataclass
@@ -29,7 +29,11 @@ class _Reduction:
 class CpuRank(Rank):
     """A rank in the middle of its step, on Gloo."""
 
-    _under_way: deque[_Reduction]
+    def __init__(
+        self, blocks: Sequence[Work], root: Work, schedule: Schedule, timeline: bool
+    ) -> None:
+        super().__init__(blocks, root, schedule, timeline)
+        self._under_way: deque[_Reduction] = deque()
 
     def begin(self, number: int, following: range, gathered: bool) -> None:
         """Wait for a block's gather; in forward the next one is on its way by then."""
@@ -51,8 +55,6 @@ class CpuRank(Rank):
 
     def reduce(self, work: Work, syncs: bool, name: str) -> None:
         """Wait for the stage every reduction is in, issue their next; then start this one."""
-        if not hasattr(self, "_under_way"):
-            self._under_way = deque()
         if not work.reduce:
             if syncs and work.sync:
                 self.syncs.append(self.send("hop 2", work.sync, name))
@@ -67,7 +69,7 @@ class CpuRank(Rank):
 
     def drain(self) -> None:
         """Wait until none is under way."""
-        while getattr(self, "_under_way", None):
+        while self._under_way:
             self._advance()
 
     def _start(self, number: int) -> None:

@@ -14,7 +14,7 @@ from mics.console import say
 from mics.errors import PlanError
 from mics.launch import read_launch
 from mics.partition_choice import PartitionChoice, choose_partition, device_memory
-from mics.planning.plan import GIB, Question, Way, memory_of, simulate_way, with_fragmentation
+from mics.planning.plan import GIB, Question, Way, needed_by, simulate_way
 from mics.planning.subject import subject
 from mics.simulation.anatomy import Anatomy
 from mics.simulation.hardware import Cluster, Gpu, Link, Node, find_node
@@ -122,8 +122,7 @@ class Forecast:
     def _need(self) -> Callable[[int], int]:
         def need(partition: int) -> int:
             way = self._way(partition)
-            found = memory_of(self._anatomy, self._cluster(), self._question, way)
-            return round(with_fragmentation(found, self._question))
+            return round(needed_by(self._anatomy, self._cluster(), self._question, way))
 
         return need
 
