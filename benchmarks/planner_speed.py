@@ -22,7 +22,8 @@ from mics.planning.plan import Question, search
 from mics.planning.subject import subject
 from mics.simulation.compute import times
 from mics.simulation.engines import Run, simulate_engine
-from mics.simulation.hardware import Cluster, find_node
+from mics.simulation.hardware import Cluster
+from mics.simulation.lookup import find_node
 
 RESULT = Path(__file__).parent / "results" / "planner_speed.json"
 REPEATS = 5

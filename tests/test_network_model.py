@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,13 @@ import pytest
 
 from mics.errors import PlanError
 from mics.simulation.catalogue_text import catalogue
-from mics.simulation.fit import Fit, Point, fit_all_gather, fit_all_reduce, predicted
-from mics.simulation.hardware import Gpu, Link, Node, described, find_gpu, find_node, gpus, nodes
+from mics.simulation.fit import Point, fit_links
+from mics.simulation.hardware import Gpu, Link, Node
+from mics.simulation.lookup import described, find_gpu, find_node, gpus, nodes
 from mics.simulation.measured import measured_node
-from mics.simulation.network import all_reduce_seconds, gather_stages
+from mics.simulation.network import all_reduce_seconds, gather_stages, gather_terms
 from mics.simulation.stacks import find_stack
+from mics.traffic import Form
 
 GB = 1e9
 NODE = Node(
@@ -63,69 +67,162 @@ def test_bandwidth_falls_with_nodes_where_it_was_seen_to() -> None:
     assert 6 * GB < p3dn.over(32) < p3dn.over(8) < 8.1 * GB  # measured: 6 to 8 at 8 to 32 nodes
 
 
-def test_a_fit_finds_the_figures_it_was_made_from() -> None:
-    made = Fit("all_gather", 10e-6, 3e-6, 40 * GB)
-    points = [
-        Point(n, n // 8, size, size * (n - 1) / n / predicted(made, Point(n, n // 8, size, 1)))
-        for n in (16, 32)
-        for size in (1e6, 1e8, 1e9)
-    ]
-    found = fit_all_gather(points)
-    assert found.fixed == pytest.approx(10e-6)
-    assert found.latency == pytest.approx(3e-6)
-    assert found.bandwidth == pytest.approx(40 * GB)
+def test_a_ring_passes_every_rank_a_tree_every_node() -> None:
+    rings = dataclasses.replace(NODE, all_reduce_is_ring=True)
+    ring = all_reduce_seconds(rings, 8, 2, 1 * GB)
+    assert ring == pytest.approx(5e-6 + 2 * 20e-6 + 2 * 6 * 1e-6 + 2 * 7 / 8 / 10)
+    tree = all_reduce_seconds(NODE, 8, 2, 1 * GB)
+    assert tree == pytest.approx(5e-6 + 2 * 20e-6 + 2 * 1 / 2 / 10)
 
 
-def test_a_fit_of_all_reduces_finds_how_bandwidth_falls() -> None:
-    made = Fit("all_reduce", 50e-6, 20e-6, 40 * GB, falls=0.2)
-    points = [
-        Point(n, n // 8, size, 2 * size * (n - 1) / n / predicted(made, Point(n, n // 8, size, 1)))
-        for n in (16, 32, 64)
-        for size in (1e7, 1e9)
+@pytest.mark.parametrize("name", ["p3dn", "p4d", "p4de", "p5", "p5en", "p6-b200"])
+def test_no_link_carries_more_than_its_line(name: str) -> None:
+    node = find_node(name)
+    line, k, size = node.inter.line, node.gpus_per_node, 64 * GB
+    assert line is not None
+    for over in (2, 3, 4, 16, 256):
+        leaves = size * (over - 1) / over  # of a gathered message, what the node lacks
+        for form in ("flat", "hierarchical"):
+            stages = gather_stages(node, k * over, size, form)  # type: ignore[arg-type]
+            assert leaves / sum(s.seconds for s in stages if s.link == "inter") <= line
+        for p in (1, 2, 8, 16):
+            # p < k: groups of k / p ranks per node; else one rank per node; p GPUs share the link.
+            replicas, sharing = over * max(k // p, 1), min(p, k)
+            seconds = all_reduce_seconds(node, replicas, over, size, sharing)
+            assert 2 * leaves * sharing / seconds <= line
+
+
+def points_on(node: Node, partitions: Sequence[int]) -> list[Point]:
+    """All-gathers on a node as the network model has them."""
+    forms: tuple[Form, ...] = ("flat", "hierarchical")
+    return [
+        Point(
+            gather_terms(node.gpus_per_node, p, size, form),
+            sum(s.seconds for s in gather_stages(node, p, size, form)),
+        )
+        for p in partitions
+        for size in (1e5, 1e7, 1e9)
+        for form in forms
     ]
-    found = fit_all_reduce(points)
-    assert found.falls == pytest.approx(0.2)
-    assert found.bandwidth == pytest.approx(40 * GB)
-    assert found.latency == pytest.approx(20e-6)
+
+
+def test_a_fit_finds_the_links_its_points_were_made_on() -> None:
+    found = fit_links(points_on(NODE, (2, 4, 8, 16, 64)))
+    assert figures(found["inter"]) == pytest.approx(figures(NODE.inter))
+    assert figures(found["intra"]) == pytest.approx(figures(NODE.intra))
+    given = fit_links(points_on(NODE, (8, 16)), NODE.intra)
+    assert list(given) == ["inter"]
+    assert figures(given["inter"]) == pytest.approx(figures(NODE.inter))
+
+
+def figures(link: Link) -> tuple[float, ...]:
+    return (link.bandwidth, link.latency, link.fixed)
 
 
 def test_one_measurement_is_no_fit() -> None:
-    with pytest.raises(PlanError, match=r"do not follow(.|\n)*several --sizes"):
-        fit_all_gather([Point(8, 1, 1e6, 1e9)])
+    with pytest.raises(PlanError, match=r"1 measurement\(s\) of the link inside(.|\n)*--sizes"):
+        fit_links([Point(gather_terms(8, 8, 1e6), 1e-3)])
+    with pytest.raises(PlanError, match="do not follow"):  # nothing grows with the size
+        fit_links([Point(gather_terms(8, 8, size), 1e-3) for size in (1e3, 2e3)])
 
 
-def bench_file(path: Path, k: int, ranks: int) -> Path:
-    """What mics bench collectives would write on ``NODE``, but for its k."""
+def bench_file(path: Path, node: Node, partitions: Sequence[int], device: str = "cuda") -> Path:
+    """What mics bench collectives would write on a node where the model is exact."""
     rows: list[dict[str, Any]] = []
+    k = node.gpus_per_node
 
-    def add(collective: str, form: str, size: int, seconds: float) -> None:
+    def add(collective: str, form: str, ranks: int, size: int, seconds: float) -> None:
         row = {"collective": collective, "form": form, "message_bytes": size, "ranks": ranks}
         rows.append(row | {"seconds": {"median": seconds}})
 
-    over = max(ranks // k, 1)
-    for size in (2**20, 2**23, 2**26):
-        flat = 1e-3 + size * (ranks - 1) / ranks / (10 * GB)
-        add("all_gather", "flat", size, flat)
-        add("all_reduce", "flat", size, 2 * flat)
-        if over > 1:
-            inter = size * (over - 1) / over / (10 * GB)
-            add("all_gather", "hierarchical", size, inter + 2e-3 + size * (k - 1) / k / (50 * GB))
-    path.write_text(json.dumps({"gpus_per_node": k, "measured": rows}))
+    for p in partitions:
+        for size in (2**16, 2**20, 2**23, 2**26):
+            forms: tuple[Form, ...] = ("flat", "hierarchical") if p > k else ("flat",)
+            for form in forms:
+                stages = gather_stages(node, p, size, form)
+                add("all_gather", form, p, size, sum(s.seconds for s in stages))
+            add("all_reduce", "flat", p, size, all_reduce_seconds(node, p, max(p // k, 1), size))
+    document = {"gpus_per_node": k, "device": device, "measured": rows}
+    path.write_text(json.dumps(document))
     return path
 
 
-def test_a_node_is_read_from_a_measurement(tmp_path: Path) -> None:
-    node = measured_node(bench_file(tmp_path / "links.json", 4, 8), find_gpu("H100"))
-    assert node.gpus_per_node == 4
-    assert node.inter.bandwidth == pytest.approx(10 * GB, rel=1e-6)
-    assert node.intra.bandwidth == pytest.approx(50 * GB, rel=1e-3)
-    assert node.all_reduce is not None
-    assert node.all_reduce.bandwidth == pytest.approx(10 * GB, rel=1e-6)
-    alone = measured_node(bench_file(tmp_path / "inside.json", 8, 8), find_gpu("H100"))
+MANY = Node(
+    "many",
+    NODE.gpu,
+    4,
+    NODE.intra,
+    NODE.inter,
+    all_reduce=Link(8 * GB, 30e-6, fixed=40e-6),
+)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_a_node_is_read_from_a_measurement(tmp_path: Path, device: str) -> None:
+    truth = dataclasses.replace(MANY, all_reduce_is_ring=device == "cpu")
+    path = bench_file(tmp_path / "links.json", truth, (2, 4, 8, 16), device)
+    found = measured_node(path, find_gpu("H100"))
+    assert (found.gpus_per_node, found.measured_nodes) == (4, 4)
+    for link in ("intra", "inter", "all_reduce"):
+        assert figures(getattr(found, link)) == pytest.approx(figures(getattr(truth, link)))
+    # So it says the same of 64 nodes, which nobody measured.
+    for form in ("flat", "hierarchical"):
+        ahead, known = (
+            [s.seconds for s in gather_stages(node, 256, 1e8, form)]  # type: ignore[arg-type]
+            for node in (found, truth)
+        )
+        assert ahead == pytest.approx(known)
+    assert all_reduce_seconds(found, 64, 64, 1e8, 4) == pytest.approx(
+        all_reduce_seconds(truth, 64, 64, 1e8, 4)
+    )
+
+
+def test_one_number_of_ranks_shows_no_more_than_that(tmp_path: Path) -> None:
+    """What a message takes whatever its size is then latency: too slow ahead, never too good."""
+    found = measured_node(bench_file(tmp_path / "links.json", MANY, (8,)), find_gpu("H100"))
+    assert found.inter.fixed == found.intra.fixed == 0
+    assert found.inter.latency > MANY.inter.latency
+    for form in ("flat", "hierarchical"):
+        for p, least in ((8, 0.95), (64, 1.0), (256, 1.0)):
+            ahead, known = (
+                sum(s.seconds for s in gather_stages(node, p, 2**16, form))  # type: ignore[arg-type]
+                for node in (found, MANY)
+            )
+            assert ahead >= known * least
+            # Two stages begin twice, flat once: one latency for both is between them.
+            assert p > 8 or ahead == pytest.approx(known, rel=0.05)
+
+
+def test_one_node_has_no_link_between_nodes(tmp_path: Path) -> None:
+    alone = measured_node(bench_file(tmp_path / "inside.json", MANY, (2, 4)), find_gpu("H100"))
     assert alone.intra == alone.inter
+    assert alone.all_reduce is None
+    assert figures(alone.intra) == pytest.approx(figures(MANY.intra))
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"gpus_per_node": 2, "measured": []}'])
+def test_what_a_shaper_lets_through_is_left_out(tmp_path: Path) -> None:
+    path = bench_file(tmp_path / "links.json", MANY, (2, 4, 8, 16))
+    document = json.loads(path.read_text())
+    for row in document["measured"]:
+        if row["message_bytes"] == 2**20 and row["ranks"] > 4:
+            row["seconds"]["median"] /= 100  # a burst
+    path.write_text(json.dumps(document))
+    found = measured_node(path, find_gpu("H100"))
+    assert found.inter.bandwidth == pytest.approx(MANY.inter.bandwidth, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"gpus_per_node": 2, "measured": []}',
+        '{"gpus_per_node": 2, "measured": [1]}',
+        '{"gpus_per_node": 2, "measured": [{"seconds": {"median": 0}, "ranks": 2, '
+        '"message_bytes": 8}]}',
+    ],
+)
 def test_a_file_that_is_no_measurement_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "links.json"
     path.write_text(text)
@@ -195,6 +292,19 @@ inter = { bandwidth = 180, latency = 20 }
         (OURS.replace("{ bandwidth = 350, latency = 4 }", "350"), "intra of ours must be a table"),
         (OURS.replace("180", '"fast"'), "bandwidth of inter of ours must be a number"),
         (OURS.replace("180", "-180"), "not negative, got -180"),
+        (OURS.replace("180", "0"), "bandwidth of inter of ours must be positive, got 0"),
+        (OURS.replace("180", "nan"), "must be a number, not negative, got nan"),
+        (OURS.replace("180", "inf"), "must be a number, not negative, got inf"),
+        (OURS.replace("180", "180, line = 100"), "is above its line rate(.|\n)*180 of 100"),
+        (OURS.replace("bandwidth = 350", "line = 350"), "intra of ours lacks bandwidth"),
+        (OURS.replace('"H100"', '["H100"]'), "a GPU that is not known"),
+        (OURS + "measured_nodes = true", "measured_nodes of ours must be a positive integer"),
+        (OURS + 'measured_nodes = "4"', "measured_nodes of ours must be a positive integer"),
+        (OURS + "source = 5", "source of ours must be text"),
+        ("gpus = 5\n" + OURS, "gpus of .* must be a table"),
+        ("[gpus]\nmine = 5\n" + OURS, "gpus.mine must be a table"),
+        ("[gpus.mine]\nmemory = 0\npeak = 1\n" + OURS, "memory of mine must be positive"),
+        ("[gpus.mine]\nmemory = 8\npeak = 0\n" + OURS, "peak of mine must be positive"),
         (OURS.replace("latency = 20", "latency = 20, fals = 0.1"), "unknown fals"),
     ],
 )
@@ -212,5 +322,11 @@ def test_three_numbers_describe_a_node() -> None:
     assert node.gpu.memory == 48 * 2**30
     assert node.inter.bandwidth == 25 * GB
     assert math.isclose(node.inter.latency, find_node("p4d").inter.latency)
-    with pytest.raises(PlanError, match="inter must be positive, got 0"):
-        described(memory_gib=48, intra_gb_s=200, inter_gb_s=0)
+    assert "computes like A100-40GB, as none was named" in node.gpu.source
+    like = described(memory_gib=48, intra_gb_s=200, inter_gb_s=25, gpu=find_gpu("H100"))
+    assert like.gpu.peak == find_gpu("H100").peak
+    for bad in (0, -1, math.nan, math.inf):
+        with pytest.raises(PlanError, match=f"inter must be positive, got {bad}"):
+            described(memory_gib=48, intra_gb_s=200, inter_gb_s=bad)
+    with pytest.raises(PlanError, match="gpus_per_node must be positive, got 0"):
+        described(memory_gib=48, intra_gb_s=200, inter_gb_s=25, gpus_per_node=0)

@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from html.parser import HTMLParser
-from pathlib import Path
+import re
 from typing import Any
 
 import pytest
 import torch
 
 import mics
-from mics.__main__ import main
 from mics.errors import PlanError
 from mics.planning.charts import pareto_set
 from mics.planning.cost import Reliability, dollars, goodput, wall_seconds
 from mics.planning.inverse import (
+    STEP,
     fewest_nodes,
     fits,
     largest_micro_batch,
     longest_sequence,
     smallest_partition,
+    with_partition,
 )
-from mics.planning.plan import Plan, Question, Search, Way, search, ways
+from mics.planning.plan import Plan, Question, Search, Way, needed_by, search, ways
 from mics.planning.reasons import explained
 from mics.planning.scaling import parse_range, strong_scaling, weak_scaling
 from mics.planning.subject import subject
-from mics.planning.validation import as_markdown, validate
 from mics.simulation.anatomy import Anatomy
-from mics.simulation.hardware import Cluster, Gpu, Link, Node, find_node
+from mics.simulation.hardware import Cluster, Gpu, Link, Node
+from mics.simulation.lookup import find_node
 from mics.simulation.memory import OPTIMIZERS, Setup, memory
 
 GIB = 2**30
@@ -127,46 +126,152 @@ def test_a_reason_says_why_the_neighbours_lost(found: Search) -> None:
 
 
 def test_questions_the_other_way_round(bert: Anatomy) -> None:
-    where = small()
-    p = smallest_partition(bert, where, QUESTION, 4, False)
+    where, way = small(), Way(8, 4, 4, False, "hierarchical")
+    p = smallest_partition(bert, where, QUESTION, way)
     assert p is not None
-    assert fits(bert, where, QUESTION, Way(p, 4, 4, False))
-    assert p == 1 or not fits(bert, where, QUESTION, Way(p // 2, 4, 4, False))
-    b = largest_micro_batch(bert, where, QUESTION, 8, True)
+    assert fits(bert, where, QUESTION, with_partition(way, p, 4))
+    assert p == 1 or not fits(bert, where, QUESTION, with_partition(way, p // 2, 4))
+    b = largest_micro_batch(bert, where, QUESTION, way)
     assert b is not None
-    assert fits(bert, where, QUESTION, Way(8, b, 4, True))
-    assert not fits(bert, where, QUESTION, Way(8, b + 1, 4, True))
-    s = longest_sequence(bert, where, QUESTION, 8, 8, True, step=64, limit=512)
+    assert fits(bert, where, QUESTION, dataclasses.replace(way, micro_batch=b))
+    assert not fits(bert, where, QUESTION, dataclasses.replace(way, micro_batch=b + 1))
+    s = longest_sequence(bert, where, QUESTION, way, limit=512)
     assert s is not None
-    assert s % 64 == 0
+    assert s % STEP == 0
     assert s <= 512
-    nodes = fewest_nodes(bert, where, QUESTION)
+    assert fits(bert, where, dataclasses.replace(QUESTION, sequence=s), way)
+    assert smallest_partition(bert, small(0.5), QUESTION, way) is None
+    assert largest_micro_batch(bert, small(0.5), QUESTION, way) is None
+
+
+def test_two_stages_need_their_groups_and_buffers_when_asked_the_other_way_round(
+    bert: Anatomy,
+) -> None:
+    """What is said around a plan is of that plan: in two stages it has two groups more."""
+    flat, staged = (Way(8, 4, 4, True, form) for form in ("flat", "hierarchical"))
+    least = needed_by(bert, small(), QUESTION, flat)
+    more = needed_by(bert, small(), QUESTION, staged)
+    assert more - least > 2 * QUESTION.communicator_gib * GIB
+    between = small((least + more) / 2 / GIB)
+    assert fits(bert, between, QUESTION, flat)
+    assert not fits(bert, between, QUESTION, staged)
+    assert largest_micro_batch(bert, between, QUESTION, staged) != largest_micro_batch(
+        bert, between, QUESTION, flat
+    )
+
+
+def test_the_fewest_nodes_are_those_of_what_may_be_tried(bert: Anatomy) -> None:
+    nodes = fewest_nodes(bert, small(), QUESTION)
     assert nodes is not None
-    tight = small(memory_gib=1.45, nodes=64)
-    more = fewest_nodes(bert, tight, QUESTION)
+    more = fewest_nodes(bert, small(memory_gib=1.45, nodes=64), QUESTION)
     assert more is not None
     assert more >= nodes
-    assert smallest_partition(bert, small(0.5), QUESTION, 4, False) is None
-    assert largest_micro_batch(bert, small(0.5), QUESTION, 4, False) is None
     assert fewest_nodes(bert, small(0.2), QUESTION) is None
+    # Nothing is recomputed, no larger partition is used than was asked for.
+    tight = small(2.3)
+    plain = dataclasses.replace(QUESTION, checkpointing=(False,), micro_batches=(16,))
+    free = dataclasses.replace(plain, checkpointing=(False, True))
+    some, fewer = fewest_nodes(bert, tight, plain), fewest_nodes(bert, tight, free)
+    assert fewer is not None
+    assert some is None or some > fewer
+    found = search(bert, dataclasses.replace(tight, nodes=fewer), free)
+    assert found.plans
+    assert not search(bert, dataclasses.replace(tight, nodes=fewer), plain).plans
+
+
+def test_a_global_batch_limits_the_micro_batch(bert: Anatomy) -> None:
+    where = small()
+    asked = dataclasses.replace(QUESTION, global_batch=16 * 6)
+    way = Way(8, 1, 6, True)
+    assert largest_micro_batch(bert, where, asked, way) in (1, 2, 3, 6)
+
+
+ONLY: dict[str, Any] = {
+    "micro_batches": (8,),
+    "checkpointing": (False,),
+    "partitions": (2,),
+    "runtime_gib": 0.3,
+    "communicator_gib": 0.05,
+}
 
 
 def test_when_nothing_fits_the_nearest_is_named(bert: Anatomy) -> None:
-    only = {"micro_batches": (8,), "checkpointing": (False,), "partitions": (2,)}
     with pytest.raises(PlanError) as caught:
-        mics.plan(bert, small(), sequence=512, runtime_gib=0.3, communicator_gib=0.05, **only)
+        mics.plan(bert, small(), sequence=512, **ONLY)
     text = str(caught.value)
     assert "Nothing fits: p = 2, micro-batch 8 on 4 x small" in text
     assert "GiB more" in text
-    for change in ("p 4 saves", "micro-batch 4 saves", "checkpointing saves", "sequence 256 saves"):
+    for change in ("partition 16 saves", "micro-batch 1 saves", "checkpointing saves"):
         assert change in text
+    assert "saves 0.0" not in text
+    assert "saves -" not in text
+
+
+@pytest.mark.parametrize("memory", [1.2, 1.6, 2.0, 2.6, 3.2, 4.0, 5.0])
+def test_what_is_advised_is_enough(bert: Anatomy, memory: float) -> None:
+    """Every change that is named as the way out leads to a plan."""
+    where = small(memory)
+    try:
+        mics.plan(bert, where, sequence=512, **ONLY)
+    except PlanError as error:
+        advice = error.write
+    else:
+        return
+    for one in advice.removesuffix(", each is enough").split(" or "):
+        assert followed(bert, where, one), (memory, advice)
+
+
+def followed(bert: Anatomy, where: Cluster, advice: str) -> list[Plan]:
+    """Plan again as the advice says."""
+    options, sequence = dict(ONLY), 512
+    for word, value in re.findall(r"(nodes|partition|p =|micro-batch|sequence) (\d+)", advice):
+        if word == "nodes":
+            where = dataclasses.replace(where, nodes=int(value))
+            options.pop("partitions")
+        elif word == "sequence":
+            sequence = int(value)
+        elif word == "micro-batch":
+            options["micro_batches"] = (int(value),)
+        else:
+            options["partitions"] = (int(value),)
+    if "checkpointing" in advice:
+        options["checkpointing"] = (True,)
+    if "adamw-fused" in advice:
+        options["optimizer"] = "adamw-fused"
+    return mics.plan(bert, where, sequence=sequence, **options)
 
 
 def test_no_nodes_are_enough_for_some(bert: Anatomy) -> None:
-    with pytest.raises(
-        PlanError, match=r"a smaller model, a shorter --sequence or a GPU with more"
-    ):
+    with pytest.raises(PlanError, match=r"a smaller model, or GPUs with \d\.\d GiB \(p = "):
         mics.plan(bert, small(0.2), sequence=512)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"sequence": 0}, "does not take a sequence of 0"),
+        ({"sequence": 513}, "does not take a sequence of 513"),
+        ({"micro_batches": []}, "micro_batches is empty"),
+        ({"micro_batches": [0]}, "micro_batches must be at least 1, got 0"),
+        ({"partitions": ()}, "partitions is empty"),
+        ({"checkpointing": ()}, "checkpointing is empty"),
+        ({"micro_steps": 0}, "micro_steps must be at least 1, got 0"),
+        ({"global_batch": -16}, "global_batch must be at least 1, got -16"),
+        ({"fragmentation": -1.0}, "fragmentation must be at least 1, got -1.0"),
+        ({"fragmentation": float("nan")}, "fragmentation must be at least 1, got nan"),
+        ({"prefetch": -1}, "prefetch must be at least 0"),
+        ({"sigma": -0.1}, "sigma must be at least 0"),
+        ({"runtime_gib": float("inf")}, "runtime_gib must be at least 0, got inf"),
+        ({"optimizer": "adam"}, r"no optimizer 'adam'(.|\n)*adamw, adamw-fused"),
+        ({"stack": "none"}, "no software stack 'none'"),
+        ({"blocks": torch.nn.Linear}, "An anatomy has its loss and its blocks"),
+    ],
+)
+def test_figures_that_cannot_be_are_refused(
+    bert: Anatomy, options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(PlanError, match=words):
+        mics.plan(bert, small(), **{"sequence": 128, **options})
 
 
 def test_a_global_batch_decides_the_micro_steps(bert: Anatomy) -> None:
@@ -206,8 +311,13 @@ def test_a_module_of_ones_own_is_planned() -> None:
         value: torch.Tensor = model(x).sum()
         return value
 
-    plans = mics.plan(subject(model, loss=loss), "p4d:2", sequence=64)
+    plans = mics.plan(model, "p4d:2", sequence=64, loss=loss, blocks=Layer)
     assert plans[0].way.partition in (1, 2, 4, 8, 16)
+    assert plans[0].question.compute_bytes == 2
+    whole = mics.plan(model, "p4d:2", sequence=64, loss=loss, dtype=torch.float32)
+    assert whole[0].question.compute_bytes == 4
+    gathers = [next(p for p in found if p.way.partition == 16) for found in (whole, plans)]
+    assert gathers[0].inter_bytes > gathers[1].inter_bytes
     step = mics.simulate(plans[0], "fsdp2", timeline=True)
     assert step.timeline
     with pytest.raises(PlanError, match="no engine 'zero4'"):
@@ -262,140 +372,3 @@ def test_a_range_doubles() -> None:
     for text in ("2", "4..2", "0..4", "a..b", "nodes=2-4"):
         with pytest.raises(PlanError, match="is no range"):
             parse_range(text)
-
-
-# -- the command line ----------------------------------------------------------------------------
-
-PLAN = ["plan", "--model", "gpt2-tiny", "--nodes", "2", "--micro-batch", "1", "4"]
-
-
-class Page(HTMLParser):
-    """Which tags a page has; that every tag is closed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.seen: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        self.seen.append(tag)
-        if tag not in ("meta", "line", "circle", "polyline"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in ("line", "circle", "polyline"):
-            assert self.open.pop() == tag
-
-
-def test_mics_plan_prints_a_table_and_writes_files(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    files = {kind: tmp_path / f"plan.{kind}" for kind in ("json", "html", "png")}
-    options = [word for kind, path in files.items() for word in (f"--{kind}", str(path))]
-    assert main([*PLAN, "--sweep", "nodes=1..4", "--tokens", "300e9", *options]) == 0
-    out = capsys.readouterr().out
-    for words in (
-        "A step costs $",
-        "3e+11 tokens $",
-        " days; ",
-        "Best: p = ",
-        "$/B tokens",
-        "Around it: micro-batch up to",
-        "Assumed: 0.8 GiB a GPU for its runtime",
-        "Not modelled: ",
-    ):
-        assert words in out
-    assert "software stack eager" in out
-    document = json.loads(files["json"].read_text())
-    assert [one["nodes"] for one in document["sweep"]] == [1, 2, 4]
-    assert document["plans"][0]["reason"] in out
-    page = Page()
-    page.feed(files["html"].read_text())
-    assert page.open == []
-    assert page.seen.count("svg") == 4
-    assert "http" not in files["html"].read_text()  # needs nothing else
-    assert files["png"].read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_sweep_leaves_out_what_does_not_go(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["plan", "--model", "gpt2-tiny", "--nodes", "2", "--micro-batch", "1"]
-    assert main([*words, "--partition", "16", "--sweep", "nodes=1..4"]) == 0
-    out, err = capsys.readouterr()
-    assert "1 nodes are left out: partition 16 is not possible" in err
-    assert "best by time on each number of nodes" in out
-
-
-def test_mics_plan_lists_the_catalogue(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "--list"]) == 0
-    out = capsys.readouterr().out
-    assert "p6-b300" in out
-    assert "n/a" in out
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--node", "p4x"], "did you mean"),
-        (["--nodes", "0"], "--nodes must be at least 1"),
-        (["--memory", "40"], "three numbers"),
-        (["--model", "lama-8b"], "did you mean 'llama-8b'"),
-        (["--sequence", "9999999"], "does not take a sequence"),
-        (["--stack", "x"], "no software stack"),
-        (["--sweep", "x"], "is no range"),
-        (["--profile", "missing.json"], "no result of mics bench collectives"),
-    ],
-)
-def test_mics_plan_refuses_what_makes_no_sense(
-    options: list[str], words: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main([*PLAN, *options]) == 1
-    assert words in capsys.readouterr().err
-
-
-def test_mics_plan_takes_three_numbers_and_ranks_by_cost(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    numbers = ["--memory", "40", "--intra", "200", "--inter", "20"]
-    assert main([*PLAN, *numbers]) == 0
-    assert "n/a" in capsys.readouterr().out  # nobody knows its price
-    assert main([*PLAN, *numbers, "--by", "cost"]) == 1
-    assert "price of described is not known" in capsys.readouterr().err
-    assert main([*PLAN, "--by", "cost"]) == 0
-
-
-def test_mics_simulate_compares_engines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    files = {kind: tmp_path / kind for kind in ("json", "png", "trace")}
-    options = [word for kind, path in files.items() for word in (f"--{kind}", str(path))]
-    words = ["simulate", "--model", "gpt2-tiny", "--nodes", "1..4", "--engines", "mics", "fsdp2"]
-    assert main([*words, *options]) == 0
-    out = capsys.readouterr().out
-    assert out.count("FSDP2 full shard over all ranks") == 1
-    assert "p4d were measured on up to 2 nodes; times on more are extrapolated" in out
-    curves = json.loads(files["json"].read_text())["tokens_per_second_by_gpus"]
-    assert [gpus for gpus, _ in curves["fsdp2"]] == [8, 16, 32]
-    assert json.loads(files["trace"].read_text())["traceEvents"]
-    assert files["png"].read_bytes().startswith(b"\x89PNG")
-    assert "as if it fitted" not in out
-    large = ["simulate", "--model", "gpt2-xl", "--node", "p3dn", "--nodes", "1"]
-    assert main([*large, "--micro-batch", "16", "--engines", "mics", "ddp"]) == 0
-    assert "ddp would need" in capsys.readouterr().out
-    assert main([*words, "--bandwidth", "0.01", "--scaling", "strong"]) == 0
-    slower = capsys.readouterr().out
-    assert slower != out
-    for bad in (["--bandwidth", "0"], ["--partition", "64"], ["--nodes", "x"]):
-        assert main([*words, *bad]) == 1
-        assert "mics simulate:" in capsys.readouterr().err
-
-
-@pytest.mark.extra
-def test_the_committed_table_of_published_figures_is_what_the_simulator_says() -> None:
-    rows = validate()
-    committed = Path(__file__).parents[1] / "benchmarks" / "results" / "validation.md"
-    assert committed.read_text() == as_markdown(rows)
-    missed = [row.name for row in rows if row.holds is False]
-    # Said in the README: 12.2 % where 12 were asked for.
-    assert missed == ["p5-all-reduce, fitted to 2 and 4 nodes, at 8"]
-    for row in rows:
-        assert row.used.split(":")[0] in ("calibrated", "held out")
-        if row.used.startswith("calibrated: stack"):
-            assert row.holds is None  # what set a factor is not reproduced by it

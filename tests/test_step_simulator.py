@@ -21,9 +21,11 @@ from mics.models.building import build, load_config
 from mics.planning.subject import subject
 from mics.simulation.anatomy import Anatomy
 from mics.simulation.compute import Times, times
-from mics.simulation.engines import PROFILES, Run, inter_bytes, simulate_engine
-from mics.simulation.hardware import Cluster, Gpu, find_node
+from mics.simulation.engines import Run, inter_bytes, simulate_engine
+from mics.simulation.hardware import Cluster, Gpu
+from mics.simulation.lookup import find_node
 from mics.simulation.network import Stage
+from mics.simulation.profiles import PROFILES
 from mics.simulation.step import Schedule, Step, Work, simulate, straggling
 from mics.simulation.trace import Operator, Segment, Trace
 from mics.topology import Topology
@@ -111,6 +113,14 @@ def test_messages_cost_the_host() -> None:
     block = Work(1.0, 2.0, inter(0.1))
     free, paid = run(block), run(block, host=0.01, messages=12)
     assert paid.compute - free.compute == pytest.approx(2 * BLOCKS * 0.12)
+
+
+def test_a_timeline_is_of_every_micro_step() -> None:
+    block = Work(1.0, 2.0, inter(0.5), inter(0.25), inter(0.2))
+    long = simulate([block] * BLOCKS, NONE, Schedule(micro_steps=7), timeline=True)
+    assert sum(span.stream == "compute" for span in long.timeline) == 7 * (2 * BLOCKS + 2)
+    assert long.seconds == pytest.approx(run(block, micro_steps=7).seconds)
+    assert long.exposed == pytest.approx(run(block, micro_steps=7).exposed)
 
 
 def test_a_timeline_holds_every_span() -> None:
@@ -205,11 +215,57 @@ def test_time_falls_with_bandwidth_and_rises_with_latency(
     assert seconds(latency=100) > seconds() >= seconds(latency=0.01)
 
 
-def test_with_p_the_world_mics_moves_what_zero_3_moves(anatomy: Anatomy) -> None:
+def test_with_p_the_world_mics_moves_what_full_sharding_moves(anatomy: Anatomy) -> None:
     run = Run(4, 32, form="flat")
-    mics = inter_bytes("mics", anatomy, cluster(), run)
-    assert mics == inter_bytes("zero3", anatomy, cluster(), run)
-    assert mics == inter_bytes("fsdp2", anatomy, cluster(), run)
+    assert inter_bytes("mics", anatomy, cluster(), run) == inter_bytes(
+        "fsdp2", anatomy, cluster(), run
+    )
+
+
+def test_with_p_the_world_mics_moves_what_zero_3_moves() -> None:
+    """Where no parameter is so small that ZeRO-3 keeps it whole, and gradients are as wide."""
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(512, 512, bias=False)) for _ in range(3)))
+    large = subject(
+        model,
+        loss=lambda m, b, s: m(torch.zeros(b, 512, device="meta", dtype=torch.bfloat16)).sum(),
+    )
+    run = Run(4, 32, reduce_bytes=2, form="flat")
+    mics = inter_bytes("mics", large, cluster(), run)
+    assert mics == inter_bytes("zero3", large, cluster(), run)
+    assert mics == inter_bytes("zero3 0.5.6", large, cluster(), run)
+    wide = dataclasses.replace(run, reduce_bytes=4)
+    assert mics == inter_bytes("zero3", large, cluster(), wide)  # it lowers gradients
+    assert mics < inter_bytes("zero3 0.5.6", large, cluster(), wide)
+
+
+def test_zero_3_of_today_keeps_small_parameters_and_gathers_them_once(anatomy: Anatomy) -> None:
+    run, world = Run(4, 32, reduce_bytes=2, form="flat"), Fraction(31, 32)
+    units = (*anatomy.blocks, anatomy.root)
+    small = sum(q.numel for u in units for q in u.parameters if q.numel < 100_000)
+    assert small > 0
+    gathered = [sum(q.padded(32) for q in u.parameters if q.numel >= 100_000) for u in units]
+    reduced = sum(u.trained(32) for u in units)
+    expected = 4 * (2 * sum(gathered[:-1]) + gathered[-1] + reduced) + small
+    assert inter_bytes("zero3", anatomy, cluster(), run) == 2 * expected * world
+
+
+def test_buckets_hold_reductions_back(anatomy: Anatomy, made: Times) -> None:
+    """All gradients of a small model are one message, after its backward pass."""
+    step = simulate_engine("zero3", anatomy, made, cluster(), Run(1, 32), timeline=True).step
+    reductions = [span for span in step.timeline if span.name.startswith("reduce")]
+    last = max(span.end for span in step.timeline if span.stream == "compute")
+    assert [span.name for span in reductions] == ["reduce root"]
+    assert reductions[0].start >= last
+    by_unit = simulate_engine("fsdp2", anatomy, made, cluster(), Run(1, 32), timeline=True).step
+    assert sum(s.name.startswith("reduce") for s in by_unit.timeline) == len(anatomy.blocks) + 1
+
+
+def test_a_host_that_is_slower_costs(anatomy: Anatomy, made: Times) -> None:
+    slow, fast = (
+        simulate_engine("zero3 0.5.6", anatomy, made, cluster(), Run(1, 32, host=host)).seconds
+        for host in (0.5e-3, 0.1e-3)
+    )
+    assert slow > fast
 
 
 def test_with_p_1_mics_moves_what_ddp_moves(anatomy: Anatomy) -> None:
@@ -312,7 +368,7 @@ def test_a_frozen_block_is_gathered_and_not_reduced() -> None:
         dtype=torch.float32,
         loss=lambda m, b, s: m(torch.zeros(b, 8, device="meta")).sum(),
     )
-    trained = inter_bytes("zero2", anatomy, cluster(), Run(1, 8))
+    trained = inter_bytes("zero2 0.5.6", anatomy, cluster(), Run(1, 8))
     whole = (2 * 72 * Fraction(31, 32) * 4) + 3 * 72 * 2 * Fraction(31, 32)
     padded = sum(u.trained(32) for u in anatomy.blocks) * 4 * Fraction(31, 32)
     assert trained == padded + anatomy.num_parameters * 2 * Fraction(31, 32)

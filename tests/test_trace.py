@@ -13,6 +13,7 @@ from torch.nn import functional
 from mics.errors import PlanError
 from mics.planning.subject import subject
 from mics.simulation.anatomy import Anatomy
+from mics.simulation.products import flops_of
 from mics.simulation.trace import ROOT, Trace, between, trace
 from mics.simulation.trace_cache import TraceCache
 
@@ -68,6 +69,61 @@ def test_flops_are_those_of_the_products() -> None:
     assert made.flops("forward") == 6 * product + root
     # The input wants no gradient, so the first layer's backward is one product only.
     assert made.flops("backward") == 12 * product + root
+
+
+def test_experts_compute_what_their_rows_need() -> None:
+    """Products of groups of rows: two experts a token is twice the FLOPs of one, of four too."""
+    import transformers
+
+    def flops(experts: int, chosen: int) -> int:
+        config = transformers.MixtralConfig(
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            num_local_experts=experts,
+            num_experts_per_tok=chosen,
+            vocab_size=128,
+        )
+        made = subject(config).trace(1, 64)
+        return made.flops("forward") + made.flops("backward")
+
+    of_one = 2 * 3 * (3 * 2 * 64 * 64 * 128)  # layers, passes, three products of 64 tokens
+    router = 2 * 3 * (2 * 64 * 64)  # per expert
+    assert flops(4, 2) - flops(4, 1) == of_one
+    assert flops(8, 1) - flops(4, 1) == 4 * router
+
+
+@torch.library.custom_op("mics_tests::matmul_of_ones_own", mutates_args=())
+def matmul_of_ones_own(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return x @ y
+
+
+@matmul_of_ones_own.register_fake
+def _(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(x.shape[0], y.shape[1])
+
+
+def test_a_product_nobody_counts_is_refused() -> None:
+    class Own(Block):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(matmul_of_ones_own(x.detach(), self.up.weight.detach().T))
+
+    with torch.device("meta"):
+        model = nn.Sequential(Own(), Own())
+    with pytest.raises(PlanError, match=r"FLOPs mics_tests.matmul(.|\n)*register_flop_formula"):
+        Anatomy(model, run, blocks=Own).trace(1, ROWS)
+
+
+def test_products_with_vectors_are_counted() -> None:
+    a, x = torch.zeros(3, 5), torch.zeros(5)
+    aten = torch.ops.aten
+    assert flops_of(aten.mv.default, (a, x), {}, a @ x) == 2 * 15
+    assert flops_of(aten.dot.default, (x, x), {}, x @ x) == 2 * 5
+    b, c = torch.zeros(4, 3, 5), torch.zeros(4, 5, 2)
+    assert flops_of(aten.addbmm.default, (torch.zeros(3, 2), b, c), {}, None) == 2 * 4 * 3 * 5 * 2
+    assert flops_of(aten.relu.default, (x,), {}, x) == 0
 
 
 def test_a_block_keeps_what_its_backward_needs() -> None:
@@ -202,8 +258,31 @@ def test_a_model_that_needs_values_is_refused() -> None:
 
 
 def test_a_module_nobody_knows_how_to_run_is_refused() -> None:
-    with pytest.raises(PlanError, match=r"How Stack is run is not known(.|\n)*Write: loss="):
+    words = r"How Stack is run is not known(.|\n)*Write: loss=(.|\n)*dtype=torch.bfloat16"
+    with pytest.raises(PlanError, match=words):
         subject(Stack())
+
+
+def test_what_enters_a_model_is_cast_as_it_will_be() -> None:
+    """Inputs of a loss may be in fp32: FSDP2 casts them, and so does a trace."""
+    cast = subject(Stack(), loss=run).trace(1, ROWS)
+    made = subject(Stack(), loss=_in_bf16).trace(1, ROWS)
+    # The first one casts; the loss holds what it gave.
+    assert [s.operators for s in cast.segments[1:]] == [s.operators for s in made.segments[1:]]
+    assert cast.segments[1].start == made.segments[1].start + 4 * ROWS * WIDTH
+    whole = subject(Stack(), loss=run, dtype=torch.float32).trace(1, ROWS)
+    assert whole.block_inputs[0] == 2 * cast.block_inputs[0]
+
+
+def test_a_product_of_two_dtypes_is_refused() -> None:
+    class Mixed(Block):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) @ torch.zeros(WIDTH, WIDTH, device="meta")
+
+    model = nn.Sequential(Mixed(), Mixed())
+    anatomy = subject(model, loss=_in_bf16, blocks=Mixed)
+    with pytest.raises(PlanError, match=r"tensors of torch.bfloat16 and torch.float32"):
+        anatomy.trace(1, ROWS)
 
 
 @pytest.mark.parametrize("name", ["bert-tiny", "roberta-tiny", "gpt2-tiny", "llama-tiny"])

@@ -21,6 +21,10 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import HSDPMeshInfo, Train
 # 2.11 to 2.15: seeing every operator, and the leaves of nested containers, have private homes only.
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_map as tree_map
+
+# 2.11 to 2.15: products of groups of rows: no public operator, no FLOPs in torch's registry.
+GROUPED_PRODUCTS = (torch.ops.aten._grouped_mm, torch.ops.aten._scaled_grouped_mm)
 
 ReduceOp = dist.ReduceOp | dist.ReduceOp.RedOpType
 

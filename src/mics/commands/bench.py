@@ -43,8 +43,8 @@ class Collectives:
     `mics lab run --nodes 2 --gpus-per-node 4 -- mics bench collectives`.
     """
 
-    partition: int | None = None
-    """Ranks of the measured groups; all of them by default."""
+    partition: tuple[int, ...] = ()
+    """Ranks of the measured groups; by default those of a node, of 2, 4, 8, ... nodes, and all."""
 
     gpus_per_node: int | None = None
     """Ranks joined by the fast link; what the launcher says by default."""
@@ -139,25 +139,38 @@ def _collectives(config: Collectives) -> int:
     link = _link(config.link)
     sizes = [_size(text) for text in config.sizes]
     _at_least_one("repeats", config.repeats)
-    world, _ = start()
-    mesh = init_mesh(partition=config.partition or world, gpus_per_node=config.gpus_per_node)
-    groups = groups_of(mesh)
+    world, launched_per_node = start()
+    k = config.gpus_per_node or launched_per_node
+    partitions = config.partition or _group_sizes(world, k)
+    for partition in partitions:
+        Topology.from_world(world, k, partition)  # all of them, before the first is measured
     speaks = dist.get_rank() == 0
     if speaks:
         print(_heading(link), flush=True)
-    found = measure_collectives(
-        groups,
-        sizes,
-        repeats=config.repeats,
-        link_bits=_bits(link),
-        told=lambda one: print(_line(one), flush=True) if speaks else None,
-    )
-    keep_choices(groups, found)
+    found: list[Measured] = []
+    for partition in partitions:
+        groups = groups_of(init_mesh(partition=partition, gpus_per_node=k))
+        measured = measure_collectives(
+            groups,
+            sizes,
+            repeats=config.repeats,
+            link_bits=_bits(link),
+            told=lambda one: print(_line(one), flush=True) if speaks else None,
+        )
+        keep_choices(groups, measured)
+        found += measured
     if speaks and config.out is not None:
-        facts = _facts(link, world, groups.gpus_per_node, groups.shard.size())
+        facts = _facts(link, world, k, max(partitions)) | {"device": groups.device.type}
         _write(config.out, facts | {"measured": [dataclasses.asdict(one) for one in found]})
     dist.destroy_process_group()
     return 0
+
+
+def _group_sizes(world: int, k: int) -> tuple[int, ...]:
+    """A node, then twice as many nodes each time, then all: what a planner fits latency to."""
+    nodes = world // k
+    doubling = [k * 2**n for n in range(nodes.bit_length()) if nodes % 2**n == 0]
+    return tuple(p for p in sorted({*doubling, world}) if p > 1) or (world,)
 
 
 def _train(config: Train) -> int:
@@ -312,7 +325,7 @@ def _write(path: Path, document: dict[str, Any]) -> None:
 def _heading(link: str | None) -> str:
     return (
         f"floor: bytes that leave a node over {link or 'a link of unknown rate (n/a)'}\n"
-        f"{'collective':<16}{'form':<14}{'size':>10}{'time, median (quartiles)':>34}"
+        f"{'collective':<16}{'form':<14}{'ranks':>5}{'size':>12}{'time, median (quartiles)':>34}"
         f"{'algbw':>13}{'busbw':>13}{'floor':>11}{'over it':>9}"
     )
 
@@ -323,7 +336,8 @@ def _line(one: Measured) -> str:
     floor = "n/a" if one.floor is None else _ms(one.floor)
     over = "n/a" if one.over_floor is None else f"{one.over_floor:.2f}"
     return (
-        f"{one.collective:<16}{one.form:<14}{one.message_bytes / 2**20:>6.2f} MiB{times:>34}"
+        f"{one.collective:<16}{one.form:<14}{one.ranks:>5}{one.message_bytes / 2**20:>8.2f} MiB"
+        f"{times:>34}"
         f"{one.algbw / 1e9:>8.4f} GB/s{one.busbw / 1e9:>8.4f} GB/s{floor:>11}{over:>9}"
     )
 

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from mics.commands.cluster_options import ClusterOptions, node_of
+from mics.commands.written import check_folders
 from mics.errors import MicsError, PlanError
 from mics.planning.cost import dollars, goodput, wall_seconds
-from mics.planning.inverse import check_any, fewest_nodes, largest_micro_batch, longest_sequence
+from mics.planning.inverse import (
+    fewest_nodes,
+    largest_micro_batch,
+    longest_sequence,
+    smallest_partition,
+)
+from mics.planning.nearest import check_any
 from mics.planning.page import page
 from mics.planning.plan import MICRO_BATCHES, Plan, Question, Search, search
 from mics.planning.reasons import explained
@@ -21,14 +30,13 @@ from mics.planning.subject import subject
 from mics.planning.table import as_document, as_table
 from mics.simulation.anatomy import Anatomy
 from mics.simulation.catalogue_text import catalogue
-from mics.simulation.hardware import Cluster, Node, described, extrapolated, find_gpu, find_node
-from mics.simulation.measured import measured_node
+from mics.simulation.hardware import Cluster, extrapolated
 from mics.simulation.memory import NOT_MODELLED
 from mics.simulation.stacks import find_stack
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ClusterOptions):
     """Simulate every legal way to train a model on a cluster; print those that fit, fastest first.
 
     Needs no GPU and makes no weight. A cluster is a node of the catalogue (`mics plan --list`), a
@@ -38,29 +46,8 @@ class Config:
     model: str = "bert-10b"
     """A preset (`mics train --models`), config.json, a folder with one, or a hub name."""
 
-    node: str = "p4d"
-    """A node of the catalogue, or a .toml file of the same form."""
-
     nodes: int = 8
     """How many."""
-
-    memory: float | None = None
-    """Instead of --node: GiB of a GPU; with --intra and --inter."""
-
-    intra: float | None = None
-    """GB/s of a ring inside the node."""
-
-    inter: float | None = None
-    """GB/s of a node to others."""
-
-    gpus_per_node: int = 8
-    """With --memory."""
-
-    profile: Path | None = None
-    """Instead of --node: the JSON of `mics bench collectives --out`; with --gpu."""
-
-    gpu: str = "A100-40GB"
-    """With --profile: a GPU of the catalogue."""
 
     sequence: int | None = None
     """Tokens of one sequence; the model's positions by default, at most 4096."""
@@ -131,39 +118,9 @@ def run(config: Config) -> int:
             print(catalogue())
             return 0
         return _plan(config)
-    except MicsError as error:
+    except (MicsError, OSError) as error:
         print(f"mics plan: {error}", file=sys.stderr)
         return 1
-
-
-def cluster_of(config: Config) -> Cluster:
-    """The cluster that the options describe.
-
-    Raises:
-        PlanError: an unknown node, or numbers that belong together and are not all there.
-    """
-    return Cluster(_node(config), _positive("nodes", config.nodes))
-
-
-def _node(config: Config) -> Node:
-    numbers = (config.memory, config.intra, config.inter)
-    if config.profile is not None:
-        return measured_node(config.profile, find_gpu(config.gpu))
-    if all(number is None for number in numbers):
-        return find_node(config.node)
-    memory, intra, inter = numbers
-    if memory is None or intra is None or inter is None:
-        raise PlanError(
-            "A node is described by three numbers, of which not all were given.",
-            numbers=f"--memory {memory}, --intra {intra}, --inter {inter}.",
-            write="--memory <GiB> --intra <GB/s> --inter <GB/s>",
-        )
-    return described(
-        memory_gib=memory,
-        intra_gb_s=intra,
-        inter_gb_s=inter,
-        gpus_per_node=config.gpus_per_node,
-    )
 
 
 def question_of(config: Config, sequence: int) -> Question:
@@ -172,8 +129,8 @@ def question_of(config: Config, sequence: int) -> Question:
     return Question(
         sequence=sequence,
         global_batch=config.global_batch,
-        micro_steps=_positive("micro-steps", config.micro_steps),
-        micro_batches=tuple(_positive("micro-batch", b) for b in config.micro_batch),
+        micro_steps=config.micro_steps,
+        micro_batches=config.micro_batch,
         partitions=config.partition or None,
         checkpointing=checkpointing[config.checkpointing],
         optimizer=config.optimizer,
@@ -185,7 +142,13 @@ def question_of(config: Config, sequence: int) -> Question:
 
 
 def _plan(config: Config) -> int:
-    cluster = cluster_of(config)
+    _check(config)
+    cluster = Cluster(node_of(config), config.nodes)
+    if config.by == "cost" and cluster.node.price is None:
+        raise PlanError(
+            f"The price of {cluster.node.name} is not known.",
+            write="--by time, or a price in a .toml file of your own",
+        )
     stack = find_stack(config.stack)
     _told(f"tracing {config.model}")
     anatomy = subject(config.model)
@@ -216,7 +179,9 @@ def _caveats(config: Config, clusters: Sequence[Cluster]) -> list[str]:
     """What a reader must know of the numbers above."""
     largest = max(clusters, key=lambda cluster: cluster.nodes)
     asked = question_of(config, 1)
+    gpu = largest.node.gpu
     lines = [
+        f"GPU: {gpu.source}." if gpu.source else "",
         f"Assumed: {asked.runtime_gib} GiB a GPU for its runtime, {asked.communicator_gib} GiB for "
         f"each group it is in, {asked.fragmentation - 1:.0%} for fragmentation.",
         f"Not modelled: {NOT_MODELLED}.",
@@ -248,11 +213,10 @@ def _dollars(value: float | None) -> str:
 def _ordered(plans: Sequence[Plan], by: str) -> list[Plan]:
     if by == "time":
         return sorted(plans, key=lambda plan: -plan.tokens_per_second)
-    price = [plan.dollars_per_billion_tokens for plan in plans]
-    if None in price:
+    if any(plan.dollars_per_billion_tokens is None for plan in plans):
         raise PlanError(
-            f"The price of {plans[0].cluster.node.name} is not known.",
-            write="--by time, or a price in a .toml file of your own",
+            f"On {plans[0].cluster} failures leave no time for any step, so nothing has a price.",
+            write="--by time, or fewer --nodes",
         )
     return sorted(plans, key=lambda plan: plan.dollars_per_billion_tokens or 0)
 
@@ -260,21 +224,14 @@ def _ordered(plans: Sequence[Plan], by: str) -> list[Plan]:
 def _limits(anatomy: Anatomy, cluster: Cluster, question: Question, best: Plan) -> list[str]:
     """The questions the other way round, around the best plan."""
     way = best.way
-    batch = largest_micro_batch(anatomy, cluster, question, way.partition, way.checkpointing)
-    longest = longest_sequence(
-        anatomy,
-        cluster,
-        question,
-        way.partition,
-        way.micro_batch,
-        way.checkpointing,
-        limit=anatomy.positions,
-    )
+    smallest = smallest_partition(anatomy, cluster, question, way)
+    batch = largest_micro_batch(anatomy, cluster, question, way)
+    longest = longest_sequence(anatomy, cluster, question, way, limit=anatomy.positions)
+    of_model = " (the model's positions)" if longest == anatomy.positions else ""
     fewest = fewest_nodes(anatomy, cluster, question)
     return [
-        f"Around it: micro-batch up to {batch}, sequence up to {longest}"
-        + (" (the model's positions)" if longest == anatomy.positions else "")
-        + f", fewest nodes on which anything fits {fewest}."
+        f"Around it: partition down to {smallest}, micro-batch up to {batch}, sequence up to "
+        f"{longest}{of_model}; fewest nodes on which anything fits {fewest}."
     ]
 
 
@@ -334,10 +291,16 @@ def _files(config: Config, found: Search, plans: Sequence[Plan], swept: Sequence
         draw(config.png, title, plans, scaling)
 
 
-def _positive(name: str, value: int) -> int:
-    if value < 1:
-        raise PlanError(f"--{name} must be at least 1, got {value}.")
-    return value
+def _check(config: Config) -> None:
+    """What is asked of the command itself; ``Question`` checks the rest."""
+    for name, value in {"nodes": config.nodes, "top": config.top}.items():
+        if value < 1:
+            raise PlanError(f"--{name} must be at least 1, got {value}.")
+    if config.tokens is not None and not 0 < config.tokens < math.inf:
+        raise PlanError(f"--tokens must be positive, got {config.tokens}.", write="--tokens 300e9")
+    if config.sweep is not None:
+        parse_range(config.sweep)
+    check_folders(config.json, config.png, config.html)
 
 
 def _told(text: str) -> None:

@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
+from mics.commands.cluster_options import ClusterOptions, node_of
+from mics.commands.written import check_folders
 from mics.errors import MicsError, PlanError
 from mics.planning.plan import (
     GIB,
     Plan,
     Question,
     Search,
-    needed_by,
     search,
     simulate_way,
 )
-from mics.planning.scaling import parse_range, strong_scaling, weak_scaling
+from mics.planning.scaling import parse_range, strong_scaling, too_large, weak_scaling
 from mics.planning.subject import subject
 from mics.planning.validation import as_markdown, validate
-from mics.simulation.engines import PROFILES, Engine
-from mics.simulation.hardware import Cluster, Node, extrapolated, find_node
+from mics.simulation.hardware import Cluster, Node, extrapolated
+from mics.simulation.profiles import PROFILES, Engine
+from mics.simulation.stacks import find_stack
 from mics.simulation.step import Span
+from mics.topology import possible_partitions
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ClusterOptions):
     """Simulate a step on growing clusters and compare engines. Needs no GPU, makes no weight.
 
     The partition is the smallest that fits unless --partition names one.
@@ -36,9 +40,6 @@ class Config:
 
     model: str = "bert-10b"
     """A preset (`mics train --models`), config.json, a folder with one, or a hub name."""
-
-    node: str = "p4d"
-    """A node of the catalogue (`mics plan --list`), or a .toml file of the same form."""
 
     nodes: str = "2..64"
     """How many: a range, doubling, or one number."""
@@ -95,7 +96,7 @@ class Config:
     """Print every published figure beside the simulated one, and stop."""
 
     out: Path | None = None
-    """With --validate: file for the table."""
+    """With --validate: file for the table (Markdown)."""
 
 
 def run(config: Config) -> int:
@@ -106,26 +107,39 @@ def run(config: Config) -> int:
     """
     try:
         return _validate(config) if config.validate else _simulate(config)
-    except MicsError as error:
+    except (MicsError, OSError) as error:
         print(f"mics simulate: {error}", file=sys.stderr)
         return 1
 
 
 def _validate(config: Config) -> int:
-    rows = validate()
+    """The table; 1 where a figure that was held out is missed."""
+    changed = [
+        f"--{field.name}"
+        for field in fields(config)
+        if field.name not in ("validate", "out") and getattr(config, field.name) != field.default
+    ]
+    if changed:
+        raise PlanError(
+            f"{' and '.join(changed)} would have no effect beside --validate.",
+            write="mics simulate --validate --out table.md",
+        )
+    check_folders(config.out)
+    rows = validate(told=_told)
     table = as_markdown(rows)
     print(table, end="")
     if config.out is not None:
         config.out.write_text(table)
-    return 0
+    missed = [row.name for row in rows if row.holds == "NO"]
+    if missed:
+        _told(f"mics simulate: not held: {'; '.join(missed)}")
+    return 1 if missed else 0
 
 
 def _simulate(config: Config) -> int:
-    counts = parse_range(
-        config.nodes if ".." in config.nodes else f"{config.nodes}..{config.nodes}"
-    )
-    node = _what_if(find_node(config.node), config)
-    print(f"tracing {config.model}", file=sys.stderr, flush=True)
+    counts = _checked(config)
+    node = _what_if(node_of(config), config)
+    _told(f"tracing {config.model}")
     anatomy = subject(config.model)
     question = Question(
         sequence=anatomy.sequence_or(config.sequence),
@@ -138,20 +152,38 @@ def _simulate(config: Config) -> int:
     )
     plan = _first(config, search(anatomy, _smallest(config, node, counts), question))
     scale = weak_scaling if config.scaling == "weak" else strong_scaling
-    curves = scale(plan, config.engines, counts)
+    curves = scale(plan, config.engines, counts, _told)
     print(f"{config.model}: {anatomy.num_parameters:,} parameters; {plan.way}, sequence ", end="")
     print(f"{question.sequence}, {config.micro_steps} micro-steps; {node.name}; {config.scaling}")
     print("\n".join(_table(curves, config)))
-    for note in (extrapolated(node, counts[-1]), _too_large(config, plan)):
-        if note:
-            print(note)
+    stack = find_stack(config.stack)
+    notes = [
+        f"Software stack {stack.name}: {stack.calibrated}.",
+        f"GPU: {node.gpu.source}." if node.gpu.source else "",
+        extrapolated(node, counts[-1]),
+        *too_large(plan, config.engines),
+    ]
+    print("\n".join(filter(None, notes)))
     _files(config, plan, curves)
     return 0
 
 
+def _checked(config: Config) -> list[int]:
+    """Numbers of nodes, when all else makes sense."""
+    if config.out is not None:
+        raise PlanError(
+            "--out is the file of --validate.", write="--json, --png or --trace for a simulation"
+        )
+    if not config.engines:
+        raise PlanError("There is nothing to simulate: --engines names none.")
+    check_folders(config.json, config.png, config.trace)
+    one = "" if ".." in config.nodes else f"..{config.nodes}"
+    return parse_range(f"{config.nodes}{one}")
+
+
 def _what_if(node: Node, config: Config) -> Node:
     for name in ("bandwidth", "latency"):
-        if not getattr(config, name) > 0:
+        if not 0 < getattr(config, name) < math.inf:
             raise PlanError(f"--{name} must be positive, got {getattr(config, name)}.")
 
     def changed(link: object) -> object:
@@ -169,16 +201,17 @@ def _what_if(node: Node, config: Config) -> Node:
 
 
 def _smallest(config: Config, node: Node, counts: Sequence[int]) -> Cluster:
-    """The fewest nodes of the range that hold the partition."""
-    needed = -(-(config.partition or 1) // node.gpus_per_node)
-    fitting = [count for count in counts if count >= needed]
-    if not fitting:
-        raise PlanError(
-            f"partition {config.partition} is larger than every cluster of the range.",
-            numbers=f"{counts[-1]} x {node.name} have {counts[-1] * node.gpus_per_node} GPUs.",
-            write=f"--nodes {needed}..{max(needed, counts[-1])}",
-        )
-    return Cluster(node, fitting[0])
+    """The fewest nodes of the range that the partition goes with."""
+    k, p = node.gpus_per_node, config.partition
+    for count in counts:
+        if p is None or p in possible_partitions(count, k):
+            return Cluster(node, count)
+    raise PlanError(
+        f"partition {p} goes with no number of nodes of the range.",
+        numbers=f"{' '.join(map(str, counts))} x {node.name} of {k} GPUs; on {counts[-1]}: "
+        f"{' '.join(map(str, possible_partitions(counts[-1], k)))}.",
+        write="one of these, or other --nodes",
+    )
 
 
 def _first(config: Config, found: Search) -> Plan:
@@ -211,26 +244,11 @@ def _table(curves: Mapping[str, Sequence[tuple[float, float]]], config: Config) 
     return [*lines, *(f"{engine}: {PROFILES[engine].about}" for engine in config.engines)]
 
 
-def _too_large(config: Config, plan: Plan) -> str:
-    """What to know of an engine that could not run this at all."""
-    if "ddp" not in config.engines:
-        return ""
-    whole = replace(plan.way, partition=1)
-    needed = needed_by(plan.anatomy, plan.cluster, plan.question, whole)
-    gpu = plan.cluster.node.gpu
-    if needed <= gpu.memory:
-        return ""
-    return (
-        f"ddp would need {needed / GIB:.1f} of {gpu.memory / GIB:.0f} GiB: "
-        "it is simulated as if it fitted."
-    )
-
-
 def _files(config: Config, plan: Plan, curves: Mapping[str, Sequence[tuple[float, float]]]) -> None:
     if config.json is not None:
         document = {
             "model": config.model,
-            "node": config.node,
+            "node": plan.cluster.node.name,
             "scaling": config.scaling,
             "partition": plan.way.partition,
             "micro_batch": plan.way.micro_batch,
@@ -245,7 +263,7 @@ def _files(config: Config, plan: Plan, curves: Mapping[str, Sequence[tuple[float
     if config.png is not None:
         from mics.planning.picture import draw_scaling
 
-        draw_scaling(config.png, f"{config.model} on {config.node}", curves)
+        draw_scaling(config.png, f"{config.model} on {plan.cluster.node.name}", curves)
     if config.trace is not None:
         simulated = simulate_way(
             config.engines[0], plan.anatomy, plan.cluster, plan.question, plan.way, timeline=True
@@ -272,3 +290,7 @@ def chrome_trace(spans: Sequence[Span]) -> dict[str, object]:
         for span in spans
     ]
     return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+
+def _told(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

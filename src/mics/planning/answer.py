@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
+from mics.blocks import Blocks
 from mics.errors import PlanError
-from mics.planning.inverse import check_any
+from mics.planning.nearest import check_any
 from mics.planning.plan import Plan, Question, search, simulate_way
 from mics.planning.reasons import explained
 from mics.planning.subject import subject
-from mics.simulation.anatomy import Anatomy
-from mics.simulation.engines import PROFILES, Engine
+from mics.simulation.anatomy import Anatomy, Loss
 from mics.simulation.hardware import Cluster as Cluster
-from mics.simulation.hardware import find_node
+from mics.simulation.lookup import find_node
+from mics.simulation.profiles import PROFILES, Engine
 from mics.simulation.step import Step
 
 
@@ -21,10 +24,13 @@ def plan(
     model: Any,
     cluster: Cluster | str,
     *,
-    sequence: int,
+    sequence: int | None = None,
     global_batch: int | None = None,
     micro_steps: int = 4,
     micro_batches: Sequence[int] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    loss: Loss | None = None,
+    blocks: Blocks = None,
     **options: Any,
 ) -> list[Plan]:
     """Every way to train a model on a cluster that fits, the fastest first, each with its reason.
@@ -35,22 +41,35 @@ def plan(
         model: a preset ("bert-10b"), config.json, a transformers configuration, an ``nn.Module``,
             or an ``Anatomy`` that was made before.
         cluster: a ``Cluster``, or "p4d:8" for 8 nodes of the catalogue.
-        sequence: tokens of one sequence.
+        sequence: tokens of one sequence; the model's positions by default, at most 4096.
         global_batch: sequences per step; without it every plan takes ``micro_steps``.
         micro_steps: s.
         micro_batches: to try; 1 to 32 by default.
+        dtype: what is computed in, and gathered.
+        loss: ``loss(model, micro_batch, sequence)`` runs a module of one's own on inputs it makes
+            on the meta device; see ``subject``.
+        blocks: as in ``mics.shard``.
         options: further fields of ``Question``.
 
     Raises:
-        PlanError: nothing fits, an unknown node, or nothing to try.
+        PlanError: nothing fits, an unknown node, nothing to try, or figures that cannot be.
         ConfigError: an unknown model.
         ShardError: a model without blocks.
     """
-    anatomy = model if isinstance(model, Anatomy) else subject(model)
     where = cluster if isinstance(cluster, Cluster) else parse_cluster(cluster)
     if micro_batches is not None:
         options["micro_batches"] = tuple(micro_batches)
-    question = Question(sequence, global_batch, micro_steps, **options)
+    options.setdefault("compute_bytes", dtype.itemsize)
+    if isinstance(model, Anatomy):
+        if loss is not None or blocks is not None:
+            raise PlanError(
+                "An anatomy has its loss and its blocks.", write="plan(module, ..., loss=, blocks=)"
+            )
+        anatomy = model
+    else:
+        anatomy = subject(model, dtype=dtype, loss=loss, blocks=blocks)
+    asked = anatomy.sequence_or(sequence)
+    question = Question(asked, global_batch, micro_steps, **options)
     found = search(anatomy, where, question)
     check_any(anatomy, where, question, found)
     return list(explained(found))

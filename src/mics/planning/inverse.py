@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import product
 
-from mics.errors import PlanError
-from mics.planning.plan import (
-    GIB,
-    Question,
-    Search,
-    Way,
-    needed_by,
-)
+from mics.planning.plan import Question, Way, micro_steps_of, needed_by
 from mics.simulation.anatomy import Anatomy
 from mics.simulation.hardware import Cluster
 from mics.topology import possible_partitions
+from mics.traffic import Form
 
-_MOST_NODES = 2048
+MOST_NODES = 2048
+STEP = 128
+"""Sequences are tried in multiples of it."""
 
 
 def fits(anatomy: Anatomy, cluster: Cluster, question: Question, way: Way) -> bool:
@@ -25,138 +22,91 @@ def fits(anatomy: Anatomy, cluster: Cluster, question: Question, way: Way) -> bo
     return needed_by(anatomy, cluster, question, way) <= cluster.node.gpu.memory
 
 
+def with_partition(way: Way, partition: int, gpus_per_node: int) -> Way:
+    """The same with another partition, flat where that does not span nodes."""
+    form: Form = "flat" if partition <= gpus_per_node else way.form
+    return replace(way, partition=partition, form=form)
+
+
 def smallest_partition(
-    anatomy: Anatomy, cluster: Cluster, question: Question, micro_batch: int, checkpointing: bool
+    anatomy: Anatomy, cluster: Cluster, question: Question, way: Way
 ) -> int | None:
-    """The smallest p that fits; ``None`` if none does."""
-    for p in possible_partitions(cluster.nodes, cluster.node.gpus_per_node):
-        if fits(anatomy, cluster, question, _way(p, micro_batch, checkpointing, question)):
+    """The smallest p with which a way fits; ``None`` if none does."""
+    k = cluster.node.gpus_per_node
+    for p in _partitions(cluster, question):
+        if fits(anatomy, cluster, question, with_partition(way, p, k)):
             return p
     return None
 
 
 def largest_micro_batch(
-    anatomy: Anatomy, cluster: Cluster, question: Question, partition: int, checkpointing: bool
+    anatomy: Anatomy, cluster: Cluster, question: Question, way: Way
 ) -> int | None:
-    """The largest micro-batch that fits; ``None`` if not even 1 does."""
+    """The largest micro-batch with which a way fits; ``None`` if not even 1 does.
+
+    With a global batch it is one that divides it.
+    """
 
     def fitting(micro_batch: int) -> bool:
-        way = _way(partition, micro_batch, checkpointing, question)
-        return fits(anatomy, cluster, question, way)
+        steps = micro_steps_of(cluster, question, micro_batch)
+        tried = replace(way, micro_batch=micro_batch, micro_steps=steps)
+        return fits(anatomy, cluster, question, tried)
 
-    return _largest(fitting, 1 << 16)
+    if question.global_batch is None:
+        return _largest(fitting, 1 << 16)
+    of_each = question.global_batch // cluster.gpus
+    dividing = (b for b in range(of_each, 0, -1) if micro_steps_of(cluster, question, b))
+    return next(filter(fitting, dividing), None)
 
 
 def longest_sequence(
-    anatomy: Anatomy,
-    cluster: Cluster,
-    question: Question,
-    partition: int,
-    micro_batch: int,
-    checkpointing: bool,
-    *,
-    step: int = 128,
-    limit: int | None = None,
+    anatomy: Anatomy, cluster: Cluster, question: Question, way: Way, *, limit: int | None = None
 ) -> int | None:
-    """The longest sequence that fits, a multiple of ``step``; ``None`` if none does.
+    """The longest sequence with which a way fits, a multiple of 128; ``None`` if none does.
 
     Args:
+        anatomy: of the model.
+        cluster: nodes.
+        question: gives all but the sequence.
+        way: is kept.
         limit: positions the model has.
     """
 
     def fitting(steps: int) -> bool:
-        asked = replace(question, sequence=steps * step)
-        return fits(anatomy, cluster, asked, _way(partition, micro_batch, checkpointing, asked))
+        return fits(anatomy, cluster, replace(question, sequence=steps * STEP), way)
 
-    most = (limit or 1 << 20) // step
+    most = (limit or 1 << 20) // STEP
     found = _largest(fitting, most) if most else None
-    return None if found is None else found * step
+    return None if found is None else found * STEP
 
 
 def fewest_nodes(anatomy: Anatomy, cluster: Cluster, question: Question) -> int | None:
-    """The fewest nodes on which anything fits; ``None`` if not even 2,048 do."""
-
-    def fitting(nodes: int) -> bool:
+    """The fewest nodes on which anything that may be tried fits; ``None`` if not even 2,048 do."""
+    for nodes in range(1, MOST_NODES + 1):
         tried = replace(cluster, nodes=nodes)
-        frugal = _way(tried.gpus, min(question.micro_batches), True, question)
-        return fits(anatomy, tried, question, frugal)
-
-    nodes = 1
-    while nodes <= _MOST_NODES:
-        if fitting(nodes):
-            break
-        nodes *= 2
-    else:
-        return None
-    low = nodes // 2
-    while nodes - low > 1:
-        middle = (low + nodes) // 2
-        if fitting(middle):
-            nodes = middle
-        else:
-            low = middle
-    return nodes
+        if any(fits(anatomy, tried, question, way) for way in frugal_ways(tried, question)):
+            return nodes
+    return None
 
 
-def check_any(anatomy: Anatomy, cluster: Cluster, question: Question, search: Search) -> None:
-    """Raise when nothing fits, with what is nearest.
-
-    Raises:
-        PlanError: no plan; names what is missing, what each change saves, and the fewest nodes.
-    """
-    if search.plans:
+def frugal_ways(cluster: Cluster, question: Question) -> Iterable[Way]:
+    """Those that need least memory: one of them fits, if any way does."""
+    partitions = _partitions(cluster, question)
+    steps = {b: micro_steps_of(cluster, question, b) for b in question.micro_batches}
+    batches = [b for b, s in steps.items() if s]
+    if not partitions or not batches:
         return
-    nearest = min(search.rejected, key=lambda one: one.needed)
-    saved = [
-        f"{text} saves {(nearest.needed - needed) / GIB:.1f}"
-        for text, needed in _changes(anatomy, cluster, question, nearest.way)
-        if needed < nearest.needed
-    ]
-    nodes = fewest_nodes(anatomy, cluster, question)
-    raise PlanError(
-        f"Nothing fits: {nearest.way} on {cluster} needs {nearest.missing / GIB:.1f} GiB more.",
-        numbers=f"It needs {nearest.needed / GIB:.1f} of {nearest.capacity / GIB:.1f} GiB"
-        + (f"; {', '.join(saved)}." if saved else "."),
-        write=_instead(cluster, nodes),
-    )
+    least = min(batches)
+    # The smallest partition has fewest groups, which counts for models that fit anywhere.
+    ends = dict.fromkeys((partitions[-1], partitions[0]))
+    for p, checkpointing in product(ends, sorted(question.checkpointing, reverse=True)):
+        yield Way(p, least, steps[least], checkpointing)
 
 
-def _instead(cluster: Cluster, nodes: int | None) -> str:
-    if nodes is None:
-        return "a smaller model, a shorter --sequence or a GPU with more memory"
-    if nodes <= cluster.nodes:
-        return "checkpointing, a smaller micro-batch or a larger partition"
-    return f"--nodes {nodes}, the fewest on which it fits"
-
-
-def _changes(
-    anatomy: Anatomy, cluster: Cluster, question: Question, way: Way
-) -> Iterator[tuple[str, float]]:
-    larger = [
-        p
-        for p in possible_partitions(cluster.nodes, cluster.node.gpus_per_node)
-        if p > way.partition
-    ]
-    changed = []
-    if larger:
-        changed.append((f"p {larger[0]}", replace(way, partition=larger[0])))
-    if way.micro_batch > 1:
-        half = way.micro_batch // 2
-        changed.append((f"micro-batch {half}", replace(way, micro_batch=half)))
-    if not way.checkpointing:
-        changed.append(("checkpointing", replace(way, checkpointing=True)))
-    for text, other in changed:
-        yield text, needed_by(anatomy, cluster, question, other)
-    half = question.sequence // 2
-    shorter = replace(question, sequence=half)
-    yield f"sequence {half}", needed_by(anatomy, cluster, shorter, way)
-    if question.optimizer == "adamw":
-        fused = replace(question, optimizer="adamw-fused")
-        yield "a fused optimizer", needed_by(anatomy, cluster, fused, way)
-
-
-def _way(partition: int, micro_batch: int, checkpointing: bool, question: Question) -> Way:
-    return Way(partition, micro_batch, question.micro_steps, checkpointing)
+def _partitions(cluster: Cluster, question: Question) -> list[int]:
+    """Legal ones that may be tried, ascending."""
+    legal = possible_partitions(cluster.nodes, cluster.node.gpus_per_node)
+    return [p for p in legal if question.partitions is None or p in question.partitions]
 
 
 def _largest(fitting: Callable[[int], bool], limit: int) -> int | None:

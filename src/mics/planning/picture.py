@@ -67,6 +67,10 @@ def _memory(axes: Any, plans: Sequence[Plan]) -> None:
             height=0.7,
         )
         left = [a + b for a, b in zip(left, sizes, strict=True)]
+    lost = [plan.needed / GIB - end for plan, end in zip(plans, left, strict=True)]
+    axes.barh(
+        range(len(plans)), lost, left=left, color="#88888866", label="fragmentation", height=0.7
+    )
     axes.axvline(plans[0].cluster.node.gpu.memory / GIB, color="#cc3311", label="a GPU's memory")
     axes.set_yticks(range(len(plans)), [str(plan.way) for plan in plans])
     axes.invert_yaxis()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -10,9 +11,10 @@ from mics.errors import PlanError
 from mics.planning.cost import dollars
 from mics.simulation.anatomy import Anatomy
 from mics.simulation.compute import times
-from mics.simulation.engines import Engine, Run, Simulated, inter_bytes, simulate_engine
+from mics.simulation.engines import Run, Simulated, inter_bytes, simulate_engine
 from mics.simulation.hardware import Cluster
-from mics.simulation.memory import Memory, Setup, memory
+from mics.simulation.memory import OPTIMIZERS, Memory, Setup, memory
+from mics.simulation.profiles import Engine
 from mics.simulation.stacks import find_stack
 from mics.topology import possible_partitions
 from mics.traffic import Form
@@ -42,6 +44,9 @@ class Question:
         runtime_gib: of a GPU that are gone before the first tensor is made.
         communicator_gib: buffers of each group of ranks.
         sigma: spread of a micro-step over GPUs, see ``simulation.step.straggling``.
+
+    Raises:
+        PlanError: a figure that cannot be, or an unknown optimizer or software stack.
     """
 
     sequence: int
@@ -61,6 +66,41 @@ class Question:
     communicator_gib: float = 0.35
     sigma: float = 0.02
 
+    def __post_init__(self) -> None:
+        for name, least in _LEAST.items():
+            given = getattr(self, name)
+            every = given if isinstance(given, Sequence) else [given]
+            if given is not None and not every:
+                raise PlanError(f"There is nothing to try: {name} is empty.")
+            for value in every:
+                if value is not None and not least <= value < math.inf:
+                    raise PlanError(f"{name} must be at least {least}, got {value}.")
+        if not self.checkpointing:
+            raise PlanError("There is nothing to try: checkpointing is empty.")
+        if self.optimizer not in OPTIMIZERS:
+            raise PlanError(
+                f"There is no optimizer {self.optimizer!r}.",
+                numbers=f"Optimizers: {', '.join(OPTIMIZERS)}.",
+            )
+        find_stack(self.stack)
+
+
+_LEAST = {
+    "sequence": 1,
+    "global_batch": 1,
+    "micro_steps": 1,
+    "micro_batches": 1,
+    "partitions": 1,
+    "compute_bytes": 1,
+    "reduce_bytes": 1,
+    "prefetch": 0,
+    "reductions": 1,
+    "fragmentation": 1,
+    "runtime_gib": 0,
+    "communicator_gib": 0,
+    "sigma": 0,
+}
+
 
 @dataclass(frozen=True)
 class Way:
@@ -73,8 +113,13 @@ class Way:
     form: Form = "flat"
 
     def __str__(self) -> str:
+        return f"p = {self.partition}, {self.setting}"
+
+    @property
+    def setting(self) -> str:
+        """All but the partition and how it gathers."""
         extra = ", checkpointing" if self.checkpointing else ""
-        return f"p = {self.partition}, micro-batch {self.micro_batch}{extra}"
+        return f"micro-batch {self.micro_batch}{extra}"
 
 
 @dataclass(frozen=True)
@@ -181,7 +226,6 @@ def search(anatomy: Anatomy, cluster: Cluster, question: Question) -> Search:
         PlanError: there is nothing to try: a partition that is not legal, or a global batch that no
             micro-batch divides.
     """
-    find_stack(question.stack)  # an unknown one is refused before anything is tried
     plans: list[Plan] = []
     rejected: list[Rejected] = []
     for way in ways(cluster, question):
@@ -207,7 +251,7 @@ def ways(cluster: Cluster, question: Question) -> Iterator[Way]:
                 f"partition {p} is not possible with {cluster}.",
                 numbers=f"Possible: {' '.join(map(str, legal))}.",
             )
-    steps = {b: _micro_steps(cluster, question, b) for b in question.micro_batches}
+    steps = {b: micro_steps_of(cluster, question, b) for b in question.micro_batches}
     if not any(steps.values()):
         raise PlanError(
             f"No micro-batch divides a global batch of {question.global_batch} sequences.",
@@ -224,8 +268,8 @@ def ways(cluster: Cluster, question: Question) -> Iterator[Way]:
                     yield Way(p, micro_batch, micro_steps, checkpointing, form)
 
 
-def _micro_steps(cluster: Cluster, question: Question, micro_batch: int) -> int:
-    """0 where the global batch cannot be cut that way."""
+def micro_steps_of(cluster: Cluster, question: Question, micro_batch: int) -> int:
+    """s with a micro-batch; 0 where the global batch cannot be cut that way."""
     if question.global_batch is None:
         return question.micro_steps
     steps, rest = divmod(question.global_batch, cluster.gpus * micro_batch)
@@ -241,7 +285,8 @@ def memory_of(anatomy: Anatomy, cluster: Cluster, question: Question, way: Way) 
     """What a way needs."""
     k = cluster.node.gpus_per_node
     groups = 1 + (way.partition > 1) + (way.partition < cluster.gpus)
-    if way.form == "hierarchical" and way.partition > k:
+    two_stages = way.form == "hierarchical" and way.partition > k > 1
+    if two_stages:
         groups += 2
     setup = Setup(
         way.partition,
@@ -252,6 +297,7 @@ def memory_of(anatomy: Anatomy, cluster: Cluster, question: Question, way: Way) 
         prefetch=question.prefetch,
         reductions=question.reductions,
         micro_steps=way.micro_steps,
+        staged=k if two_stages else 0,
         communicators=groups,
         communicator_bytes=round(question.communicator_gib * GIB),
         runtime_bytes=round(question.runtime_gib * GIB),

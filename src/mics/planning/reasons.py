@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
-from mics.planning.plan import GIB, Plan, Rejected, Search, with_reason
+from mics.planning.plan import GIB, Plan, Rejected, Search, Way, with_reason
 
 
 def explained(search: Search) -> tuple[Plan, ...]:
@@ -15,66 +15,89 @@ def explained(search: Search) -> tuple[Plan, ...]:
 def explain(plan: Plan, search: Search) -> str:
     """One plan against the next smaller and the next larger partition.
 
-    Neighbours are taken at their best micro-batch and checkpointing.
+    A neighbour is run as the plan is; where it does not fit so, the sentence says what it lacks,
+    and how it would do as it fits.
     """
     p = plan.way.partition
-    parts = [f"p = {p}: {_memory(plan)}, {_bound(plan)}"]
-    smaller = _nearest(search, p, larger=False)
-    if isinstance(smaller, Rejected):
-        parts[0] = f"p = {p}: smallest that fits ({_memory(plan)}), {_bound(plan)}"
-        parts.append(
-            f"{smaller.way.partition} lacks {smaller.missing / GIB:.1f} GiB even with {smaller.way}"
-        )
-    neighbours = (smaller, _nearest(search, p, larger=True))
-    parts += [_against(plan, other) for other in neighbours if isinstance(other, Plan)]
+    sizes = {w.partition for w in _ways(search)}
+    smaller = max((q for q in sizes if q < p), default=None)
+    larger = min((q for q in sizes if q > p), default=None)
+    parts = [f"p = {p}: {_fits(plan, search)}, {_bound(plan)}"]
+    parts += [_against(plan, q, search) for q in (smaller, larger) if q is not None]
     return "; ".join(parts)
 
 
-def _memory(plan: Plan) -> str:
-    gpu = plan.cluster.node.gpu.memory
-    return f"{plan.needed / GIB:.1f} of {gpu / GIB:.0f} GiB"
+def _ways(search: Search) -> Iterator[Way]:
+    yield from (plan.way for plan in search.plans)
+    yield from (one.way for one in search.rejected)
+
+
+def _fits(plan: Plan, search: Search) -> str:
+    p, way = plan.way.partition, plan.way
+    memory = f"{plan.needed / GIB:.1f} of {plan.cluster.node.gpu.memory / GIB:.4g} GiB"
+    smaller = [other for other in search.plans if other.way.partition < p]
+    if not any(w.partition < p for w in _ways(search)):
+        return memory
+    if not smaller:
+        return f"smallest that fits ({memory})"
+    if not any(_same(other.way, way) for other in smaller):
+        return f"smallest that fits with {way.setting} ({memory})"
+    return memory
 
 
 def _bound(plan: Plan) -> str:
     exposed = plan.simulated.step.exposed
-    share = max(exposed[1], exposed[2]) / plan.simulated.step.seconds
+    share = max(exposed[1], exposed[2]) / plan.seconds
     if share < 0.005:
         return "communication hidden"
     whom = "the partition group" if exposed[1] > exposed[2] else "the replicas"
     return f"{share:.0%} of the step waits for {whom}"
 
 
-def _against(plan: Plan, other: Plan) -> str:
-    q = other.way.partition
+def _against(plan: Plan, q: int, search: Search) -> str:
+    fitting = [other for other in search.plans if other.way.partition == q]
+    alike = _fastest(other for other in fitting if _same(other.way, plan.way))
+    if alike is not None:
+        return f"{q} would {_compared(plan, alike)}"
+    refused = [one for one in search.rejected if one.way.partition == q]
+    lacking = min((one for one in refused if _same(one.way, plan.way)), key=_needed, default=None)
+    text = "" if lacking is None else f"{q} lacks {lacking.missing / GIB:.1f} GiB"
+    best = _fastest(fitting)
+    if best is not None:
+        other = f"with {best.way.setting} it would" if text else f"{best.way} would"
+        return ", ".join(filter(None, (text, f"{other} {_compared(plan, best)}")))
+    frugal = min(refused, key=_needed)
+    if lacking is None or _same(frugal.way, plan.way):
+        return f"{q} lacks {frugal.missing / GIB:.1f} GiB with {frugal.way.setting}"
+    return f"{text}, and {frugal.missing / GIB:.1f} even with {frugal.way.setting}"
+
+
+def _compared(plan: Plan, other: Plan) -> str:
     slower = other.seconds / other.tokens * plan.tokens / plan.seconds
-    speed = f"{slower:.2f}x as long per token"
+    speed = f"take {slower:.2f}x as long per token"
     ours, theirs = plan.inter_bytes / plan.tokens, other.inter_bytes / other.tokens
     if not ours or not theirs:
-        return f"{q} would take {speed}"
+        return speed
     moves = theirs / ours
-    bytes_ = (
+    moved = (
         f"move {moves:.1f}x the bytes between nodes"
         if abs(moves - 1) > 0.05
         else "move as many bytes between nodes"
     )
-    return f"{q} would {bytes_} and take {speed}"
+    return f"{moved} and {speed}"
 
 
-def _nearest(search: Search, p: int, *, larger: bool) -> Plan | Rejected | None:
-    def on_side(q: int) -> bool:
-        return q > p if larger else q < p
-
-    sizes = {plan.way.partition for plan in search.plans}
-    sizes |= {one.way.partition for one in search.rejected}
-    candidates = sorted(filter(on_side, sizes), reverse=not larger)
-    if not candidates:
-        return None
-    q = candidates[0]
-    fitting = [plan for plan in search.plans if plan.way.partition == q]
-    if fitting:
-        return max(fitting, key=lambda plan: plan.tokens_per_second)
-    return _frugal(one for one in search.rejected if one.way.partition == q)
+def _same(one: Way, other: Way) -> bool:
+    return (one.micro_batch, one.micro_steps, one.checkpointing) == (
+        other.micro_batch,
+        other.micro_steps,
+        other.checkpointing,
+    )
 
 
-def _frugal(rejected: Iterable[Rejected]) -> Rejected | None:
-    return min(rejected, key=lambda one: one.needed, default=None)
+def _fastest(plans: Iterable[Plan]) -> Plan | None:
+    return max(plans, key=lambda plan: plan.tokens_per_second, default=None)
+
+
+def _needed(one: Rejected) -> float:
+    return one.needed

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from mics.errors import PlanError
-from mics.planning.plan import Plan, simulate_way
-from mics.simulation.engines import Engine
+from mics.planning.plan import GIB, Plan, needed_by, simulate_way
+from mics.simulation.profiles import Engine
 from mics.topology import possible_partitions
 
 ENGINES: tuple[Engine, ...] = ("mics", "hsdp every micro-step", "fsdp2")
@@ -15,10 +15,14 @@ _MOST = 2048
 
 
 Curves = dict[str, list[tuple[float, float]]]
+Told = Callable[[str], None]
 
 
 def weak_scaling(
-    plan: Plan, engines: Sequence[Engine], nodes: Sequence[int] | None = None
+    plan: Plan,
+    engines: Sequence[Engine],
+    nodes: Sequence[int] | None = None,
+    told: Told = lambda _: None,
 ) -> Curves:
     """Tokens per second over GPUs; every GPU keeps the plan's micro-batch and micro-steps.
 
@@ -26,27 +30,46 @@ def weak_scaling(
         plan: partition, micro-batch and so on.
         engines: which.
         nodes: how many; by default doubling from the fewest the partition allows to 64, at least.
+        told: which numbers of nodes are left out, and why: the partition does not divide them.
     """
     steps = plan.way.micro_steps
-    return _curves(plan, engines, ((count, steps) for count in nodes or _doubling(plan)))
+    asked = _doubling(plan) if nodes is None else nodes
+    return _curves(plan, engines, ((count, steps) for count in asked), told)
 
 
-def strong_scaling(plan: Plan, engines: Sequence[Engine], nodes: Sequence[int]) -> Curves:
+def strong_scaling(
+    plan: Plan, engines: Sequence[Engine], nodes: Sequence[int], told: Told = lambda _: None
+) -> Curves:
     """The same global batch on more GPUs: fewer micro-steps each.
 
-    Numbers of nodes that do not divide the batch are left out.
+    Args:
+        plan: partition, micro-batch and so on.
+        engines: which.
+        nodes: how many.
+        told: which numbers of nodes are left out, and why: they do not divide the batch.
     """
     whole = plan.way.micro_steps * plan.cluster.nodes
-    shared = ((count, *divmod(whole, count)) for count in nodes)
-    return _curves(plan, engines, ((n, steps) for n, steps, rest in shared if steps and not rest))
+
+    def shared() -> Iterator[tuple[int, int]]:
+        for count in nodes:
+            steps, rest = divmod(whole, count)
+            if steps and not rest:
+                yield count, steps
+            else:
+                told(f"{count} nodes are left out: {whole} micro-batches of a node do not divide")
+
+    return _curves(plan, engines, shared(), told)
 
 
-def _curves(plan: Plan, engines: Sequence[Engine], points: Iterable[tuple[int, int]]) -> Curves:
-    """Of numbers of nodes with micro-steps; those the partition does not go with are left out."""
+def _curves(
+    plan: Plan, engines: Sequence[Engine], points: Iterable[tuple[int, int]], told: Told
+) -> Curves:
+    """Of numbers of nodes with micro-steps."""
     found: Curves = {engine: [] for engine in engines}
     for count, steps in points:
         cluster = replace(plan.cluster, nodes=count)
         if plan.way.partition not in possible_partitions(count, cluster.node.gpus_per_node):
+            told(f"{count} nodes are left out: partition {plan.way.partition} does not divide them")
             continue
         way = replace(plan.way, micro_steps=steps)
         tokens = way.micro_batch * steps * cluster.gpus * plan.question.sequence
@@ -54,6 +77,25 @@ def _curves(plan: Plan, engines: Sequence[Engine], points: Iterable[tuple[int, i
             simulated = simulate_way(engine, plan.anatomy, cluster, plan.question, way)
             found[engine].append((cluster.gpus, tokens / simulated.seconds))
     return found
+
+
+def too_large(plan: Plan, engines: Sequence[Engine]) -> list[str]:
+    """What to know of engines that keep whole parameters, where a GPU could not hold them."""
+    gpu, gpus = plan.cluster.node.gpu, plan.cluster.gpus
+    needed: dict[Engine, float] = {}
+    if "ddp" in engines:
+        whole = replace(plan.way, partition=1, form="flat")
+        needed["ddp"] = needed_by(plan.anatomy, plan.cluster, plan.question, whole)
+    for engine in ("zero2", "zero2 0.5.6"):
+        if engine in engines:  # whole parameters; gradients, masters and moments split
+            of_each = plan.question.compute_bytes + 16 / gpus
+            needed[engine] = of_each * plan.anatomy.num_parameters
+    return [
+        f"{engine} would need {size / GIB:.1f} of {gpu.memory / GIB:.0f} GiB for "
+        f"{'a step' if engine == 'ddp' else 'model states alone'}: it is simulated as if it fitted."
+        for engine, size in needed.items()
+        if size > gpu.memory
+    ]
 
 
 def parse_range(text: str) -> list[int]:

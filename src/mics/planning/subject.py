@@ -46,10 +46,16 @@ def subject(
             raise PlanError(
                 f"How {type(model).__name__} is run is not known.",
                 write="loss=lambda model, micro_batch, sequence: model(torch.zeros(micro_batch, "
-                'sequence, width, device="meta")).sum()',
+                f'sequence, width, dtype={dtype}, device="meta")).sum()',
             )
-        return Anatomy(cast(_on_meta(model), dtype), loss or language_model_loss, blocks)
-    from mics.models.building import build, load_config, num_positions
+        config = getattr(model, "config", None)
+        return Anatomy(
+            cast(_on_meta(model), dtype),
+            loss or language_model_loss,
+            blocks,
+            positions=_positions(config) if loss is None else None,
+        )
+    from mics.models.building import build, load_config
 
     config = model
     if not hasattr(config, "to_json_string"):
@@ -57,9 +63,13 @@ def subject(
     identity = "\n".join([config.to_json_string(), str(dtype), torch.__version__])
     module = cast(build(config).train(), dtype)
     kept = TraceCache(identity) if loss is None and blocks is None else None
-    return Anatomy(
-        module, loss or language_model_loss, blocks, kept, positions=num_positions(config)
-    )
+    return Anatomy(module, loss or language_model_loss, blocks, kept, positions=_positions(config))
+
+
+def _positions(config: Any) -> int | None:
+    from mics.models.building import num_positions
+
+    return num_positions(config)
 
 
 def language_model_loss(model: Callable[..., Any], micro_batch: int, sequence: int) -> torch.Tensor:

@@ -40,7 +40,6 @@ def cells(plan: Plan) -> tuple[str, ...]:
     """A plan's line, one text per column."""
     way, exposed = plan.way, plan.simulated.step.exposed
     price = plan.dollars_per_billion_tokens
-    seconds = plan.simulated.step.seconds
     return (
         str(way.partition),
         str(plan.cluster.gpus // way.partition),
@@ -53,8 +52,8 @@ def cells(plan: Plan) -> tuple[str, ...]:
         f"{plan.tokens_per_second:,.0f}",
         f"{plan.mfu:.1%}",
         f"{plan.hfu:.1%}",
-        f"{exposed[1] / seconds:.1%}",
-        f"{exposed[2] / seconds:.1%}",
+        f"{exposed[1] / plan.seconds:.1%}",
+        f"{exposed[2] / plan.seconds:.1%}",
         f"{plan.inter_bytes / 1e9:,.1f} GB",
         "n/a" if price is None else f"{price:,.0f}",
     )
@@ -74,6 +73,7 @@ def as_document(plan: Plan) -> dict[str, Any]:
         "memory_bytes": plan.needed,
         "memory_by_phase": {phase: vars(need) for phase, need in plan.memory.phases.items()},
         "step_seconds": plan.seconds,
+        "straggler_seconds": plan.seconds - step.seconds,
         "compute_seconds": step.compute,
         "exposed_seconds": {str(hop): value for hop, value in step.exposed.items()},
         "communication_seconds": {str(hop): value for hop, value in step.total.items()},

@@ -156,17 +156,23 @@ class Anatomy:
                     self._modules,
                     lambda: self._loss(self._model, micro_batch, sequence),
                 )
+            except PlanError:
+                raise
             except Exception as error:  # whatever the model's own code raises
-                raise PlanError(
-                    f"{type(self._model).__name__} does not run on the meta device, where tensors "
-                    "have no values.",
-                    numbers=f"Micro-batch {micro_batch}, sequence {sequence}: "
-                    f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-                    write="a model whose path does not depend on values, or another loss",
-                ) from error
+                raise self._untraced(micro_batch, sequence, error) from error
             if self._kept:
                 self._kept.put(micro_batch, sequence, found)
         return found
+
+    def _untraced(self, micro_batch: int, sequence: int, error: Exception) -> PlanError:
+        said = str(error).splitlines()[0] if str(error) else ""
+        where = f"Micro-batch {micro_batch}, sequence {sequence}"
+        name = type(self._model).__name__
+        return PlanError(
+            f"{name} does not run on the meta device, where tensors have no values.",
+            numbers=f"{where}: {type(error).__name__}: {said}",
+            write="a model whose path does not depend on values, or another loss",
+        )
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from mics.simulation.hardware import Link, dated, gpus, nodes
+from mics.simulation.hardware import Link
+from mics.simulation.lookup import dated, gpus, nodes
 from mics.simulation.stacks import stacks
 
 

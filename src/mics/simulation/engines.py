@@ -1,96 +1,21 @@
-"""The engines that a step is simulated for, and what each sends when."""
+"""A step of any engine: its units as computation and collectives, and the bytes they send."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal
 
 from mics import traffic
-from mics.simulation.anatomy import Anatomy, Unit
+from mics.simulation.anatomy import Anatomy, Parameter, Unit
 from mics.simulation.compute import Times
 from mics.simulation.hardware import Cluster
 from mics.simulation.network import Stage, all_reduce_seconds, gather_stages
-from mics.simulation.step import Schedule, Step, Sync, Work, simulate, straggling
+from mics.simulation.profiles import PROFILES, Engine
+from mics.simulation.step import Schedule, Step, Work, simulate, straggling
 from mics.topology import Topology
 from mics.traffic import Form
-
-Engine = Literal[
-    "mics",
-    "fsdp2",
-    "hsdp every micro-step",
-    "hsdp deferred",
-    "ddp",
-    "zero2",
-    "zero3",
-    "zero2 0.5.6",
-    "zero3 0.5.6",
-]
-
-
-@dataclass(frozen=True)
-class Profile:
-    """How an engine runs a step.
-
-    Args:
-        about: one line.
-        sharded: parameters are split over the partition ("partition"), all ranks ("world") or not.
-        reduces: gradients are reduce-scattered every micro-step, over the same ranks.
-        sync: hop 2.
-        coalesced: a unit's parameters travel as one message.
-        overlaps: hop 1 runs beside computation.
-        host: seconds of the host per message, which hold up the GPU.
-        two_stages: hierarchical collectives where a group spans nodes.
-        at_end: parameters are gathered after the optimizer step.
-    """
-
-    about: str
-    sharded: Literal["partition", "world", "no"]
-    reduces: bool = True
-    sync: Sync = "last"
-    coalesced: bool = True
-    overlaps: bool = True
-    host: float = 0.0
-    two_stages: bool = False
-    at_end: bool = False
-
-
-PROFILES: dict[Engine, Profile] = {
-    "mics": Profile(
-        "partition groups, the faster of flat and two stages, hop 2 once a step",
-        "partition",
-        two_stages=True,
-    ),
-    "fsdp2": Profile("FSDP2 full shard over all ranks", "world", sync="never"),
-    "hsdp every micro-step": Profile(
-        "FSDP2 HSDP, an all-reduce over the replicas every micro-step", "partition", sync="every"
-    ),
-    "hsdp deferred": Profile("FSDP2 HSDP, hop 2 once a step", "partition"),
-    "ddp": Profile("DDP with no_sync, a whole replica on every rank", "no", reduces=False),
-    "zero2": Profile(
-        "DeepSpeed ZeRO-2: gradients reduced over all ranks every micro-step",
-        "no",
-        at_end=True,
-        sync="never",
-    ),
-    "zero3": Profile("DeepSpeed ZeRO-3 of today", "world", sync="never"),
-    "zero2 0.5.6": Profile(
-        "DeepSpeed ZeRO-2 of 2021: nothing overlaps, messages in buckets",
-        "no",
-        at_end=True,
-        sync="never",
-        overlaps=False,
-        host=0.3e-3,
-    ),
-    "zero3 0.5.6": Profile(
-        "DeepSpeed ZeRO-3 of 2021: a message per parameter, nothing overlaps, each costs the host",
-        "world",
-        sync="never",
-        coalesced=False,
-        overlaps=False,
-        host=0.3e-3,
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -107,6 +32,7 @@ class Run:
         sigma: see ``straggling``.
         prefetch: blocks gathered ahead, where the engine gathers ahead.
         form: "auto" takes the faster, for engines with two stages.
+        host: seconds of the host per message, where they are not the profile's.
     """
 
     micro_steps: int
@@ -118,6 +44,7 @@ class Run:
     sigma: float = 0.0
     prefetch: int = 1
     form: Form | Literal["auto"] = "auto"
+    host: float | None = None
 
 
 @dataclass(frozen=True)
@@ -156,13 +83,7 @@ def simulate_engine(
     """
     build = _Builder(engine, anatomy, cluster, run)
     profile, form, group = build.profile, build.form, build.group
-    blocks = [
-        build.work(unit, forward, backward)
-        for unit, forward, backward in zip(
-            anatomy.blocks, times.forward, times.backward, strict=True
-        )
-    ]
-    root = build.work(anatomy.root, times.before, times.between + times.after)
+    *blocks, root = build.works(times)
     shard = sum(u.trained() for u in (*anatomy.blocks, anatomy.root)) // group
     schedule = Schedule(
         micro_steps=run.micro_steps,
@@ -171,8 +92,8 @@ def simulate_engine(
         in_flight=1 if profile.overlaps else 0,
         sync=profile.sync,
         pipelined=profile.two_stages,
-        host=profile.host,
-        messages=1 if profile.coalesced else _messages(anatomy),
+        host=profile.host if run.host is None else run.host,
+        messages=1 if profile.coalesced else build.messages,
         slows=run.slows,
         last=_optimizer_seconds(shard, cluster),
         gathered_at_end=build.at_end(),
@@ -185,10 +106,6 @@ def simulate_engine(
 def inter_bytes(engine: Engine, anatomy: Anatomy, cluster: Cluster, run: Run) -> Fraction:
     """Bytes a node sends to others in a step; what ``traffic.py`` says, and the ledger counts."""
     return _Builder(engine, anatomy, cluster, run).inter_bytes()
-
-
-def _messages(anatomy: Anatomy) -> int:
-    return max(len(unit.parameters) for unit in anatomy.blocks)
 
 
 def _optimizer_seconds(shard: int, cluster: Cluster) -> float:
@@ -211,19 +128,23 @@ class _Builder:
         self._known: dict[int, Work] = {}  # equal units are one object
         self.form: Form = self._choose()
 
-    def work(self, unit: Unit, forward: float, backward: float) -> Work:
-        """A unit's computation and collectives."""
-        like = self._known.get(id(unit))
-        if like is None:
-            like = self._known[id(unit)] = self._collectives(unit)
-        return Work(forward, backward, like.gather, like.reduce, like.sync)
+    @property
+    def messages(self) -> int:
+        """Of the gather of the block with most parameters."""
+        return max(len(self._gathered(unit)) for unit in self._anatomy.blocks)
+
+    def works(self, times: Times) -> list[Work]:
+        """Computation and collectives of every block, and of the root, which comes last."""
+        root = (times.before, times.between + times.after)
+        spent = [*zip(times.forward, times.backward, strict=True), root]
+        units = [*self._anatomy.blocks, self._anatomy.root]
+        works = [self._work(unit, *each) for unit, each in zip(units, spent, strict=True)]
+        return self._in_buckets(units, works) if self.profile.bucket else works
 
     def at_end(self) -> tuple[Stage, ...]:
-        """Of ZeRO-2: all parameters, once a step."""
-        if not self.profile.at_end:
-            return ()
-        num_bytes = self._anatomy.num_parameters * self._run.compute_bytes
-        return gather_stages(self._cluster.node, self.group, num_bytes)
+        """What is gathered once a step: what the optimizer changed and no later gather brings."""
+        num_bytes = self._elements_at_end() * self._run.compute_bytes
+        return gather_stages(self._cluster.node, self.group, num_bytes) if num_bytes else ()
 
     def inter_bytes(self) -> Fraction:
         """Bytes a node sends to others in a step (``traffic.py``)."""
@@ -251,37 +172,78 @@ class _Builder:
         )
 
     def _bytes_at_end(self) -> Fraction:
-        if not self.profile.at_end or self._cluster.nodes == 1:
+        if self._cluster.nodes == 1:
             return Fraction(0)
         n = self.group
-        return Fraction(self._anatomy.num_parameters * self._run.compute_bytes * (n - 1), n)
+        return Fraction(self._elements_at_end() * self._run.compute_bytes * (n - 1), n)
+
+    def _elements_at_end(self) -> int:
+        """Of ZeRO-2 all parameters, of ZeRO-3 those that stay."""
+        if self.profile.at_end:
+            return self._anatomy.num_parameters
+        units = (*self._anatomy.blocks, self._anatomy.root)
+        return sum(unit.numel() - sum(q.numel for q in self._gathered(unit)) for unit in units)
+
+    def _gathered(self, unit: Unit) -> list[Parameter]:
+        return [q for q in unit.parameters if q.numel >= self.profile.stay]
+
+    @property
+    def _reduce_bytes(self) -> int:
+        """Of a gradient on the wire in hop 1."""
+        return self._run.compute_bytes if self.profile.lowers else self._run.reduce_bytes
 
     def _traffic(self, unit: Unit, gathers: int = 2) -> traffic.Block:
         run, n = self._run, self.group
         gathered = gathers if self.profile.sharded != "no" else 0
         return traffic.Block(
-            gather_bytes=unit.numel(n) * run.compute_bytes,
-            reduce_bytes=unit.trained(n) * run.reduce_bytes,
+            gather_bytes=sum(q.padded(n) for q in self._gathered(unit)) * run.compute_bytes,
+            reduce_bytes=unit.trained(n) * self._reduce_bytes,
             sync_bytes=unit.trained(n) // n * run.sync_bytes,
             gathers=gathered,
             reduces=1 if unit.trained() else 0,
         )
 
+    def _work(self, unit: Unit, forward: float, backward: float) -> Work:
+        like = self._known.get(id(unit))
+        if like is None:
+            like = self._known[id(unit)] = self._collectives(unit)
+        return Work(forward, backward, like.gather, like.reduce, like.sync)
+
     def _collectives(self, unit: Unit) -> Work:
         profile, run, n = self.profile, self._run, self.group
         gather: tuple[Stage, ...] = ()
         if profile.sharded != "no":
-            gather = self._stages([q.padded(n) * run.compute_bytes for q in unit.parameters])
+            messages = [q.padded(n) * run.compute_bytes for q in self._gathered(unit)]
+            gather = self._stages(messages, profile.coalesced)
         reduce: tuple[Stage, ...] = ()
-        if profile.reduces:
-            trained = [q for q in unit.parameters if q.trained]
-            reduce = self._stages([q.padded(n) * run.reduce_bytes for q in trained])[::-1]
+        if profile.reduces and not profile.bucket:
+            messages = [q.padded(n) * self._reduce_bytes for q in unit.parameters if q.trained]
+            reduce = self._stages(messages, profile.coalesced)[::-1]
         return Work(0.0, 0.0, gather, reduce, self._sync(unit))
 
-    def _stages(self, messages: list[int]) -> tuple[Stage, ...]:
+    def _in_buckets(self, units: Sequence[Unit], works: Sequence[Work]) -> list[Work]:
+        """Gradients wait until a bucket is full; backward, from the last block to the root."""
+        buckets: list[list[int]] = [[]]
+        for number in [*range(len(units) - 2, -1, -1), len(units) - 1]:
+            if buckets[-1] and self._trained(units, [*buckets[-1], number]) > self.profile.bucket:
+                buckets.append([])
+            buckets[-1].append(number)
+        found = list(works)
+        for numbers in buckets:
+            num_bytes = self._trained(units, numbers) * self._reduce_bytes
+            stages = self._stages([num_bytes], coalesced=True)[::-1] if num_bytes else ()
+            found[numbers[-1]] = replace(found[numbers[-1]], reduce=stages)
+        return found
+
+    def _trained(self, units: Sequence[Unit], numbers: Sequence[int]) -> int:
+        return sum(units[number].trained(self.group) for number in numbers)
+
+    def _stages(self, messages: Sequence[int], coalesced: bool) -> tuple[Stage, ...]:
         """One message, or one after the other where they are not coalesced."""
         node, n = self._cluster.node, self.group
-        if self.profile.coalesced:
+        if not messages:
+            return ()
+        if coalesced:
             return gather_stages(node, n, sum(messages), self.form)
         each = [gather_stages(node, n, num_bytes, self.form) for num_bytes in messages]
         return tuple(
@@ -293,7 +255,7 @@ class _Builder:
         cluster, n = self._cluster, self.group
         k = cluster.node.gpus_per_node
         replicas = cluster.gpus // n
-        if self.profile.sync == "never" or replicas == 1:
+        if self.profile.sync == "never" or replicas == 1 or not unit.trained():
             return ()
         nodes = replicas if n >= k else cluster.nodes
         num_bytes = unit.trained(n) // n * self._run.sync_bytes

@@ -1,13 +1,12 @@
-"""Latency and bandwidth of a link, fitted to measured collectives.
+"""Links fitted to measured collectives: the lines of ``network.py``, solved for a link's figures.
 
-Least squares of the relative error, no figure negative. All-gather and reduce-scatter:
-``t = fixed + latency (n - 1) + S (n - 1) / n / B``. All-reduce over nodes, which runs on trees:
-``t = fixed + latency 2 log2 N + 2 S (n - 1) / n / B (N / 2) ** falls``.
+Least squares of the relative error, no figure negative. What a collective takes whatever its size
+can be told from latency only where groups of different size were measured; where one was, all of it
+is latency: more nodes than measured then look rather too slow than too good.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -15,106 +14,100 @@ from itertools import combinations
 import torch
 
 from mics.errors import PlanError
-from mics.traffic import Collective
+from mics.simulation.hardware import Link
+from mics.simulation.network import On, Terms
 
 
 @dataclass(frozen=True)
 class Point:
-    """A measured collective.
+    """A measured collective: its stages, one after the other, and seconds."""
+
+    stages: tuple[Terms, ...]
+    seconds: float
+
+
+def fit_links(points: Sequence[Point], intra: Link | None = None) -> dict[On, Link]:
+    """The links that measurements were made on.
 
     Args:
-        ranks: n.
-        nodes: N.
-        num_bytes: S, of the gathered or reduced message.
-        busbw: bus bandwidth as nccl-tests defines it, bytes per second.
-    """
-
-    ranks: int
-    nodes: int
-    num_bytes: float
-    busbw: float
-
-    def moved(self, collective: Collective) -> float:
-        """Bytes that every rank sends."""
-        factor = 2 if collective == "all_reduce" else 1
-        return factor * self.num_bytes * (self.ranks - 1) / self.ranks
-
-    def seconds(self, fitted: Fit) -> float:
-        """Measured, of the collective that was fitted."""
-        return self.moved(fitted.collective) / self.busbw
-
-
-@dataclass(frozen=True)
-class Fit:
-    """Figures of a link; seconds and bytes per second."""
-
-    collective: Collective
-    fixed: float
-    latency: float
-    bandwidth: float
-    falls: float = 0.0
-
-
-def predicted(fitted: Fit, point: Point) -> float:
-    """Seconds of a collective of that size."""
-    fixed, hops, moved = _terms(fitted.collective, point, fitted.falls)
-    return fitted.fixed * fixed + fitted.latency * hops + moved / fitted.bandwidth
-
-
-def fit_all_gather(points: Sequence[Point]) -> Fit:
-    """Of all-gathers or reduce-scatters.
+        points: of collectives on the same links.
+        intra: of the node, where it is known and not to be fitted.
 
     Raises:
-        PlanError: fewer than two points, or none that shows a bandwidth.
+        PlanError: fewer than two points of a link, or none that shows a bandwidth.
     """
-    return _fit("all_gather", points, 0.0)[1]
-
-
-def fit_all_reduce(points: Sequence[Point]) -> Fit:
-    """Of all-reduces; how the bandwidth falls with the nodes is tried in steps of 0.02.
-
-    Raises:
-        PlanError: fewer than two points, or none that shows a bandwidth.
-    """
-    several = len({p.nodes for p in points}) > 1
-    tried = [n / 50 for n in range(31)] if several else [0.0]
-    return min((_fit("all_reduce", points, falls) for falls in tried), key=lambda one: one[0])[1]
-
-
-def _fit(collective: Collective, points: Sequence[Point], falls: float) -> tuple[float, Fit]:
-    rows = [_terms(collective, p, falls) for p in points]
-    measured = [p.moved(collective) / p.busbw for p in points]
-    relative = torch.tensor(
-        [[term / t for term in row] for row, t in zip(rows, measured, strict=True)],
-        dtype=torch.float64,
+    links: list[On] = sorted(
+        {t.link for p in points for t in p.stages} - {"intra" if intra else ""}
     )
-    one = torch.ones(len(points), 1, dtype=torch.float64)
+    # A ring over nodes passes the links inside them too, whether they were measured or not.
+    columns = {(on, figure) for on in links for figure in ("latency", "per byte")}
+    for on in links:
+        if len({t.hops for p in points for t in p.stages if t.link == on}) > 1:
+            columns.add((on, "fixed"))
+    named = sorted(columns)
+    rows = [[_factor(point, *column) for column in named] for point in points]
+    known = [_known(point, intra) for point in points]
+    left = [p.seconds - k for p, k in zip(points, known, strict=True)]
+    found = _solved(rows, left, [p.seconds for p in points])
+    figures = dict(zip(named, found, strict=True)) if found else {}
+    for on in links:
+        count = sum(any(t.link == on for t in p.stages) for p in points)
+        if count < 2 or not figures.get((on, "per byte")):
+            raise PlanError(
+                "Latency and bandwidth do not follow from these measurements.",
+                numbers=f"{count} measurement(s) of the link {_WHERE[on]}.",
+                write="mics bench collectives with several --sizes",
+            )
+    return {
+        on: Link(
+            1 / figures[on, "per byte"],
+            figures[on, "latency"],
+            fixed=figures.get((on, "fixed"), 0.0),
+        )
+        for on in links
+    }
+
+
+_WHERE = {"intra": "inside a node", "inter": "between nodes"}
+
+
+def _factor(point: Point, on: On, figure: str) -> float:
+    total = 0.0
+    for terms in point.stages:
+        if figure == "latency" and on == "intra":
+            total += terms.inside
+        if terms.link == on:
+            total += {"fixed": 1.0, "latency": terms.hops, "per byte": terms.num_bytes}[figure]
+    return total
+
+
+def _known(point: Point, intra: Link | None) -> float:
+    """Seconds of what is not fitted."""
+    if intra is None:
+        return 0.0
+    own = sum(t.seconds(intra, intra) for t in point.stages if t.link == "intra")
+    return own + sum(t.inside * intra.latency for t in point.stages)
+
+
+def _solved(
+    rows: Sequence[Sequence[float]], left: Sequence[float], seconds: Sequence[float]
+) -> list[float] | None:
+    """Figures, none negative: every subset of them is tried, which is exact for so few."""
+    scaled = [[factor / t for factor in row] for row, t in zip(rows, seconds, strict=True)]
+    matrix = torch.tensor(scaled, dtype=torch.float64)
+    goal = torch.tensor([[x / t] for x, t in zip(left, seconds, strict=True)], dtype=torch.float64)
+    width = matrix.shape[1] if rows else 0
     best: tuple[float, list[float]] | None = None
-    # At most three figures: trying every subset finds the best without negative ones.
-    for count in range(1, 4):
-        for chosen in combinations(range(3), count):
-            found = torch.linalg.lstsq(relative[:, chosen], one, driver="gelsd").solution[:, 0]
-            if 2 not in chosen or bool((found < 0).any()):
+    for count in range(1, width + 1):
+        for chosen in combinations(range(width), count):
+            part = matrix[:, chosen]
+            found = torch.linalg.lstsq(part, goal, driver="gelsd").solution[:, 0]
+            if bool((found < 0).any()):
                 continue
-            error = float(((relative[:, chosen] @ found - 1) ** 2).sum())
+            error = float(((part @ found - goal[:, 0]) ** 2).sum())
             if best is None or error < best[0] - 1e-12:
-                figures = [0.0, 0.0, 0.0]
+                figures = [0.0] * width
                 for at, value in zip(chosen, found.tolist(), strict=True):
                     figures[at] = value
                 best = (error, figures)
-    if len(points) < 2 or best is None or best[1][2] <= 0:
-        raise PlanError(
-            "Latency and bandwidth do not follow from these measurements.",
-            numbers=f"{len(points)} measurement(s).",
-            write="mics bench collectives with several --sizes",
-        )
-    fixed, latency, per_byte = best[1]
-    return best[0], Fit(collective, fixed, latency, 1 / per_byte, falls)
-
-
-def _terms(collective: Collective, point: Point, falls: float) -> tuple[float, float, float]:
-    if collective == "all_reduce":
-        hops = 2 * math.log2(point.nodes) if point.nodes > 1 else 2 * (point.ranks - 1)
-        slower = (max(point.nodes, 2) / 2) ** falls
-        return 1.0, hops, point.moved(collective) * slower
-    return 1.0, float(point.ranks - 1), point.moved(collective)
+    return best[1] if best else None

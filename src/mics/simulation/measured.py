@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mics.errors import PlanError
-from mics.simulation.fit import Fit, Point, fit_all_gather, fit_all_reduce
-from mics.simulation.hardware import Gpu, Link, Node
+from mics.simulation.fit import Point, fit_links
+from mics.simulation.hardware import Gpu, Node
+from mics.simulation.network import all_reduce_terms, gather_terms
+from mics.traffic import Form
 
 _BURST = 1.02
+
+Row = Mapping[str, Any]
 
 
 def measured_node(path: Path, gpu: Gpu) -> Node:
     """Latency and bandwidth of both links, fitted to the measured times.
 
-    Between nodes: the flat collectives over several nodes. Inside a node: what the two-stage ones
-    take beside their stage between nodes; or the flat ones, where one node was measured (then there
-    is no link between nodes, and its figures are the inner ones).
+    All-gathers, flat and in two stages, of groups of any size give both links at once; all-reduces
+    over nodes have figures of their own. Where one node was measured there is no link between
+    nodes, and its figures are the inner ones.
 
     Args:
         path: the JSON that ``mics bench collectives`` wrote.
@@ -31,73 +37,71 @@ def measured_node(path: Path, gpu: Gpu) -> Node:
     try:
         document = json.loads(path.read_text())
         k = int(document["gpus_per_node"])
-        rows = document["measured"]
-        ranks = int(rows[0]["ranks"])
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        rows = [_checked(row) for row in document["measured"]]
+        largest = max(row["ranks"] for row in rows)
+        on_gpus = document.get("device", "cpu") != "cpu"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PlanError(
             f"{path} is no result of mics bench collectives.",
             numbers=f"{type(error).__name__}: {error}",
             write="mics bench collectives --out collectives.json",
         ) from None
-    nodes = max(ranks // k, 1)
-    flat = fit_all_gather(_points(rows, "all_gather", "flat", nodes))
-    reduced = fit_all_reduce(_points(rows, "all_reduce", "flat", nodes))
+    nodes = max(largest // k, 1)
+    links = fit_links(_gathers(rows, k))
+    intra = links.get("intra", links.get("inter"))
+    inter = links.get("inter", intra)
+    assert intra is not None
+    assert inter is not None
+    node = Node(path.stem, gpu, k, intra, inter, source=str(path), measured_nodes=nodes)
     if nodes == 1:
-        inside = _link(flat)
-        return Node(path.stem, gpu, k, inside, inside, source=str(path), measured_nodes=1)
-    inner = fit_all_gather(_inner_points(rows, nodes, k, flat))
-    return Node(
-        path.stem,
-        gpu,
-        k,
-        _link(inner),
-        _link(flat),
-        Link(reduced.bandwidth, reduced.latency, reduced.falls, reduced.fixed),
-        source=str(path),
-        measured_nodes=nodes,
-    )
+        return node
+    ring = not on_gpus
+    reduced = fit_links(_all_reduces(rows, k, ring), intra)["inter"]
+    return replace(node, all_reduce=reduced, all_reduce_is_ring=ring)
 
 
-def _link(fitted: Fit) -> Link:
-    return Link(fitted.bandwidth, fitted.latency, fixed=fitted.fixed)
+def _checked(row: Any) -> Row:
+    """A row with figures that are some."""
+    seconds = float(row["seconds"]["median"])
+    if not (math.isfinite(seconds) and seconds > 0 and row["ranks"] > 0 < row["message_bytes"]):
+        raise ValueError(f"a row with seconds {seconds}, ranks {row['ranks']}")
+    return dict(row)
 
 
-def _points(
-    rows: Sequence[Mapping[str, Any]], collective: str, form: str, nodes: int
-) -> list[Point]:
-    chosen = [r for r in rows if r["collective"] == collective and r["form"] == form]
-    points = [_point(r["ranks"], nodes, r["message_bytes"], _median(r), collective) for r in chosen]
-    return _without_bursts(points)
+def _gathers(rows: Sequence[Row], k: int) -> list[Point]:
+    forms: tuple[Form, ...] = ("flat", "hierarchical")
+    return [
+        Point(gather_terms(k, row["ranks"], row["message_bytes"], form), _median(row))
+        for form in forms
+        for row in _of(rows, "all_gather", form)
+        if row["ranks"] > 1
+    ]
 
 
-def _without_bursts(points: list[Point]) -> list[Point]:
-    """A shaper lets a short message through faster than its rate; a link never is."""
-    largest = max(points, key=lambda p: p.num_bytes, default=None)
-    return [p for p in points if largest is not None and p.busbw <= _BURST * largest.busbw]
-
-
-def _point(ranks: int, nodes: int, num_bytes: int, seconds: float, collective: str) -> Point:
-    factor = 2 if collective == "all_reduce" else 1
-    moved = factor * num_bytes * (ranks - 1) / ranks
-    return Point(ranks, nodes, num_bytes, moved / seconds)
-
-
-def _inner_points(
-    rows: Sequence[Mapping[str, Any]], nodes: int, k: int, between: Fit
-) -> list[Point]:
-    """What is left of two-stage gathers: a gather of the whole message inside the node."""
+def _all_reduces(rows: Sequence[Row], k: int, ring: bool) -> list[Point]:
     points = []
-    for row in rows:
-        if row["collective"] == "all_gather" and row["form"] == "hierarchical":
-            num_bytes = row["message_bytes"]
-            outer = (
-                between.latency * (nodes - 1) + num_bytes * (nodes - 1) / nodes / between.bandwidth
-            )
-            left = _median(row) - outer
-            if left > 0:
-                points.append(_point(k, 1, num_bytes, left, "all_gather"))
+    for row in _of(rows, "all_reduce", "flat"):
+        ranks, nodes = row["ranks"], row["ranks"] // k
+        if nodes > 1:
+            terms = all_reduce_terms(ranks, nodes, row["message_bytes"], ring=ring)
+            points.append(Point((terms,), _median(row)))
     return points
 
 
-def _median(row: Mapping[str, Any]) -> float:
+def _of(rows: Sequence[Row], collective: str, form: str) -> list[Row]:
+    """Without messages that a shaper let through faster than its rate; a link never is."""
+    chosen = [row for row in rows if row["collective"] == collective and row["form"] == form]
+    kept = []
+    for ranks in sorted({row["ranks"] for row in chosen}):
+        group = [row for row in chosen if row["ranks"] == ranks]
+        slowest = _rate(max(group, key=lambda row: int(row["message_bytes"])))
+        kept += [row for row in group if _rate(row) <= _BURST * slowest]
+    return kept
+
+
+def _rate(row: Row) -> float:
+    return float(row["message_bytes"]) / _median(row)
+
+
+def _median(row: Row) -> float:
     return float(row["seconds"]["median"])

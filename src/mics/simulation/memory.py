@@ -66,6 +66,8 @@ class Setup:
         prefetch: blocks gathered ahead.
         reductions: buffers of a block that is being reduced: on the CPU two, as ranks exchange.
         micro_steps: with more than one, gradients are alive from the second forward on.
+        staged: GPUs of a node, where collectives run in two stages: the message between nodes has a
+            buffer of its own, a unit's size over that; 0 where they do not.
         communicators: groups a rank is in.
         communicator_bytes: buffers of each.
         runtime_bytes: what a GPU is missing before the first tensor is made.
@@ -80,6 +82,7 @@ class Setup:
     prefetch: int = 1
     reductions: int = 1
     micro_steps: int = 1
+    staged: int = 0
     communicators: int = 0
     communicator_bytes: int = 0
     runtime_bytes: int = 0
@@ -212,10 +215,11 @@ class _States:
         p, optimizer = setup.partition, OPTIMIZERS[setup.optimizer]
         units = [*blocks, root]
         trained = sum(unit.trained(p) for unit in units) // p
-        self._prefetch = setup.prefetch
+        self._prefetch, self._staged = setup.prefetch, setup.staged
         self._gathered = [unit.numel(p) * setup.compute_bytes for unit in units]
         buffers = setup.reduce_bytes * setup.reductions
-        self._reduced = [unit.trained(p) * buffers for unit in units]
+        reduced = [unit.trained(p) * buffers for unit in units]
+        self._reduced = [size + self._buffer(size) for size in reduced]
         self._whole = [unit.trained(p) * setup.compute_bytes for unit in units]
         shards = [unit.trained(p) // p * setup.master_bytes for unit in units]
         self._all_shards = sum(shards)
@@ -234,6 +238,10 @@ class _States:
             "communicators": setup.communicators * setup.communicator_bytes + setup.runtime_bytes,
         }
 
+    def _buffer(self, size: int) -> int:
+        """Of the stage between nodes."""
+        return size // self._staged if self._staged else 0
+
     def at_optimizer_step(self) -> Need:
         """When every gradient is reduced."""
         return Need(**self._fixed, gradients=self._all_shards, communication_buffers=self._step)
@@ -242,13 +250,15 @@ class _States:
         """At a moment of the micro-step."""
         root = self._gathered[-1]
         if level.phase == "loss":
+            ahead = self._gathered[-2:-1] if self._prefetch else []
             return Need(
                 **self._fixed,
                 gradients=self._shards_before + level.gradients,
                 unsharded_blocks=root,
-                prefetched_blocks=self._gathered[-2] if self._prefetch else 0,
+                prefetched_blocks=sum(ahead),
                 activations=level.activations,
                 logits=level.logits,
+                communication_buffers=self._buffer(sum(ahead)),
             )
         if level.phase == "block backward":
             unit = level.unit
@@ -260,7 +270,7 @@ class _States:
                 unsharded_blocks=root + self._gathered[unit],
                 prefetched_blocks=sum(ahead),
                 activations=level.activations,
-                communication_buffers=behind,
+                communication_buffers=behind + self._buffer(sum(ahead)),
             )
         # The root's own reduction needs its whole gradients and a buffer, but no parameters.
         reducing = max(self._reduced[-1], root + self._reduced[0])

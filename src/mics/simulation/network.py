@@ -1,21 +1,30 @@
 """How long a collective takes, from latency and bandwidth per link.
 
-n ranks on N nodes, S bytes of the gathered (or reduced) message, M of a unit:
+n ranks on N nodes, S bytes of the gathered (or reduced) message:
 
-==================  =============================================================================
-all-gather, reduce-scatter
-  inside a node     fixed + (n - 1) latency + S (n - 1) / n / B
-  flat, over nodes  fixed + (N - 1) inter latency + (n - N) intra latency + S (n - 1) / n / B(N)
-  two stages        inter: fixed + (N - 1) inter latency + S (N - 1) / N / B(N), where the node's
-                    ranks share its link; intra: as inside a node
-all-reduce
-  over nodes        fixed + 2 ceil(log2 N) latency + 2 S (n - 1) / n / B(N), times the groups that
-                    share a node's link; the ring's latency where no tree was measured
-==================  =============================================================================
+==========================  =================================================================
+stage                       seconds
+==========================  =================================================================
+gather inside a node        fixed + (n - 1) latency + S (n - 1) / n / B
+gather over nodes, flat     fixed + (N - 1) latency + (n - N) inside + S (n - 1) / n / B(N)
+gather, inter stage         fixed + (N - 1) latency + S (N - 1) / N / B(N), a node's ranks
+                            together
+gather, intra stage         as inside a node
+all-reduce inside a node    fixed + 2 (n - 1) latency + 2 S (n - 1) / n / B
+all-reduce, tree            fixed + 2 ceil(log2 N) latency + g 2 S (N - 1) / N / B(N)
+all-reduce, ring            fixed + 2 (N - 1) latency + 2 (n - N) inside
+                            + g 2 S (n - 1) / n / B(N)
+==========================  =================================================================
 
-B(N) = B (N / 2) ** -falls. A ring passes every node's link once, so a node sends what one rank does
-(``traffic.py``). The slower of link and memory copy is the link. Sources: nccl-tests for bus
-bandwidth; the form linear in n is the ring of NCCL, the logarithm its trees.
+The figures are those of the link the stage is on; ``inside`` is the latency of a hop within nodes,
+g the number of groups that share a node's link, B(N) = B (N / 2) ** -falls. A reduce-scatter is a
+gather run backwards. Every stage is linear in a link's figures (``Terms``), and a fit to
+measurements solves the same lines (``fit.py``).
+
+A ring passes every node's link once, so a node sends what one rank does (``traffic.py``); NCCL's
+gathers are rings. Its trees join whole nodes, whose GPUs have summed before, so a node sends
+2 S (N - 1) / N. Counted like that, public all-reduces on 2, 4 and 8 p5 have one bandwidth; as bus
+bandwidth it is 445, 348 and 278 GB/s, the first above the line rate. Gloo's all-reduce is a ring.
 """
 
 from __future__ import annotations
@@ -24,7 +33,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from mics.simulation.hardware import Node
+from mics.simulation.hardware import Link, Node
 from mics.traffic import Form
 
 On = Literal["intra", "inter"]
@@ -38,6 +47,79 @@ class Stage:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Terms:
+    """What a stage's time is made of.
+
+    Args:
+        link: it is on.
+        hops: over that link, one after the other.
+        num_bytes: that the link carries.
+        nodes: N, which the bandwidth between nodes depends on.
+        inside: hops within nodes of a ring that passes several.
+    """
+
+    link: On
+    hops: float
+    num_bytes: float
+    nodes: int = 1
+    inside: float = 0.0
+
+    def seconds(self, link: Link, intra: Link) -> float:
+        """On these links.
+
+        Args:
+            link: the one it is on.
+            intra: of a node.
+        """
+        bandwidth = link.over(self.nodes)
+        if self.inside:  # a ring goes as fast as its slowest part
+            bandwidth = min(bandwidth, intra.bandwidth)
+        hops = self.hops * link.latency + self.inside * intra.latency
+        return link.fixed + hops + self.num_bytes / bandwidth
+
+
+def gather_terms(k: int, ranks: int, num_bytes: float, form: Form = "flat") -> tuple[Terms, ...]:
+    """Of an all-gather's stages.
+
+    Args:
+        k: GPUs of a node.
+        ranks: n, consecutive ones.
+        num_bytes: S.
+        form: flat or hierarchical, over several nodes.
+    """
+    if ranks == 1:
+        return ()
+    if ranks <= k:
+        return (_inside(ranks, num_bytes),)
+    nodes = ranks // k
+    if form == "hierarchical" and k > 1:
+        inter = Terms("inter", nodes - 1, num_bytes * (nodes - 1) / nodes, nodes)
+        return (inter, _inside(k, num_bytes))
+    return (Terms("inter", nodes - 1, num_bytes * (ranks - 1) / ranks, nodes, ranks - nodes),)
+
+
+def all_reduce_terms(
+    ranks: int, nodes: int, num_bytes: float, sharing: int = 1, *, ring: bool = False
+) -> Terms:
+    """Of an all-reduce.
+
+    Args:
+        ranks: n.
+        nodes: N.
+        num_bytes: S, of each rank's message.
+        sharing: groups that run on the same nodes at once.
+        ring: of all ranks, instead of a tree of nodes.
+    """
+    in_ring = 2 * num_bytes * (ranks - 1) / ranks
+    if nodes == 1:
+        return Terms("intra", 2 * (ranks - 1), in_ring)
+    if ring:
+        return Terms("inter", 2 * (nodes - 1), sharing * in_ring, nodes, 2 * (ranks - nodes))
+    moved = sharing * 2 * num_bytes * (nodes - 1) / nodes
+    return Terms("inter", 2 * math.ceil(math.log2(nodes)), moved, nodes)
+
+
 def gather_stages(
     node: Node, ranks: int, num_bytes: float, form: Form = "flat"
 ) -> tuple[Stage, ...]:
@@ -49,22 +131,15 @@ def gather_stages(
         num_bytes: of the gathered message.
         form: flat or hierarchical, over several nodes.
     """
-    k = node.gpus_per_node
-    if ranks == 1:
-        return ()
-    if ranks <= k:
-        return (Stage("intra", _ring(node, ranks, num_bytes)),)
-    over = ranks // k
-    if form == "hierarchical" and k > 1:
-        link = node.inter
-        inter = (
-            link.fixed + (over - 1) * link.latency + num_bytes * (over - 1) / over / link.over(over)
-        )
-        return (Stage("inter", inter), Stage("intra", _ring(node, k, num_bytes)))
-    return (Stage("inter", _flat(node, ranks, over, num_bytes)),)
+    return tuple(
+        Stage(terms.link, terms.seconds(getattr(node, terms.link), node.intra))
+        for terms in gather_terms(node.gpus_per_node, ranks, num_bytes, form)
+    )
 
 
-def all_reduce_seconds(node: Node, ranks: int, nodes: int, num_bytes: float, sharing: int) -> float:
+def all_reduce_seconds(
+    node: Node, ranks: int, nodes: int, num_bytes: float, sharing: int = 1
+) -> float:
     """Of an all-reduce between replicas.
 
     Args:
@@ -76,26 +151,10 @@ def all_reduce_seconds(node: Node, ranks: int, nodes: int, num_bytes: float, sha
     """
     if ranks == 1:
         return 0.0
-    moved = 2 * num_bytes * (ranks - 1) / ranks
-    if nodes == 1:
-        link = node.intra
-        return link.fixed + 2 * (ranks - 1) * link.latency + moved / link.bandwidth
-    tree = node.all_reduce
-    if tree is not None:
-        levels = 2 * math.log2(nodes)
-        return tree.fixed + levels * tree.latency + sharing * moved / tree.over(nodes)
-    link = node.inter
-    hops = 2 * math.ceil(math.log2(nodes))
-    return link.fixed + hops * link.latency + sharing * moved / link.over(nodes)
+    terms = all_reduce_terms(ranks, nodes, num_bytes, sharing, ring=node.all_reduce_is_ring)
+    between = node.all_reduce or node.inter
+    return terms.seconds(node.intra if nodes == 1 else between, node.intra)
 
 
-def _ring(node: Node, ranks: int, num_bytes: float) -> float:
-    link = node.intra
-    moved = num_bytes * (ranks - 1) / ranks
-    return link.fixed + (ranks - 1) * link.latency + moved / link.bandwidth
-
-
-def _flat(node: Node, ranks: int, nodes: int, num_bytes: float) -> float:
-    hops = (nodes - 1) * node.inter.latency + (ranks - nodes) * node.intra.latency
-    slowest = min(node.intra.bandwidth, node.inter.over(nodes))
-    return node.inter.fixed + hops + num_bytes * (ranks - 1) / ranks / slowest
+def _inside(ranks: int, num_bytes: float) -> Terms:
+    return Terms("intra", ranks - 1, num_bytes * (ranks - 1) / ranks)

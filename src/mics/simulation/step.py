@@ -99,7 +99,7 @@ class Step:
         exposed: by hop, seconds that computation waited; hop 0 is the optimizer step and what
             follows it.
         total: by hop, seconds of communication.
-        timeline: every span, if asked for; of at most three micro-steps.
+        timeline: every span, if asked for.
     """
 
     seconds: float
@@ -119,7 +119,8 @@ def simulate(
 ) -> Step:
     """Run one step.
 
-    Micro-steps are alike from the second to the last but one, so at most three are simulated.
+    Micro-steps are alike from the second to the last but one, so at most three are simulated,
+    unless every span is wanted.
 
     Args:
         blocks: in the order of the model.
@@ -130,13 +131,13 @@ def simulate(
         kind: of rank; one with streams by default, see ``step_on_cpu.py``.
     """
     rank = (kind or Rank)(blocks, root, schedule, timeline)
-    s = schedule.micro_steps
+    simulated = schedule.micro_steps if timeline else min(schedule.micro_steps, 3)
     ends: list[tuple[float, float, float, float]] = []
-    for number in range(min(s, 3)):
-        rank.micro_step(last=number == min(s, 3) - 1)
+    for number in range(simulated):
+        rank.micro_step(last=number == simulated - 1)
         ends.append((rank.now, rank.compute, rank.exposed[1], rank.exposed[2]))
     rank.finish()
-    more = s - 3
+    more = schedule.micro_steps - simulated
     seconds, compute, exposed = rank.now, rank.compute, dict(rank.exposed)
     if more > 0:
         one = [b - a for a, b in zip(ends[0], ends[1], strict=True)]

@@ -17,12 +17,12 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
 from mics import compat
-from mics.compat import TorchDispatchMode, tree_leaves
+from mics.compat import TorchDispatchMode, tree_leaves, tree_map
 from mics.simulation.attention import FusedAttention
+from mics.simulation.products import flops_of
 
 Pass = Literal["forward", "backward"]
 ROOT = -1
@@ -132,6 +132,9 @@ def trace(model: nn.Module, blocks: Sequence[nn.Module], loss: Callable[[], torc
         model: on the meta device, its parameters in the dtype that is computed in.
         blocks: its units but the root.
         loss: a forward on inputs on the meta device, up to the number to minimise.
+
+    Raises:
+        PlanError: an operator multiplies matrices in a way nobody has counted.
     """
     watch = _Watch(model, blocks)
     with watch.hooked(), FusedAttention(watch.saw), watch, torch.device("meta"):
@@ -164,7 +167,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.segments: list[Segment] = []
         self.block_inputs = [0] * len(blocks)
-        self._blocks = list(blocks)
+        self._model, self._blocks = model, list(blocks)
         # Gradients of the root are reduced when the backward pass is over, and stay until then.
         self._of_blocks = {id(param) for block in blocks for param in block.parameters()}
         self._parameters = list(model.parameters())
@@ -241,12 +244,14 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @contextmanager
     def hooked(self) -> Iterator[None]:
         """Blocks say when their part of a pass begins and ends."""
-        handles: list[Any] = [
+        handles: list[Any] = [self._model.register_forward_pre_hook(_cast_inputs, with_kwargs=True)]
+        handles += [
             param.register_post_accumulate_grad_hook(self._accumulated)  # type: ignore[no-untyped-call]
             for param in self._parameters
             if param.requires_grad
         ]
         for number, block in enumerate(self._blocks):
+            handles.append(block.register_forward_pre_hook(_cast_inputs, with_kwargs=True))
             handles.append(
                 block.register_forward_pre_hook(self._on_entry(number), with_kwargs=True)
             )
@@ -311,9 +316,19 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> None:
         if func in _NO_KERNEL:
             return
-        count = flop_registry.get(func._overloadpacket)
-        flops = int(count(*args, **kwargs, out_val=result)) if count else 0
-        self.saw(flops, [*read, *written])
+        self.saw(flops_of(func, args, kwargs, result), [*read, *written])
+
+
+def _cast_inputs(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """What enters a unit is in the dtype of its parameters (FSDP2's ``cast_forward_inputs``)."""
+    dtypes = (param.dtype for param in module.parameters() if param.is_floating_point())
+    dtype = next(dtypes, None)
+
+    def cast(value: Any) -> Any:
+        floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+        return value.to(dtype) if floating and dtype is not None else value
+
+    return tree_map(cast, args), tree_map(cast, kwargs)
 
 
 _NOTHING_SPECIAL = {torch.bool: True, torch.float32: 0.0, torch.bfloat16: 0.0, torch.float16: 0.0}

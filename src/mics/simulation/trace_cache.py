@@ -13,6 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from mics.simulation.trace import Operator, Segment, Trace
+from mics.version import __version__
+
+_COUNTED = 2
+"""Raised when traces count otherwise, so that those of before are not used."""
 
 _FIGURES = ("unit", "direction", "start", "peak", "gradients", "end")
 
@@ -21,14 +25,15 @@ class TraceCache:
     """Where traces of one model are kept.
 
     Args:
-        identity: everything a trace depends on but micro-batch and sequence: configuration, dtype,
-            versions.
+        identity: everything a trace depends on but micro-batch, sequence and this library:
+            configuration, dtype, versions of others.
         folder: ``$MICS_CACHE``, else ``~/.cache/mics``, by default.
     """
 
     def __init__(self, identity: str, folder: Path | None = None) -> None:
         at = folder or Path(os.environ.get("MICS_CACHE", "~/.cache/mics")).expanduser()
-        self._folder = at / "traces" / hashlib.sha256(identity.encode()).hexdigest()[:24]
+        known = f"{_COUNTED}\n{__version__}\n{identity}"
+        self._folder = at / "traces" / hashlib.sha256(known.encode()).hexdigest()[:24]
 
     def get(self, micro_batch: int, sequence: int) -> Trace | None:
         """One that was kept, or ``None``."""

@@ -22,6 +22,7 @@ from mics.models.presets import PRESETS
 from mics.planning.subject import subject
 from mics.simulation.memory import NOT_MODELLED, Setup, memory
 from mics.topology import Topology, possible_partitions
+from mics.training import optimisation
 from mics.training.batching import Batching, sequence_length, solve
 from mics.training.config import TrainConfig
 from mics.training.launching import num_ranks
@@ -117,6 +118,7 @@ def _memory(
         setup = Setup(
             p,
             checkpointing,
+            optimisation.MEMORY,
             compute_bytes=2 if bf16 else 4,
             micro_steps=batch.micro_steps,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -14,10 +14,14 @@ from mics.console import say
 from mics.errors import PlanError
 from mics.launch import read_launch
 from mics.partition_choice import PartitionChoice, choose_partition, device_memory
-from mics.planning.plan import GIB, Question, Way, needed_by, simulate_way
+from mics.planning.plan import GIB, Question, Search, Way, needed_by, search, simulate_way
+from mics.planning.reasons import explain
 from mics.planning.subject import subject
 from mics.simulation.anatomy import Anatomy
-from mics.simulation.hardware import Cluster, Gpu, Link, Node, find_node
+from mics.simulation.hardware import Cluster, Gpu, Link, Node
+from mics.simulation.lookup import find_node
+from mics.traffic import Form
+from mics.training import optimisation
 from mics.training.config import TrainConfig
 
 _NOWHERE = Link(1.0, 0.0)
@@ -66,6 +70,7 @@ class Forecast:
         per_host = launch.ranks_per_node if launch else world
         self._k = config.parallel.gpus_per_node or per_host
         self._per_host, self._device, self._named = per_host, device, config.parallel.node
+        self._collectives = config.parallel.collectives
         self._checkpointing = config.parallel.activation_checkpointing
         self._micro_batch, self._micro_steps = micro_batch, micro_steps
         self._bytes = 2 if config.parallel.dtype == "bf16" else 4
@@ -75,17 +80,21 @@ class Forecast:
         self._question = Question(
             sequence,
             micro_steps=micro_steps,
+            optimizer=optimisation.MEMORY,
             compute_bytes=self._bytes,
             reductions=1 if on_gpu else 2,
             runtime_gib=0.8 if on_gpu else 0.0,
             communicator_gib=0.35 if on_gpu else 0.0,
+            stack="fused" if config.parallel.compile else "eager",
         )
         self._nodes = max(world // self._k, 1)
         self._node = self._described()
         self._traced = self._try_trace()
 
     def choose(self) -> PartitionChoice | Literal["auto"]:
-        """The smallest partition whose memory is there. Collective.
+        """The smallest partition whose memory is there; the fastest, where times are known.
+
+        Collective.
 
         Returns:
             "auto" for a model that cannot be traced, which leaves the choice to ``mics.shard``.
@@ -97,7 +106,10 @@ class Forecast:
             return "auto"
         memory = torch.tensor(device_memory(self._device, self._per_host), device=self._device)
         dist.all_reduce(memory, dist.ReduceOp.MIN)
-        return choose_partition(self._need(), int(memory), nodes=self._nodes, gpus_per_node=self._k)
+        fastest = self._fastest(int(memory)) if self._named is not None else None
+        return fastest or choose_partition(
+            self._need(), int(memory), nodes=self._nodes, gpus_per_node=self._k
+        )
 
     def expect(self, partition: int) -> Expectation:
         """Memory and time with a partition."""
@@ -105,10 +117,23 @@ class Forecast:
             return Expectation(None, None)
         seconds = None
         if self._named is not None:
-            seconds = simulate_way(
-                "mics", self._anatomy, self._cluster(), self._question, self._way(partition)
-            ).seconds
+            seconds = min(map(self._seconds, self._ways(partition)))
         return Expectation(self._need()(partition), seconds)
+
+    def _fastest(self, memory: int) -> PartitionChoice | None:
+        """The best plan on the nodes that were named, with the memory that is there."""
+        node = replace(self._node, gpu=replace(self._node.gpu, memory=float(memory)))
+        question = replace(
+            self._question,
+            micro_batches=(self._micro_batch,),
+            checkpointing=(self._checkpointing,),
+        )
+        found = search(self._anatomy, Cluster(node, self._nodes), question)
+        possible = [p for p in found.plans if p.way in self._ways(p.way.partition)]
+        if not possible:
+            return None
+        best = explain(possible[0], Search(tuple(possible), found.rejected))
+        return PartitionChoice(possible[0].way.partition, best)
 
     def _try_trace(self) -> bool:
         """Whether the model runs without values; one whose path depends on them does not."""
@@ -121,22 +146,30 @@ class Forecast:
 
     def _need(self) -> Callable[[int], int]:
         def need(partition: int) -> int:
-            way = self._way(partition)
-            return round(needed_by(self._anatomy, self._cluster(), self._question, way))
+            where, asked = self._cluster(), self._question
+            ways = self._ways(partition)
+            return round(max(needed_by(self._anatomy, where, asked, way) for way in ways))
 
         return need
 
-    def _way(self, partition: int) -> Way:
-        form: Literal["flat", "hierarchical"] = (
-            "hierarchical" if partition > self._k > 1 else "flat"
-        )
-        return Way(partition, self._micro_batch, self._micro_steps, self._checkpointing, form)
+    def _seconds(self, way: Way) -> float:
+        return simulate_way("mics", self._anatomy, self._cluster(), self._question, way).seconds
+
+    def _ways(self, partition: int) -> list[Way]:
+        """One, or two where the run will measure which form of its collectives is faster."""
+        forms: tuple[Form, ...] = ("flat",)
+        if partition > self._k > 1:
+            chosen = self._collectives
+            forms = ("flat", "hierarchical") if chosen == "auto" else (chosen,)
+        rest = (self._micro_batch, self._micro_steps, self._checkpointing)
+        return [Way(partition, *rest, form) for form in forms]
 
     def _cluster(self) -> Cluster:
         return Cluster(self._node, self._nodes)
 
     def _described(self) -> Node:
+        """What ``parallel.node`` names, with as many GPUs as a node of this run has."""
         if self._named is not None:
-            return find_node(self._named)
+            return replace(find_node(self._named), gpus_per_node=self._k)
         gpu = Gpu("this device", float(GIB), 1.0, None)
         return Node("here", gpu, self._k, _NOWHERE, _NOWHERE)

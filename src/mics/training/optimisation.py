@@ -11,6 +11,9 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from mics.training.config import OptimizerConfig
 
+MEMORY = "adamw-fused"
+"""What ``make_optimizer`` makes, as the memory model calls it."""
+
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW over the trainable parameters of a sharded model.

@@ -1,0 +1,88 @@
+"""Options that say what the nodes are, for `mics plan` and `mics simulate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mics.errors import PlanError
+from mics.simulation.hardware import Node
+from mics.simulation.lookup import described, find_gpu, find_node
+from mics.simulation.measured import measured_node
+
+DEFAULT = "p4d"
+_OTHERS = ("memory", "intra", "inter", "gpus_per_node")
+
+
+@dataclass(frozen=True)
+class ClusterOptions:
+    """One of: a node of the catalogue, three numbers, a measurement."""
+
+    node: str | None = None
+    """A node of the catalogue (`mics plan --list`), or a .toml file of that form; default: p4d."""
+
+    memory: float | None = None
+    """Instead of --node: GiB of a GPU; with --intra and --inter."""
+
+    intra: float | None = None
+    """GB/s of a ring inside the node."""
+
+    inter: float | None = None
+    """GB/s of a node to others."""
+
+    gpus_per_node: int | None = None
+    """With --memory; 8 by default."""
+
+    profile: Path | None = None
+    """Instead of --node: the JSON of `mics bench collectives --out`; with --gpu."""
+
+    gpu: str | None = None
+    """With --profile or --memory: a GPU of the catalogue that computes like those."""
+
+
+def node_of(options: ClusterOptions) -> Node:
+    """The node that the options describe.
+
+    Raises:
+        PlanError: an unknown node, two descriptions, half of one, or an option without effect.
+    """
+    if options.node is not None:
+        _refuse(
+            options, "beside --node", "memory", "intra", "inter", "gpus_per_node", "profile", "gpu"
+        )
+        return find_node(options.node)
+    if options.profile is not None:
+        _refuse(options, "beside --profile", *_OTHERS)
+        if options.gpu is None:
+            raise PlanError(
+                "A profile says how fast links are, not what computes.", write="--gpu H100"
+            )
+        return measured_node(options.profile, find_gpu(options.gpu))
+    numbers = {"memory": options.memory, "intra": options.intra, "inter": options.inter}
+    if all(number is None for number in numbers.values()):
+        _refuse(options, "without --memory or --profile", "gpus_per_node", "gpu")
+        return find_node(DEFAULT)
+    memory, intra, inter = numbers.values()
+    if memory is None or intra is None or inter is None:
+        missing = [f"--{name}" for name, number in numbers.items() if number is None]
+        raise PlanError(
+            f"A node is described by three numbers; {' and '.join(missing)} is missing.",
+            write="--memory <GiB> --intra <GB/s> --inter <GB/s>",
+        )
+    return described(
+        memory_gib=memory,
+        intra_gb_s=intra,
+        inter_gb_s=inter,
+        gpus_per_node=8 if options.gpus_per_node is None else options.gpus_per_node,
+        gpu=None if options.gpu is None else find_gpu(options.gpu),
+    )
+
+
+def _refuse(options: ClusterOptions, where: str, *names: str) -> None:
+    """No option without effect."""
+    given = [f"--{n.replace('_', '-')}" for n in names if getattr(options, n) is not None]
+    if given:
+        raise PlanError(
+            f"{' and '.join(given)} would have no effect {where}.",
+            write="one description of a node: --node, or --memory --intra --inter, or --profile",
+        )

@@ -1,0 +1,161 @@
+"""Nodes and GPUs by name: from the catalogue, from a user's file, or from three numbers."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from mics.errors import PlanError
+from mics.simulation.hardware import Gpu, Node
+from mics.simulation.tables import gpu_of, node_of
+
+
+def nodes() -> dict[str, Node]:
+    """All nodes of the catalogue by name."""
+    return {name: node_of(name, facts, gpus()) for name, facts in _tables("nodes").items()}
+
+
+def gpus() -> dict[str, Gpu]:
+    """All GPUs of the catalogue by name."""
+    return {name: gpu_of(name, facts) for name, facts in _tables("gpus").items()}
+
+
+def dated(file: str) -> str:
+    """When a file of the catalogue was last looked over."""
+    return str(read_catalogue(file)["dated"])
+
+
+def find_node(name: str) -> Node:
+    """A node of the catalogue ("p4d", "p4d.24xlarge"), or of a user's file of the same form.
+
+    Raises:
+        PlanError: there is none; names the nearest.
+    """
+    if name.endswith(".toml"):
+        return _from_file(Path(name))
+    known = nodes()
+    instances = {str(facts["instance"]): key for key, facts in _tables("nodes").items()}
+    short = instances.get(name, name)
+    if short in known:
+        return _measured(known[short])
+    near = difflib.get_close_matches(short, known, 1)
+    raise PlanError(
+        f"There is no node {name!r} in the catalogue"
+        + (f"; did you mean {near[0]!r}?" if near else "."),
+        numbers=f"Nodes: {', '.join(known)}.",
+        write="one of them, a .toml file of your own (mics plan --list shows one), or "
+        "--memory, --intra and --inter",
+    )
+
+
+def find_gpu(name: str) -> Gpu:
+    """A GPU of the catalogue.
+
+    Raises:
+        PlanError: there is none; names the nearest.
+    """
+    known = gpus()
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name, known, 1)
+    raise PlanError(
+        f"There is no GPU {name!r} in the catalogue"
+        + (f"; did you mean {near[0]!r}?" if near else "."),
+        numbers=f"GPUs: {', '.join(known)}.",
+        write="--gpu <one of them>",
+    )
+
+
+def described(
+    *,
+    memory_gib: float,
+    intra_gb_s: float,
+    inter_gb_s: float,
+    gpus_per_node: int = 8,
+    gpu: Gpu | None = None,
+) -> Node:
+    """A node of three numbers; latencies are those of p4d.
+
+    Args:
+        memory_gib: of a GPU.
+        intra_gb_s: what a ring inside the node carries.
+        inter_gb_s: what a node carries to others.
+        gpus_per_node: k.
+        gpu: computes as fast as this one; an A100 of 40 GB by default.
+
+    Raises:
+        PlanError: a number is not positive, or not finite.
+    """
+    given = {"memory": memory_gib, "intra": intra_gb_s, "inter": inter_gb_s}
+    for name, value in (given | {"gpus_per_node": gpus_per_node}).items():
+        if not 0 < value < math.inf:
+            raise PlanError(f"{name} must be positive, got {value}.")
+    like = find_node("p4d")
+    rates = gpu or like.gpu
+    assumed = "" if gpu else ", as none was named"
+    own = replace(
+        rates,
+        name=f"GPU of {memory_gib:g} GiB",
+        memory=memory_gib * 2**30,
+        source=f"as described; computes like {rates.name}{assumed}",
+    )
+    return Node(
+        "described",
+        own,
+        gpus_per_node,
+        replace(like.intra, bandwidth=intra_gb_s * 1e9),
+        replace(like.inter, bandwidth=inter_gb_s * 1e9, line=inter_gb_s * 1e9),
+        source="as described; latencies of p4d",
+    )
+
+
+def _from_file(path: Path) -> Node:
+    if not path.is_file():
+        raise PlanError(f"There is no {path}.", write="a .toml file with one node")
+    try:
+        facts = tomllib.loads(path.read_text())
+    except ValueError as error:
+        raise PlanError(f"{path} is no TOML.", numbers=str(error)) from None
+    described = facts.pop("gpus", {})
+    if not isinstance(described, dict):
+        raise PlanError(f"gpus of {path} must be a table.", write="[gpus.<name>]")
+    own = {name: gpu_of(name, table) for name, table in described.items()}
+    tables = {name: table for name, table in facts.items() if isinstance(table, dict)}
+    if len(tables) != 1:
+        raise PlanError(
+            f"{path} must describe one node.",
+            numbers=f"Its tables are {', '.join(tables) or 'none'}.",
+            write="one table as in mics plan --list, and [gpus.<name>] for GPUs of your own",
+        )
+    ((name, table),) = tables.items()
+    return _measured(node_of(name, table, gpus() | own))
+
+
+def _measured(node: Node) -> Node:
+    """A node can be planned for when the bandwidth between nodes is known."""
+    if node.inter.bandwidth > 0:
+        return node
+    line = node.inter.line
+    raise PlanError(
+        f"What {node.name} carries between nodes was never measured in public.",
+        numbers="" if line is None else f"The line rate is {line / 1e9:.0f} GB/s.",
+        write="--profile of mics bench collectives on two of them, or --node <a .toml file> with "
+        "inter.bandwidth",
+    )
+
+
+def _tables(file: str) -> dict[str, Mapping[str, Any]]:
+    return {name: table for name, table in read_catalogue(file).items() if isinstance(table, dict)}
+
+
+@cache
+def read_catalogue(file: str) -> dict[str, Any]:
+    """A file of the catalogue."""
+    return tomllib.loads((files("mics.simulation") / "catalogue" / f"{file}.toml").read_text())

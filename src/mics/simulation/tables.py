@@ -1,0 +1,157 @@
+"""A node or a GPU from a table of TOML, every figure checked.
+
+Tables give GiB, GB/s (10^9), TFLOPS and microseconds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from mics.errors import PlanError
+from mics.simulation.hardware import Gpu, Link, Node
+
+_NODE_KEYS = {
+    "instance",
+    "gpu",
+    "gpus_per_node",
+    "price",
+    "measured_nodes",
+    "fixed",
+    "intra",
+    "inter",
+    "all_reduce",
+    "source",
+}
+_LINK_KEYS = {"line", "bandwidth", "latency", "falls", "fixed"}
+_GPU_KEYS = {"memory", "peak", "achieved", "bandwidth", "source"}
+
+
+def node_of(name: str, facts: Mapping[str, Any], known: Mapping[str, Gpu]) -> Node:
+    """A node.
+
+    Args:
+        name: of its table.
+        facts: the table.
+        known: GPUs it may have.
+
+    Raises:
+        PlanError: a figure is missing, unknown, of another type, or cannot be.
+    """
+    _check_keys(name, facts, _NODE_KEYS, {"gpu", "gpus_per_node", "intra", "inter"})
+    gpu = facts["gpu"]
+    if not isinstance(gpu, str) or gpu not in known:
+        raise PlanError(
+            f"{name} has a GPU that is not known, {gpu!r}.",
+            numbers=f"GPUs: {', '.join(known)}.",
+            write="one of them, or [gpus.<name>] beside the node",
+        )
+    fixed = _number(name, facts, "fixed") or 0.0
+    return Node(
+        name,
+        known[gpu],
+        _count(name, facts, "gpus_per_node"),
+        _link(f"intra of {name}", facts["intra"], fixed),
+        _link(f"inter of {name}", facts["inter"], fixed),
+        _link(f"all_reduce of {name}", facts["all_reduce"], fixed)
+        if "all_reduce" in facts
+        else None,
+        _number(name, facts, "price"),
+        _text(name, facts, "source"),
+        _count(name, facts, "measured_nodes") if "measured_nodes" in facts else None,
+    )
+
+
+def _link(of: str, facts: Any, fixed: float) -> Link:
+    if not isinstance(facts, dict):
+        raise PlanError(
+            f"{of} must be a table, got {facts!r}.", write="{ bandwidth = 180, latency = 20 }"
+        )
+    # What is sold and was never measured has a line rate only; it is planned for with neither.
+    between = of.startswith("inter")
+    needed = {"latency"} if between and "line" in facts else {"bandwidth", "latency"}
+    _check_keys(of, facts, _LINK_KEYS, needed)
+    line = _positive(of, facts, "line")
+    own = _number(of, facts, "fixed")
+    bandwidth = _positive(of, facts, "bandwidth") or 0.0
+    if line is not None and bandwidth > line:
+        raise PlanError(
+            f"bandwidth of {of} is above its line rate.", numbers=f"{bandwidth:g} of {line:g} GB/s."
+        )
+    return Link(
+        bandwidth * 1e9,
+        (_number(of, facts, "latency") or 0.0) * 1e-6,
+        _number(of, facts, "falls") or 0.0,
+        (fixed if own is None else own) * 1e-6,
+        None if line is None else line * 1e9,
+    )
+
+
+def gpu_of(name: str, facts: Any) -> Gpu:
+    """A GPU.
+
+    Args:
+        name: of its table.
+        facts: the table.
+
+    Raises:
+        PlanError: as ``node_of``.
+    """
+    if not isinstance(facts, dict):
+        raise PlanError(f"gpus.{name} must be a table, got {facts!r}.", write=f"[gpus.{name}]")
+    _check_keys(name, facts, _GPU_KEYS, {"memory", "peak"})
+    achieved, bandwidth = _positive(name, facts, "achieved"), _positive(name, facts, "bandwidth")
+    return Gpu(
+        name,
+        (_positive(name, facts, "memory") or 0.0) * 2**30,
+        (_positive(name, facts, "peak") or 0.0) * 1e12,
+        None if bandwidth is None else bandwidth * 1e9,
+        None if achieved is None else achieved * 1e12,
+        _text(name, facts, "source"),
+    )
+
+
+def _check_keys(of: str, facts: Mapping[str, Any], known: set[str], needed: set[str]) -> None:
+    missing, unknown = sorted(needed - set(facts)), sorted(set(facts) - known)
+    if missing or unknown:
+        wrong = [f"lacks {', '.join(missing)}"] if missing else []
+        wrong += [f"has unknown {', '.join(unknown)}"] if unknown else []
+        raise PlanError(
+            f"{of} {' and '.join(wrong)}.",
+            numbers=f"Known: {', '.join(sorted(known))}.",
+            write="the form that mics plan --list shows",
+        )
+
+
+def _number(of: str, facts: Mapping[str, Any], key: str) -> float | None:
+    """A figure that is not negative, where there is one."""
+    value = facts.get(key)
+    if value is None:
+        return None
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 <= value < math.inf:
+        raise PlanError(f"{key} of {of} must be a number, not negative, got {value!r}.")
+    return float(value)
+
+
+def _positive(of: str, facts: Mapping[str, Any], key: str) -> float | None:
+    """A figure above zero, where there is one."""
+    value = _number(of, facts, key)
+    if value == 0:
+        raise PlanError(f"{key} of {of} must be positive, got {value:g}.")
+    return value
+
+
+def _count(of: str, facts: Mapping[str, Any], key: str) -> int:
+    value = facts[key]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise PlanError(f"{key} of {of} must be a positive integer, got {value!r}.")
+    return value
+
+
+def _text(of: str, facts: Mapping[str, Any], key: str) -> str:
+    value = facts.get(key, "")
+    if not isinstance(value, str):
+        raise PlanError(f"{key} of {of} must be text, got {value!r}.")
+    return value

@@ -1,0 +1,211 @@
+"""`mics plan` and `mics simulate` from the command line."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mics.__main__ import main
+from mics.planning.validation import Holds, Row
+
+PLAN = ["plan", "--model", "gpt2-tiny", "--nodes", "2", "--micro-batch", "1", "4"]
+
+
+class Page(HTMLParser):
+    """Which tags a page has; that every tag is closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.seen.append(tag)
+        if tag not in ("meta", "line", "circle", "polyline"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in ("line", "circle", "polyline"):
+            assert self.open.pop() == tag
+
+
+def test_mics_plan_prints_a_table_and_writes_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {kind: tmp_path / f"plan.{kind}" for kind in ("json", "html", "png")}
+    options = [word for kind, path in files.items() for word in (f"--{kind}", str(path))]
+    assert main([*PLAN, "--sweep", "nodes=1..4", "--tokens", "300e9", *options]) == 0
+    out = capsys.readouterr().out
+    for words in (
+        "A step costs $",
+        "3e+11 tokens $",
+        " days; ",
+        "Best: p = ",
+        "$/B tokens",
+        "Around it: partition down to ",
+        "GPU: NVIDIA A100 data sheet",
+        "Assumed: 0.8 GiB a GPU for its runtime",
+        "Not modelled: ",
+    ):
+        assert words in out
+    assert "software stack eager" in out
+    document = json.loads(files["json"].read_text())
+    assert [one["nodes"] for one in document["sweep"]] == [1, 2, 4]
+    assert document["plans"][0]["reason"] in out
+    page = Page()
+    page.feed(files["html"].read_text())
+    assert page.open == []
+    assert page.seen.count("svg") == 4
+    assert "http" not in files["html"].read_text()  # needs nothing else
+    assert files["png"].read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_sweep_leaves_out_what_does_not_go(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "--model", "gpt2-tiny", "--nodes", "2", "--micro-batch", "1"]
+    assert main([*words, "--partition", "16", "--sweep", "nodes=1..4"]) == 0
+    out, err = capsys.readouterr()
+    assert "1 nodes are left out: partition 16 is not possible" in err
+    assert "best by time on each number of nodes" in out
+
+
+def test_mics_plan_lists_the_catalogue(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--list"]) == 0
+    out = capsys.readouterr().out
+    assert "p6-b300" in out
+    assert "n/a" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--node", "p4x"], "did you mean"),
+        (["--nodes", "0"], "--nodes must be at least 1"),
+        (["--memory", "40"], "three numbers"),
+        (["--model", "lama-8b"], "did you mean 'llama-8b'"),
+        (["--sequence", "9999999"], "does not take a sequence"),
+        (["--stack", "x"], "no software stack"),
+        (["--sweep", "x"], "is no range"),
+        (["--profile", "missing.json", "--gpu", "H100"], "no result of mics bench collectives"),
+        (["--profile", "missing.json"], "not what computes"),
+        (["--profile", "missing.json", "--memory", "40"], "--memory would have no effect beside"),
+        (["--node", "p5", "--gpu", "H100"], "--gpu would have no effect beside --node"),
+        (["--node", "p5", "--gpus-per-node", "4"], "--gpus-per-node would have no effect beside"),
+        (["--gpu", "H100"], "--gpu would have no effect without --memory or --profile"),
+        (["--memory", "40", "--intra", "200"], "--inter is missing"),
+        (["--top", "0"], "--top must be at least 1"),
+        (["--tokens", "-1"], "--tokens must be positive"),
+        (["--fragmentation", "-2"], "fragmentation must be at least 1"),
+        (["--json", "nowhere/plan.json"], "There is no nowhere"),
+        (["--html", "."], "It is a folder"),
+    ],
+)
+def test_mics_plan_refuses_what_makes_no_sense(
+    options: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*PLAN, *options]) == 1
+    assert words in capsys.readouterr().err
+
+
+def test_mics_plan_takes_three_numbers_and_ranks_by_cost(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    numbers = ["--memory", "40", "--intra", "200", "--inter", "20"]
+    assert main([*PLAN, *numbers]) == 0
+    assert "n/a" in capsys.readouterr().out  # nobody knows its price
+    assert main([*PLAN, *numbers, "--by", "cost"]) == 1
+    assert "price of described is not known" in capsys.readouterr().err
+    assert main([*PLAN, "--by", "cost"]) == 0
+
+
+def test_mics_simulate_compares_engines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {kind: tmp_path / kind for kind in ("json", "png", "trace")}
+    options = [word for kind, path in files.items() for word in (f"--{kind}", str(path))]
+    words = ["simulate", "--model", "gpt2-tiny", "--nodes", "1..4", "--engines", "mics", "fsdp2"]
+    assert main([*words, *options]) == 0
+    out = capsys.readouterr().out
+    assert out.count("FSDP2 full shard over all ranks") == 1
+    assert "p4d were measured on up to 2 nodes; times on more are extrapolated" in out
+    curves = json.loads(files["json"].read_text())["tokens_per_second_by_gpus"]
+    assert [gpus for gpus, _ in curves["fsdp2"]] == [8, 16, 32]
+    assert json.loads(files["trace"].read_text())["traceEvents"]
+    assert files["png"].read_bytes().startswith(b"\x89PNG")
+    assert "as if it fitted" not in out
+    large = ["simulate", "--model", "gpt2-xl", "--node", "p3dn", "--nodes", "1"]
+    assert main([*large, "--micro-batch", "16", "--engines", "mics", "ddp"]) == 0
+    assert "GiB for a step: it is simulated as if it fitted" in capsys.readouterr().out
+    billions = ["simulate", "--model", "bert-15b", "--nodes", "2", "--engines", "mics", "zero2"]
+    assert main([*billions, "--node", "p3dn"]) == 0
+    assert "zero2 would need" in capsys.readouterr().out
+    assert main([*words, "--bandwidth", "0.01", "--scaling", "strong"]) == 0
+    slower = capsys.readouterr().out
+    assert slower != out
+
+
+def test_mics_simulate_leaves_out_what_does_not_go(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["simulate", "--model", "gpt2-tiny", "--engines", "mics", "--partition", "16"]
+    assert main([*words, "--nodes", "3..48"]) == 0
+    out, err = capsys.readouterr()
+    assert "3 nodes are left out: partition 16 does not divide them" in err
+    assert [int(line.split()[0]) for line in out.splitlines() if " mics " in line] == [
+        8 * n for n in (6, 12, 24, 48)
+    ]
+    assert main([*words, "--nodes", "2..64", "--scaling", "strong", "--micro-steps", "2"]) == 0
+    assert (
+        "8 nodes are left out: 4 micro-batches of a node do not divide" in capsys.readouterr().err
+    )
+
+
+def test_mics_simulate_takes_three_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["simulate", "--model", "gpt2-tiny", "--nodes", "2", "--engines", "mics"]
+    numbers = ["--memory", "40", "--intra", "200", "--inter", "20", "--gpu", "H100"]
+    assert main([*words, *numbers]) == 0
+    assert "computes like H100" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--bandwidth", "0"], "--bandwidth must be positive"),
+        (["--latency", "nan"], "--latency must be positive"),
+        (["--nodes", "x"], "is no range"),
+        (["--nodes", "0"], "is no range"),
+        (["--partition", "64", "--nodes", "1..2"], "goes with no number of nodes of the range"),
+        (["--partition", "3"], "goes with no number of nodes"),
+        (["--engines"], "There is nothing to simulate"),
+        (["--out", "table.md"], "--out is the file of --validate"),
+        (["--validate", "--nodes", "4"], "--nodes would have no effect beside --validate"),
+        (["--micro-batch", "0"], "micro_batches must be at least 1"),
+        (["--micro-steps", "0"], "micro_steps must be at least 1"),
+        (["--sigma", "-1"], "sigma must be at least 0"),
+        (["--node", "p4d", "--profile", "x.json"], "--profile would have no effect"),
+        (["--trace", "nowhere/trace.json"], "There is no nowhere"),
+        (["--node", "p6-b300"], "never measured in public"),
+    ],
+)
+def test_mics_simulate_refuses_what_makes_no_sense(
+    options: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["simulate", "--model", "gpt2-tiny", *options]) == 1
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("holds", "code"), [("yes", 0), ("in the bracket", 0), ("NO", 1)])
+def test_mics_simulate_validate_fails_when_a_figure_is_missed(
+    tmp_path: Path,
+    holds: Holds,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    row = Row("a figure", "1 x", "2 x", 1.0, "held out", holds, "somebody", "nothing")
+    monkeypatch.setattr("mics.commands.simulate.validate", lambda told: [row])
+    out = tmp_path / "table.md"
+    assert main(["simulate", "--validate", "--out", str(out)]) == code
+    printed, err = capsys.readouterr()
+    assert out.read_text() == printed
+    assert f"| a figure | 1 x | 2 x | +100.0% | held out | {holds} |" in printed
+    assert ("not held: a figure" in err) == bool(code)
