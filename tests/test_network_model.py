@@ -14,7 +14,7 @@ import pytest
 from mics.errors import PlanError
 from mics.simulation.catalogue_text import catalogue
 from mics.simulation.fit import Point, fit_links
-from mics.simulation.hardware import Gpu, Link, Node
+from mics.simulation.hardware import Cluster, Gpu, Link, Node
 from mics.simulation.lookup import described, find_gpu, find_node, gpus, nodes
 from mics.simulation.measured import measured_node
 from mics.simulation.network import all_reduce_seconds, gather_stages, gather_terms
@@ -195,7 +195,9 @@ def test_one_number_of_ranks_shows_no_more_than_that(tmp_path: Path) -> None:
 
 def test_one_node_has_no_link_between_nodes(tmp_path: Path) -> None:
     alone = measured_node(bench_file(tmp_path / "inside.json", MANY, (2, 4)), find_gpu("H100"))
-    assert alone.intra == alone.inter
+    assert alone.most_nodes == 1
+    with pytest.raises(PlanError, match="carries between nodes was never measured"):
+        Cluster(alone, 2)
     assert alone.all_reduce is None
     assert figures(alone.intra) == pytest.approx(figures(MANY.intra))
 
@@ -251,7 +253,7 @@ def test_an_unknown_node_names_the_nearest() -> None:
     with pytest.raises(PlanError, match=r"no node 'p4d\.large'"):
         find_node("p4d.large")
     with pytest.raises(PlanError, match=r"p6-b300 carries between nodes was never(.|\n)*800 GB/s"):
-        find_node("p6-b300")
+        Cluster(find_node("p6-b300"), 2)
     with pytest.raises(PlanError, match=r"no node 'p4x'(.|\n)*did you mean 'p4de?'") as caught:
         find_node("p4x")
     assert "p6-b300" in str(caught.value)

@@ -22,9 +22,10 @@ from mics.planning.inverse import (
     smallest_partition,
     with_partition,
 )
+from mics.planning.parsing import parse_range
 from mics.planning.plan import Plan, Question, Search, Way, needed_by, search, ways
 from mics.planning.reasons import explained
-from mics.planning.scaling import parse_range, strong_scaling, weak_scaling
+from mics.planning.scaling import strong_scaling, weak_scaling
 from mics.planning.subject import subject
 from mics.simulation.anatomy import Anatomy
 from mics.simulation.hardware import Cluster, Gpu, Link, Node
@@ -179,6 +180,33 @@ def test_the_fewest_nodes_are_those_of_what_may_be_tried(bert: Anatomy) -> None:
     assert not search(bert, dataclasses.replace(tight, nodes=fewer), plain).plans
 
 
+def test_nodes_whose_link_nobody_measured_stand_alone(bert: Anatomy) -> None:
+    node = dataclasses.replace(small().node, inter=Link(0.0, 50e-6, line=1e9))
+    alone = Cluster(node, 1)
+    assert mics.plan(bert, alone, sequence=128, runtime_gib=0.3, communicator_gib=0.05)
+    with pytest.raises(PlanError, match=r"never measured(.|\n)*line rate is 1 GB/s"):
+        Cluster(node, 2)
+    plan = search(bert, alone, QUESTION).plans[0]
+    told: list[str] = []
+    weak = weak_scaling(plan, ("mics",), (1, 2), told.append)
+    assert [gpus for gpus, _ in weak["mics"]] == [4]
+    assert told == ["2 nodes are left out: the link between them was never measured"]
+    assert len(weak_scaling(plan, ("mics",))["mics"]) == 1
+    assert fewest_nodes(bert, dataclasses.replace(alone), QUESTION) == 1
+
+
+@pytest.mark.parametrize("nodes", [0, -1, 1_000_000])
+def test_a_cluster_has_a_number_of_nodes_that_can_be(nodes: int) -> None:
+    with pytest.raises(PlanError, match="1 to 131,072 nodes"):
+        Cluster(find_node("p4d"), nodes)
+
+
+def test_a_step_of_a_plan_takes_what_the_plan_says(found: Search) -> None:
+    plan = found.plans[0]
+    assert mics.simulate(plan).seconds == plan.seconds
+    assert mics.simulate(plan).late > 0
+
+
 def test_a_global_batch_limits_the_micro_batch(bert: Anatomy) -> None:
     where = small()
     asked = dataclasses.replace(QUESTION, global_batch=16 * 6)
@@ -249,19 +277,23 @@ def test_no_nodes_are_enough_for_some(bert: Anatomy) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        ({"micro_batch": 4}, r"no option micro_batch; did you mean micro_batches\?"),
+        ({"micro_batches": 4}, r"micro_batches is what to try, got 4(.|\n)*Write: \[4\]"),
+        ({"micro_batches": [1.5]}, "micro_batches must be a whole number, at least 1, got 1.5"),
+        ({"global_batch": 96, "micro_steps": 7}, "micro_steps follow from global_batch"),
         ({"sequence": 0}, "does not take a sequence of 0"),
         ({"sequence": 513}, "does not take a sequence of 513"),
         ({"micro_batches": []}, "micro_batches is empty"),
-        ({"micro_batches": [0]}, "micro_batches must be at least 1, got 0"),
+        ({"micro_batches": [0]}, "micro_batches must be a whole number, at least 1, got 0"),
         ({"partitions": ()}, "partitions is empty"),
         ({"checkpointing": ()}, "checkpointing is empty"),
-        ({"micro_steps": 0}, "micro_steps must be at least 1, got 0"),
-        ({"global_batch": -16}, "global_batch must be at least 1, got -16"),
-        ({"fragmentation": -1.0}, "fragmentation must be at least 1, got -1.0"),
-        ({"fragmentation": float("nan")}, "fragmentation must be at least 1, got nan"),
-        ({"prefetch": -1}, "prefetch must be at least 0"),
-        ({"sigma": -0.1}, "sigma must be at least 0"),
-        ({"runtime_gib": float("inf")}, "runtime_gib must be at least 0, got inf"),
+        ({"micro_steps": 0}, "micro_steps must be a whole number, at least 1, got 0"),
+        ({"global_batch": -16}, "global_batch must be a whole number, at least 1, got -16"),
+        ({"fragmentation": -1.0}, "fragmentation must be a number, at least 1, got -1.0"),
+        ({"fragmentation": float("nan")}, "fragmentation must be a number, at least 1, got nan"),
+        ({"prefetch": -1}, "prefetch must be a whole number, at least 0"),
+        ({"sigma": -0.1}, "sigma must be a number, at least 0"),
+        ({"runtime_gib": float("inf")}, "runtime_gib must be a number, at least 0, got inf"),
         ({"optimizer": "adam"}, r"no optimizer 'adam'(.|\n)*adamw, adamw-fused"),
         ({"stack": "none"}, "no software stack 'none'"),
         ({"blocks": torch.nn.Linear}, "An anatomy has its loss and its blocks"),
@@ -289,7 +321,7 @@ def test_an_illegal_partition_lists_the_legal_ones(bert: Anatomy) -> None:
         mics.plan(bert, small(), sequence=128, partitions=(3,))
 
 
-@pytest.mark.parametrize("text", ["p4d", "p4d:", "p4d:0", "p4d:x", ":4"])
+@pytest.mark.parametrize("text", ["p4d", "p4d:", "p4d:0", "p4d:x", ":4", "p4d:\u00b2", 8])
 def test_a_cluster_has_a_node_and_a_number(text: str) -> None:
     with pytest.raises(PlanError):
         mics.plan("bert-large", text, sequence=128)
@@ -369,6 +401,6 @@ def test_scaling_keeps_the_work_or_shares_it(found: Search) -> None:
 def test_a_range_doubles() -> None:
     assert parse_range("nodes=2..64") == [2, 4, 8, 16, 32, 64]
     assert parse_range("3..13") == [3, 6, 12]
-    for text in ("2", "4..2", "0..4", "a..b", "nodes=2-4"):
+    for text in ("2", "4..2", "0..4", "a..b", "nodes=2-4", "\u00b2..4"):
         with pytest.raises(PlanError, match="is no range"):
             parse_range(text)

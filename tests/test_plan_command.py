@@ -49,6 +49,7 @@ def test_mics_plan_prints_a_table_and_writes_files(
         "Around it: partition down to ",
         "GPU: NVIDIA A100 data sheet",
         "Assumed: 0.8 GiB a GPU for its runtime",
+        "a failure in 50,000 GPU hours, 10 minutes to restart, a checkpoint every 30 minutes",
         "Not modelled: ",
     ):
         assert words in out
@@ -60,6 +61,7 @@ def test_mics_plan_prints_a_table_and_writes_files(
     page.feed(files["html"].read_text())
     assert page.open == []
     assert page.seen.count("svg") == 4
+    assert page.seen.count("table") == 2
     assert "http" not in files["html"].read_text()  # needs nothing else
     assert files["png"].read_bytes().startswith(b"\x89PNG")
 
@@ -69,7 +71,7 @@ def test_a_sweep_leaves_out_what_does_not_go(capsys: pytest.CaptureFixture[str])
     assert main([*words, "--partition", "16", "--sweep", "nodes=1..4"]) == 0
     out, err = capsys.readouterr()
     assert "1 nodes are left out: partition 16 is not possible" in err
-    assert "best by time on each number of nodes" in out
+    assert "the fastest plan on each number of nodes" in out
 
 
 def test_mics_plan_lists_the_catalogue(capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,7 +85,9 @@ def test_mics_plan_lists_the_catalogue(capsys: pytest.CaptureFixture[str]) -> No
     ("options", "words"),
     [
         (["--node", "p4x"], "did you mean"),
-        (["--nodes", "0"], "--nodes must be at least 1"),
+        (["--nodes", "0"], "1 to 131,072 nodes, got 0"),
+        (["--nodes", "1000000"], "1 to 131,072 nodes"),
+        (["--node", "p6-b300"], "never measured"),
         (["--memory", "40"], "three numbers"),
         (["--model", "lama-8b"], "did you mean 'llama-8b'"),
         (["--sequence", "9999999"], "does not take a sequence"),
@@ -98,7 +102,8 @@ def test_mics_plan_lists_the_catalogue(capsys: pytest.CaptureFixture[str]) -> No
         (["--memory", "40", "--intra", "200"], "--inter is missing"),
         (["--top", "0"], "--top must be at least 1"),
         (["--tokens", "-1"], "--tokens must be positive"),
-        (["--fragmentation", "-2"], "fragmentation must be at least 1"),
+        (["--fragmentation", "-2"], "fragmentation must be a number, at least 1"),
+        (["--global-batch", "96", "--micro-steps", "7"], "micro_steps follow from global_batch"),
         (["--json", "nowhere/plan.json"], "There is no nowhere"),
         (["--html", "."], "It is a folder"),
     ],
@@ -116,9 +121,23 @@ def test_mics_plan_takes_three_numbers_and_ranks_by_cost(
     numbers = ["--memory", "40", "--intra", "200", "--inter", "20"]
     assert main([*PLAN, *numbers]) == 0
     assert "n/a" in capsys.readouterr().out  # nobody knows its price
-    assert main([*PLAN, *numbers, "--by", "cost"]) == 1
+    sweep = ["--by", "cost", "--sweep", "nodes=1..4"]
+    assert main([*PLAN, *numbers, *sweep]) == 1
     assert "price of described is not known" in capsys.readouterr().err
-    assert main([*PLAN, "--by", "cost"]) == 0
+    assert main([*PLAN, "--by", "cost"]) == 1
+    assert "time and cost rank alike" in capsys.readouterr().err
+    assert main([*PLAN, *sweep]) == 0
+    by_cost = capsys.readouterr().out
+    assert "Best by cost: 1 nodes, p = 1" in by_cost  # nothing is cheaper than not to communicate
+    assert main([*PLAN, "--sweep", "nodes=1..4"]) == 0
+    assert "Best by time: 4 nodes, p = 1" in capsys.readouterr().out
+
+
+def test_a_gpu_without_bf16_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*PLAN, "--node", "p3dn"]) == 0
+    assert "V100-32GB multiplies 16 bits in fp16 only" in capsys.readouterr().out
+    assert main(PLAN) == 0
+    assert "fp16" not in capsys.readouterr().out
 
 
 def test_mics_simulate_compares_engines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,12 +197,12 @@ def test_mics_simulate_takes_three_numbers(capsys: pytest.CaptureFixture[str]) -
         (["--engines"], "There is nothing to simulate"),
         (["--out", "table.md"], "--out is the file of --validate"),
         (["--validate", "--nodes", "4"], "--nodes would have no effect beside --validate"),
-        (["--micro-batch", "0"], "micro_batches must be at least 1"),
-        (["--micro-steps", "0"], "micro_steps must be at least 1"),
-        (["--sigma", "-1"], "sigma must be at least 0"),
+        (["--micro-batch", "0"], "micro_batches must be a whole number, at least 1"),
+        (["--micro-steps", "0"], "micro_steps must be a whole number, at least 1"),
+        (["--sigma", "-1"], "sigma must be a number, at least 0"),
         (["--node", "p4d", "--profile", "x.json"], "--profile would have no effect"),
         (["--trace", "nowhere/trace.json"], "There is no nowhere"),
-        (["--node", "p6-b300"], "never measured in public"),
+        (["--node", "p6-b300"], "never measured"),
     ],
 )
 def test_mics_simulate_refuses_what_makes_no_sense(

@@ -191,6 +191,44 @@ def test_attention_is_one_kernel_without_a_score_matrix(grouped: bool) -> None:
         assert largest < 4 * rows * rows  # not even one head's scores
 
 
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_attention_of_torchs_own_layers_is_fused_unless_weights_are_wanted(
+    need_weights: bool,
+) -> None:
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            attended, _ = self.attention(x, x, x, need_weights=need_weights)
+            result: torch.Tensor = attended
+            return result
+
+    rows = 512
+    with torch.device("meta"):
+        model = nn.Sequential(Layer(), Layer())
+    made = trace(
+        model, list(model), lambda: model(torch.zeros(1, rows, WIDTH, device="meta")).sum()
+    )
+    linear, scores = 4 * 2 * rows * WIDTH * WIDTH, 4 * rows * rows * WIDTH
+    assert made.flops("forward") == 2 * (linear + scores)
+    whole_scores = 2 * 4 * rows * rows  # of two heads, in fp32
+    assert (max(s.peak for s in made.segments) > whole_scores) == need_weights
+
+
+def test_layers_of_torchs_transformer_are_traced_without_score_matrices() -> None:
+    rows = 1024
+    with torch.device("meta"):
+        model = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(WIDTH, 2, INNER, batch_first=True), 2
+        )
+    made = trace(
+        model, list(model.layers), lambda: model(torch.zeros(1, rows, WIDTH, device="meta")).sum()
+    )
+    assert max(s.peak for s in made.segments) < 4 * rows * rows
+
+
 def test_a_micro_batch_between_two_others_is_as_if_traced() -> None:
     two, four, eight = (stack_trace(64 * rows) for rows in (2, 4, 8))
     assert between(two, four, 3.0) == eight
@@ -255,6 +293,57 @@ def test_a_model_that_needs_values_is_refused() -> None:
         PlanError, match=r"Choosy does not run on the meta device(.|\n)*Micro-batch 1, sequence 4"
     ):
         Anatomy(model, run).trace(1, 4)
+
+
+def test_a_number_that_nobody_knows_is_not_invented() -> None:
+    class Cropping(Stack):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            rows = int((x.sum(-1) > 0).sum().item())
+            return super().forward(x[:rows])
+
+    with torch.device("meta"):
+        model = Cropping()
+    with pytest.raises(PlanError, match=r"asks a torch.int64 tensor for its value"):
+        Anatomy(model, run).trace(1, ROWS)
+
+
+def test_a_model_that_runs_its_sequences_one_by_one_is_traced_as_it_is() -> None:
+    class OneByOne(Stack):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([super(OneByOne, self).forward(row) for row in x.split(ROWS)])
+
+    with torch.device("meta"):
+        model = OneByOne()
+    made, plain = Anatomy(model, run).trace(8, ROWS), stack_trace(8 * ROWS)
+    assert made.flops("forward") == plain.flops("forward")
+    kernels = sum(len(s.operators) for s in made.segments)
+    assert kernels > 6 * sum(len(s.operators) for s in plain.segments)
+
+
+def test_attention_of_another_kind_has_another_trace() -> None:
+    """A configuration's own text does not name it, so the cache must."""
+    import transformers
+
+    shape = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "vocab_size": 128}
+
+    def peak(attention: str) -> int:
+        config = transformers.GPT2Config(**shape, attn_implementation=attention)
+        return max(s.peak for s in subject(config).trace(2, 256).segments)
+
+    assert peak("eager") > 2 * peak("sdpa")
+    assert peak("sdpa") == peak("sdpa")
+
+
+def test_what_is_recomputed_are_the_blocks_not_the_head() -> None:
+    made = stack_trace()
+    assert made.recomputed_flops == made.flops("forward") - 2 * ROWS * WIDTH * WIDTH
+
+
+def test_a_module_with_a_config_of_its_own_needs_its_loss() -> None:
+    model = Stack()
+    model.config = {"width": WIDTH}  # type: ignore[assignment]
+    with pytest.raises(PlanError, match=r"How Stack is run is not known"):
+        subject(model)
 
 
 def test_a_module_nobody_knows_how_to_run_is_refused() -> None:

@@ -6,6 +6,7 @@ Each entry says which versions need it and why (read in the source of 2.11 to 2.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -81,6 +82,23 @@ def without_torch_functions() -> Any:
 
 
 # -- FSDP2 parameter groups ----------------------------------------------------------------------
+
+
+def multi_head_attention_with(attend: Callable[..., torch.Tensor]) -> Callable[..., Any]:
+    """torch's ``multi_head_attention_forward`` with another kernel of attention inside.
+
+    2.11 to 2.15: it offers itself to the active modes and then runs without any, so that no mode
+    sees which kernel it calls. This is a copy in which two names mean something else.
+    """
+    own = nn.functional.multi_head_attention_forward
+    names = {
+        **own.__globals__,
+        "has_torch_function": lambda _: False,
+        "scaled_dot_product_attention": attend,
+    }
+    copy = FunctionType(own.__code__, names, own.__name__, own.__defaults__)
+    copy.__kwdefaults__ = own.__kwdefaults__
+    return copy
 
 
 def param_groups(module: nn.Module) -> list[Any]:

@@ -14,7 +14,7 @@ from typing import Literal
 from mics.commands.cluster_options import ClusterOptions, node_of
 from mics.commands.written import check_folders
 from mics.errors import MicsError, PlanError
-from mics.planning.cost import dollars, goodput, wall_seconds
+from mics.planning.cost import Reliability, dollars, goodput, wall_seconds
 from mics.planning.inverse import (
     fewest_nodes,
     largest_micro_batch,
@@ -23,9 +23,10 @@ from mics.planning.inverse import (
 )
 from mics.planning.nearest import check_any
 from mics.planning.page import page
-from mics.planning.plan import MICRO_BATCHES, Plan, Question, Search, search
+from mics.planning.parsing import parse_range
+from mics.planning.plan import MICRO_BATCHES, Plan, Question, search
 from mics.planning.reasons import explained
-from mics.planning.scaling import ENGINES, parse_range, weak_scaling
+from mics.planning.scaling import ENGINES, weak_scaling
 from mics.planning.subject import subject
 from mics.planning.table import as_document, as_table
 from mics.simulation.anatomy import Anatomy
@@ -53,10 +54,10 @@ class Config(ClusterOptions):
     """Tokens of one sequence; the model's positions by default, at most 4096."""
 
     global_batch: int | None = None
-    """Sequences per step; without it every plan takes --micro-steps."""
+    """Sequences per step, from which the micro-steps follow."""
 
-    micro_steps: int = 4
-    """Per step, where there is no --global-batch."""
+    micro_steps: int | None = None
+    """Per step, instead of --global-batch; 4 by default."""
 
     micro_batch: tuple[int, ...] = MICRO_BATCHES
     """Which to try."""
@@ -85,11 +86,12 @@ class Config(ClusterOptions):
     tokens: float | None = None
     """Of the whole run (300e9): how long it takes and what it costs, failures included."""
 
-    by: Literal["time", "cost"] = "time"
-    """What is best: tokens per second, or dollars per token."""
-
     sweep: str | None = None
     """Also plan for other numbers of nodes: nodes=2..64 (doubling)."""
+
+    by: Literal["time", "cost"] = "time"
+    """Which number of nodes of a sweep is best: tokens per second, or dollars per token. On one
+    number of nodes both rank alike."""
 
     top: int = 10
     """Lines of the table."""
@@ -156,8 +158,8 @@ def _plan(config: Config) -> int:
     _told(f"simulating on {cluster}")
     found = search(anatomy, cluster, question)
     check_any(anatomy, cluster, question, found)
-    plans = _ordered(explained(found), config.by)
-    swept = _swept(config, anatomy, cluster, question)
+    plans = explained(found)
+    swept = _swept(parse_range(config.sweep), plans[0]) if config.sweep else []
     print(
         f"{config.model}: {anatomy.num_parameters:,} parameters, sequence {question.sequence}\n"
         f"{cluster}\nsoftware stack {stack.name}: {stack.calibrated}\n"
@@ -170,20 +172,21 @@ def _plan(config: Config) -> int:
     print("\n".join(_limits(anatomy, cluster, question, plans[0])))
     if swept:
         print("\n" + _sweep_table(swept, config.by))
-    print("\n".join(_caveats(config, [plan.cluster for plan in [plans[0], *swept]])))
-    _files(config, found, plans, swept)
+    print("\n" + "\n".join(_caveats(question, [plan.cluster for plan in [plans[0], *swept]])))
+    _files(config, plans, swept)
     return 0
 
 
-def _caveats(config: Config, clusters: Sequence[Cluster]) -> list[str]:
+def _caveats(question: Question, clusters: Sequence[Cluster]) -> list[str]:
     """What a reader must know of the numbers above."""
     largest = max(clusters, key=lambda cluster: cluster.nodes)
-    asked = question_of(config, 1)
     gpu = largest.node.gpu
     lines = [
         f"GPU: {gpu.source}." if gpu.source else "",
-        f"Assumed: {asked.runtime_gib} GiB a GPU for its runtime, {asked.communicator_gib} GiB for "
-        f"each group it is in, {asked.fragmentation - 1:.0%} for fragmentation.",
+        "" if gpu.bf16 else f"{gpu.name} multiplies 16 bits in fp16 only; mics train has bf16.",
+        f"Assumed: {question.runtime_gib} GiB a GPU for its runtime, {question.communicator_gib} "
+        f"GiB for each group it is in, {question.fragmentation - 1:.0%} for fragmentation; "
+        f"{Reliability()}.",
         f"Not modelled: {NOT_MODELLED}.",
         extrapolated(largest.node, largest.nodes),
     ]
@@ -210,17 +213,6 @@ def _dollars(value: float | None) -> str:
     return f"${value:,.2f}" if value < 100 else f"${value:,.0f}"
 
 
-def _ordered(plans: Sequence[Plan], by: str) -> list[Plan]:
-    if by == "time":
-        return sorted(plans, key=lambda plan: -plan.tokens_per_second)
-    if any(plan.dollars_per_billion_tokens is None for plan in plans):
-        raise PlanError(
-            f"On {plans[0].cluster} failures leave no time for any step, so nothing has a price.",
-            write="--by time, or fewer --nodes",
-        )
-    return sorted(plans, key=lambda plan: plan.dollars_per_billion_tokens or 0)
-
-
 def _limits(anatomy: Anatomy, cluster: Cluster, question: Question, best: Plan) -> list[str]:
     """The questions the other way round, around the best plan."""
     way = best.way
@@ -235,36 +227,44 @@ def _limits(anatomy: Anatomy, cluster: Cluster, question: Question, best: Plan) 
     ]
 
 
-def _swept(config: Config, anatomy: Anatomy, cluster: Cluster, question: Question) -> list[Plan]:
-    if config.sweep is None:
-        return []
+def _swept(counts: Sequence[int], plan: Plan) -> list[Plan]:
+    """The fastest plan on every number of nodes."""
     best = []
-    for nodes in parse_range(config.sweep):
+    for nodes in counts:
         _told(f"simulating on {nodes} nodes")
-        other = dataclasses.replace(cluster, nodes=nodes)
         try:
-            plans = explained(search(anatomy, other, question))
+            other = dataclasses.replace(plan.cluster, nodes=nodes)
+            plans = explained(search(plan.anatomy, other, plan.question))
         except PlanError as error:  # a partition or a global batch that does not go with so many
             _told(f"{nodes} nodes are left out: {error.what}")
             continue
         if plans:
-            best.append(_ordered(plans, config.by)[0])
+            best.append(plans[0])
         else:
             _told(f"{nodes} nodes are left out: nothing fits")
     return best
 
 
 def _sweep_table(plans: Sequence[Plan], by: str) -> str:
-    lines = [f"best by {by} on each number of nodes"]
+    """The best plan of every number of nodes, and the best of them all."""
     table = as_table(plans).split("\n")
-    lines.append(f"{'nodes':>6}  {table[0]}")
+    lines = ["the fastest plan on each number of nodes", f"{'nodes':>6}  {table[0]}"]
     lines += [
         f"{plan.cluster.nodes:>6}  {line}" for plan, line in zip(plans, table[1:], strict=True)
     ]
-    return "\n".join(lines)
+    priced = [plan for plan in plans if plan.dollars_per_billion_tokens is not None]
+    if by == "time":
+        best = max(plans, key=lambda plan: plan.tokens_per_second)
+        told = f"{best.tokens_per_second:,.0f} tokens/s"
+    elif priced:
+        best = min(priced, key=lambda plan: plan.dollars_per_billion_tokens or 0)
+        told = f"{_dollars(best.dollars_per_billion_tokens)} a billion tokens"
+    else:
+        return "\n".join([*lines, "Best by cost: n/a, failures leave no time for any step."])
+    return "\n".join([*lines, f"Best by {by}: {best.cluster.nodes} nodes, {best.way}, {told}."])
 
 
-def _files(config: Config, found: Search, plans: Sequence[Plan], swept: Sequence[Plan]) -> None:
+def _files(config: Config, plans: Sequence[Plan], swept: Sequence[Plan]) -> None:
     best = plans[0]
     title = f"{config.model} on {best.cluster}"
     if config.json is not None:
@@ -284,22 +284,35 @@ def _files(config: Config, found: Search, plans: Sequence[Plan], swept: Sequence
         _told("simulating other engines")
         scaling = weak_scaling(best, ENGINES)
     if config.html is not None:
-        config.html.write_text(page(title, found, [*plans, *swept], scaling))
+        nodes = best.cluster.nodes
+        around = swept or _swept(
+            [n for n in (nodes // 4, nodes // 2, 2 * nodes, 4 * nodes) if n], best
+        )
+        config.html.write_text(page(title, plans, around, scaling))
     if config.png is not None:
         from mics.planning.picture import draw
 
         draw(config.png, title, plans, scaling)
 
 
+def _around(nodes: int) -> list[int]:
+    """Half and twice as many, for a page without a sweep: price against speed needs several."""
+    return [n for n in (nodes // 4, nodes // 2, 2 * nodes, 4 * nodes) if n]
+
+
 def _check(config: Config) -> None:
     """What is asked of the command itself; ``Question`` checks the rest."""
-    for name, value in {"nodes": config.nodes, "top": config.top}.items():
-        if value < 1:
-            raise PlanError(f"--{name} must be at least 1, got {value}.")
+    if config.top < 1:
+        raise PlanError(f"--top must be at least 1, got {config.top}.")
     if config.tokens is not None and not 0 < config.tokens < math.inf:
         raise PlanError(f"--tokens must be positive, got {config.tokens}.", write="--tokens 300e9")
     if config.sweep is not None:
         parse_range(config.sweep)
+    elif config.by == "cost":
+        raise PlanError(
+            "On one number of nodes time and cost rank alike.",
+            write="--by cost --sweep nodes=2..64",
+        )
     check_folders(config.json, config.png, config.html)
 
 

@@ -13,6 +13,7 @@ from typing import Literal
 from mics.commands.cluster_options import ClusterOptions, node_of
 from mics.commands.written import check_folders
 from mics.errors import MicsError, PlanError
+from mics.planning.parsing import parse_range
 from mics.planning.plan import (
     GIB,
     Plan,
@@ -21,13 +22,13 @@ from mics.planning.plan import (
     search,
     simulate_way,
 )
-from mics.planning.scaling import parse_range, strong_scaling, too_large, weak_scaling
+from mics.planning.scaling import strong_scaling, too_large, weak_scaling
 from mics.planning.subject import subject
 from mics.planning.validation import as_markdown, validate
 from mics.simulation.hardware import Cluster, Node, extrapolated
 from mics.simulation.profiles import PROFILES, Engine
 from mics.simulation.stacks import find_stack
-from mics.simulation.step import Span
+from mics.simulation.timeline import chrome_trace
 from mics.topology import possible_partitions
 
 
@@ -75,6 +76,9 @@ class Config(ClusterOptions):
 
     latency: float = 1.0
     """What if a hop between nodes took so many times as long."""
+
+    pipelined: bool = False
+    """What if the two stages of consecutive gathers ran beside each other (mics: on the CPU)."""
 
     stack: str = "eager"
     """How much of a GPU's rate the software reaches: eager, fused, mics-paper."""
@@ -139,6 +143,7 @@ def _validate(config: Config) -> int:
 def _simulate(config: Config) -> int:
     counts = _checked(config)
     node = _what_if(node_of(config), config)
+    cluster = _smallest(config, node, counts)
     _told(f"tracing {config.model}")
     anatomy = subject(config.model)
     question = Question(
@@ -149,8 +154,9 @@ def _simulate(config: Config) -> int:
         checkpointing=(config.checkpointing,),
         stack=config.stack,
         sigma=config.sigma,
+        pipelined=config.pipelined,
     )
-    plan = _first(config, search(anatomy, _smallest(config, node, counts), question))
+    plan = _first(config, search(anatomy, cluster, question))
     scale = weak_scaling if config.scaling == "weak" else strong_scaling
     curves = scale(plan, config.engines, counts, _told)
     print(f"{config.model}: {anatomy.num_parameters:,} parameters; {plan.way}, sequence ", end="")
@@ -256,6 +262,7 @@ def _files(config: Config, plan: Plan, curves: Mapping[str, Sequence[tuple[float
             "sequence": plan.question.sequence,
             "bandwidth": config.bandwidth,
             "latency": config.latency,
+            "pipelined": config.pipelined,
             "stack": config.stack,
             "tokens_per_second_by_gpus": curves,
         }
@@ -269,27 +276,6 @@ def _files(config: Config, plan: Plan, curves: Mapping[str, Sequence[tuple[float
             config.engines[0], plan.anatomy, plan.cluster, plan.question, plan.way, timeline=True
         )
         config.trace.write_text(json.dumps(chrome_trace(simulated.step.timeline)))
-
-
-def chrome_trace(spans: Sequence[Span]) -> dict[str, object]:
-    """A timeline as Chrome's trace events (microseconds), which Perfetto reads too."""
-    streams = list(dict.fromkeys(span.stream for span in spans))
-    events: list[dict[str, object]] = [
-        {"ph": "M", "pid": 0, "tid": n, "name": "thread_name", "args": {"name": stream}}
-        for n, stream in enumerate(streams)
-    ]
-    events += [
-        {
-            "ph": "X",
-            "pid": 0,
-            "tid": streams.index(span.stream),
-            "name": span.name,
-            "ts": span.start * 1e6,
-            "dur": (span.end - span.start) * 1e6,
-        }
-        for span in spans
-    ]
-    return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
 def _told(text: str) -> None:

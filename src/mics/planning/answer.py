@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -10,12 +12,12 @@ import torch
 from mics.blocks import Blocks
 from mics.errors import PlanError
 from mics.planning.nearest import check_any
+from mics.planning.parsing import parse_cluster
 from mics.planning.plan import Plan, Question, search, simulate_way
 from mics.planning.reasons import explained
 from mics.planning.subject import subject
 from mics.simulation.anatomy import Anatomy, Loss
 from mics.simulation.hardware import Cluster as Cluster
-from mics.simulation.lookup import find_node
 from mics.simulation.profiles import PROFILES, Engine
 from mics.simulation.step import Step
 
@@ -26,7 +28,7 @@ def plan(
     *,
     sequence: int | None = None,
     global_batch: int | None = None,
-    micro_steps: int = 4,
+    micro_steps: int | None = None,
     micro_batches: Sequence[int] | None = None,
     dtype: torch.dtype = torch.bfloat16,
     loss: Loss | None = None,
@@ -42,8 +44,8 @@ def plan(
             or an ``Anatomy`` that was made before.
         cluster: a ``Cluster``, or "p4d:8" for 8 nodes of the catalogue.
         sequence: tokens of one sequence; the model's positions by default, at most 4096.
-        global_batch: sequences per step; without it every plan takes ``micro_steps``.
-        micro_steps: s.
+        global_batch: sequences per step, from which the micro-steps follow.
+        micro_steps: s, instead; 4 by default.
         micro_batches: to try; 1 to 32 by default.
         dtype: what is computed in, and gathered.
         loss: ``loss(model, micro_batch, sequence)`` runs a module of one's own on inputs it makes
@@ -56,9 +58,17 @@ def plan(
         ConfigError: an unknown model.
         ShardError: a model without blocks.
     """
-    where = cluster if isinstance(cluster, Cluster) else parse_cluster(cluster)
+    where = cluster if isinstance(cluster, Cluster) else parse_cluster(str(cluster))
+    known = [field.name for field in fields(Question)]
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            raise PlanError(
+                f"plan has no option {name}" + (f"; did you mean {near[0]}?" if near else "."),
+                numbers=f"Options: {', '.join(known)}.",
+            )
     if micro_batches is not None:
-        options["micro_batches"] = tuple(micro_batches)
+        options["micro_batches"] = micro_batches
     options.setdefault("compute_bytes", dtype.itemsize)
     if isinstance(model, Anatomy):
         if loss is not None or blocks is not None:
@@ -95,17 +105,3 @@ def simulate(plan: Plan, engine: Engine = "mics", *, timeline: bool = False) -> 
         engine, plan.anatomy, plan.cluster, plan.question, plan.way, timeline=timeline
     )
     return simulated.step
-
-
-def parse_cluster(text: str) -> Cluster:
-    """ "p4d:8" or "p4d.24xlarge:8": 8 nodes of a kind.
-
-    Raises:
-        PlanError: another form, or an unknown node.
-    """
-    name, colon, count = text.rpartition(":")
-    if not colon or not count.isdigit() or int(count) < 1:
-        raise PlanError(
-            f"{text!r} is no cluster.", write="<node>:<number of nodes>, for example p4d:8"
-        )
-    return Cluster(find_node(name), int(count))

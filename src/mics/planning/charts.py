@@ -6,28 +6,27 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
 from mics.planning.plan import GIB, Plan
-from mics.simulation.memory import Need
 from mics.simulation.step import Span
 
-COLOURS = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377", "#bbbbbb", "#88aa99")
+COLOURS = (
+    *("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677"),
+    *("#aa3377", "#bbbbbb", "#88aa99", "#332288"),
+)
 _WIDTH = 860
 _LEFT = 200
 _ROW = 26
 
 
-def memory_bars(needs: Sequence[tuple[str, Need, float]], capacity: float) -> str:
-    """One bar per partition: the largest moment, by kind, against what a GPU has.
-
-    Args:
-        needs: a label, the need of each bar, and its bytes with fragmentation.
-        capacity: bytes of a GPU.
-    """
-    kinds = [kind for kind in vars(needs[0][1]) if any(vars(n)[kind] for _, n, _ in needs)]
-    most = max([capacity, *(needed for _, _, needed in needs)]) * 1.05
+def memory_bars(plans: Sequence[Plan]) -> str:
+    """One bar per plan: the largest moment, by kind, against what a GPU has."""
+    capacity = plans[0].cluster.node.gpu.memory
+    kinds = [kind for kind in vars(plans[0].need) if any(vars(p.need)[kind] for p in plans)]
+    most = max([capacity, *(plan.needed for plan in plans)]) * 1.05
     scale = (_WIDTH - _LEFT - 90) / most
     parts = []
-    for row, (label, need, needed) in enumerate(needs):
-        y = row * _ROW
+    for row, plan in enumerate(plans):
+        y, need, needed = row * _ROW, plan.need, plan.needed
+        label = str(plan.way).replace("micro-batch", "b =")
         parts.append(_text(_LEFT - 8, y + 16, label, "end"))
         x = float(_LEFT)
         for colour, kind in zip(_colours(kinds), kinds, strict=True):
@@ -40,7 +39,7 @@ def memory_bars(needs: Sequence[tuple[str, Need, float]], capacity: float) -> st
             _box(x, y + 3, lost * scale, _ROW - 8, "#8886", f"fragmentation: {lost / GIB:.2f} GiB")
         )
         parts.append(_text(x + lost * scale + 6, y + 16, f"{needed / GIB:.1f} GiB"))
-    height = len(needs) * _ROW + 48
+    height = len(plans) * _ROW + 48
     at = _LEFT + capacity * scale
     parts.append(_line(at, 0, at, height - 44, "#cc3311"))
     parts.append(_text(at, height - 30, f"{capacity / GIB:.0f} GiB", "middle"))
@@ -142,21 +141,6 @@ def pareto_set(plans: Sequence[Plan]) -> list[Plan]:
             chosen.append(plan)
             cheapest = price
     return chosen
-
-
-def bars_of(plans: Sequence[Plan]) -> list[tuple[str, Need, float]]:
-    """The best plan of every partition that fits, for ``memory_bars``."""
-    found: dict[int, Plan] = {}
-    for plan in plans:
-        found.setdefault(plan.way.partition, plan)
-    return [
-        (str(found[p].way).replace("micro-batch", "b ="), _need(found[p]), found[p].needed)
-        for p in sorted(found)
-    ]
-
-
-def _need(plan: Plan) -> Need:
-    return plan.memory.phases[plan.memory.phase]
 
 
 def _axes(

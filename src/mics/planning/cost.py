@@ -17,12 +17,21 @@ class Reliability:
         restart: seconds until the job computes again.
         save: seconds a checkpoint holds the step up.
         every: seconds between two checkpoints.
+
+    But for the first these are assumptions, and told wherever a price is.
     """
 
     failures: float = 2.0e-5
     restart: float = 600.0
     save: float = 20.0
     every: float = 1800.0
+
+    def __str__(self) -> str:
+        return (
+            f"a failure in {1 / self.failures:,.0f} GPU hours, {self.restart / 60:.0f} minutes to "
+            f"restart, a checkpoint every {self.every / 60:.0f} minutes that takes "
+            f"{self.save:.0f} seconds"
+        )
 
 
 def goodput(cluster: Cluster, reliability: Reliability = Reliability()) -> float:

@@ -12,7 +12,8 @@ from mics.simulation.hardware import Cluster
 from mics.topology import possible_partitions
 from mics.traffic import Form
 
-MOST_NODES = 2048
+MOST = 2048
+"""Nodes, when the fewest are looked for."""
 STEP = 128
 """Sequences are tried in multiples of it."""
 
@@ -82,7 +83,7 @@ def longest_sequence(
 
 def fewest_nodes(anatomy: Anatomy, cluster: Cluster, question: Question) -> int | None:
     """The fewest nodes on which anything that may be tried fits; ``None`` if not even 2,048 do."""
-    for nodes in range(1, MOST_NODES + 1):
+    for nodes in range(1, min(MOST, cluster.node.most_nodes) + 1):
         tried = replace(cluster, nodes=nodes)
         if any(fits(anatomy, tried, question, way) for way in frugal_ways(tried, question)):
             return nodes

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from mics.planning.charts import bars_of, curves, memory_bars, pareto, step_timeline
-from mics.planning.plan import Plan, Search, simulate_way
+from mics.planning.charts import curves, memory_bars, pareto, step_timeline
+from mics.planning.plan import Plan, best_of_partitions, simulate_way
 from mics.planning.table import COLUMNS, cells
 from mics.simulation.hardware import extrapolated
 from mics.simulation.memory import NOT_MODELLED
@@ -28,16 +28,16 @@ th, td { text-align: right; padding: 3px 8px; border-bottom: 1px solid #8884; }
 
 def page(
     title: str,
-    search: Search,
     plans: Sequence[Plan],
+    swept: Sequence[Plan],
     scaling: Mapping[str, Sequence[tuple[float, float]]],
 ) -> str:
     """The page.
 
     Args:
         title: model and cluster.
-        search: of the cluster asked for.
-        plans: with reasons, the best first; those of a sweep may follow.
+        plans: of the cluster asked for, with reasons, the best first.
+        swept: the best plan of every number of nodes that was tried.
         scaling: tokens per second over GPUs, by engine.
     """
     best = plans[0]
@@ -46,7 +46,7 @@ def page(
     )
     spans = simulated.step.timeline
     computed = [span for span in spans if span.stream == "compute"]
-    first = computed[: len(computed) // min(best.way.micro_steps, 3)]
+    first = computed[: len(computed) // best.way.micro_steps]
     stack = find_stack(best.question.stack)
     sections = [
         f"<h1>{escape(title)}</h1>",
@@ -54,16 +54,18 @@ def page(
         "<h2>Plans</h2>",
         _table(plans[:12]),
         "<h2>Memory of a GPU, the best plan of every partition</h2>",
-        memory_bars(bars_of(search.plans), best.cluster.node.gpu.memory),
+        memory_bars(best_of_partitions(plans)),
         "<h2>First micro-step of the best plan</h2>",
         step_timeline(spans, 0.0, first[-1].end),
         "<h2>Scaling, every GPU with the same work</h2>",
         curves(_per_gpu(scaling), "GPUs", "tokens per second and GPU"),
     ]
-    priced = pareto(plans)
+    if swept:
+        sections += ["<h2>The best plan on other numbers of nodes</h2>", _table(swept)]
+    priced = pareto([*plans, *swept])
     if priced:
         sections += ["<h2>Speed against price</h2>", priced]
-    note = extrapolated(best.cluster.node, max(plan.cluster.nodes for plan in plans))
+    note = extrapolated(best.cluster.node, max(p.cluster.nodes for p in [*plans, *swept]))
     sections.append(
         f"<p><small>{escape(note)} mics {__version__}. Simulated, nothing was run. "
         f"Software stack {stack.name}: {escape(stack.calibrated)}. "
@@ -85,9 +87,11 @@ def _per_gpu(
 
 
 def _table(plans: Sequence[Plan]) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in COLUMNS)
+    head = "".join(f"<th>{escape(name)}</th>" for name in ("nodes", *COLUMNS))
     rows = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells(plan)) + "</tr>"
+        "<tr>"
+        + "".join(f"<td>{escape(cell)}</td>" for cell in (f"{plan.cluster.nodes}", *cells(plan)))
+        + "</tr>"
         for plan in plans
     )
     return f'<div class="wide"><table><tr>{head}</tr>{rows}</table></div>'

@@ -10,23 +10,20 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from mics.planning.charts import COLOURS
-from mics.planning.plan import GIB, Plan
+from mics.planning.plan import GIB, Plan, best_of_partitions
 
 Curves = Mapping[str, Sequence[tuple[float, float]]]
 _LOOK: Any = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
 
 
 def draw(picture: Path, title: str, plans: Sequence[Plan], scaling: Curves) -> None:
-    """Memory of the best plan of every partition, and how speed grows with the cluster."""
-    best: dict[int, Plan] = {}
-    for plan in plans:
-        best.setdefault(plan.way.partition, plan)
+    """Memory of the best plan of every partition, and what a GPU keeps of its speed."""
     with matplotlib.rc_context(_LOOK):
         figure = Figure(figsize=(9, 8), layout="constrained", dpi=120)
         figure.suptitle(title)
         memory, speed = figure.subplots(2, 1)
-        _memory(memory, [best[p] for p in sorted(best)])
-        _curves(speed, scaling)
+        _memory(memory, best_of_partitions(plans))
+        _per_gpu(speed, scaling)
         figure.savefig(picture, format="png")
 
 
@@ -42,17 +39,13 @@ def draw_scaling(picture: Path, title: str, curves: Curves) -> None:
             base = line[0][1] / line[0][0]
             shares = [100 * y / x / base for x, y in line]
             efficiency.plot([x for x, _ in line], shares, "o-", color=COLOURS[n % len(COLOURS)])
-        efficiency.set_xscale("log", base=2)
         efficiency.set_ylabel("% of the speed per GPU")
-        efficiency.set_xlabel("GPUs")
-        efficiency.set_xticks([x for x, _ in next(iter(curves.values()))])
-        efficiency.xaxis.set_major_formatter("{x:.0f}")
-        efficiency.grid(alpha=0.25)
+        _over_gpus(efficiency, curves)
         figure.savefig(picture, format="png")
 
 
 def _memory(axes: Any, plans: Sequence[Plan]) -> None:
-    needs = [plan.memory.phases[plan.memory.phase] for plan in plans]
+    needs = [plan.need for plan in plans]
     kinds = [kind for kind in vars(needs[0]) if any(vars(need)[kind] for need in needs)]
     left = [0.0] * len(plans)
     for n, kind in enumerate(kinds):
@@ -78,6 +71,24 @@ def _memory(axes: Any, plans: Sequence[Plan]) -> None:
     axes.legend(frameon=False, fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.18))
 
 
+def _per_gpu(axes: Any, curves: Curves) -> None:
+    for n, (name, line) in enumerate(curves.items()):
+        gpus, each = [x for x, _ in line], [y / x for x, y in line]
+        axes.plot(gpus, each, "o-", color=COLOURS[n % len(COLOURS)], label=name)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("tokens per second and GPU")
+    _over_gpus(axes, curves)
+    axes.legend(frameon=False)
+
+
+def _over_gpus(axes: Any, curves: Curves) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([x for x, _ in next(iter(curves.values()))])
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.set_xlabel("GPUs")
+    axes.grid(alpha=0.25)
+
+
 def _curves(axes: Any, curves: Curves) -> None:
     for n, (name, line) in enumerate(curves.items()):
         axes.plot(
@@ -90,12 +101,8 @@ def _curves(axes: Any, curves: Curves) -> None:
     first = next(iter(curves.values()))
     ideal = [first[0][1] * x / first[0][0] for x, _ in first]
     axes.plot([x for x, _ in first], ideal, ":", color="#555555", label="ideal")
-    axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
-    axes.set_xticks([x for x, _ in first])
-    axes.xaxis.set_major_formatter("{x:.0f}")
     axes.yaxis.set_major_formatter("{x:,.0f}")
-    axes.set_xlabel("GPUs")
     axes.set_ylabel("tokens per second")
-    axes.grid(alpha=0.25)
+    _over_gpus(axes, curves)
     axes.legend(frameon=False)

@@ -13,13 +13,14 @@ from mics.simulation.anatomy import Anatomy
 from mics.simulation.compute import times
 from mics.simulation.engines import Run, Simulated, inter_bytes, simulate_engine
 from mics.simulation.hardware import Cluster
-from mics.simulation.memory import OPTIMIZERS, Memory, Setup, memory
+from mics.simulation.memory import OPTIMIZERS, Memory, Need, Setup, memory
 from mics.simulation.profiles import Engine
 from mics.simulation.stacks import find_stack
 from mics.topology import possible_partitions
 from mics.traffic import Form
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
+MICRO_STEPS = 4
 GIB = 2**30
 
 
@@ -29,8 +30,8 @@ class Question:
 
     Args:
         sequence: tokens of one sequence.
-        global_batch: sequences per step; without it every plan takes ``micro_steps``.
-        micro_steps: s, where there is no global batch.
+        global_batch: sequences per step, from which the micro-steps follow.
+        micro_steps: s, instead of a global batch; 4 by default.
         micro_batches: to try.
         partitions: to try; every legal one by default.
         checkpointing: to try.
@@ -44,6 +45,7 @@ class Question:
         runtime_gib: of a GPU that are gone before the first tensor is made.
         communicator_gib: buffers of each group of ranks.
         sigma: spread of a micro-step over GPUs, see ``simulation.step.straggling``.
+        pipelined: see ``simulation.engines.Run``.
 
     Raises:
         PlanError: a figure that cannot be, or an unknown optimizer or software stack.
@@ -51,7 +53,7 @@ class Question:
 
     sequence: int
     global_batch: int | None = None
-    micro_steps: int = 4
+    micro_steps: int | None = None
     micro_batches: Sequence[int] = MICRO_BATCHES
     partitions: Sequence[int] | None = None
     checkpointing: Sequence[bool] = (False, True)
@@ -65,18 +67,29 @@ class Question:
     runtime_gib: float = 0.8
     communicator_gib: float = 0.35
     sigma: float = 0.02
+    pipelined: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in _LEAST.items():
-            given = getattr(self, name)
-            every = given if isinstance(given, Sequence) else [given]
-            if given is not None and not every:
+        for name in ("micro_batches", "partitions", "checkpointing"):
+            several = getattr(self, name)
+            if several is None:
+                continue
+            if not isinstance(several, Sequence):
+                raise PlanError(f"{name} is what to try, got {several!r}.", write=f"[{several!r}]")
+            if not several:
                 raise PlanError(f"There is nothing to try: {name} is empty.")
-            for value in every:
-                if value is not None and not least <= value < math.inf:
-                    raise PlanError(f"{name} must be at least {least}, got {value}.")
-        if not self.checkpointing:
-            raise PlanError("There is nothing to try: checkpointing is empty.")
+        for least, kind, names in _FIGURES:
+            for name in names:
+                given = getattr(self, name)
+                for value in given if isinstance(given, Sequence) else [given]:
+                    if value is not None and not _is_figure(value, kind, least):
+                        raise PlanError(f"{name} must be {_SAID[kind]} {least}, got {value!r}.")
+        if self.global_batch is not None and self.micro_steps is not None:
+            raise PlanError(
+                "micro_steps follow from global_batch; both were given.",
+                numbers=f"global_batch {self.global_batch}, micro_steps {self.micro_steps}.",
+                write="one of them",
+            )
         if self.optimizer not in OPTIMIZERS:
             raise PlanError(
                 f"There is no optimizer {self.optimizer!r}.",
@@ -85,21 +98,19 @@ class Question:
         find_stack(self.stack)
 
 
-_LEAST = {
-    "sequence": 1,
-    "global_batch": 1,
-    "micro_steps": 1,
-    "micro_batches": 1,
-    "partitions": 1,
-    "compute_bytes": 1,
-    "reduce_bytes": 1,
-    "prefetch": 0,
-    "reductions": 1,
-    "fragmentation": 1,
-    "runtime_gib": 0,
-    "communicator_gib": 0,
-    "sigma": 0,
-}
+_FIGURES: tuple[tuple[int, type, tuple[str, ...]], ...] = (
+    (1, int, ("sequence", "global_batch", "micro_steps", "micro_batches", "partitions")),
+    (1, int, ("compute_bytes", "reduce_bytes", "reductions")),
+    (0, int, ("prefetch",)),
+    (1, float, ("fragmentation",)),
+    (0, float, ("runtime_gib", "communicator_gib", "sigma")),
+)
+_SAID = {int: "a whole number, at least", float: "a number, at least"}
+
+
+def _is_figure(value: object, kind: type, least: int) -> bool:
+    number = isinstance(value, int | kind) and not isinstance(value, bool)
+    return number and isinstance(value, int | float) and least <= value < math.inf
 
 
 @dataclass(frozen=True)
@@ -148,6 +159,11 @@ class Plan:
     hardware_flops: float
     anatomy: Anatomy = field(repr=False)
     reason: str = ""
+
+    @property
+    def need(self) -> Need:
+        """The largest moment."""
+        return self.memory.phases[self.memory.phase]
 
     @property
     def seconds(self) -> float:
@@ -214,6 +230,14 @@ class Search:
     rejected: tuple[Rejected, ...]
 
 
+def best_of_partitions(plans: Sequence[Plan]) -> list[Plan]:
+    """The first plan of every partition, smaller partitions first."""
+    found: dict[int, Plan] = {}
+    for plan in plans:
+        found.setdefault(plan.way.partition, plan)
+    return [found[p] for p in sorted(found)]
+
+
 def search(anatomy: Anatomy, cluster: Cluster, question: Question) -> Search:
     """Try every way.
 
@@ -271,7 +295,7 @@ def ways(cluster: Cluster, question: Question) -> Iterator[Way]:
 def micro_steps_of(cluster: Cluster, question: Question, micro_batch: int) -> int:
     """s with a micro-batch; 0 where the global batch cannot be cut that way."""
     if question.global_batch is None:
-        return question.micro_steps
+        return question.micro_steps or MICRO_STEPS
     steps, rest = divmod(question.global_batch, cluster.gpus * micro_batch)
     return 0 if rest else steps
 
@@ -326,6 +350,7 @@ def run_of(way: Way, question: Question) -> Run:
         sigma=question.sigma,
         prefetch=question.prefetch,
         form=way.form,
+        pipelined=question.pipelined,
     )
 
 
@@ -359,7 +384,7 @@ def _plan(
 ) -> Plan:
     trace = anatomy.trace(way.micro_batch, question.sequence)
     forward, backward = trace.flops("forward"), trace.flops("backward")
-    recomputed = forward if way.checkpointing else 0
+    recomputed = trace.recomputed_flops if way.checkpointing else 0
     return Plan(
         way=way,
         cluster=cluster,

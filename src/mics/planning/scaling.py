@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from mics.errors import PlanError
 from mics.planning.plan import GIB, Plan, needed_by, simulate_way
 from mics.simulation.profiles import Engine
 from mics.topology import possible_partitions
@@ -67,6 +66,9 @@ def _curves(
     """Of numbers of nodes with micro-steps."""
     found: Curves = {engine: [] for engine in engines}
     for count, steps in points:
+        if count > plan.cluster.node.most_nodes:
+            told(f"{count} nodes are left out: the link between them was never measured")
+            continue
         cluster = replace(plan.cluster, nodes=count)
         if plan.way.partition not in possible_partitions(count, cluster.node.gpus_per_node):
             told(f"{count} nodes are left out: partition {plan.way.partition} does not divide them")
@@ -98,24 +100,9 @@ def too_large(plan: Plan, engines: Sequence[Engine]) -> list[str]:
     ]
 
 
-def parse_range(text: str) -> list[int]:
-    """ "nodes=2..64" or "2..64": 2, 4, 8, ..., 64.
-
-    Raises:
-        PlanError: another form.
-    """
-    low, dots, high = text.removeprefix("nodes=").partition("..")
-    if not dots or not low.isdigit() or not high.isdigit() or not 0 < int(low) <= int(high):
-        raise PlanError(f"{text!r} is no range.", write="nodes=2..64 (doubling)")
-    counts, count = [], int(low)
-    while count <= int(high):
-        counts.append(count)
-        count *= 2
-    return counts
-
-
 def _doubling(plan: Plan) -> Iterator[int]:
     count = max(1, plan.way.partition // plan.cluster.node.gpus_per_node)
-    while count <= max(64, plan.cluster.nodes) and count <= _MOST:
+    most = min(max(64, plan.cluster.nodes), _MOST, plan.cluster.node.most_nodes)
+    while count <= most:
         yield count
         count *= 2

@@ -42,13 +42,13 @@ def subject(
         PlanError: a module without ``loss`` that is none of transformers'.
     """
     if isinstance(model, nn.Module):
-        if loss is None and not hasattr(model, "config"):
+        config = getattr(model, "config", None)
+        if loss is None and not hasattr(config, "to_json_string"):
             raise PlanError(
                 f"How {type(model).__name__} is run is not known.",
                 write="loss=lambda model, micro_batch, sequence: model(torch.zeros(micro_batch, "
                 f'sequence, width, dtype={dtype}, device="meta")).sum()',
             )
-        config = getattr(model, "config", None)
         return Anatomy(
             cast(_on_meta(model), dtype),
             loss or language_model_loss,
@@ -60,7 +60,9 @@ def subject(
     config = model
     if not hasattr(config, "to_json_string"):
         config = load_config(str(model), vocabulary=vocabulary, separator=0)
-    identity = "\n".join([config.to_json_string(), str(dtype), torch.__version__])
+    # The configuration's own text leaves out which attention is run.
+    attention = getattr(config, "_attn_implementation", None)
+    identity = "\n".join([config.to_json_string(), f"{attention} {dtype} {torch.__version__}"])
     module = cast(build(config).train(), dtype)
     kept = TraceCache(identity) if loss is None and blocks is None else None
     return Anatomy(module, loss or language_model_loss, blocks, kept, positions=_positions(config))

@@ -73,7 +73,7 @@ def as_document(plan: Plan) -> dict[str, Any]:
         "memory_bytes": plan.needed,
         "memory_by_phase": {phase: vars(need) for phase, need in plan.memory.phases.items()},
         "step_seconds": plan.seconds,
-        "straggler_seconds": plan.seconds - step.seconds,
+        "straggler_seconds": step.late,
         "compute_seconds": step.compute,
         "exposed_seconds": {str(hop): value for hop, value in step.exposed.items()},
         "communication_seconds": {str(hop): value for hop, value in step.total.items()},

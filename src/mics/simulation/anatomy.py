@@ -133,19 +133,25 @@ class Anatomy:
         """Of one micro-step; made once.
 
         From 5 on a micro-batch is extrapolated from those of 2 and 4: all sizes and FLOPs are a
-        part that grows with it and one that does not.
+        part that grows with it and one that does not. Unless their kernels differ, as those of a
+        model do that runs sequences one by one.
 
         Raises:
             PlanError: the model cannot be traced.
         """
         key = (micro_batch, sequence)
         if key not in self._traces:
-            if micro_batch > 4:
-                two, four = self.trace(2, sequence), self.trace(4, sequence)
-                self._traces[key] = between(two, four, (micro_batch - 2) / 2)
-            else:
-                self._traces[key] = self._made(micro_batch, sequence)
+            self._traces[key] = self._extrapolated(*key) or self._made(*key)
         return self._traces[key]
+
+    def _extrapolated(self, micro_batch: int, sequence: int) -> Trace | None:
+        if micro_batch <= 4:
+            return None
+        two, four = self.trace(2, sequence), self.trace(4, sequence)
+        try:
+            return between(two, four, (micro_batch - 2) / 2)
+        except ValueError:
+            return None
 
     def _made(self, micro_batch: int, sequence: int) -> Trace:
         found = self._kept.get(micro_batch, sequence) if self._kept else None

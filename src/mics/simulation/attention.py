@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+
+from mics import compat
 
 Saw = Callable[[int, Sequence[torch.Tensor]], None]
 
@@ -18,7 +21,8 @@ class FusedAttention(TorchFunctionMode):
     It keeps its inputs, its output and one number per row, and recomputes the scores in backward
     (FlashAttention, Dao et al. 2022). Without this, a trace sees what torch would choose on the
     meta device: products of whole score matrices. A model that multiplies them itself
-    (``attn_implementation="eager"``) is traced as it is.
+    (``attn_implementation="eager"``, ``nn.MultiheadAttention`` that is to return its weights) is
+    traced as it is.
 
     Args:
         saw: is told FLOPs and the tensors read and written of each kernel.
@@ -26,14 +30,17 @@ class FusedAttention(TorchFunctionMode):
 
     def __init__(self, saw: Saw) -> None:
         super().__init__()
-        self._saw = saw
+        self._attend = partial(_attend, saw)
+        self._multi_head = compat.multi_head_attention_with(self._attend)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         if func is functional.scaled_dot_product_attention:
-            return _attend(self._saw, *args, **kwargs)
+            return self._attend(*args, **kwargs)
+        if func is functional.multi_head_attention_forward:
+            return self._multi_head(*args, **kwargs)
         return func(*args, **kwargs)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mics.simulation.compute import UNMEASURED
 from mics.simulation.hardware import Link
 from mics.simulation.lookup import dated, gpus, nodes
 from mics.simulation.stacks import stacks
@@ -14,13 +15,14 @@ def catalogue() -> str:
         f"  {'name':<12}{'memory':>10}{'peak':>14}{'achieved':>14}{'its memory':>13}",
     ]
     for gpu in gpus().values():
-        achieved = "n/a" if gpu.achieved is None else f"{gpu.achieved / 1e12:.1f} TFLOPS"
+        achieved = "n/a (1)" if gpu.achieved is None else f"{gpu.achieved / 1e12:.1f} TFLOPS"
         rate = "n/a" if gpu.bandwidth is None else f"{gpu.bandwidth / 1e9:,.0f} GB/s"
         lines.append(
             f"  {gpu.name:<12}{gpu.memory / 2**30:>6.0f} GiB{gpu.peak / 1e12:>7.0f} TFLOPS"
             f"{achieved:>14}{rate:>13}"
         )
         lines.append(f"    {gpu.source}")
+    lines.append(f"  (1) reckoned with as {UNMEASURED} of the peak")
     lines += ["", f"Nodes ({dated('nodes')}; dollars per hour on demand, us-east-1)"]
     lines.append(
         f"  {'name':<10}{'GPUs':>15}{'inside':>12}{'between':>12}{'hop inside':>12}"

@@ -1,23 +1,32 @@
 """How long a traced segment computes on a GPU.
 
-``t = max(FLOPs / (peak e(FLOPs)), bytes / (bandwidth e(bytes)))`` for every kernel, e from steps of
-its size: small kernels do not fill a GPU. The steps are Calculon's defaults (Isaev et al., SC'23),
-capped by the largest product anybody measured on the chip. One factor per software stack,
-calibrated at one published figure and printed, stands for all that a kernel's size does not say.
+``t = max(FLOPs / (peak e(FLOPs)), bytes / (bandwidth e(bytes)))`` for every kernel, e growing with
+its size: small kernels do not fill a GPU. Calculon (Isaev et al., SC'23) has steps there, by its
+defaults 0.10, 0.60, 0.90 and 0.95 of a peak from 0, 1, 16 and 128 GFLOP on, and 0.30, 0.60, 0.75
+and 0.90 of a memory's rate from 0, 1, 10 and 100 MB on. With steps twice the work can take half the
+time; so here a power law joins their middles. The most is the largest product anybody measured on
+the chip. One factor per software stack, calibrated at one published figure and printed, stands for
+all that a kernel's size does not say.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 from mics.simulation.hardware import Gpu
 from mics.simulation.trace import Operator, Segment, Trace
 
-_PRODUCT = ((128e9, 0.95), (16e9, 0.90), (1e9, 0.60), (0.0, 0.10))
-_MEMORY = ((100e6, 0.90), (10e6, 0.75), (1e6, 0.60), (0.0, 0.30))
+# Sizes (FLOPs; bytes) and efficiencies, at the geometric middle of Calculon's steps; those without
+# an end are taken for as wide as their neighbour.
+_PRODUCT = ((0.25e9, 0.10), (4e9, 0.60), (45e9, 0.90), (362e9, 0.95))
+_MEMORY = ((0.32e6, 0.30), (3.2e6, 0.60), (32e6, 0.75), (316e6, 0.90))
 _KERNEL = 2e-6  # seconds between two kernels of a full queue
+UNMEASURED = 0.8
+"""Of a peak, where nobody measured the largest product."""
 
 
 @dataclass(frozen=True)
@@ -77,16 +86,24 @@ def _behind(segment: Segment, blocks: int) -> str:
 
 
 def _seconds(operators: Iterable[Operator], gpu: Gpu) -> float:
-    cap = (gpu.achieved or 0.8 * gpu.peak) / gpu.peak
+    cap = gpu.achieved / gpu.peak if gpu.achieved else UNMEASURED
     total = 0.0
     for op in operators:
-        product = op.flops / (gpu.peak * min(_step(_PRODUCT, op.flops), cap)) if op.flops else 0.0
+        product = (
+            op.flops / (gpu.peak * min(_efficiency(_PRODUCT, op.flops), cap)) if op.flops else 0.0
+        )
         memory = 0.0
         if gpu.bandwidth is not None and op.num_bytes:
-            memory = op.num_bytes / (gpu.bandwidth * _step(_MEMORY, op.num_bytes))
+            memory = op.num_bytes / (gpu.bandwidth * _efficiency(_MEMORY, op.num_bytes))
         total += max(product, memory) + _KERNEL
     return total
 
 
-def _step(steps: tuple[tuple[float, float], ...], size: float) -> float:
-    return next(share for least, share in steps if size >= least)
+def _efficiency(points: Sequence[tuple[float, float]], size: float) -> float:
+    """On the line through the points in logarithms; size over it never falls with size."""
+    if size <= points[0][0]:
+        return points[0][1]
+    for (low, least), (high, most) in pairwise(points):
+        if size < high:
+            return float(least * (most / least) ** (math.log(size / low) / math.log(high / low)))
+    return points[-1][1]

@@ -32,6 +32,8 @@ class Run:
         sigma: see ``straggling``.
         prefetch: blocks gathered ahead, where the engine gathers ahead.
         form: "auto" takes the faster, for engines with two stages.
+        pipelined: a gather's stage between nodes runs beside the stage inside nodes of the one
+            before: what mics does on the CPU, and not on GPUs.
         host: seconds of the host per message, where they are not the profile's.
     """
 
@@ -44,6 +46,7 @@ class Run:
     sigma: float = 0.0
     prefetch: int = 1
     form: Form | Literal["auto"] = "auto"
+    pipelined: bool = False
     host: float | None = None
 
 
@@ -52,14 +55,17 @@ class Simulated:
     """A step of one engine.
 
     Args:
-        seconds: with stragglers.
-        step: without.
+        step: what came out.
         form: of the all-gather.
     """
 
-    seconds: float
     step: Step
     form: Form
+
+    @property
+    def seconds(self) -> float:
+        """Of the step."""
+        return self.step.seconds
 
 
 def simulate_engine(
@@ -91,7 +97,7 @@ def simulate_engine(
         prefetch=run.prefetch if profile.overlaps else 0,
         in_flight=1 if profile.overlaps else 0,
         sync=profile.sync,
-        pipelined=profile.two_stages,
+        pipelined=run.pipelined,
         host=profile.host if run.host is None else run.host,
         messages=1 if profile.coalesced else build.messages,
         slows=run.slows,
@@ -99,8 +105,9 @@ def simulate_engine(
         gathered_at_end=build.at_end(),
     )
     step = simulate(blocks, root, schedule, timeline=timeline)
-    late = straggling(run.sigma, group, cluster.gpus // group, run.micro_steps)
-    return Simulated(step.seconds * late, step, form)
+    alone = 1 if profile.sync == "every" else run.micro_steps
+    late = step.seconds * (straggling(run.sigma, group, cluster.gpus // group, alone) - 1)
+    return Simulated(replace(step, seconds=step.seconds + late, late=late), form)
 
 
 def inter_bytes(engine: Engine, anatomy: Anatomy, cluster: Cluster, run: Run) -> Fraction:
@@ -273,6 +280,7 @@ class _Builder:
 
         def seconds(form: Form) -> float:
             stages = gather_stages(node, self.group, largest * run.compute_bytes, form)
-            return max(stage.seconds for stage in stages)  # stages run beside each other
+            each = [stage.seconds for stage in stages]
+            return max(each) if run.pipelined else sum(each)
 
         return "hierarchical" if seconds("hierarchical") < seconds("flat") else "flat"

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mics.errors import PlanError
+
+MOST_NODES = 1 << 17
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -20,6 +24,7 @@ class Gpu:
         achieved: those of the largest product anybody measured.
         bandwidth: of its memory, bytes per second.
         source: where the figures are from.
+        bf16: it multiplies in bf16; else in fp16 only.
     """
 
     name: str
@@ -28,6 +33,7 @@ class Gpu:
     bandwidth: float | None
     achieved: float | None = None
     source: str = ""
+    bf16: bool = True
 
 
 @dataclass(frozen=True)
@@ -76,13 +82,34 @@ class Node:
     measured_nodes: int | None = None
     all_reduce_is_ring: bool = False
 
+    @property
+    def most_nodes(self) -> int:
+        """Of a cluster of these: 1 where nobody knows what they carry to each other."""
+        return MOST_NODES if self.inter.bandwidth else 1
+
 
 @dataclass(frozen=True)
 class Cluster:
-    """Equal nodes."""
+    """Equal nodes.
+
+    Raises:
+        PlanError: none, too many, or several whose link was never measured.
+    """
 
     node: Node
     nodes: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.nodes <= MOST_NODES:
+            raise PlanError(f"A cluster has 1 to {MOST_NODES:,} nodes, got {self.nodes}.")
+        if self.nodes > self.node.most_nodes:
+            line = self.node.inter.line
+            raise PlanError(
+                f"What {self.node.name} carries between nodes was never measured.",
+                numbers="" if line is None else f"The line rate is {line / 1e9:.0f} GB/s.",
+                write="--profile of mics bench collectives on two of them, or --node <a .toml "
+                "file> with inter.bandwidth",
+            )
 
     @property
     def gpus(self) -> int:

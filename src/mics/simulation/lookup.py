@@ -44,7 +44,7 @@ def find_node(name: str) -> Node:
     instances = {str(facts["instance"]): key for key, facts in _tables("nodes").items()}
     short = instances.get(name, name)
     if short in known:
-        return _measured(known[short])
+        return known[short]
     near = difflib.get_close_matches(short, known, 1)
     raise PlanError(
         f"There is no node {name!r} in the catalogue"
@@ -135,20 +135,7 @@ def _from_file(path: Path) -> Node:
             write="one table as in mics plan --list, and [gpus.<name>] for GPUs of your own",
         )
     ((name, table),) = tables.items()
-    return _measured(node_of(name, table, gpus() | own))
-
-
-def _measured(node: Node) -> Node:
-    """A node can be planned for when the bandwidth between nodes is known."""
-    if node.inter.bandwidth > 0:
-        return node
-    line = node.inter.line
-    raise PlanError(
-        f"What {node.name} carries between nodes was never measured in public.",
-        numbers="" if line is None else f"The line rate is {line / 1e9:.0f} GB/s.",
-        write="--profile of mics bench collectives on two of them, or --node <a .toml file> with "
-        "inter.bandwidth",
-    )
+    return node_of(name, table, gpus() | own)
 
 
 def _tables(file: str) -> dict[str, Mapping[str, Any]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from mics.errors import PlanError
 from mics.simulation.fit import Point, fit_links
-from mics.simulation.hardware import Gpu, Node
+from mics.simulation.hardware import Gpu, Link, Node
 from mics.simulation.network import all_reduce_terms, gather_terms
 from mics.traffic import Form
 
@@ -24,8 +24,8 @@ def measured_node(path: Path, gpu: Gpu) -> Node:
     """Latency and bandwidth of both links, fitted to the measured times.
 
     All-gathers, flat and in two stages, of groups of any size give both links at once; all-reduces
-    over nodes have figures of their own. Where one node was measured there is no link between
-    nodes, and its figures are the inner ones.
+    over nodes have figures of their own. Where one node was measured nothing is known of the link
+    between nodes.
 
     Args:
         path: the JSON that ``mics bench collectives`` wrote.
@@ -47,11 +47,14 @@ def measured_node(path: Path, gpu: Gpu) -> Node:
             write="mics bench collectives --out collectives.json",
         ) from None
     nodes = max(largest // k, 1)
+    if largest == 1:
+        raise PlanError(
+            f"{path} was measured on one rank, which has no link.",
+            write="torchrun --nproc-per-node <GPUs> -m mics bench collectives",
+        )
     links = fit_links(_gathers(rows, k))
-    intra = links.get("intra", links.get("inter"))
-    inter = links.get("inter", intra)
-    assert intra is not None
-    assert inter is not None
+    inter = links.get("inter", Link(0.0, 0.0))
+    intra = links.get("intra", inter)  # of nodes with one rank, of which no group is inside
     node = Node(path.stem, gpu, k, intra, inter, source=str(path), measured_nodes=nodes)
     if nodes == 1:
         return node

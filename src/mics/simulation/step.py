@@ -55,12 +55,12 @@ class Schedule:
         gathers: in forward, in backward.
         prefetch: blocks gathered ahead; 0 waits for each when it is needed.
         in_flight: reductions computation does not wait for; 0 waits for each.
-        sync: on the last micro-step, on every one, or never.
-        sync_overlaps: hop 2 runs beside computation.
+        sync: on the last micro-step, on every one, or never; beside the backward pass, which ends
+            when it has landed.
         pipelined: the next gather's first stage runs beside this one's second.
         host: seconds computation is held up by every message that is started.
         messages: of one unit's gather, and of its reduction.
-        slows: computation that has communication beside it takes that much longer.
+        slows: where blocks communicate, all computation takes that much longer.
         last: seconds after everything, the optimizer step.
         gathered_at_end: stages of a gather of all parameters after the optimizer step.
     """
@@ -70,7 +70,6 @@ class Schedule:
     prefetch: int = 1
     in_flight: int = 1
     sync: Sync = "last"
-    sync_overlaps: bool = True
     pipelined: bool = False
     host: float = 0.0
     messages: int = 1
@@ -94,12 +93,13 @@ class Step:
     """What came out.
 
     Args:
-        seconds: of the step.
+        seconds: of the step, ``late`` included.
         compute: of it, computation (with what communication beside it costs).
         exposed: by hop, seconds that computation waited; hop 0 is the optimizer step and what
             follows it.
         total: by hop, seconds of communication.
         timeline: every span, if asked for.
+        late: seconds of waiting for whoever is late, see ``straggling``.
     """
 
     seconds: float
@@ -107,6 +107,7 @@ class Step:
     exposed: dict[Hop, float]
     total: dict[Hop, float]
     timeline: tuple[Span, ...] = field(default=(), repr=False)
+    late: float = 0.0
 
 
 def simulate(
@@ -119,8 +120,8 @@ def simulate(
 ) -> Step:
     """Run one step.
 
-    Micro-steps are alike from the second to the last but one, so at most three are simulated,
-    unless every span is wanted.
+    A micro-step ends when everything has landed, so all but the last are alike, and one of them is
+    simulated, unless every span is wanted.
 
     Args:
         blocks: in the order of the model.
@@ -131,20 +132,17 @@ def simulate(
         kind: of rank; one with streams by default, see ``step_on_cpu.py``.
     """
     rank = (kind or Rank)(blocks, root, schedule, timeline)
-    simulated = schedule.micro_steps if timeline else min(schedule.micro_steps, 3)
-    ends: list[tuple[float, float, float, float]] = []
+    simulated = schedule.micro_steps if timeline else min(schedule.micro_steps, 2)
     for number in range(simulated):
         rank.micro_step(last=number == simulated - 1)
-        ends.append((rank.now, rank.compute, rank.exposed[1], rank.exposed[2]))
+        if number == 0:
+            first = (rank.now, rank.compute, rank.exposed[1], rank.exposed[2])
     rank.finish()
     more = schedule.micro_steps - simulated
-    seconds, compute, exposed = rank.now, rank.compute, dict(rank.exposed)
-    if more > 0:
-        one = [b - a for a, b in zip(ends[0], ends[1], strict=True)]
-        seconds += more * one[0]
-        compute += more * one[1]
-        exposed[1] += more * one[2]
-        exposed[2] += more * one[3]
+    seconds, compute = rank.now + more * first[0], rank.compute + more * first[1]
+    exposed = dict(rank.exposed)
+    exposed[1] += more * first[2]
+    exposed[2] += more * first[3]
     return Step(seconds, compute, exposed, _totals(blocks, root, schedule), tuple(rank.spans))
 
 
@@ -225,6 +223,9 @@ class Rank:
             self.reduce(blocks[number], syncs, f"{number}")
         self.reduce(self._root, syncs, "root")
         self.drain()
+        for message in self.syncs:
+            self.wait(message, 2)
+        self.syncs.clear()
 
     def drain(self) -> None:
         """Wait for every reduction, as FSDP2 does when the backward pass ends."""
@@ -232,9 +233,7 @@ class Rank:
             self.wait(self._reductions.popleft(), 1)
 
     def finish(self) -> None:
-        """Wait for everything, take the optimizer step."""
-        for message in self.syncs:
-            self.wait(message, 2)
+        """Take the optimizer step, gather what is gathered after it."""
         schedule = self.schedule
         before = self.now
         self.now += schedule.last
@@ -269,10 +268,7 @@ class Rank:
             while len(self._reductions) > schedule.in_flight:
                 self.wait(self._reductions.popleft(), 1)
         if syncs and work.sync:
-            sync = self.send("hop 2", work.sync, name, after=reduction)
-            self.syncs.append(sync)
-            if not schedule.sync_overlaps:
-                self.wait(sync, 2)
+            self.syncs.append(self.send("hop 2", work.sync, name, after=reduction))
 
     def send(
         self, stream: str, stages: Sequence[Stage], name: str, after: Message | None = None
@@ -341,19 +337,19 @@ class Rank:
             self.spans.append(Span(best.stream, best.name, soonest, best.end))
 
 
-def straggling(sigma: float, group: int, replicas: int, micro_steps: int) -> float:
+def straggling(sigma: float, group: int, replicas: int, alone: int) -> float:
     """How much longer a step takes because somebody is always late.
 
     A group that communicates in every block waits for its slowest all the time; replicas wait for
-    each other once a step, and by then the micro-steps have averaged.
+    each other at hop 2, and by then the micro-steps between two of them have averaged.
 
     Args:
         sigma: spread of a micro-step's time over GPUs, as a share of it.
         group: GPUs that wait for each other in every block.
-        replicas: groups that wait for each other once a step.
-        micro_steps: s.
+        replicas: groups that wait for each other at hop 2.
+        alone: micro-steps from one hop 2 to the next.
     """
-    return 1 + sigma * (_latest(group) + _latest(replicas) / math.sqrt(micro_steps))
+    return 1 + sigma * (_latest(group) + _latest(replicas) / math.sqrt(alone))
 
 
 def _latest(n: int) -> float:

@@ -25,7 +25,7 @@ _NODE_KEYS = {
     "source",
 }
 _LINK_KEYS = {"line", "bandwidth", "latency", "falls", "fixed"}
-_GPU_KEYS = {"memory", "peak", "achieved", "bandwidth", "source"}
+_GPU_KEYS = {"memory", "peak", "achieved", "bandwidth", "bf16", "source"}
 
 
 def node_of(name: str, facts: Mapping[str, Any], known: Mapping[str, Gpu]) -> Node:
@@ -102,6 +102,9 @@ def gpu_of(name: str, facts: Any) -> Gpu:
         raise PlanError(f"gpus.{name} must be a table, got {facts!r}.", write=f"[gpus.{name}]")
     _check_keys(name, facts, _GPU_KEYS, {"memory", "peak"})
     achieved, bandwidth = _positive(name, facts, "achieved"), _positive(name, facts, "bandwidth")
+    bf16 = facts.get("bf16", True)
+    if not isinstance(bf16, bool):
+        raise PlanError(f"bf16 of {name} must be true or false, got {bf16!r}.")
     return Gpu(
         name,
         (_positive(name, facts, "memory") or 0.0) * 2**30,
@@ -109,6 +112,7 @@ def gpu_of(name: str, facts: Any) -> Gpu:
         None if bandwidth is None else bandwidth * 1e9,
         None if achieved is None else achieved * 1e12,
         _text(name, facts, "source"),
+        bf16,
     )
 
 

@@ -79,13 +79,23 @@ class Trace:
 
     def flops(self, direction: Pass) -> int:
         """Of all products."""
-        return _flops(self, direction)
+        return _flops(self, direction, False)
+
+    @property
+    def recomputed_flops(self) -> int:
+        """Of the blocks' forward, which checkpointing computes again."""
+        return _flops(self, "forward", True)
 
 
 @lru_cache(maxsize=256)
-def _flops(made: Trace, direction: Pass) -> int:
+def _flops(made: Trace, direction: Pass, blocks_only: bool) -> int:
     chosen = [s for s in made.segments if s.direction == direction]
-    return sum(op.flops for segment in chosen for op in segment.operators)
+    return sum(
+        op.flops
+        for segment in chosen
+        if segment.unit != ROOT or not blocks_only
+        for op in segment.operators
+    )
 
 
 def between(first: Trace, second: Trace, share: float) -> Trace:
@@ -190,8 +200,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
-            # Models ask whether a mask hides anything, or sequences are packed: all(...) is true.
-            return _NOTHING_SPECIAL.get(args[0].dtype, 0)
+            return _asked(args[0])
         result = func(*args, **kwargs)
         read = _tensors((args, kwargs))
         written = _tensors(result)
@@ -331,7 +340,18 @@ def _cast_inputs(module: nn.Module, args: Any, kwargs: Any) -> Any:
     return tree_map(cast, args), tree_map(cast, kwargs)
 
 
-_NOTHING_SPECIAL = {torch.bool: True, torch.float32: 0.0, torch.bfloat16: 0.0, torch.float16: 0.0}
+def _asked(value: torch.Tensor) -> bool:
+    """What a model gets that asks a tensor for its value.
+
+    Models ask whether a mask hides anything, or sequences are packed: all(...) is true.
+
+    Raises:
+        ValueError: it asks for a number.
+    """
+    if value.dtype == torch.bool:
+        return True
+    raise ValueError(f"it asks a {value.dtype} tensor for its value")
+
 
 _NO_KERNEL = {
     torch.ops.aten.empty.memory_format,
