@@ -83,7 +83,7 @@ def test_a_rank_that_dies_in_silence_is_named() -> None:
 
 @pytest.mark.slow
 def test_a_signal_that_nobody_handles_yet_ends_the_job() -> None:
-    process = start('print("ready", flush=True)\ntime.sleep(60)')
+    process = start('os.write(1, b"ready\\n")\ntime.sleep(60)')
     assert process.stdout is not None
     assert [process.stdout.readline() for _ in range(4)].count("ready\n") == 3
     process.send_signal(signal.SIGINT)
@@ -96,7 +96,7 @@ def test_a_signal_that_nobody_handles_yet_ends_the_job() -> None:
 def test_a_signal_reaches_every_rank_which_ends_in_its_own_way() -> None:
     process = start(
         "stop = []\nsignal.signal(signal.SIGTERM, lambda *_: stop.append(1))\n"
-        'print("ready", flush=True)\nwhile not stop: time.sleep(0.05)\n'
+        'os.write(1, b"ready\\n")\nwhile not stop: time.sleep(0.05)\n'
         'print("ended", flush=True)'
     )
     assert process.stdout is not None
@@ -112,7 +112,7 @@ def test_what_goes_wrong_after_a_signal_is_said() -> None:
     """A last checkpoint that is refused must not look like a clean interruption."""
     process = start(
         "stop = []\nsignal.signal(signal.SIGTERM, lambda *_: stop.append(1))\n"
-        'print("ready", flush=True)\nwhile not stop: time.sleep(0.05)\n'
+        'os.write(1, b"ready\\n")\nwhile not stop: time.sleep(0.05)\n'
         'raise MicsError("It broke.")'
     )
     assert process.stdout is not None

@@ -25,12 +25,13 @@ from mics.planning.inverse import (
 from mics.planning.parsing import parse_range
 from mics.planning.plan import Plan, Question, Search, Way, needed_by, search, ways
 from mics.planning.reasons import explained
-from mics.planning.scaling import strong_scaling, weak_scaling
+from mics.planning.scaling import strong_scaling, too_large, weak_scaling
 from mics.planning.subject import subject
 from mics.simulation.anatomy import Anatomy
 from mics.simulation.hardware import Cluster, Gpu, Link, Node
 from mics.simulation.lookup import find_node
 from mics.simulation.memory import OPTIMIZERS, Setup, memory
+from mics.simulation.profiles import Engine
 
 GIB = 2**30
 
@@ -396,6 +397,16 @@ def test_scaling_keeps_the_work_or_shares_it(found: Search) -> None:
     strong = strong_scaling(plan, ("mics",), (4, 8, 16, 12))
     assert [gpus for gpus, _ in strong["mics"]] == [16, 32, 64]  # 12 does not divide the batch
     assert strong["mics"][-1][1] <= weak["mics"][-1][1]
+
+
+def test_engines_that_keep_everything_are_told_when_they_would_not_fit(found: Search) -> None:
+    plan = next(p for p in found.plans if p.way.partition == 16)
+    engines: tuple[Engine, ...] = ("mics", "ddp", "zero2", "fsdp2")
+    (ddp,) = too_large(dataclasses.replace(plan, cluster=small(4.0)), engines)
+    assert re.match(r"ddp would need \d\.\d\d of 4 GiB for a step: it is simulated as if", ddp)
+    notes = too_large(dataclasses.replace(plan, cluster=small(0.9)), engines)
+    assert [note.split()[0] for note in notes] == ["ddp", "zero2"]
+    assert too_large(dataclasses.replace(plan, cluster=small(64.0)), engines) == []
 
 
 def test_a_range_doubles() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
@@ -21,8 +22,7 @@ def memory_bars(plans: Sequence[Plan]) -> str:
     """One bar per plan: the largest moment, by kind, against what a GPU has."""
     capacity = plans[0].cluster.node.gpu.memory
     kinds = [kind for kind in vars(plans[0].need) if any(vars(p.need)[kind] for p in plans)]
-    most = max([capacity, *(plan.needed for plan in plans)]) * 1.05
-    scale = (_WIDTH - _LEFT - 90) / most
+    scale = (_WIDTH - _LEFT - 90) / capacity
     parts = []
     for row, plan in enumerate(plans):
         y, need, needed = row * _ROW, plan.need, plan.needed
@@ -38,13 +38,14 @@ def memory_bars(plans: Sequence[Plan]) -> str:
         parts.append(
             _box(x, y + 3, lost * scale, _ROW - 8, "#8886", f"fragmentation: {lost / GIB:.2f} GiB")
         )
-        parts.append(_text(x + lost * scale + 6, y + 16, f"{needed / GIB:.1f} GiB"))
-    height = len(plans) * _ROW + 48
+        parts.append(_text(_WIDTH - 4, y + 16, f"{needed / GIB:.1f} GiB", "end"))
+    below = len(plans) * _ROW
     at = _LEFT + capacity * scale
-    parts.append(_line(at, 0, at, height - 44, "#cc3311"))
-    parts.append(_text(at, height - 30, f"{capacity / GIB:.0f} GiB", "middle"))
-    parts.append(_legend([k.replace("_", " ") for k in kinds], _colours(kinds), height - 12))
-    return _svg(height, parts, "Memory of a GPU by partition size")
+    parts.append(_line(at, 0, at, below + 4, "#cc3311"))
+    parts.append(_text(at, below + 18, f"{capacity / GIB:.4g} GiB", "middle"))
+    names = [*(kind.replace("_", " ") for kind in kinds), "fragmentation"]
+    legend, end = _legend(names, [*_colours(kinds), "#8886"], below + 40)
+    return _svg(end + 8, [*parts, legend], "Memory of a GPU by partition size")
 
 
 def step_timeline(spans: Sequence[Span], start: float, end: float) -> str:
@@ -77,12 +78,10 @@ def curves(series: Mapping[str, Sequence[tuple[float, float]]], x_name: str, y_n
         x_name: of the horizontal axis.
         y_name: of the vertical one.
     """
-    import math
-
     points = [point for line in series.values() for point in line]
     xs = sorted({x for x, _ in points})
     low, high = math.log2(xs[0]), math.log2(xs[-1])
-    top = max(y for _, y in points) * 1.08
+    top = _round_up(max(y for _, y in points))
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = (math.log2(x) - low) / ((high - low) or 1)
@@ -97,8 +96,8 @@ def curves(series: Mapping[str, Sequence[tuple[float, float]]], x_name: str, y_n
         for x, y in line:
             a, b = place(x, y)
             parts.append(_dot(a, b, colour, f"{name}: {y:.4g} at {x:g}"))
-    parts.append(_legend(list(series), _colours(list(series)), 320))
-    return _svg(330, parts, f"{y_name} over {x_name}")
+    legend, end = _legend(list(series), _colours(list(series)), 320)
+    return _svg(end + 10, [*parts, legend], f"{y_name} over {x_name}")
 
 
 def pareto(plans: Sequence[Plan]) -> str:
@@ -110,24 +109,23 @@ def pareto(plans: Sequence[Plan]) -> str:
     ]
     if not points:
         return ""
-    most_x = max(x for x, _, _ in points) * 1.1
-    most_y = max(y for _, y, _ in points) * 1.1
+    most_x = _round_up(max(x for x, _, _ in points))
+    most_y = _round_up(max(y for _, y, _ in points))
     best = pareto_set(plans)
 
     def place(x: float, y: float) -> tuple[float, float]:
         return _LEFT / 2 + x / most_x * (_WIDTH - _LEFT), 250 - 230 * y / most_y
 
-    ticks = [most_x / 1.1 * part / 4 for part in range(5)]
+    ticks = [most_x * part / 4 for part in range(5)]
     parts = _axes(ticks, most_y, place, "tokens per second", "$ per billion tokens")
     for x, y, plan in points:
         a, b = place(x, y)
         colour = COLOURS[4] if plan in best else COLOURS[6]
         told = f"{plan.cluster.nodes} nodes, {plan.way}: {x:,.0f} tokens/s, ${y:,.0f}"
         parts.append(_dot(a, b, colour, told))
-    parts.append(
-        _legend(["no other is faster and cheaper", "others"], [COLOURS[4], COLOURS[6]], 320)
-    )
-    return _svg(330, parts, "Speed against price")
+    names = ["no other is faster and cheaper", "others"]
+    legend, end = _legend(names, [COLOURS[4], COLOURS[6]], 320)
+    return _svg(end + 10, [*parts, legend], "Speed against price")
 
 
 def pareto_set(plans: Sequence[Plan]) -> list[Plan]:
@@ -172,12 +170,22 @@ def _colours(names: Sequence[str]) -> list[str]:
     return [COLOURS[n % len(COLOURS)] for n in range(len(names))]
 
 
-def _legend(names: Sequence[str], colours: Sequence[str], y: float) -> str:
+def _legend(names: Sequence[str], colours: Sequence[str], y: float) -> tuple[str, float]:
+    """Drawn, in as many rows as it takes, and where the last one is."""
     parts, x = [], 10.0
     for name, colour in zip(names, colours, strict=True):
+        width = 30 + 6.6 * len(name)
+        if x + width > _WIDTH:
+            x, y = 10.0, y + 20
         parts += [_box(x, y - 10, 12, 12, colour, name), _text(x + 16, y, name)]
-        x += 30 + 6.6 * len(name)
-    return "".join(parts)
+        x += width
+    return "".join(parts), y
+
+
+def _round_up(value: float) -> float:
+    """To a number whose quarters are round ones."""
+    size = 10.0 ** math.floor(math.log10(value))
+    return next(size * m for m in (1, 1.2, 1.6, 2, 2.4, 3.2, 4, 6, 8, 10) if size * m >= value)
 
 
 def _svg(height: float, parts: Sequence[str], name: str) -> str:

@@ -15,12 +15,13 @@ from mics.version import __version__
 
 _STYLE = """
 :root { color-scheme: light dark; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 920px; margin: 2rem auto; padding: 0 1rem; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1160px; margin: 2rem auto; }
+body { padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 svg { width: 100%; height: auto; } svg text { font-size: 12px; fill: currentColor; }
-table { border-collapse: collapse; font-size: 13px; width: 100%; }
+table { border-collapse: collapse; font-size: 12.5px; width: 100%; }
 td { white-space: nowrap; }
-th, td { text-align: right; padding: 3px 8px; border-bottom: 1px solid #8884; }
+th, td { text-align: right; padding: 3px 6px; border-bottom: 1px solid #8884; }
 .reason { border-left: 4px solid #4477aa; padding-left: .8rem; }
 .wide { overflow-x: auto; } small { opacity: .75; }
 """

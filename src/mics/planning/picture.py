@@ -64,6 +64,7 @@ def _memory(axes: Any, plans: Sequence[Plan]) -> None:
     axes.barh(
         range(len(plans)), lost, left=left, color="#88888866", label="fragmentation", height=0.7
     )
+    axes.set_xlim(right=1.02 * plans[0].cluster.node.gpu.memory / GIB)
     axes.axvline(plans[0].cluster.node.gpu.memory / GIB, color="#cc3311", label="a GPU's memory")
     axes.set_yticks(range(len(plans)), [str(plan.way) for plan in plans])
     axes.invert_yaxis()
@@ -75,7 +76,7 @@ def _per_gpu(axes: Any, curves: Curves) -> None:
     for n, (name, line) in enumerate(curves.items()):
         gpus, each = [x for x, _ in line], [y / x for x, y in line]
         axes.plot(gpus, each, "o-", color=COLOURS[n % len(COLOURS)], label=name)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.08 * max(y / x for line in curves.values() for x, y in line))
     axes.set_ylabel("tokens per second and GPU")
     _over_gpus(axes, curves)
     axes.legend(frameon=False)

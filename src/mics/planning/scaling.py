@@ -93,7 +93,7 @@ def too_large(plan: Plan, engines: Sequence[Engine]) -> list[str]:
             of_each = plan.question.compute_bytes + 16 / gpus
             needed[engine] = of_each * plan.anatomy.num_parameters
     return [
-        f"{engine} would need {size / GIB:.1f} of {gpu.memory / GIB:.0f} GiB for "
+        f"{engine} would need {size / GIB:.2f} of {gpu.memory / GIB:.4g} GiB for "
         f"{'a step' if engine == 'ddp' else 'model states alone'}: it is simulated as if it fitted."
         for engine, size in needed.items()
         if size > gpu.memory
