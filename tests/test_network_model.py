@@ -213,6 +213,16 @@ def test_what_a_shaper_lets_through_is_left_out(tmp_path: Path) -> None:
     assert found.inter.bandwidth == pytest.approx(MANY.inter.bandwidth, rel=1e-6)
 
 
+ROW = (
+    '{"collective": "all_gather", "form": "flat", "message_bytes": 8, "ranks": 8, '
+    '"seconds": {"median": 1.0}}'
+)
+
+
+def document(row: str, k: float = 2) -> str:
+    return f'{{"gpus_per_node": {k}, "measured": [{row}]}}'
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -221,6 +231,11 @@ def test_what_a_shaper_lets_through_is_left_out(tmp_path: Path) -> None:
         "{}",
         '{"gpus_per_node": 2, "measured": []}',
         '{"gpus_per_node": 2, "measured": [1]}',
+        *(document(ROW, k) for k in (0, -4, 1.5, 3)),
+        document(ROW.replace('"form"', '"shape"')),
+        document(ROW.replace('"collective"', '"name"')),
+        document(ROW.replace('"ranks": 8', '"ranks": 8.5')),
+        document(ROW.replace("1.0", "NaN")),
         '{"gpus_per_node": 2, "measured": [{"seconds": {"median": 0}, "ranks": 2, '
         '"message_bytes": 8}]}',
     ],
@@ -229,6 +244,16 @@ def test_a_file_that_is_no_measurement_is_refused(tmp_path: Path, text: str) -> 
     path = tmp_path / "links.json"
     path.write_text(text)
     with pytest.raises(PlanError, match=r"no result of mics bench collectives"):
+        measured_node(path, find_gpu("H100"))
+
+
+@pytest.mark.parametrize("collective", ["all_gather", "all_reduce"])
+def test_a_measurement_that_lacks_a_collective_is_refused(tmp_path: Path, collective: str) -> None:
+    path = bench_file(tmp_path / "links.json", MANY, (4, 8))
+    document = json.loads(path.read_text())
+    kept = [row for row in document["measured"] if row["collective"] != collective]
+    path.write_text(json.dumps(document | {"measured": kept}))
+    with pytest.raises(PlanError, match=f"has no {collective.replace('_', '-')} among"):
         measured_node(path, find_gpu("H100"))
 
 
@@ -290,7 +315,7 @@ inter = { bandwidth = 180, latency = 20 }
         ("a = 1", "must describe one node"),
         ('[ours]\ngpu = "H100"', "ours lacks gpus_per_node, inter, intra"),
         (OURS.replace("H100", "H1000"), "a GPU that is not known, 'H1000'"),
-        (OURS.replace("= 8", "= 0"), "gpus_per_node of ours must be a positive integer, got 0"),
+        (OURS.replace("= 8", "= 0"), "must be a positive integer, at most 131,072, got 0"),
         (OURS.replace("{ bandwidth = 350, latency = 4 }", "350"), "intra of ours must be a table"),
         (OURS.replace("180", '"fast"'), "bandwidth of inter of ours must be a number"),
         (OURS.replace("180", "-180"), "not negative, got -180"),

@@ -196,23 +196,81 @@ def test_nodes_whose_link_nobody_measured_stand_alone(bert: Anatomy) -> None:
     assert fewest_nodes(bert, dataclasses.replace(alone), QUESTION) == 1
 
 
-@pytest.mark.parametrize("nodes", [0, -1, 1_000_000])
-def test_a_cluster_has_a_number_of_nodes_that_can_be(nodes: int) -> None:
+@pytest.mark.parametrize("nodes", [0, -1, 1_000_000, 1.5])
+def test_a_cluster_has_a_number_of_nodes_that_can_be(nodes: Any) -> None:
     with pytest.raises(PlanError, match="1 to 131,072 nodes"):
         Cluster(find_node("p4d"), nodes)
 
 
 def test_a_step_of_a_plan_takes_what_the_plan_says(found: Search) -> None:
     plan = found.plans[0]
+    with pytest.raises(PlanError, match=r"simulate takes a plan, got list(.|\n)*plans\[0\]"):
+        mics.simulate([plan])  # type: ignore[arg-type]
     assert mics.simulate(plan).seconds == plan.seconds
     assert mics.simulate(plan).late > 0
 
 
+def test_a_longest_sequence_may_be_the_models_own(bert: Anatomy) -> None:
+    way, where = Way(8, 4, 4, True), small()
+    for limit in (100, 200, 512):
+        assert longest_sequence(bert, where, QUESTION, way, limit=limit) == limit
+    # What was asked for is never beyond what is answered.
+    odd = dataclasses.replace(QUESTION, sequence=500)
+    need = needed_by(bert, where, odd, way) / GIB
+    assert longest_sequence(bert, small(need), odd, way, limit=512) == 500
+
+
+def test_what_is_tried_twice_is_one_way(bert: Anatomy) -> None:
+    twice = dataclasses.replace(
+        QUESTION, micro_batches=(1, 1), partitions=(4, 4), checkpointing=(True, True)
+    )
+    assert len(list(ways(small(), twice))) == 1
+
+
+def test_fp32_computes_at_its_own_rate(bert: Anatomy) -> None:
+    where = Cluster(find_node("p4d"), 1)
+    whole, half = (
+        mics.plan("bert-large", where, sequence=512, micro_batches=(16,), dtype=dtype)[0]
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    flops = whole.model_flops / whole.seconds
+    assert flops < 19.5e12
+    assert half.model_flops / half.seconds > 3 * flops
+    assert whole.mfu == pytest.approx(flops / 19.5e12)
+    unknown = Cluster(find_node("p6-b200"), 1)
+    with pytest.raises(PlanError, match="How fast B200 computes with 4 bytes a number"):
+        mics.plan("bert-large", unknown, sequence=128, dtype=torch.float32)
+
+
+def test_the_optimizers_step_takes_what_it_moves(bert: Anatomy) -> None:
+    spent = {}
+    for optimizer in OPTIMIZERS:
+        asked = dataclasses.replace(QUESTION, optimizer=optimizer, partitions=(4,))
+        plan = search(bert, small(8.0), asked).plans[0]
+        spent[optimizer] = plan.simulated.step.exposed[0]
+    assert spent["adamw"] > spent["adamw-fused"] > spent["sgd-momentum"] > spent["sgd"] > 0
+    assert spent["sgd"] == pytest.approx(spent["adamw-fused"] * 12 / 28)
+
+
+def test_bytes_explain_nothing_where_they_are_not_what_time_follows_from(found: Search) -> None:
+    for plan in explained(found):
+        smaller = plan.way.partition < small().node.gpus_per_node
+        assert not (smaller and "bytes between nodes" in plan.reason)
+    assert any("bytes between nodes" in plan.reason for plan in explained(found))
+
+
 def test_a_global_batch_limits_the_micro_batch(bert: Anatomy) -> None:
     where = small()
-    asked = dataclasses.replace(QUESTION, global_batch=16 * 6)
     way = Way(8, 1, 6, True)
-    assert largest_micro_batch(bert, where, asked, way) in (1, 2, 3, 6)
+    free = largest_micro_batch(bert, where, QUESTION, way)
+    assert free is not None
+    assert free > 7
+    for of_each, largest in ((6, 6), (7, 7), (2 * free, free), (free + 1, (free + 1) // 2)):
+        asked = dataclasses.replace(QUESTION, global_batch=16 * of_each)
+        found = largest_micro_batch(bert, where, asked, way)
+        assert found is not None
+        assert of_each % found == 0
+        assert found >= min(largest, 7) or (free + 1) % 2
 
 
 ONLY: dict[str, Any] = {
@@ -236,7 +294,7 @@ def test_when_nothing_fits_the_nearest_is_named(bert: Anatomy) -> None:
     assert "saves -" not in text
 
 
-@pytest.mark.parametrize("memory", [1.2, 1.6, 2.0, 2.6, 3.2, 4.0, 5.0])
+@pytest.mark.parametrize("memory", [0.9, 1.2, 1.6, 2.0, 2.6, 3.2, 4.0, 5.0])
 def test_what_is_advised_is_enough(bert: Anatomy, memory: float) -> None:
     """Every change that is named as the way out leads to a plan."""
     where = small(memory)
@@ -251,12 +309,11 @@ def test_what_is_advised_is_enough(bert: Anatomy, memory: float) -> None:
 
 
 def followed(bert: Anatomy, where: Cluster, advice: str) -> list[Plan]:
-    """Plan again as the advice says."""
+    """Plan again as the advice says, and as before in all else."""
     options, sequence = dict(ONLY), 512
     for word, value in re.findall(r"(nodes|partition|p =|micro-batch|sequence) (\d+)", advice):
         if word == "nodes":
             where = dataclasses.replace(where, nodes=int(value))
-            options.pop("partitions")
         elif word == "sequence":
             sequence = int(value)
         elif word == "micro-batch":
@@ -268,6 +325,19 @@ def followed(bert: Anatomy, where: Cluster, advice: str) -> list[Plan]:
     if "adamw-fused" in advice:
         options["optimizer"] = "adamw-fused"
     return mics.plan(bert, where, sequence=sequence, **options)
+
+
+def test_another_global_batch_is_advised_where_it_would_do(bert: Anatomy) -> None:
+    asked = {**ONLY, "micro_batches": (1,), "checkpointing": (True,), "partitions": None}
+    with pytest.raises(PlanError) as caught:
+        mics.plan(bert, small(0.9), sequence=512, global_batch=16, **asked)
+    advice = caught.value.write
+    found = re.match(r"nodes (\d+) with p = (\d+), micro-batch 1, .*multiple of (\d+)", advice)
+    assert found, advice
+    nodes, p, batch = map(int, found.groups())
+    where = dataclasses.replace(small(0.9), nodes=nodes)
+    asked["partitions"] = (p,)
+    assert mics.plan(bert, where, sequence=512, global_batch=batch, **asked)
 
 
 def test_no_nodes_are_enough_for_some(bert: Anatomy) -> None:
@@ -297,7 +367,15 @@ def test_no_nodes_are_enough_for_some(bert: Anatomy) -> None:
         ({"runtime_gib": float("inf")}, "runtime_gib must be a number, at least 0, got inf"),
         ({"optimizer": "adam"}, r"no optimizer 'adam'(.|\n)*adamw, adamw-fused"),
         ({"stack": "none"}, "no software stack 'none'"),
-        ({"blocks": torch.nn.Linear}, "An anatomy has its loss and its blocks"),
+        ({"blocks": torch.nn.Linear}, "An anatomy has its loss, its blocks and its dtype"),
+        ({"dtype": torch.float32}, "An anatomy has its loss, its blocks and its dtype"),
+        ({"dtype": "bf16"}, "dtype must be one of torch.bfloat16"),
+        ({"dtype": torch.int8}, "dtype must be one of torch.bfloat16"),
+        ({"sequence": "128"}, "whole number of tokens, got '128'"),
+        ({"optimizer": ["adamw"]}, "no optimizer"),
+        ({"checkpointing": ["none"]}, "checkpointing must be False or True"),
+        ({"pipelined": "no"}, "pipelined must be False or True"),
+        ({"reduce_bytes": 3}, "reduce_bytes must be 2 or 4, got 3"),
     ],
 )
 def test_figures_that_cannot_be_are_refused(

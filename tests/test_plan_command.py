@@ -74,6 +74,15 @@ def test_a_sweep_leaves_out_what_does_not_go(capsys: pytest.CaptureFixture[str])
     assert "the fastest plan on each number of nodes" in out
 
 
+def test_a_page_of_thousands_of_nodes(tmp_path: Path) -> None:
+    page, picture = tmp_path / "plan.html", tmp_path / "plan.png"
+    words = ["plan", "--model", "gpt2-tiny", "--nodes", "2050", "--partition", "16400"]
+    words += ["--micro-batch", "1", "--checkpointing", "none"]
+    assert main([*words, "--html", str(page), "--png", str(picture)]) == 0
+    assert "<svg" in page.read_text()
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
 def test_mics_plan_lists_the_catalogue(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--list"]) == 0
     out = capsys.readouterr().out
@@ -98,6 +107,7 @@ def test_mics_plan_lists_the_catalogue(capsys: pytest.CaptureFixture[str]) -> No
         (["--profile", "missing.json", "--memory", "40"], "--memory would have no effect beside"),
         (["--node", "p5", "--gpu", "H100"], "--gpu would have no effect beside --node"),
         (["--node", "p5", "--gpus-per-node", "4"], "--gpus-per-node would have no effect beside"),
+        (["--list"], "--model and --nodes and --micro-batch would have no effect beside --list"),
         (["--gpu", "H100"], "--gpu would have no effect without --memory or --profile"),
         (["--memory", "40", "--intra", "200"], "--inter is missing"),
         (["--top", "0"], "--top must be at least 1"),
@@ -192,8 +202,12 @@ def test_mics_simulate_takes_three_numbers(capsys: pytest.CaptureFixture[str]) -
         (["--partition", "64", "--nodes", "1..2"], "goes with no number of nodes of the range"),
         (["--partition", "3"], "goes with no number of nodes"),
         (["--engines"], "There is nothing to simulate"),
+        (["--engines", "mics", "mics"], "--engines names one twice"),
         (["--out", "table.md"], "--out is the file of --validate"),
-        (["--validate", "--nodes", "4"], "--nodes would have no effect beside --validate"),
+        (
+            ["--validate", "--nodes", "4"],
+            "--model and --nodes would have no effect",
+        ),
         (["--micro-batch", "0"], "micro_batches must be a whole number, at least 1"),
         (["--micro-steps", "0"], "micro_steps must be a whole number, at least 1"),
         (["--sigma", "-1"], "sigma must be a number, at least 0"),

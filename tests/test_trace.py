@@ -307,13 +307,50 @@ def test_a_number_that_nobody_knows_is_not_invented() -> None:
         Anatomy(model, run).trace(1, ROWS)
 
 
-def test_a_model_that_runs_its_sequences_one_by_one_is_traced_as_it_is() -> None:
-    class OneByOne(Stack):
+@pytest.mark.parametrize(
+    ("order", "told"),
+    [((2, 1, 0), "2 1 0"), ((0, 1, 2, 0, 1, 2), "0 1 2 0 1 2"), ((0, 0, 1), "0 0 1")],
+)
+def test_blocks_that_run_in_another_order_or_twice_are_refused(
+    order: tuple[int, ...], told: str
+) -> None:
+    class Reordered(Stack):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for number in order:
+                x = self.blocks[number](x)
+            return x
+
+    with torch.device("meta"):
+        model = Reordered()
+    with pytest.raises(PlanError, match=rf"run once each, in the order(.|\n)*ran as {told}\."):
+        Anatomy(model, run, blocks=Block).trace(1, ROWS)
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        (lambda m, b, s: None, "A loss is one number; this one is NoneType"),
+        (lambda m, b, s: m(torch.zeros(b * s, WIDTH, device="meta")), "this one is \\(6, 8\\)"),
+        (lambda m, b, s: torch.zeros((), device="meta"), "Nothing is trained"),
+    ],
+)
+def test_a_loss_that_is_none_is_refused(loss: Any, words: str) -> None:
+    with torch.device("meta"):
+        model = Stack()
+    with pytest.raises(PlanError, match=words):
+        Anatomy(model, loss).trace(1, ROWS)
+
+
+def test_blocks_that_run_sequences_one_by_one_are_traced_as_they_are() -> None:
+    """Their kernels grow in number with the micro-batch, so that none can be extrapolated."""
+
+    class OneByOne(Block):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.cat([super(OneByOne, self).forward(row) for row in x.split(ROWS)])
 
     with torch.device("meta"):
-        model = OneByOne()
+        model = Stack()
+        model.blocks = nn.ModuleList(OneByOne() for _ in range(3))
     made, plain = Anatomy(model, run).trace(8, ROWS), stack_trace(8 * ROWS)
     assert made.flops("forward") == plain.flops("forward")
     kernels = sum(len(s.operators) for s in made.segments)

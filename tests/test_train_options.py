@@ -256,6 +256,13 @@ def test_what_to_write_without_tensorboard_can_be_written(monkeypatch: pytest.Mo
     assert not parse(words).options.log.tensorboard
 
 
+def test_nodes_that_are_unknown_are_named_before_a_rank_is_started(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["train", "--model.name", "gpt2-tiny", "--parallel.node", "p4x"]) == 1
+    assert "There is no node 'p4x'" in capsys.readouterr().err
+
+
 # -- the dry run -----------------------------------------------------------------------------------
 
 
@@ -318,3 +325,20 @@ def test_a_dry_run_counts_the_tokens_that_a_run_would_take(asked: int, tokens: i
         parallel=ParallelConfig(ranks=1),
     )
     assert f" tokens per step, {tokens} per sequence" in describe(config)
+
+
+def test_a_dry_run_on_named_nodes_takes_what_the_run_would(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["train", "--model.name", "gpt2-tiny", "--dry-run", "--parallel.ranks", "16"]
+    words += ["--parallel.gpus-per-node", "8", "--parallel.node"]
+    assert main([*words, "p4d"]) == 0
+    out = capsys.readouterr().out
+    (chosen,) = [line.split()[0] for line in out.splitlines() if line.endswith("<- chosen")]
+    assert f"Group map: partition {chosen}," in out
+    assert f"\n  p = {chosen}: " in out
+    assert "a step would take 0." in out
+    assert "a whole node" not in out
+    small = ["--model.name", "bert-large", "--batch.global-batch", "4096"]
+    assert main([*words, "p4d", *small, "--batch.micro-batch", "256"]) == 1
+    assert "Nothing fits: p = " in capsys.readouterr().err

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from mics.commands.cluster_options import ClusterOptions, node_of
-from mics.commands.written import check_folders
+from mics.commands.written import check_folders, refuse_others
 from mics.errors import MicsError, PlanError
 from mics.planning.cost import Reliability, dollars, goodput, wall_seconds
 from mics.planning.inverse import (
@@ -117,6 +117,7 @@ def run(config: Config) -> int:
     """
     try:
         if config.list:
+            refuse_others(config, "list")
             print(catalogue())
             return 0
         return _plan(config)

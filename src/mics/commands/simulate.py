@@ -6,12 +6,12 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from mics.commands.cluster_options import ClusterOptions, node_of
-from mics.commands.written import check_folders
+from mics.commands.written import check_folders, refuse_others
 from mics.errors import MicsError, PlanError
 from mics.planning.parsing import parse_range
 from mics.planning.plan import (
@@ -25,7 +25,7 @@ from mics.planning.plan import (
 from mics.planning.scaling import strong_scaling, too_large, weak_scaling
 from mics.planning.subject import subject
 from mics.planning.validation import as_markdown, validate
-from mics.simulation.hardware import Cluster, Node, extrapolated
+from mics.simulation.hardware import Cluster, Link, Node, extrapolated
 from mics.simulation.profiles import PROFILES, Engine
 from mics.simulation.stacks import find_stack
 from mics.simulation.timeline import chrome_trace
@@ -118,16 +118,7 @@ def run(config: Config) -> int:
 
 def _validate(config: Config) -> int:
     """The table; 1 where a figure that was held out is missed."""
-    changed = [
-        f"--{field.name}"
-        for field in fields(config)
-        if field.name not in ("validate", "out") and getattr(config, field.name) != field.default
-    ]
-    if changed:
-        raise PlanError(
-            f"{' and '.join(changed)} would have no effect beside --validate.",
-            write="mics simulate --validate --out table.md",
-        )
+    refuse_others(config, "validate", "out")
     check_folders(config.out)
     rows = validate(told=_told)
     table = as_markdown(rows)
@@ -180,6 +171,8 @@ def _checked(config: Config) -> list[int]:
         raise PlanError(
             "--out is the file of --validate.", write="--json, --png or --trace for a simulation"
         )
+    if len(set(config.engines)) < len(config.engines):
+        raise PlanError(f"--engines names one twice: {', '.join(config.engines)}.")
     if not config.engines:
         raise PlanError("There is nothing to simulate: --engines names none.")
     check_folders(config.json, config.png, config.trace)
@@ -192,18 +185,15 @@ def _what_if(node: Node, config: Config) -> Node:
         if not 0 < getattr(config, name) < math.inf:
             raise PlanError(f"--{name} must be positive, got {getattr(config, name)}.")
 
-    def changed(link: object) -> object:
+    def changed(link: Link) -> Link:
         return replace(
-            link,  # type: ignore[type-var]
-            bandwidth=link.bandwidth * config.bandwidth,  # type: ignore[attr-defined]
-            latency=link.latency * config.latency,  # type: ignore[attr-defined]
+            link,
+            bandwidth=link.bandwidth * config.bandwidth,
+            latency=link.latency * config.latency,
         )
 
-    return replace(
-        node,
-        inter=changed(node.inter),  # type: ignore[arg-type]
-        all_reduce=changed(node.all_reduce) if node.all_reduce else None,  # type: ignore[arg-type]
-    )
+    all_reduce = changed(node.all_reduce) if node.all_reduce else None
+    return replace(node, inter=changed(node.inter), all_reduce=all_reduce)
 
 
 def _smallest(config: Config, node: Node, counts: Sequence[int]) -> Cluster:

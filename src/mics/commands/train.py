@@ -64,6 +64,7 @@ def run(config: Config) -> int:
     Returns:
         0 when all went well, 1 when it did not, 2 when the options make no sense.
     """
+    from mics.simulation.lookup import find_node
     from mics.training import dry_run
     from mics.training.launching import run_on_ranks
     from mics.training.settings import check_settings
@@ -73,6 +74,8 @@ def run(config: Config) -> int:
             print(dry_run.list_models())
             return 0
         check_settings(config.options)
+        if config.options.parallel.node is not None:
+            find_node(config.options.parallel.node)  # before any rank is started
         if config.dry_run:
             print(dry_run.describe(config.options))
             return 0

@@ -1,8 +1,10 @@
-"""Files that a command is to write."""
+"""What a command is to write, and options beside which others mean nothing."""
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from mics.errors import MicsError
 
@@ -20,3 +22,23 @@ def check_folders(*files: Path | None) -> None:
                 numbers="It is a folder." if file.is_dir() else f"There is no {file.parent}.",
                 write="a file in a folder that exists",
             )
+
+
+def refuse_others(config: Any, switch: str, *with_it: str) -> None:
+    """No option beside one that makes the command do something else.
+
+    Args:
+        config: dataclass of options.
+        switch: that one.
+        with_it: those that belong to it.
+
+    Raises:
+        MicsError: there is another.
+    """
+    changed = [
+        f"--{field.name.replace('_', '-')}"
+        for field in fields(config)
+        if field.name not in (switch, *with_it) and getattr(config, field.name) != field.default
+    ]
+    if changed:
+        raise MicsError(f"{' and '.join(changed)} would have no effect beside --{switch}.")

@@ -69,7 +69,7 @@ def task_of(config: PretrainedConfig) -> Task:
         f"Models of type {config.model_type!r} are not language models that transformers can build "
         "as causal or masked.",
         numbers=f"Its configuration is {kind.__name__}.",
-        write="--model.name of a causal or masked language model",
+        write="the name of a causal or masked language model",
     )
 
 
@@ -175,7 +175,7 @@ def _saved_config(name: str) -> PretrainedConfig:
         if not file.is_file():
             raise ConfigError(
                 f"There is no {file}.",
-                write="--model.name <config.json>, or a folder that holds one",
+                write="<config.json>, or a folder that holds one",
             )
         path = file
     elif name.count("/") != 1:
@@ -183,7 +183,7 @@ def _saved_config(name: str) -> PretrainedConfig:
         raise ConfigError(
             f"There is no model {name!r}" + (f"; did you mean {near[0]!r}?" if near else "."),
             numbers=f"Presets: {', '.join(PRESETS)}.",
-            write="--model.name <preset, config.json, folder or hub name such as owner/model>",
+            write="<preset, config.json, folder or hub name such as owner/model>",
         )
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(
@@ -193,6 +193,6 @@ def _saved_config(name: str) -> PretrainedConfig:
         raise ConfigError(
             f"transformers cannot read the configuration of {name!r}.",
             numbers=str(error).split("\n")[0],
-            write="--model.name <preset, config.json, folder or hub name>",
+            write="<preset, config.json, folder or hub name>",
         ) from None
     return config

@@ -21,6 +21,8 @@ from mics.simulation.hardware import Cluster as Cluster
 from mics.simulation.profiles import PROFILES, Engine
 from mics.simulation.step import Step
 
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
 
 def plan(
     model: Any,
@@ -30,7 +32,7 @@ def plan(
     global_batch: int | None = None,
     micro_steps: int | None = None,
     micro_batches: Sequence[int] | None = None,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
     loss: Loss | None = None,
     blocks: Blocks = None,
     **options: Any,
@@ -47,7 +49,7 @@ def plan(
         global_batch: sequences per step, from which the micro-steps follow.
         micro_steps: s, instead; 4 by default.
         micro_batches: to try; 1 to 32 by default.
-        dtype: what is computed in, and gathered.
+        dtype: what is computed in, and gathered; bf16 by default.
         loss: ``loss(model, micro_batch, sequence)`` runs a module of one's own on inputs it makes
             on the meta device; see ``subject``.
         blocks: as in ``mics.shard``.
@@ -69,15 +71,19 @@ def plan(
             )
     if micro_batches is not None:
         options["micro_batches"] = micro_batches
-    options.setdefault("compute_bytes", dtype.itemsize)
+    if dtype is not None and dtype not in _DTYPES:
+        told = ", ".join(map(str, _DTYPES))
+        raise PlanError(f"dtype must be one of {told}, got {dtype!r}.")
     if isinstance(model, Anatomy):
-        if loss is not None or blocks is not None:
+        if loss is not None or blocks is not None or dtype not in (None, model.dtype):
             raise PlanError(
-                "An anatomy has its loss and its blocks.", write="plan(module, ..., loss=, blocks=)"
+                "An anatomy has its loss, its blocks and its dtype.",
+                write="plan(module, ..., loss=, blocks=, dtype=)",
             )
         anatomy = model
     else:
-        anatomy = subject(model, dtype=dtype, loss=loss, blocks=blocks)
+        anatomy = subject(model, dtype=dtype or torch.bfloat16, loss=loss, blocks=blocks)
+    options.setdefault("compute_bytes", anatomy.dtype.itemsize)
     asked = anatomy.sequence_or(sequence)
     question = Question(asked, global_batch, micro_steps, **options)
     found = search(anatomy, where, question)
@@ -92,11 +98,13 @@ def simulate(plan: Plan, engine: Engine = "mics", *, timeline: bool = False) -> 
         plan: of ``mics.plan``.
         engine: "mics", "fsdp2", "hsdp every micro-step", "hsdp deferred", "ddp", "zero2", "zero3",
             "zero2 0.5.6" or "zero3 0.5.6".
-        timeline: keep every span of the first micro-steps.
+        timeline: keep every span.
 
     Raises:
-        PlanError: there is no such engine.
+        PlanError: there is no such engine, or no plan.
     """
+    if not isinstance(plan, Plan):
+        raise PlanError(f"simulate takes a plan, got {type(plan).__name__}.", write="plans[0]")
     if engine not in PROFILES:
         raise PlanError(
             f"There is no engine {engine!r}.", numbers=f"Engines: {', '.join(PROFILES)}."

@@ -63,7 +63,9 @@ def largest_micro_batch(
 def longest_sequence(
     anatomy: Anatomy, cluster: Cluster, question: Question, way: Way, *, limit: int | None = None
 ) -> int | None:
-    """The longest sequence with which a way fits, a multiple of 128; ``None`` if none does.
+    """The longest sequence with which a way fits; ``None`` if none does.
+
+    A multiple of 128, or the limit, or what is asked for.
 
     Args:
         anatomy: of the model.
@@ -73,17 +75,26 @@ def longest_sequence(
         limit: positions the model has.
     """
 
-    def fitting(steps: int) -> bool:
-        return fits(anatomy, cluster, replace(question, sequence=steps * STEP), way)
+    def fitting(sequence: int) -> bool:
+        return fits(anatomy, cluster, replace(question, sequence=sequence), way)
 
+    if limit is not None and fitting(limit):
+        return limit
     most = (limit or 1 << 20) // STEP
-    found = _largest(fitting, most) if most else None
-    return None if found is None else found * STEP
+    steps = _largest(lambda steps: fitting(steps * STEP), most) if most else None
+    found: list[int] = [] if steps is None else [steps * STEP]
+    if fitting(question.sequence):
+        found.append(question.sequence)
+    return max(found, default=None)
 
 
 def fewest_nodes(anatomy: Anatomy, cluster: Cluster, question: Question) -> int | None:
-    """The fewest nodes on which anything that may be tried fits; ``None`` if not even 2,048 do."""
-    for nodes in range(1, min(MOST, cluster.node.most_nodes) + 1):
+    """The fewest nodes on which anything that may be tried fits.
+
+    ``None`` if not even 2,048 do, nor as many as there are.
+    """
+    counts: list[int] = [*range(1, min(MOST, cluster.node.most_nodes) + 1), cluster.nodes]
+    for nodes in counts:
         tried = replace(cluster, nodes=nodes)
         if any(fits(anatomy, tried, question, way) for way in frugal_ways(tried, question)):
             return nodes
@@ -91,7 +102,7 @@ def fewest_nodes(anatomy: Anatomy, cluster: Cluster, question: Question) -> int 
 
 
 def frugal_ways(cluster: Cluster, question: Question) -> Iterable[Way]:
-    """Those that need least memory: one of them fits, if any way does."""
+    """Those that need least memory, as a rule: padding of odd shapes can make others need less."""
     partitions = _partitions(cluster, question)
     steps = {b: micro_steps_of(cluster, question, b) for b in question.micro_batches}
     batches = [b for b, s in steps.items() if s]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from mics.errors import PlanError
 from mics.planning.inverse import (
     fewest_nodes,
+    fits,
     frugal_ways,
     longest_sequence,
     with_partition,
@@ -56,26 +57,33 @@ def _instead(
     anatomy: Anatomy, cluster: Cluster, question: Question, changes: Sequence[_Change]
 ) -> str:
     """What is enough: one change, several, more nodes, or else."""
-    capacity = cluster.node.gpu.memory
+    capacity, k = cluster.node.gpu.memory, cluster.node.gpus_per_node
     enough = [change.text for change in changes if change.needed <= capacity]
     if enough:
         return " or ".join(enough) + (", each is enough" if len(enough) > 1 else "")
-    nodes = fewest_nodes(anatomy, cluster, question)
-    if nodes is not None:
-        return f"nodes {nodes}, the fewest on which it fits"
-    free = replace(question, micro_batches=(1,), checkpointing=(True,), partitions=None)
-    ways = list(frugal_ways(cluster, free)) or [Way(cluster.gpus, 1, 1, True)]
+    free = replace(
+        question, micro_batches=(1,), checkpointing=(True,), partitions=None, global_batch=None
+    )
+    for asked in (question, free):
+        nodes = fewest_nodes(anatomy, cluster, asked)
+        if nodes is not None:
+            return _on(anatomy, replace(cluster, nodes=nodes), asked, question)
+    ways = [Way(p, 1, 1, True) for p in possible_partitions(cluster.nodes, k)]
     needs = [needed_by(anatomy, cluster, free, way) for way in ways]
     needed, way = min(zip(needs, ways, strict=True), key=lambda pair: pair[0])
-    if needed <= capacity:
-        return str(way)
-    nodes = fewest_nodes(anatomy, cluster, free)
-    if nodes is not None:
-        return f"nodes {nodes} with micro-batch 1 and checkpointing"
     sequence = longest_sequence(anatomy, cluster, free, way, limit=question.sequence)
     if sequence is not None:
         return f"sequence {sequence} with {way}"
     return f"a smaller model, or GPUs with {needed / GIB:.1f} GiB ({way})"
+
+
+def _on(anatomy: Anatomy, cluster: Cluster, asked: Question, question: Question) -> str:
+    """Something that fits on so many nodes, in full."""
+    way = next(w for w in frugal_ways(cluster, asked) if fits(anatomy, cluster, asked, w))
+    text = f"nodes {cluster.nodes} with {way}"
+    if question.global_batch is not None and asked.global_batch is None:
+        text += f", global batch a multiple of {cluster.gpus * way.micro_batch}"
+    return text
 
 
 def _changes(anatomy: Anatomy, cluster: Cluster, question: Question, way: Way) -> Iterator[_Change]:

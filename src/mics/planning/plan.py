@@ -90,7 +90,15 @@ class Question:
                 numbers=f"global_batch {self.global_batch}, micro_steps {self.micro_steps}.",
                 write="one of them",
             )
-        if self.optimizer not in OPTIMIZERS:
+        for name, allowed in _CHOICES.items():
+            given = getattr(self, name)
+            if not all(
+                type(value) is type(allowed[0]) and value in allowed
+                for value in (given if isinstance(given, tuple | list) else [given])
+            ):
+                told = " or ".join(map(str, allowed))
+                raise PlanError(f"{name} must be {told}, got {given!r}.")
+        if not isinstance(self.optimizer, str) or self.optimizer not in OPTIMIZERS:
             raise PlanError(
                 f"There is no optimizer {self.optimizer!r}.",
                 numbers=f"Optimizers: {', '.join(OPTIMIZERS)}.",
@@ -105,6 +113,12 @@ _FIGURES: tuple[tuple[int, type, tuple[str, ...]], ...] = (
     (1, float, ("fragmentation",)),
     (0, float, ("runtime_gib", "communicator_gib", "sigma")),
 )
+_CHOICES: dict[str, tuple[object, ...]] = {
+    "checkpointing": (False, True),
+    "pipelined": (False, True),
+    "compute_bytes": (2, 4),
+    "reduce_bytes": (2, 4),
+}
 _SAID = {int: "a whole number, at least", float: "a number, at least"}
 
 
@@ -185,12 +199,16 @@ class Plan:
     @property
     def mfu(self) -> float:
         """FLOPs of the model over the peak's; recomputation does not count."""
-        return self.model_flops / self.seconds / self.cluster.node.gpu.peak
+        return self.model_flops / self.seconds / self._peak
 
     @property
     def hfu(self) -> float:
         """FLOPs of the hardware over the peak's; recomputation counts."""
-        return self.hardware_flops / self.seconds / self.cluster.node.gpu.peak
+        return self.hardware_flops / self.seconds / self._peak
+
+    @property
+    def _peak(self) -> float:
+        return self.cluster.node.gpu.computing(self.question.compute_bytes).peak
 
     @property
     def dollars_per_billion_tokens(self) -> float | None:
@@ -268,7 +286,7 @@ def ways(cluster: Cluster, question: Question) -> Iterator[Way]:
     """Every legal one, smaller partitions first."""
     k = cluster.node.gpus_per_node
     legal = possible_partitions(cluster.nodes, k)
-    partitions = question.partitions or legal
+    partitions = list(dict.fromkeys(question.partitions or legal))
     for p in partitions:
         if p not in legal:
             raise PlanError(
@@ -287,7 +305,7 @@ def ways(cluster: Cluster, question: Question) -> Iterator[Way]:
         for micro_batch, micro_steps in steps.items():
             if not micro_steps:
                 continue
-            for checkpointing in question.checkpointing:
+            for checkpointing in dict.fromkeys(question.checkpointing):
                 for form in forms:
                     yield Way(p, micro_batch, micro_steps, checkpointing, form)
 
@@ -351,6 +369,7 @@ def run_of(way: Way, question: Question) -> Run:
         prefetch=question.prefetch,
         form=way.form,
         pipelined=question.pipelined,
+        optimizer=question.optimizer,
     )
 
 
@@ -366,7 +385,7 @@ def simulate_way(
     """A step of an engine, run as a way says."""
     made = times(
         anatomy.trace(way.micro_batch, question.sequence),
-        cluster.node.gpu,
+        cluster.node.gpu.computing(question.compute_bytes),
         stack=find_stack(question.stack).factor,
         checkpointing=way.checkpointing,
     )

@@ -10,7 +10,6 @@ from mics.simulation.profiles import Engine
 from mics.topology import possible_partitions
 
 ENGINES: tuple[Engine, ...] = ("mics", "hsdp every micro-step", "fsdp2")
-_MOST = 2048
 
 
 Curves = dict[str, list[tuple[float, float]]]
@@ -102,7 +101,7 @@ def too_large(plan: Plan, engines: Sequence[Engine]) -> list[str]:
 
 def _doubling(plan: Plan) -> Iterator[int]:
     count = max(1, plan.way.partition // plan.cluster.node.gpus_per_node)
-    most = min(max(64, plan.cluster.nodes), _MOST, plan.cluster.node.most_nodes)
+    most = min(max(64, plan.cluster.nodes), plan.cluster.node.most_nodes)
     while count <= most:
         yield count
         count *= 2

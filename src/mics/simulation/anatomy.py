@@ -109,6 +109,11 @@ class Anatomy:
         self._traces: dict[tuple[int, int], Trace] = {}
 
     @cached_property
+    def dtype(self) -> torch.dtype:
+        """What is computed in."""
+        return next(p.dtype for p in self._model.parameters() if p.is_floating_point())
+
+    @cached_property
     def num_parameters(self) -> int:
         """Tied ones counted once."""
         return sum(unit.numel() for unit in (*self.blocks, self.root))
@@ -119,6 +124,8 @@ class Anatomy:
         Raises:
             PlanError: it is longer than the model has positions.
         """
+        if asked is not None and (not isinstance(asked, int) or isinstance(asked, bool)):
+            raise PlanError(f"A sequence is a whole number of tokens, got {asked!r}.")
         if asked is None:
             return min(self.positions or _SEQUENCE, _SEQUENCE)
         if (self.positions is not None and asked > self.positions) or asked < 1:

@@ -11,10 +11,10 @@ from mics import traffic
 from mics.simulation.anatomy import Anatomy, Parameter, Unit
 from mics.simulation.compute import Times
 from mics.simulation.hardware import Cluster
+from mics.simulation.memory import OPTIMIZERS
 from mics.simulation.network import Stage, all_reduce_seconds, gather_stages
 from mics.simulation.profiles import PROFILES, Engine
 from mics.simulation.step import Schedule, Step, Work, simulate, straggling
-from mics.topology import Topology
 from mics.traffic import Form
 
 
@@ -34,6 +34,7 @@ class Run:
         form: "auto" takes the faster, for engines with two stages.
         pipelined: a gather's stage between nodes runs beside the stage inside nodes of the one
             before: what mics does on the CPU, and not on GPUs.
+        optimizer: one of ``memory.OPTIMIZERS``.
         host: seconds of the host per message, where they are not the profile's.
     """
 
@@ -47,6 +48,7 @@ class Run:
     prefetch: int = 1
     form: Form | Literal["auto"] = "auto"
     pipelined: bool = False
+    optimizer: str = "adamw-fused"
     host: float | None = None
 
 
@@ -101,7 +103,7 @@ def simulate_engine(
         host=profile.host if run.host is None else run.host,
         messages=1 if profile.coalesced else build.messages,
         slows=run.slows,
-        last=_optimizer_seconds(shard, cluster),
+        last=_optimizer_seconds(shard, cluster, run.optimizer),
         gathered_at_end=build.at_end(),
     )
     step = simulate(blocks, root, schedule, timeline=timeline)
@@ -115,10 +117,11 @@ def inter_bytes(engine: Engine, anatomy: Anatomy, cluster: Cluster, run: Run) ->
     return _Builder(engine, anatomy, cluster, run).inter_bytes()
 
 
-def _optimizer_seconds(shard: int, cluster: Cluster) -> float:
-    """AdamW on fp32: reads four numbers a parameter and writes three, at the memory's rate."""
+def _optimizer_seconds(shard: int, cluster: Cluster, optimizer: str) -> float:
+    """Its figures through the GPU's memory, once."""
     bandwidth = cluster.node.gpu.bandwidth
-    return 0.0 if bandwidth is None else 28 * shard / (0.9 * bandwidth)
+    moved = OPTIMIZERS[optimizer].moved_bytes * shard
+    return 0.0 if bandwidth is None else moved / (0.9 * bandwidth)
 
 
 class _Builder:
@@ -154,29 +157,24 @@ class _Builder:
         return gather_stages(self._cluster.node, self.group, num_bytes) if num_bytes else ()
 
     def inter_bytes(self) -> Fraction:
-        """Bytes a node sends to others in a step (``traffic.py``)."""
-        run, cluster, profile = self._run, self._cluster, self.profile
+        """Bytes a node sends to others in a step: the sums of ``traffic.py``, for equal nodes.
+
+        A ring over nodes leaves each node once, so a node sends what one rank of it does.
+        """
+        run, cluster, profile, n = self._run, self._cluster, self.profile, self.group
+        k = cluster.node.gpus_per_node
+        over = n // k if self.form == "hierarchical" else n
+        leaves = Fraction(over - 1, over) if n > k else Fraction(0)
         blocks = [self._traffic(unit) for unit in self._anatomy.blocks]
         blocks.append(self._traffic(self._anatomy.root, gathers=1))
-        k = cluster.node.gpus_per_node
-        topology = Topology(cluster.nodes, k, self.group)
-        return (
-            traffic.node_inter_bytes(
-                [
-                    traffic.mics(
-                        topology,
-                        blocks,
-                        run.micro_steps,
-                        all_gather=self.form,
-                        reduce_scatter=self.form,
-                        hop_2_every_micro_step=profile.sync == "every",
-                        rank=rank,
-                    )
-                    for rank in range(k)
-                ]
-            )
-            + self._bytes_at_end()
-        )
+        hop_1 = sum(b.gathers * b.gather_bytes + b.reduces * b.reduce_bytes for b in blocks)
+        replicas = cluster.gpus // n
+        hop_2 = Fraction(0)
+        if cluster.nodes > 1 and replicas > 1 and profile.sync != "never":
+            syncs = run.micro_steps if profile.sync == "every" else 1
+            shards = sum(block.sync_bytes for block in blocks if block.reduces)
+            hop_2 = syncs * min(n, k) * 2 * shards * Fraction(replicas - 1, replicas)
+        return run.micro_steps * hop_1 * leaves + hop_2 + self._bytes_at_end()
 
     def _bytes_at_end(self) -> Fraction:
         if self._cluster.nodes == 1:

@@ -6,7 +6,7 @@ and is shown as "n/a".
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mics.errors import PlanError
 
@@ -25,6 +25,7 @@ class Gpu:
         bandwidth: of its memory, bytes per second.
         source: where the figures are from.
         bf16: it multiplies in bf16; else in fp16 only.
+        peak_fp32: FLOPs per second of products in fp32, not rounded to TF32.
     """
 
     name: str
@@ -34,6 +35,23 @@ class Gpu:
     achieved: float | None = None
     source: str = ""
     bf16: bool = True
+    peak_fp32: float | None = None
+
+    def computing(self, num_bytes: int) -> Gpu:
+        """The rates of products in a dtype of so many bytes.
+
+        Raises:
+            PlanError: nobody knows them.
+        """
+        if num_bytes == 2:
+            return self
+        if num_bytes != 4 or self.peak_fp32 is None:
+            raise PlanError(
+                f"How fast {self.name} computes with {num_bytes} bytes a number is not known.",
+                write="a dtype of 2 bytes"
+                + (", or peak_fp32 of a GPU of your own" * (num_bytes == 4)),
+            )
+        return replace(self, peak=self.peak_fp32, achieved=None)
 
 
 @dataclass(frozen=True)
@@ -100,7 +118,7 @@ class Cluster:
     nodes: int
 
     def __post_init__(self) -> None:
-        if not 1 <= self.nodes <= MOST_NODES:
+        if not isinstance(self.nodes, int) or not 1 <= self.nodes <= MOST_NODES:
             raise PlanError(f"A cluster has 1 to {MOST_NODES:,} nodes, got {self.nodes}.")
         if self.nodes > self.node.most_nodes:
             line = self.node.inter.line

@@ -50,8 +50,7 @@ def find_node(name: str) -> Node:
         f"There is no node {name!r} in the catalogue"
         + (f"; did you mean {near[0]!r}?" if near else "."),
         numbers=f"Nodes: {', '.join(known)}.",
-        write="one of them, a .toml file of your own (mics plan --list shows one), or "
-        "--memory, --intra and --inter",
+        write="one of them, or a .toml file of your own (mics plan --list shows one)",
     )
 
 
@@ -69,7 +68,7 @@ def find_gpu(name: str) -> Gpu:
         f"There is no GPU {name!r} in the catalogue"
         + (f"; did you mean {near[0]!r}?" if near else "."),
         numbers=f"GPUs: {', '.join(known)}.",
-        write="--gpu <one of them>",
+        write="one of them",
     )
 
 

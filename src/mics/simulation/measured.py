@@ -36,8 +36,8 @@ def measured_node(path: Path, gpu: Gpu) -> Node:
     """
     try:
         document = json.loads(path.read_text())
-        k = int(document["gpus_per_node"])
-        rows = [_checked(row) for row in document["measured"]]
+        k = _count(document["gpus_per_node"])
+        rows = [_checked(row, k) for row in document["measured"]]
         largest = max(row["ranks"] for row in rows)
         on_gpus = document.get("device", "cpu") != "cpu"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -52,6 +52,12 @@ def measured_node(path: Path, gpu: Gpu) -> Node:
             f"{path} was measured on one rank, which has no link.",
             write="torchrun --nproc-per-node <GPUs> -m mics bench collectives",
         )
+    for collective in ("all_gather", "all_reduce") if nodes > 1 else ("all_gather",):
+        if not _of(rows, collective, "flat"):
+            raise PlanError(
+                f"{path} has no {collective.replace('_', '-')} among what was measured.",
+                write="mics bench collectives --out collectives.json",
+            )
     links = fit_links(_gathers(rows, k))
     inter = links.get("inter", Link(0.0, 0.0))
     intra = links.get("intra", inter)  # of nodes with one rank, of which no group is inside
@@ -63,12 +69,21 @@ def measured_node(path: Path, gpu: Gpu) -> Node:
     return replace(node, all_reduce=reduced, all_reduce_is_ring=ring)
 
 
-def _checked(row: Any) -> Row:
+def _checked(row: Any, k: int) -> Row:
     """A row with figures that are some."""
-    seconds = float(row["seconds"]["median"])
-    if not (math.isfinite(seconds) and seconds > 0 and row["ranks"] > 0 < row["message_bytes"]):
-        raise ValueError(f"a row with seconds {seconds}, ranks {row['ranks']}")
-    return dict(row)
+    seconds, ranks = float(row["seconds"]["median"]), _count(row["ranks"])
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"seconds {seconds}")
+    if ranks % k and k % ranks:
+        raise ValueError(f"{ranks} ranks on nodes of {k}")
+    named = {name: str(row[name]) for name in ("collective", "form")}
+    return {**row, **named, "ranks": ranks, "message_bytes": _count(row["message_bytes"])}
+
+
+def _count(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{value!r} is no positive whole number")
+    return value
 
 
 def _gathers(rows: Sequence[Row], k: int) -> list[Point]:

@@ -38,17 +38,20 @@ NOT_MODELLED = "workspaces of libraries, other processes, fragmentation beyond w
 
 @dataclass(frozen=True)
 class Optimizer:
-    """What an optimizer keeps, and needs for a moment, per trained parameter of a rank's shard."""
+    """Bytes per trained parameter of a shard: kept, needed for a moment, read and written."""
 
     state_bytes: int
     step_bytes: int
+    moved_bytes: int
 
 
 OPTIMIZERS = {
-    "adamw": Optimizer(8, 4),  # two moments; torch's foreach form takes a shard for the root
-    "adamw-fused": Optimizer(8, 0),
-    "sgd-momentum": Optimizer(4, 0),
-    "sgd": Optimizer(0, 0),
+    # Reads the parameter, its gradient and two moments, writes three of them; torch's foreach form
+    # takes a shard for the root, and writes and reads it.
+    "adamw": Optimizer(8, 4, 36),
+    "adamw-fused": Optimizer(8, 0, 28),
+    "sgd-momentum": Optimizer(4, 0, 20),
+    "sgd": Optimizer(0, 0, 12),
 }
 
 

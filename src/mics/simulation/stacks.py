@@ -42,6 +42,6 @@ def find_stack(name: str) -> Stack:
         raise PlanError(
             f"There is no software stack {name!r}.",
             numbers=f"Stacks: {', '.join(known)}.",
-            write="--stack <one of them>",
+            write="one of them",
         )
     return known[name]

@@ -12,6 +12,7 @@ from typing import Any
 from mics.errors import PlanError
 from mics.simulation.hardware import Gpu, Link, Node
 
+_MOST = 1 << 17
 _NODE_KEYS = {
     "instance",
     "gpu",
@@ -25,7 +26,7 @@ _NODE_KEYS = {
     "source",
 }
 _LINK_KEYS = {"line", "bandwidth", "latency", "falls", "fixed"}
-_GPU_KEYS = {"memory", "peak", "achieved", "bandwidth", "bf16", "source"}
+_GPU_KEYS = {"memory", "peak", "achieved", "bandwidth", "bf16", "peak_fp32", "source"}
 
 
 def node_of(name: str, facts: Mapping[str, Any], known: Mapping[str, Gpu]) -> Node:
@@ -102,7 +103,7 @@ def gpu_of(name: str, facts: Any) -> Gpu:
         raise PlanError(f"gpus.{name} must be a table, got {facts!r}.", write=f"[gpus.{name}]")
     _check_keys(name, facts, _GPU_KEYS, {"memory", "peak"})
     achieved, bandwidth = _positive(name, facts, "achieved"), _positive(name, facts, "bandwidth")
-    bf16 = facts.get("bf16", True)
+    fp32, bf16 = _positive(name, facts, "peak_fp32"), facts.get("bf16", True)
     if not isinstance(bf16, bool):
         raise PlanError(f"bf16 of {name} must be true or false, got {bf16!r}.")
     return Gpu(
@@ -113,6 +114,7 @@ def gpu_of(name: str, facts: Any) -> Gpu:
         None if achieved is None else achieved * 1e12,
         _text(name, facts, "source"),
         bf16,
+        None if fp32 is None else fp32 * 1e12,
     )
 
 
@@ -149,8 +151,10 @@ def _positive(of: str, facts: Mapping[str, Any], key: str) -> float | None:
 
 def _count(of: str, facts: Mapping[str, Any], key: str) -> int:
     value = facts[key]
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise PlanError(f"{key} of {of} must be a positive integer, got {value!r}.")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= _MOST:
+        raise PlanError(
+            f"{key} of {of} must be a positive integer, at most {_MOST:,}, got {value!r}."
+        )
     return value
 
 

@@ -21,6 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from mics import compat
 from mics.compat import TorchDispatchMode, tree_leaves, tree_map
+from mics.errors import PlanError
 from mics.simulation.attention import FusedAttention
 from mics.simulation.products import flops_of
 
@@ -144,18 +145,43 @@ def trace(model: nn.Module, blocks: Sequence[nn.Module], loss: Callable[[], torc
         loss: a forward on inputs on the meta device, up to the number to minimise.
 
     Raises:
-        PlanError: an operator multiplies matrices in a way nobody has counted.
+        PlanError: an operator multiplies matrices in a way nobody has counted, the loss is none, or
+            blocks run in another order or more than once.
     """
     watch = _Watch(model, blocks)
     with watch.hooked(), FusedAttention(watch.saw), watch, torch.device("meta"):
         watch.enter(ROOT, "forward")
         value = loss()
+        _check_loss(value)
         watch.enter(ROOT, "backward")
         torch.autograd.backward([value])
         del value
         watch.leave()
     model.zero_grad(set_to_none=True)
-    return Trace(tuple(watch.segments), tuple(watch.block_inputs))
+    made = Trace(tuple(watch.segments), tuple(watch.block_inputs))
+    _check_order(made)
+    return made
+
+
+def _check_loss(value: object) -> None:
+    """Whether there is something to minimise."""
+    if not isinstance(value, torch.Tensor) or value.numel() != 1:
+        shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+        raise PlanError(f"A loss is one number; this one is {shape}.", write=".sum() or .mean()")
+    if not value.requires_grad:
+        raise PlanError("Nothing is trained: the loss depends on no parameter with a gradient.")
+
+
+def _check_order(made: Trace) -> None:
+    """Memory and time are modelled for blocks that run once each, in their order."""
+    forward = [s.unit for s in made.segments if s.unit != ROOT and s.direction == "forward"]
+    if forward != sorted(set(forward)):
+        told = " ".join(map(str, forward[:12])) + (" ..." if len(forward) > 12 else "")
+        raise PlanError(
+            "Plans are for models whose blocks run once each, in the order they are registered.",
+            numbers=f"These ran as {told}.",
+            write="blocks= of a class whose instances run so, or another order of registration",
+        )
 
 
 @dataclass

@@ -130,7 +130,8 @@ class ParallelConfig:
     """Ranks to start on this machine when no launcher has; default: one per accelerator, or 1."""
 
     partition: int | Literal["auto"] = "auto"
-    """Ranks that together hold one replica of the model states; the fewest that fit by default."""
+    """Ranks that together hold one replica of the model states; the fewest that fit by default, or
+    the fastest where --parallel.node names the nodes."""
 
     gpus_per_node: int | None = None
     """Ranks joined by the fast link; default: what the launcher says. Smaller simulates nodes."""
@@ -148,7 +149,8 @@ class ParallelConfig:
     """torch.compile each block."""
 
     node: str | None = None
-    """What these nodes are (`mics plan --list`), to predict the time of a step."""
+    """What these nodes are (`mics plan --list`): the time of a step is predicted, and "auto" takes
+    the fastest partition that fits."""
 
 
 @dataclass(frozen=True, config=_STRICT)

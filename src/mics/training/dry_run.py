@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 from transformers import PretrainedConfig
@@ -19,12 +21,18 @@ from mics.models.building import (
     task_of,
 )
 from mics.models.presets import PRESETS
+from mics.planning.nearest import check_any
+from mics.planning.plan import Plan, Question, search
 from mics.planning.subject import subject
+from mics.simulation.anatomy import Anatomy
+from mics.simulation.hardware import Cluster
+from mics.simulation.lookup import find_node
 from mics.simulation.memory import NOT_MODELLED, Setup, memory
 from mics.topology import Topology, possible_partitions
 from mics.training import optimisation
 from mics.training.batching import Batching, sequence_length, solve
 from mics.training.config import TrainConfig
+from mics.training.expectation import fastest
 from mics.training.launching import num_ranks
 from mics.training.record import count, size
 from mics.training.settings import as_toml
@@ -52,6 +60,10 @@ def describe(config: TrainConfig) -> str:
     batch = solve(config.batch, ranks)
     wanted = config.parallel.partition
     topology = Topology.from_world(ranks, k, k if wanted == "auto" else wanted)
+    anatomy = subject(shape, dtype=torch.bfloat16 if _in_bf16(config) else torch.float32)
+    best = _fastest(config, anatomy, topology, sequence, batch)
+    if best is not None:
+        topology = Topology(topology.nodes, k, best.way.partition)
     lines = [
         as_toml(config),
         f"model   {config.model.name}: {type(model).__name__} ({task_of(shape)}), "
@@ -62,15 +74,53 @@ def describe(config: TrainConfig) -> str:
         _work(shape, model, sequence, batch.global_batch),
         "",
         draw(topology),
-        *(
-            ["  (a whole node; the run takes the smallest partition that fits its memory)"]
-            if wanted == "auto"
-            else []
-        ),
+        *_choice(config, best),
         "",
-        *_memory(config, shape, topology, sequence, batch),
+        *_memory(config, anatomy, topology, sequence, batch),
     ]
     return "\n".join(lines)
+
+
+def _in_bf16(config: TrainConfig) -> bool:
+    return config.parallel.dtype == "bf16"
+
+
+def _fastest(
+    config: TrainConfig, anatomy: Anatomy, topology: Topology, sequence: int, batch: Batching
+) -> Plan | None:
+    """What the run would take on the nodes that were named.
+
+    Raises:
+        PlanError: there are no such nodes, or nothing fits them.
+    """
+    options = config.parallel
+    if options.node is None:
+        return None
+    node = replace(find_node(options.node), gpus_per_node=topology.gpus_per_node)
+    question = Question(
+        sequence,
+        micro_steps=batch.micro_steps,
+        micro_batches=(batch.micro_batch,),
+        partitions=None if options.partition == "auto" else (options.partition,),
+        checkpointing=(options.activation_checkpointing,),
+        optimizer=optimisation.MEMORY,
+        compute_bytes=2 if _in_bf16(config) else 4,
+        stack="fused" if options.compile else "eager",
+    )
+    cluster = Cluster(node, topology.nodes)
+    best = fastest(anatomy, cluster, question, options.collectives)
+    if best is None:
+        check_any(anatomy, cluster, question, search(anatomy, cluster, question))
+    return best
+
+
+def _choice(config: TrainConfig, best: Plan | None) -> list[str]:
+    """Which partition it is, and the time of a step, where that is known."""
+    if best is not None:
+        return [f"  {best.reason}", f"  a step would take {best.seconds:.3f} s"]
+    if config.parallel.partition == "auto":
+        return ["  (a whole node; the run takes the smallest partition that fits its memory)"]
+    return []
 
 
 def list_models() -> str:
@@ -101,10 +151,9 @@ def _work(shape: PretrainedConfig, model: nn.Module, sequence: int, global_batch
 
 
 def _memory(
-    config: TrainConfig, shape: PretrainedConfig, topology: Topology, sequence: int, batch: Batching
+    config: TrainConfig, anatomy: Anatomy, topology: Topology, sequence: int, batch: Batching
 ) -> list[str]:
-    bf16 = config.parallel.dtype == "bf16"
-    anatomy = subject(shape, dtype=torch.bfloat16 if bf16 else torch.float32)
+    known = config.parallel.partition != "auto" or config.parallel.node is not None
     trace = anatomy.trace(batch.micro_batch, sequence)
     checkpointing = config.parallel.activation_checkpointing
     lines = [
@@ -119,14 +168,14 @@ def _memory(
             p,
             checkpointing,
             optimisation.MEMORY,
-            compute_bytes=2 if bf16 else 4,
+            compute_bytes=2 if _in_bf16(config) else 4,
             micro_steps=batch.micro_steps,
         )
         found = memory(anatomy, trace, setup)
         need = found.phases[found.phase]
         states = need.parameters + need.optimizer + need.gradients
         gathered = need.unsharded_blocks + need.prefetched_blocks + need.communication_buffers
-        mark = "  <- chosen" if p == config.parallel.partition else ""
+        mark = "  <- chosen" if known and p == topology.partition else ""
         lines.append(
             f"  {p:>9}{topology.world // p:>10}{size(states):>14}{size(gathered):>14}"
             f"{size(need.activations + need.logits):>14}{size(need.total):>14}  {found.phase}{mark}"

@@ -14,7 +14,17 @@ from mics.console import say
 from mics.errors import PlanError
 from mics.launch import read_launch
 from mics.partition_choice import PartitionChoice, choose_partition, device_memory
-from mics.planning.plan import GIB, Question, Search, Way, needed_by, search, simulate_way
+from mics.planning.plan import (
+    GIB,
+    Plan,
+    Question,
+    Search,
+    Way,
+    needed_by,
+    search,
+    simulate_way,
+    with_reason,
+)
 from mics.planning.reasons import explain
 from mics.planning.subject import subject
 from mics.simulation.anatomy import Anatomy
@@ -23,6 +33,8 @@ from mics.simulation.lookup import find_node
 from mics.traffic import Form
 from mics.training import optimisation
 from mics.training.config import TrainConfig
+
+Collectives = Literal["auto", "flat", "hierarchical"]
 
 _NOWHERE = Link(1.0, 0.0)
 
@@ -38,6 +50,32 @@ class Expectation:
 
     memory_bytes: int | None
     step_seconds: float | None
+
+
+def forms_of(partition: int, k: int, collectives: Collectives) -> tuple[Form, ...]:
+    """Forms that a run's gathers may have: both, where it measures which is faster."""
+    if partition <= k or k == 1:
+        return ("flat",)
+    return ("flat", "hierarchical") if collectives == "auto" else (collectives,)
+
+
+def fastest(
+    anatomy: Anatomy, cluster: Cluster, question: Question, collectives: Collectives
+) -> Plan | None:
+    """The best plan of those a run may follow, with its reason; ``None`` where none fits.
+
+    Args:
+        anatomy: of the model.
+        cluster: the run's.
+        question: its micro-batch, micro-steps and checkpointing.
+        collectives: its option.
+    """
+    found, k = search(anatomy, cluster, question), cluster.node.gpus_per_node
+    possible = [p for p in found.plans if p.way.form in forms_of(p.way.partition, k, collectives)]
+    if not possible:
+        return None
+    reason = explain(possible[0], Search(tuple(possible), found.rejected))
+    return with_reason(possible[0], reason)
 
 
 class Forecast:
@@ -123,17 +161,14 @@ class Forecast:
     def _fastest(self, memory: int) -> PartitionChoice | None:
         """The best plan on the nodes that were named, with the memory that is there."""
         node = replace(self._node, gpu=replace(self._node.gpu, memory=float(memory)))
+        where = Cluster(node, self._nodes)
         question = replace(
             self._question,
             micro_batches=(self._micro_batch,),
             checkpointing=(self._checkpointing,),
         )
-        found = search(self._anatomy, Cluster(node, self._nodes), question)
-        possible = [p for p in found.plans if p.way in self._ways(p.way.partition)]
-        if not possible:
-            return None
-        best = explain(possible[0], Search(tuple(possible), found.rejected))
-        return PartitionChoice(possible[0].way.partition, best)
+        best = fastest(self._anatomy, where, question, self._collectives)
+        return None if best is None else PartitionChoice(best.way.partition, best.reason)
 
     def _try_trace(self) -> bool:
         """Whether the model runs without values; one whose path depends on them does not."""
@@ -157,11 +192,8 @@ class Forecast:
 
     def _ways(self, partition: int) -> list[Way]:
         """One, or two where the run will measure which form of its collectives is faster."""
-        forms: tuple[Form, ...] = ("flat",)
-        if partition > self._k > 1:
-            chosen = self._collectives
-            forms = ("flat", "hierarchical") if chosen == "auto" else (chosen,)
         rest = (self._micro_batch, self._micro_steps, self._checkpointing)
+        forms = forms_of(partition, self._k, self._collectives)
         return [Way(partition, *rest, form) for form in forms]
 
     def _cluster(self) -> Cluster:
