@@ -243,6 +243,7 @@ def test_micro_steps_start_afresh_after_an_exception_in_the_last_backward(failin
 
 
 @pytest.mark.slow
+@pytest.mark.extra
 def test_compiled_blocks():
     def script(fully_shard: FullyShard) -> Answer:
         torch.compiler.reset()

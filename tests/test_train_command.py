@@ -170,6 +170,7 @@ def test_killing_the_parent_leaves_no_rank_behind_and_a_checkpoint(
 
 
 @pytest.mark.slow
+@pytest.mark.extra
 def test_a_second_job_in_the_folder_is_refused_and_the_first_goes_on(
     tmp_path: Path, corpus: Path
 ) -> None:
