@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from mics.planning.plan import Question, search
+from mics.planning.plan import search
+from mics.planning.question import Question
 from mics.planning.subject import subject
 from mics.simulation.compute import times
 from mics.simulation.engines import Run, simulate_engine

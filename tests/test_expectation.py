@@ -10,7 +10,8 @@ import torch
 from ranks import run_ranks
 
 from mics.models.building import load_config
-from mics.planning.plan import Question, Way, needed_by, simulate_way
+from mics.planning.plan import Way, needed_by, simulate_way
+from mics.planning.question import Question
 from mics.planning.subject import subject
 from mics.simulation.hardware import Cluster
 from mics.simulation.lookup import find_node

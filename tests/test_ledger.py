@@ -69,7 +69,10 @@ def _count_grid(runs: list[Run]) -> list[traffic.Traffic]:
     return counted
 
 
-@pytest.mark.parametrize("gpus_per_node", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    "gpus_per_node",
+    [pytest.param(1, marks=pytest.mark.extra), 2, 4, pytest.param(8, marks=pytest.mark.extra)],
+)
 def test_ledger_equals_traffic_on_the_whole_grid(gpus_per_node: int) -> None:
     """Every (R, N, k) of 8 ranks, s of 1 and 3, both forms, every rank, to the byte and message."""
     nodes = 8 // gpus_per_node

@@ -36,7 +36,10 @@ def layouts(gpus_per_node: int) -> list[tuple[int, str]]:
     ]
 
 
-@pytest.mark.parametrize("gpus_per_node", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    "gpus_per_node",
+    [pytest.param(1, marks=pytest.mark.extra), 2, 4, pytest.param(8, marks=pytest.mark.extra)],
+)
 def test_sgd_equals_single_process_for_every_layout(gpus_per_node: int) -> None:
     runs = [
         Run(p, gpus_per_node, micro_steps=s, collectives=form)

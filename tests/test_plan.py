@@ -23,7 +23,8 @@ from mics.planning.inverse import (
     with_partition,
 )
 from mics.planning.parsing import parse_range
-from mics.planning.plan import Plan, Question, Search, Way, needed_by, search, ways
+from mics.planning.plan import Plan, Search, Way, needed_by, search, ways
+from mics.planning.question import Question
 from mics.planning.reasons import explained
 from mics.planning.scaling import strong_scaling, too_large, weak_scaling
 from mics.planning.subject import subject

@@ -24,7 +24,8 @@ from mics.planning.inverse import (
 from mics.planning.nearest import check_any
 from mics.planning.page import page
 from mics.planning.parsing import parse_range
-from mics.planning.plan import MICRO_BATCHES, Plan, Question, search
+from mics.planning.plan import Plan, search
+from mics.planning.question import MICRO_BATCHES, Question
 from mics.planning.reasons import explained
 from mics.planning.scaling import ENGINES, weak_scaling
 from mics.planning.subject import subject

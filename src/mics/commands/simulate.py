@@ -14,14 +14,8 @@ from mics.commands.cluster_options import ClusterOptions, node_of
 from mics.commands.written import check_folders, refuse_others
 from mics.errors import MicsError, PlanError
 from mics.planning.parsing import parse_range
-from mics.planning.plan import (
-    GIB,
-    Plan,
-    Question,
-    Search,
-    search,
-    simulate_way,
-)
+from mics.planning.plan import GIB, Plan, Search, search, simulate_way
+from mics.planning.question import Question
 from mics.planning.scaling import strong_scaling, too_large, weak_scaling
 from mics.planning.subject import subject
 from mics.planning.validation import as_markdown, validate

@@ -13,7 +13,8 @@ from mics.blocks import Blocks
 from mics.errors import PlanError
 from mics.planning.nearest import check_any
 from mics.planning.parsing import parse_cluster
-from mics.planning.plan import Plan, Question, search, simulate_way
+from mics.planning.plan import Plan, search, simulate_way
+from mics.planning.question import Question
 from mics.planning.reasons import explained
 from mics.planning.subject import subject
 from mics.simulation.anatomy import Anatomy, Loss

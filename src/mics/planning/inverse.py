@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import product
 
-from mics.planning.plan import Question, Way, micro_steps_of, needed_by
+from mics.planning.plan import Way, micro_steps_of, needed_by
+from mics.planning.question import Question
 from mics.simulation.anatomy import Anatomy
 from mics.simulation.hardware import Cluster
 from mics.topology import possible_partitions

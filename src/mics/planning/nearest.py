@@ -13,7 +13,8 @@ from mics.planning.inverse import (
     longest_sequence,
     with_partition,
 )
-from mics.planning.plan import GIB, Question, Search, Way, micro_steps_of, needed_by
+from mics.planning.plan import GIB, Search, Way, micro_steps_of, needed_by
+from mics.planning.question import Question
 from mics.simulation.anatomy import Anatomy
 from mics.simulation.hardware import Cluster
 from mics.topology import possible_partitions

@@ -22,7 +22,8 @@ from mics.models.building import (
 )
 from mics.models.presets import PRESETS
 from mics.planning.nearest import check_any
-from mics.planning.plan import Plan, Question, search
+from mics.planning.plan import Plan, search
+from mics.planning.question import Question
 from mics.planning.subject import subject
 from mics.simulation.anatomy import Anatomy
 from mics.simulation.hardware import Cluster

@@ -14,17 +14,8 @@ from mics.console import say
 from mics.errors import PlanError
 from mics.launch import read_launch
 from mics.partition_choice import PartitionChoice, choose_partition, device_memory
-from mics.planning.plan import (
-    GIB,
-    Plan,
-    Question,
-    Search,
-    Way,
-    needed_by,
-    search,
-    simulate_way,
-    with_reason,
-)
+from mics.planning.plan import GIB, Plan, Search, Way, needed_by, search, simulate_way, with_reason
+from mics.planning.question import Question
 from mics.planning.reasons import explain
 from mics.planning.subject import subject
 from mics.simulation.anatomy import Anatomy
