@@ -264,6 +264,7 @@ def _beside(names: tuple[str, ...], ranks_per_node: int = 2) -> list[Compared]:
 
 
 @pytest.mark.slow
+@pytest.mark.extra
 def test_a_child_steps_in_turn_with_the_same_losses(stand_in: Path) -> None:
     for found in run_ranks(_beside, 2, ("zero3",), 1):
         assert [one.engine for one in found] == ["mics", "zero3"]
@@ -275,6 +276,7 @@ def _broken() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.extra
 def test_a_child_that_ends_says_why(stand_in: Path) -> None:
     for text in errors_of_ranks(_broken, 2):
         assert "DeepSpeed's zero2 ended" in text

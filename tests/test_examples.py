@@ -66,6 +66,7 @@ def test_from_fsdp2_changes_one_line() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["from_fsdp2", pytest.param("from_ddp", marks=pytest.mark.extra)])
+@pytest.mark.extra
 def test_an_example_has_the_losses_of_the_script_it_replaces(name: str, tmp_path: Path) -> None:
     example = EXAMPLES / f"{name}.py"
     (tmp_path / "before.py").write_text(without_mics(example))

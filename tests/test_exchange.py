@@ -206,6 +206,7 @@ def _llama(layers: int) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["export", "import"])
+@pytest.mark.extra
 def test_no_more_than_one_tensor_is_in_memory(what: str, tmp_path: Path) -> None:
     for name, layers in [("small", 1), ("large", 12)]:  # 12 layers: 201 MB, largest tensor 4 MB
         config = _llama(layers)

@@ -515,6 +515,7 @@ def test_an_ordinary_users_lab_stays_up_and_goes_down(tmp_path: Path) -> None:
     [("clean", "removed: dies\n"), ("run --nodes 1 --gpus-per-node 1 -- true > /dev/null", "")],
     ids=["clean", "the next run"],
 )
+@pytest.mark.extra
 def test_what_a_killed_job_of_an_ordinary_user_leaves_is_cleaned(
     cleaner: str, says: str, tmp_path: Path
 ) -> None:

@@ -97,6 +97,7 @@ def test_ledger_equals_traffic_on_the_whole_grid(gpus_per_node: int) -> None:
             assert seen == predicted, (rank, run)
 
 
+@pytest.mark.extra
 def test_mixed_precision_and_resharding_to_a_node_are_predicted_too() -> None:
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     variants: list[dict[str, Any]] = [

@@ -76,6 +76,7 @@ WIDTH, ROWS = 512, 2048
 
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.extra)])
+@pytest.mark.extra
 def test_a_process_that_trains_needs_what_was_predicted(
     tmp_path: Path, checkpointing: bool
 ) -> None:

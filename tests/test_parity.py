@@ -52,6 +52,7 @@ def test_sgd_equals_single_process_for_every_layout(gpus_per_node: int) -> None:
 @pytest.mark.parametrize(
     "gpus_per_node", [2, *(pytest.param(k, marks=pytest.mark.extra) for k in (1, 4, 8))]
 )
+@pytest.mark.extra
 def test_adamw_equals_single_process_for_every_layout(gpus_per_node: int) -> None:
     runs = [
         Run(p, gpus_per_node, micro_steps=s, collectives=form, optimizer="adamw")
@@ -91,6 +92,7 @@ def test_oddities_equal_single_process(oddity: str) -> None:
 # dynamo looks at .grad of non-leaf tensors itself.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.slow
+@pytest.mark.extra
 def test_compiled_blocks_equal_single_process() -> None:
     compiled = {"compile": {"backend": "aot_eager"}}
     runs = [

@@ -103,6 +103,7 @@ def living(folder: Path) -> list[int]:
 
 
 @pytest.mark.slow
+@pytest.mark.extra
 def test_training_exporting_and_loading_with_transformers(tmp_path: Path, corpus: Path) -> None:
     out, err = run("train", str(configuration(tmp_path, corpus)))
     assert "counted = predicted, every rank, stage and link: 4 of 4 steps" in out
@@ -153,6 +154,7 @@ def test_a_signal_saves_and_ends_cleanly_and_the_same_command_goes_on(
 
 
 @pytest.mark.slow
+@pytest.mark.extra
 def test_killing_the_parent_leaves_no_rank_behind_and_a_checkpoint(
     tmp_path: Path, corpus: Path
 ) -> None:

@@ -270,6 +270,7 @@ def test_nodes_that_are_unknown_are_named_before_a_rank_is_started(
     ("name", "size"),
     [("bert-10b", "10.08 B"), pytest.param("bert-15b", "15.04 B", marks=pytest.mark.extra)],
 )
+@pytest.mark.extra
 def test_a_dry_run_of_the_papers_models(
     name: str, size: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
