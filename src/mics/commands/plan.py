@@ -286,10 +286,7 @@ def _files(config: Config, plans: Sequence[Plan], swept: Sequence[Plan]) -> None
         _told("simulating other engines")
         scaling = weak_scaling(best, ENGINES)
     if config.html is not None:
-        nodes = best.cluster.nodes
-        around = swept or _swept(
-            [n for n in (nodes // 4, nodes // 2, 2 * nodes, 4 * nodes) if n], best
-        )
+        around = swept or _swept(_around(best.cluster.nodes), best)
         config.html.write_text(page(title, plans, around, scaling))
     if config.png is not None:
         from mics.planning.picture import draw

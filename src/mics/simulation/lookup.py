@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import cache
 from importlib.resources import files
@@ -45,13 +45,8 @@ def find_node(name: str) -> Node:
     short = instances.get(name, name)
     if short in known:
         return known[short]
-    near = difflib.get_close_matches(short, known, 1)
-    raise PlanError(
-        f"There is no node {name!r} in the catalogue"
-        + (f"; did you mean {near[0]!r}?" if near else "."),
-        numbers=f"Nodes: {', '.join(known)}.",
-        write="one of them, or a .toml file of your own (mics plan --list shows one)",
-    )
+    write = "one of them, or a .toml file of your own (mics plan --list shows one)"
+    raise _unknown("node", name, short, known, write)
 
 
 def find_gpu(name: str) -> Gpu:
@@ -63,12 +58,16 @@ def find_gpu(name: str) -> Gpu:
     known = gpus()
     if name in known:
         return known[name]
-    near = difflib.get_close_matches(name, known, 1)
-    raise PlanError(
-        f"There is no GPU {name!r} in the catalogue"
+    raise _unknown("GPU", name, name, known, "one of them")
+
+
+def _unknown(kind: str, name: str, short: str, known: Collection[str], write: str) -> PlanError:
+    near = difflib.get_close_matches(short, known, 1)
+    return PlanError(
+        f"There is no {kind} {name!r} in the catalogue"
         + (f"; did you mean {near[0]!r}?" if near else "."),
-        numbers=f"GPUs: {', '.join(known)}.",
-        write="one of them",
+        numbers=f"{kind[0].upper()}{kind[1:]}s: {', '.join(known)}.",
+        write=write,
     )
 
 
