@@ -26,12 +26,12 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import mics
-from mics.agreement import gather_text
 from mics.benching.spread import Spread
-from mics.lab.wire import bytes_sent
-from mics.mesh import start
+from mics.communication.wire import bytes_sent
+from mics.ranks.agreement import gather_text
+from mics.ranks.mesh import start
+from mics.sharding.units import predict_traffic
 from mics.topology import possible_partitions
-from mics.units import predict_traffic
 
 RESULTS = Path(__file__).parent / "results"
 NODES, RANKS = 4, 2

@@ -22,9 +22,9 @@ from mics.benching.picture import plot_comparison
 from mics.benching.side_by_side import Compared, agree, compare
 from mics.benching.spread import Spread
 from mics.benching.workloads import Workload
-from mics.choice import measure
+from mics.communication.forms import measure
 from mics.errors import MicsError
-from mics.mesh import Choice, groups_of, init_mesh, ranks_of
+from mics.ranks.mesh import Choice, groups_of, init_mesh, ranks_of
 
 SMALL = Workload(hidden=16, layers=2, rows=1, length=16, micro_steps=2)
 ENGINES = (

@@ -11,12 +11,13 @@ from ranks import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mics
-from mics import collectives, compat
-from mics.choice import decide_by
-from mics.collectives import AllGather, ReduceScatter
-from mics.exchanged import reduce_scatter
-from mics.ledgers import Ledger
-from mics.mesh import Groups, groups_of, ranks_of, stage_groups
+from mics import compat
+from mics.communication import collectives
+from mics.communication.all_to_all import reduce_scatter
+from mics.communication.collectives import AllGather, ReduceScatter
+from mics.communication.forms import decide_by
+from mics.communication.ledger import Ledger
+from mics.ranks.mesh import Groups, groups_of, ranks_of, stage_groups
 from mics.traffic import Key
 
 N = 5  # elements of a shard: odd on purpose

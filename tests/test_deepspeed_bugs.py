@@ -36,7 +36,7 @@ from torch.distributed.tensor.parallel import (
 
 import mics
 from mics import compat
-from mics.mesh import groups_of
+from mics.ranks.mesh import groups_of
 
 Tensors = dict[str, torch.Tensor]
 

@@ -22,8 +22,8 @@ from mics.commands.doctor import Config, check, examine
 from mics.commands.facts import settings_of
 from mics.commands.links import Probe, probed_groups
 from mics.commands.report import Report, as_json, as_text
-from mics.commands.starting import RanksMissing, join, run_local_ranks
-from mics.launch import Launch, read_launch
+from mics.ranks.launcher import Launch, read_launch
+from mics.ranks.starting import RanksMissing, join, run_local_ranks
 from mics.topology import Topology
 
 # Python 3.12 warns of every fork in a process with threads.

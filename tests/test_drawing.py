@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from mics.drawing import draw, group_map, group_text, node_map, ranks_text
+from mics.ranks.drawing import draw, group_map, group_text, node_map, ranks_text
 from mics.topology import Topology, possible_partitions
 
 
@@ -84,5 +84,5 @@ def test_long_groups_are_runs_or_cut() -> None:
 
 
 def test_drawing_needs_no_torch() -> None:
-    code = "import sys, mics.drawing; sys.exit('torch' in sys.modules)"
+    code = "import sys, mics.ranks.drawing; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

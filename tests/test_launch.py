@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mics import TopologyError
-from mics.launch import Launch, export_torch_variables, first_host, read_launch
+from mics.ranks.launcher import Launch, export_torch_variables, first_host, read_launch
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 SLURM = {

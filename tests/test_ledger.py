@@ -16,7 +16,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import mics
 from mics import traffic
-from mics.ledgers import Seconds
+from mics.communication.ledger import Seconds
 from mics.topology import possible_partitions
 from mics.traffic import Block, Key
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import mics
-from mics.mesh import groups_of, ranks_of, stage_groups
+from mics.ranks.mesh import groups_of, ranks_of, stage_groups
 
 
 def _groups(partition: int, gpus_per_node: int) -> dict[str, Any]:
@@ -96,10 +96,10 @@ def test_ranks_that_disagree_on_the_partition_are_named() -> None:
 
 
 def _disagree_on_version() -> None:
-    import mics.mesh
+    import mics.ranks.mesh
 
     if dist.get_rank() == 3:
-        mics.mesh.__version__ = "0.0.9"  # type: ignore[attr-defined]
+        mics.ranks.mesh.__version__ = "0.0.9"  # type: ignore[attr-defined]
     mics.init_mesh(partition=2)
 
 

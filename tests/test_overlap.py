@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 import mics
 from mics import compat
-from mics.reductions import Reductions
-from mics.units import units_on
+from mics.communication.landing import Reductions
+from mics.sharding.units import units_on
 
 WIDTH = 12
 

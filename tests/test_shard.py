@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 import mics
 from mics.blocks import find_blocks, units_of_block
-from mics.partition_choice import PartitionChoice, choose_partition
+from mics.sharding.partition import PartitionChoice, choose_partition
 from mics.simulation.anatomy import Parameter, Unit
 from mics.simulation.memory import Setup, states_and_blocks
 

@@ -12,7 +12,7 @@ import pytest
 from mics.__main__ import main
 from mics.commands.train import Config, parse
 from mics.errors import ConfigError
-from mics.launch import Launch
+from mics.ranks.launcher import Launch
 from mics.training.batching import solve
 from mics.training.config import (
     BatchConfig,

@@ -13,7 +13,6 @@ from mics.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from mics import traffic as traffic
-    from mics.accumulation import micro_steps as micro_steps
     from mics.checkpoint import load as load
     from mics.checkpoint import save as save
     from mics.errors import CheckpointError as CheckpointError
@@ -26,15 +25,16 @@ if TYPE_CHECKING:
     from mics.errors import PlanError as PlanError
     from mics.errors import ShardError as ShardError
     from mics.errors import TopologyError as TopologyError
-    from mics.mesh import init_mesh as init_mesh
-    from mics.model_sharding import shard as shard
     from mics.planning.answer import Cluster as Cluster
     from mics.planning.answer import plan as plan
     from mics.planning.answer import simulate as simulate
-    from mics.sharding import fully_shard as fully_shard
+    from mics.ranks.mesh import init_mesh as init_mesh
+    from mics.sharding.fully_shard import fully_shard as fully_shard
+    from mics.sharding.micro_steps import micro_steps as micro_steps
+    from mics.sharding.shard import shard as shard
+    from mics.sharding.units import ledger as ledger
+    from mics.sharding.units import predict_traffic as predict_traffic
     from mics.topology import Topology as Topology
-    from mics.units import ledger as ledger
-    from mics.units import predict_traffic as predict_traffic
 
 _HOME = {
     "CheckpointError": "mics.errors",
@@ -49,15 +49,15 @@ _HOME = {
     "ShardError": "mics.errors",
     "Topology": "mics.topology",
     "TopologyError": "mics.errors",
-    "fully_shard": "mics.sharding",
-    "init_mesh": "mics.mesh",
-    "ledger": "mics.units",
+    "fully_shard": "mics.sharding.fully_shard",
+    "init_mesh": "mics.ranks.mesh",
+    "ledger": "mics.sharding.units",
     "load": "mics.checkpoint",
-    "micro_steps": "mics.accumulation",
+    "micro_steps": "mics.sharding.micro_steps",
     "plan": "mics.planning.answer",
-    "predict_traffic": "mics.units",
+    "predict_traffic": "mics.sharding.units",
     "save": "mics.checkpoint",
-    "shard": "mics.model_sharding",
+    "shard": "mics.sharding.shard",
     "simulate": "mics.planning.answer",
 }
 

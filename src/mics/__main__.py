@@ -11,7 +11,7 @@ from typing import Any
 
 from mics.commands import VERBS
 from mics.errors import MicsError
-from mics.launch import read_launch
+from mics.ranks.launcher import read_launch
 from mics.version import __version__
 
 

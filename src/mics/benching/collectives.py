@@ -16,10 +16,14 @@ import torch.distributed as dist
 
 from mics import compat
 from mics.benching.spread import Spread
-from mics.choice import choice_of, keep
-from mics.collectives import AllGather, hierarchical_all_gather, hierarchical_reduce_scatter
-from mics.ledgers import Ledger
-from mics.mesh import Groups, StageGroups, ranks_of, stage_groups
+from mics.communication.collectives import (
+    AllGather,
+    hierarchical_all_gather,
+    hierarchical_reduce_scatter,
+)
+from mics.communication.forms import choice_of, keep
+from mics.communication.ledger import Ledger
+from mics.ranks.mesh import Groups, StageGroups, ranks_of, stage_groups
 from mics.traffic import Collective, Form, ring_flow, stage_flow, stages
 
 _BLOCKS = 8  # consecutive blocks, where gathers are pipelined

@@ -14,9 +14,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.fsdp import fully_shard as torch_fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from mics.accumulation import micro_steps
-from mics.choice import Collectives
-from mics.model_sharding import shard
+from mics.communication.forms import Collectives
+from mics.sharding.micro_steps import micro_steps
+from mics.sharding.shard import shard
 
 Name = Literal[
     "mics",

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from mics.benching.spread import Spread
-from mics.lab.wire import bytes_sent
+from mics.communication.wire import bytes_sent
 
 
 class Stepping(Protocol):

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from mics.checkpoint.manifest import Json
 from mics.errors import CheckpointError
-from mics.units import units_on
+from mics.sharding.units import units_on
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 

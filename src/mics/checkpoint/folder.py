@@ -15,8 +15,8 @@ from typing import IO
 from mics.checkpoint.peers import Peers
 from mics.checkpoint.verifying import verified_manifest
 from mics.checkpoint.writing import TEMPORARY, let_save_end
-from mics.console import say
 from mics.errors import CheckpointError
+from mics.ranks.console import say
 
 _LOCK = ".lock"
 _TRASH = ".trash"

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from mics.agreement import gather_text
 from mics.errors import CheckpointError
+from mics.ranks.agreement import gather_text
 
 Result = TypeVar("Result")
 

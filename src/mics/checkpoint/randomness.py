@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mics.mesh import default_device_type
+from mics.ranks.mesh import default_device_type
 
 
 def random_state(rank: int) -> dict[str, torch.Tensor]:

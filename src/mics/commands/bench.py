@@ -25,7 +25,7 @@ from mics.benching.side_by_side import Compared, Stepping, agree, compare, compu
 from mics.benching.workloads import Workload
 from mics.errors import MicsError
 from mics.lab.network import bits_per_second
-from mics.mesh import groups_of, init_mesh, start
+from mics.ranks.mesh import groups_of, init_mesh, start
 from mics.topology import Topology
 from mics.version import __version__
 

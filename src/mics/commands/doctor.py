@@ -22,10 +22,10 @@ from mics.commands.facts import (
 )
 from mics.commands.links import probe_links
 from mics.commands.report import Report, as_json, as_text, problems_as_text
-from mics.commands.starting import RanksMissing, choose_device_type, join, run_local_ranks
 from mics.errors import MicsError
-from mics.launch import Launch, read_launch
-from mics.mesh import default_device_type, device_of, init_mesh
+from mics.ranks.launcher import Launch, read_launch
+from mics.ranks.mesh import default_device_type, device_of, init_mesh
+from mics.ranks.starting import RanksMissing, choose_device_type, join, run_local_ranks
 from mics.topology import Topology
 
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from mics.agreement import gather_text
-from mics.drawing import ranks_text
 from mics.errors import DisagreementError, MicsError, TopologyError
-from mics.launch import Launch
+from mics.ranks.agreement import gather_text
+from mics.ranks.drawing import ranks_text
+from mics.ranks.launcher import Launch
 from mics.version import __version__
 
 _PREFIXES = ("NCCL_", "GLOO_", "TORCH_")

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from mics import compat
-from mics.agreement import gather_text
+from mics.ranks.agreement import gather_text
 from mics.topology import Ranks, Topology, nodes_of
 
 LinkClass = Literal["intra", "inter"]

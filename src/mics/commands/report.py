@@ -8,9 +8,9 @@ from typing import Any
 
 from mics.commands.facts import Facts, Problem
 from mics.commands.links import LinkClass, Probe
-from mics.commands.starting import LOCAL
-from mics.drawing import draw, ranks_text
 from mics.errors import DisagreementError
+from mics.ranks.drawing import draw, ranks_text
+from mics.ranks.starting import LOCAL
 from mics.topology import Topology
 
 _LABEL = 10

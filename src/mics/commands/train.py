@@ -11,7 +11,7 @@ from typing import Annotated
 import tyro
 
 from mics.errors import ConfigError, MicsError
-from mics.launch import read_launch
+from mics.ranks.launcher import read_launch
 from mics.training.config import TrainConfig
 
 

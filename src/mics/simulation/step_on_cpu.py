@@ -1,6 +1,6 @@
 """A rank of mics on Gloo, where nothing runs ahead of the program.
 
-Four things differ from a GPU (`gather_ahead.py`, `reductions.py`): in forward a block starts the
+Four things differ from a GPU (`gather_ahead.py`, `landing.py`): in forward a block starts the
 next gather before it waits for its own; a gather's second stage runs when somebody waits for it; a
 reduction's second stage is issued when the next unit is reduced; and inside a node the last
 micro-step's reductions are waited for at once, since hop 2 follows.

@@ -9,8 +9,6 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from mics.blocks import find_blocks
-from mics.drawing import draw
-from mics.launch import read_launch
 from mics.models.building import (
     build,
     check_fits,
@@ -25,6 +23,8 @@ from mics.planning.nearest import check_any
 from mics.planning.plan import Plan, search
 from mics.planning.question import Question
 from mics.planning.subject import subject
+from mics.ranks.drawing import draw
+from mics.ranks.launcher import read_launch
 from mics.simulation.anatomy import Anatomy
 from mics.simulation.hardware import Cluster
 from mics.simulation.lookup import find_node

@@ -10,14 +10,14 @@ import torch
 import torch.distributed as dist
 from transformers import PretrainedConfig
 
-from mics.console import say
 from mics.errors import PlanError
-from mics.launch import read_launch
-from mics.partition_choice import PartitionChoice, choose_partition, device_memory
 from mics.planning.plan import GIB, Plan, Search, Way, needed_by, search, simulate_way, with_reason
 from mics.planning.question import Question
 from mics.planning.reasons import explain
 from mics.planning.subject import subject
+from mics.ranks.console import say
+from mics.ranks.launcher import read_launch
+from mics.sharding.partition import PartitionChoice, choose_partition, device_memory
 from mics.simulation.anatomy import Anatomy
 from mics.simulation.hardware import Cluster, Gpu, Link, Node
 from mics.simulation.lookup import find_node

@@ -18,8 +18,8 @@ from mics.checkpoint import (
     step_of,
 )
 from mics.checkpoint.manifest import read_manifest
-from mics.console import alarm, say
 from mics.errors import CheckpointError, ConfigError
+from mics.ranks.console import alarm, say
 from mics.training.progress import Progress
 from mics.training.setup import Run
 

@@ -24,8 +24,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from mics.errors import ConfigError, MicsError
-from mics.launch import Launch, listen_on_loopback, read_launch
-from mics.mesh import default_device_type
+from mics.ranks.launcher import Launch, listen_on_loopback, read_launch
+from mics.ranks.mesh import default_device_type
 from mics.training.config import TrainConfig
 
 Work = Callable[[TrainConfig], int]

@@ -6,13 +6,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mics.lab.wire import bytes_sent
-from mics.ledgers import Seconds
+from mics.communication.ledger import Seconds
+from mics.communication.wire import bytes_sent
+from mics.sharding.units import ledger, predict_traffic
 from mics.training.progress import Progress
 from mics.training.rates import Stopwatch, memory_bytes
 from mics.training.record import StepRecord, bits_per_byte
 from mics.training.step import Outcome
-from mics.units import ledger, predict_traffic
 
 
 class Meter:

@@ -10,9 +10,9 @@ from typing import TextIO
 
 import torch.distributed as dist
 
-from mics.console import alarm, say
-from mics.drawing import draw
 from mics.errors import ConfigError
+from mics.ranks.console import alarm, say
+from mics.ranks.drawing import draw
 from mics.training.display import open_display
 from mics.training.meter import Meter
 from mics.training.plot import plot_run

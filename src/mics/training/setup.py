@@ -16,8 +16,6 @@ from transformers import PretrainedConfig
 
 from mics.checkpoint import hold_folder
 from mics.exchange.weights import load_weights
-from mics.mesh import default_device_type, start
-from mics.model_sharding import shard
 from mics.models.building import (
     build,
     check_fits,
@@ -28,6 +26,9 @@ from mics.models.building import (
     num_positions,
     task_of,
 )
+from mics.ranks.mesh import default_device_type, start
+from mics.sharding.shard import shard
+from mics.sharding.units import units_of
 from mics.topology import Topology
 from mics.training.batching import Batching, sequence_length, solve
 from mics.training.config import TrainConfig
@@ -37,7 +38,6 @@ from mics.training.optimisation import make_optimizer
 from mics.training.rates import memory_bytes
 from mics.training.settings import as_toml
 from mics.training.trackers import check_trackers
-from mics.units import units_of
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from mics.accumulation import micro_steps
+from mics.sharding.micro_steps import micro_steps
 from mics.training.config import OptimizerConfig
 from mics.training.data import Batch
 from mics.training.optimisation import clip_gradients, learning_rate, set_learning_rate

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from mics.agreement import check_agreement, gather_text
-from mics.console import say
 from mics.errors import DataError
+from mics.ranks.agreement import check_agreement, gather_text
+from mics.ranks.console import say
 from mics.training.config import DataConfig
 from mics.training.data import cache
 from mics.training.data.corpus import check_apart, find_files, read_documents

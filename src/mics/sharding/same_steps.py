@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from mics.errors import MicroStepError
-from mics.mesh import Groups
+from mics.ranks.mesh import Groups
 
 _control_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = (
     weakref.WeakKeyDictionary()

@@ -19,11 +19,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from mics import compat
+from mics.communication.hop_two import HopTwo
+from mics.communication.landing import reductions_of
 from mics.errors import MicroStepError, MicsWarning
-from mics.hop_two import HopTwo
-from mics.reductions import reductions_of
-from mics.same_steps import MicroStepsAgree
-from mics.units import Unit, units_of
+from mics.sharding.same_steps import MicroStepsAgree
+from mics.sharding.units import Unit, units_of
 
 Batch = TypeVar("Batch")
 Normalise = Literal["micro_steps"] | Callable[[Any], int | torch.Tensor] | None

@@ -13,13 +13,14 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.fsdp import fully_shard as torch_fully_shard
 
 from mics import compat
-from mics.agreement import check_agreement
-from mics.choice import Collectives, decide_by, measure
-from mics.collectives import AllGather, ReduceScatter
+from mics.communication.collectives import AllGather, ReduceScatter
+from mics.communication.forms import Collectives, decide_by, measure
+from mics.communication.hop_two import HopTwo
+from mics.communication.landing import Later, reductions_of
+from mics.communication.ledger import Ledger
 from mics.errors import ShardError
-from mics.hop_two import HopTwo
-from mics.ledgers import Ledger
-from mics.mesh import (
+from mics.ranks.agreement import check_agreement
+from mics.ranks.mesh import (
     Groups,
     default_device_type,
     groups_of,
@@ -27,9 +28,8 @@ from mics.mesh import (
     ranks_of,
     start,
 )
-from mics.reductions import Later, reductions_of
-from mics.same_start import same_start
-from mics.units import Unit, attach, units_on
+from mics.sharding.same_start import same_start
+from mics.sharding.units import Unit, attach, units_on
 from mics.version import __version__
 
 

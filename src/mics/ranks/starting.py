@@ -22,10 +22,10 @@ from torch.multiprocessing.spawn import (
     start_processes,
 )
 
-from mics.drawing import ranks_text
 from mics.errors import MicsError
-from mics.launch import Launch, export_torch_variables, listen_on_loopback
-from mics.mesh import default_device_type
+from mics.ranks.drawing import ranks_text
+from mics.ranks.launcher import Launch, export_torch_variables, listen_on_loopback
+from mics.ranks.mesh import default_device_type
 
 LOCAL = "mics"
 """The ``source`` of a ``Launch`` whose ranks were started here."""

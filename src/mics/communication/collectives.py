@@ -27,10 +27,10 @@ import torch
 import torch.distributed as dist
 
 from mics import compat
-from mics.exchanged import Exchange, reduce_scatter
-from mics.ledgers import Ledger, Span
-from mics.mesh import Groups, StageGroups, ranks_of, stage_groups
-from mics.reductions import Later
+from mics.communication.all_to_all import Exchange, reduce_scatter
+from mics.communication.landing import Later
+from mics.communication.ledger import Ledger, Span
+from mics.ranks.mesh import Groups, StageGroups, ranks_of, stage_groups
 from mics.topology import Ranks
 from mics.traffic import Collective, Form, Stage, StageMessage, stages
 

@@ -21,11 +21,15 @@ import torch
 import torch.distributed as dist
 
 from mics import compat
-from mics.agreement import gather_text
-from mics.collectives import Decide, hierarchical_all_gather, hierarchical_reduce_scatter
-from mics.console import say
+from mics.communication.collectives import (
+    Decide,
+    hierarchical_all_gather,
+    hierarchical_reduce_scatter,
+)
 from mics.errors import ShardError
-from mics.mesh import Choice, Groups, StageGroups, stage_groups
+from mics.ranks.agreement import gather_text
+from mics.ranks.console import say
+from mics.ranks.mesh import Choice, Groups, StageGroups, stage_groups
 from mics.topology import Ranks, nodes_of
 from mics.traffic import Collective, Form
 

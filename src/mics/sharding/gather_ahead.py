@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from mics import compat
-from mics.units import units_on
+from mics.sharding.units import units_on
 
 
 def gather_ahead(model: nn.Module, blocks: Sequence[nn.Module]) -> None:

@@ -12,8 +12,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from mics import compat
-from mics.console import say
-from mics.mesh import Groups
+from mics.ranks.console import say
+from mics.ranks.mesh import Groups
 
 _PIECE = 2**16
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -30,8 +30,8 @@ import torch
 import torch.distributed as dist
 
 from mics import compat
-from mics.gradients import flat_buffer, gradients_of
-from mics.mesh import Groups
+from mics.communication.gradients import flat_buffer, gradients_of
+from mics.ranks.mesh import Groups
 
 Begin = Callable[[torch.Tensor], Iterator[None]]
 """Issues a reduce-scatter into a tensor; every ``next`` waits for a stage and issues the next."""

@@ -40,11 +40,11 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from mics import compat
+from mics.communication.gradients import flat_buffer, gradients_of
+from mics.communication.landing import Later
+from mics.communication.ledger import Ledger, Span
 from mics.errors import MicroStepError, MicsWarning
-from mics.gradients import flat_buffer, gradients_of
-from mics.ledgers import Ledger, Span
-from mics.mesh import ranks_of
-from mics.reductions import Later
+from mics.ranks.mesh import ranks_of
 from mics.traffic import StageMessage
 
 

@@ -9,11 +9,11 @@ import torch.distributed as dist
 from torch import nn
 
 from mics import compat
-from mics.collectives import Decide
+from mics.communication.collectives import Decide
+from mics.communication.hop_two import HopTwo
+from mics.communication.ledger import Ledger, LedgerView
 from mics.errors import ShardError
-from mics.hop_two import HopTwo
-from mics.ledgers import Ledger, LedgerView
-from mics.mesh import Groups, ranks_of
+from mics.ranks.mesh import Groups, ranks_of
 from mics.traffic import Block, Traffic, View, block_traffic
 
 _ATTRIBUTE = "_mics_units"

@@ -13,14 +13,12 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor
 
 from mics import compat
-from mics.agreement import check_agreement
 from mics.blocks import Blocks, find_blocks, units_of_block
-from mics.choice import Collectives
-from mics.console import say
+from mics.communication.forms import Collectives
 from mics.errors import ShardError
-from mics.gather_ahead import gather_ahead
-from mics.materialise import Initialise, Materialiser
-from mics.mesh import (
+from mics.ranks.agreement import check_agreement
+from mics.ranks.console import say
+from mics.ranks.mesh import (
     Groups,
     communication_device,
     default_device_type,
@@ -28,8 +26,10 @@ from mics.mesh import (
     init_mesh,
     start,
 )
-from mics.partition_choice import FOR_STATES, PartitionChoice, choose_partition, device_memory
-from mics.sharding import check_ranks_agree, fully_shard
+from mics.sharding.fully_shard import check_ranks_agree, fully_shard
+from mics.sharding.gather_ahead import gather_ahead
+from mics.sharding.materialise import Initialise, Materialiser
+from mics.sharding.partition import FOR_STATES, PartitionChoice, choose_partition, device_memory
 from mics.simulation.anatomy import units_of_model
 from mics.simulation.memory import Setup, states_and_blocks
 

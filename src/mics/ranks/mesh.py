@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from mics.agreement import check_agreement, gather_text
 from mics.errors import TopologyError
-from mics.launch import export_torch_variables, read_launch
+from mics.ranks.agreement import check_agreement, gather_text
+from mics.ranks.launcher import export_torch_variables, read_launch
 from mics.topology import Ranks, Topology, has_two_stages, nodes_of
 from mics.traffic import Collective, Form
 from mics.version import __version__

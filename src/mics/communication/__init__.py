@@ -1,0 +1,1 @@
+"""What a unit sends, how, and when."""
