@@ -31,8 +31,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from mics.anatomy.memory import Setup, memory
 from mics.planning.subject import subject
-from mics.simulation.memory import Setup, memory
 
 RESULT = Path(__file__).parent / "results" / "memory_model.json"
 GIB = 2**30

@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
+from mics.hardware.cluster import Cluster
+from mics.hardware.lookup import find_node
 from mics.planning.plan import search
 from mics.planning.question import Question
 from mics.planning.subject import subject
 from mics.simulation.compute import times
 from mics.simulation.engines import Run, simulate_engine
-from mics.simulation.hardware import Cluster
-from mics.simulation.lookup import find_node
 
 RESULT = Path(__file__).parent / "results" / "planner_speed.json"
 REPEATS = 5

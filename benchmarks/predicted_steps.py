@@ -24,10 +24,10 @@ from typing import Any
 from mics import traffic
 from mics.benching.dilated import Dilation, arithmetic
 from mics.errors import PlanError
-from mics.simulation.hardware import Node
-from mics.simulation.lookup import find_gpu
-from mics.simulation.measured import measured_node
-from mics.simulation.network import Stage, all_reduce_seconds, gather_stages
+from mics.hardware.cluster import Node
+from mics.hardware.lookup import find_gpu
+from mics.hardware.measured import measured_node
+from mics.hardware.network import Stage, all_reduce_seconds, gather_stages
 from mics.simulation.step import Schedule, Work, simulate
 from mics.simulation.step_on_cpu import CpuRank
 from mics.topology import Topology

@@ -26,9 +26,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import mics
 from mics.__main__ import main
-from mics.exchange.exporting import export
-from mics.exchange.importing import import_folder
-from mics.exchange.weights import load_weights
+from mics.interchange.exporting import export
+from mics.interchange.importing import import_folder
+from mics.interchange.weights import load_weights
 from mics.models.building import build, load_config, task_of
 
 KINDS = ["bert-tiny", "roberta-tiny", "gpt2-tiny", "llama-tiny"]
@@ -121,7 +121,7 @@ def test_the_exported_configuration_names_the_dtype_of_the_weights(
 def test_check_fails_when_logits_differ(
     trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mics.exchange import comparing
+    from mics.interchange import comparing
 
     def other_weights(folder: Path, dtype: Any) -> Any:
         model = plain(folder)
@@ -175,8 +175,8 @@ PEAK = """
 import json, re, sys, torch
 from pathlib import Path
 import mics
-from mics.exchange.exporting import export
-from mics.exchange.importing import import_folder
+from mics.interchange.exporting import export
+from mics.interchange.importing import import_folder
 
 def peak():
     status = Path("/proc/self/status").read_text()

@@ -9,12 +9,12 @@ import pytest
 import torch
 from ranks import run_ranks
 
+from mics.hardware.cluster import Cluster
+from mics.hardware.lookup import find_node
 from mics.models.building import load_config
 from mics.planning.plan import Way, needed_by, simulate_way
 from mics.planning.question import Question
 from mics.planning.subject import subject
-from mics.simulation.hardware import Cluster
-from mics.simulation.lookup import find_node
 from mics.training.config import ParallelConfig, TrainConfig
 from mics.training.expectation import Forecast
 

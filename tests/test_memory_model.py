@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from mics.anatomy.anatomy import Anatomy
+from mics.anatomy.memory import Setup, memory
 from mics.planning.subject import subject
-from mics.simulation.anatomy import Anatomy
-from mics.simulation.memory import Setup, memory
 
 ROOT = Path(__file__).parents[1]
 

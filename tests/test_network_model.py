@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from mics.errors import PlanError
-from mics.simulation.catalogue_text import catalogue
-from mics.simulation.fit import Point, fit_links
-from mics.simulation.hardware import Cluster, Gpu, Link, Node
-from mics.simulation.lookup import described, find_gpu, find_node, gpus, nodes
-from mics.simulation.measured import measured_node
-from mics.simulation.network import all_reduce_seconds, gather_stages, gather_terms
-from mics.simulation.stacks import find_stack
+from mics.hardware.catalogue_text import catalogue
+from mics.hardware.cluster import Cluster, Gpu, Link, Node
+from mics.hardware.fit import Point, fit_links
+from mics.hardware.lookup import described, find_gpu, find_node, gpus, nodes
+from mics.hardware.measured import measured_node
+from mics.hardware.network import all_reduce_seconds, gather_stages, gather_terms
+from mics.hardware.stacks import find_stack
 from mics.traffic import Form
 
 GB = 1e9

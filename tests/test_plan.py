@@ -10,7 +10,11 @@ import pytest
 import torch
 
 import mics
+from mics.anatomy.anatomy import Anatomy
+from mics.anatomy.memory import OPTIMIZERS, Setup, memory
 from mics.errors import PlanError
+from mics.hardware.cluster import Cluster, Gpu, Link, Node
+from mics.hardware.lookup import find_node
 from mics.planning.charts import pareto_set
 from mics.planning.cost import Reliability, dollars, goodput, wall_seconds
 from mics.planning.inverse import (
@@ -28,10 +32,6 @@ from mics.planning.question import Question
 from mics.planning.reasons import explained
 from mics.planning.scaling import strong_scaling, too_large, weak_scaling
 from mics.planning.subject import subject
-from mics.simulation.anatomy import Anatomy
-from mics.simulation.hardware import Cluster, Gpu, Link, Node
-from mics.simulation.lookup import find_node
-from mics.simulation.memory import OPTIMIZERS, Setup, memory
 from mics.simulation.profiles import Engine
 
 GIB = 2**30

@@ -17,10 +17,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 import mics
-from mics.blocks import find_blocks, units_of_block
+from mics.anatomy.anatomy import Parameter, Unit
+from mics.anatomy.blocks import find_blocks, units_of_block
+from mics.anatomy.memory import Setup, states_and_blocks
 from mics.sharding.partition import PartitionChoice, choose_partition
-from mics.simulation.anatomy import Parameter, Unit
-from mics.simulation.memory import Setup, states_and_blocks
 
 # -- blocks ----------------------------------------------------------------------------------------
 

@@ -16,18 +16,18 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import mics
 from mics import traffic
+from mics.anatomy.anatomy import Anatomy
+from mics.anatomy.trace import Operator, Segment, Trace
+from mics.hardware.cluster import Cluster, Gpu
+from mics.hardware.lookup import find_gpu, find_node
+from mics.hardware.network import Stage
 from mics.models.building import build, load_config
 from mics.planning.subject import subject
-from mics.simulation.anatomy import Anatomy
 from mics.simulation.compute import Times, times
 from mics.simulation.engines import Run, inter_bytes, simulate_engine
-from mics.simulation.hardware import Cluster, Gpu
-from mics.simulation.lookup import find_gpu, find_node
-from mics.simulation.network import Stage
 from mics.simulation.profiles import PROFILES
 from mics.simulation.step import Schedule, Step, Work, simulate, straggling
 from mics.simulation.timeline import chrome_trace
-from mics.simulation.trace import Operator, Segment, Trace
 from mics.topology import Topology
 
 BLOCKS = 4

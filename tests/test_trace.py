@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from mics.anatomy.anatomy import Anatomy
+from mics.anatomy.products import flops_of
+from mics.anatomy.trace import ROOT, Trace, between, trace
+from mics.anatomy.trace_cache import TraceCache
 from mics.errors import PlanError
 from mics.planning.subject import subject
-from mics.simulation.anatomy import Anatomy
-from mics.simulation.products import flops_of
-from mics.simulation.trace import ROOT, Trace, between, trace
-from mics.simulation.trace_cache import TraceCache
 
 ROWS, WIDTH, INNER = 6, 8, 32
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from mics.hardware.lookup import find_gpu
+from mics.hardware.stacks import find_stack
 from mics.planning.subject import subject
 from mics.planning.validation import SEEN, as_markdown, validate
 from mics.simulation.compute import times
-from mics.simulation.lookup import find_gpu
-from mics.simulation.stacks import find_stack
 
 TABLE = Path(__file__).parents[1] / "benchmarks" / "results" / "validation.md"
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mics.errors import PlanError
-from mics.simulation.hardware import Node
-from mics.simulation.lookup import described, find_gpu, find_node
-from mics.simulation.measured import measured_node
+from mics.hardware.cluster import Node
+from mics.hardware.lookup import described, find_gpu, find_node
+from mics.hardware.measured import measured_node
 
 DEFAULT = "p4d"
 _OTHERS = ("memory", "intra", "inter", "gpus_per_node")

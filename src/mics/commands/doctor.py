@@ -13,15 +13,15 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from mics.commands.facts import (
+from mics.doctor.facts import (
     Problem,
     disagreements,
     gather_facts,
     missing_devices,
     unequal_nodes,
 )
-from mics.commands.links import probe_links
-from mics.commands.report import Report, as_json, as_text, problems_as_text
+from mics.doctor.links import probe_links
+from mics.doctor.report import Report, as_json, as_text, problems_as_text
 from mics.errors import MicsError
 from mics.ranks.launcher import Launch, read_launch
 from mics.ranks.mesh import default_device_type, device_of, init_mesh

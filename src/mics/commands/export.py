@@ -42,9 +42,9 @@ def run(config: Config) -> int:
     Returns:
         0; 1 when it failed, or when logits differ that should not.
     """
-    from mics.exchange.comparing import largest_difference
-    from mics.exchange.dtypes import FLOATS
-    from mics.exchange.exporting import export
+    from mics.interchange.comparing import largest_difference
+    from mics.interchange.dtypes import FLOATS
+    from mics.interchange.exporting import export
     from mics.training.waiting import TextProgress
 
     dtype = FLOATS[config.dtype]

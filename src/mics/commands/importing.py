@@ -35,8 +35,8 @@ def run(config: Config) -> int:
     Returns:
         0; 1 when it failed.
     """
-    from mics.exchange.dtypes import FLOATS
-    from mics.exchange.importing import import_folder
+    from mics.interchange.dtypes import FLOATS
+    from mics.interchange.importing import import_folder
     from mics.training.waiting import TextProgress
 
     try:

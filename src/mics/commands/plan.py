@@ -11,9 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from mics.anatomy.anatomy import Anatomy
+from mics.anatomy.memory import NOT_MODELLED
 from mics.commands.cluster_options import ClusterOptions, node_of
 from mics.commands.written import check_folders, refuse_others
 from mics.errors import MicsError, PlanError
+from mics.hardware.catalogue_text import catalogue
+from mics.hardware.cluster import Cluster, extrapolated
+from mics.hardware.stacks import find_stack
 from mics.planning.cost import Reliability, dollars, goodput, wall_seconds
 from mics.planning.inverse import (
     fewest_nodes,
@@ -30,11 +35,6 @@ from mics.planning.reasons import explained
 from mics.planning.scaling import ENGINES, weak_scaling
 from mics.planning.subject import subject
 from mics.planning.table import as_document, as_table
-from mics.simulation.anatomy import Anatomy
-from mics.simulation.catalogue_text import catalogue
-from mics.simulation.hardware import Cluster, extrapolated
-from mics.simulation.memory import NOT_MODELLED
-from mics.simulation.stacks import find_stack
 
 
 @dataclass(frozen=True)

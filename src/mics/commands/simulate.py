@@ -13,15 +13,15 @@ from typing import Literal
 from mics.commands.cluster_options import ClusterOptions, node_of
 from mics.commands.written import check_folders, refuse_others
 from mics.errors import MicsError, PlanError
+from mics.hardware.cluster import Cluster, Link, Node, extrapolated
+from mics.hardware.stacks import find_stack
 from mics.planning.parsing import parse_range
 from mics.planning.plan import GIB, Plan, Search, search, simulate_way
 from mics.planning.question import Question
 from mics.planning.scaling import strong_scaling, too_large, weak_scaling
 from mics.planning.subject import subject
 from mics.planning.validation import as_markdown, validate
-from mics.simulation.hardware import Cluster, Link, Node, extrapolated
 from mics.simulation.profiles import PROFILES, Engine
-from mics.simulation.stacks import find_stack
 from mics.simulation.timeline import chrome_trace
 from mics.topology import possible_partitions
 

@@ -64,7 +64,7 @@ def run(config: Config) -> int:
     Returns:
         0 when all went well, 1 when it did not, 2 when the options make no sense.
     """
-    from mics.simulation.lookup import find_node
+    from mics.hardware.lookup import find_node
     from mics.training import dry_run
     from mics.training.launching import run_on_ranks
     from mics.training.settings import check_settings

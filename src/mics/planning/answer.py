@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 
-from mics.blocks import Blocks
+from mics.anatomy.anatomy import Anatomy, Loss
+from mics.anatomy.blocks import Blocks
 from mics.errors import PlanError
+from mics.hardware.cluster import Cluster as Cluster
 from mics.planning.nearest import check_any
 from mics.planning.parsing import parse_cluster
 from mics.planning.plan import Plan, search, simulate_way
 from mics.planning.question import Question
 from mics.planning.reasons import explained
 from mics.planning.subject import subject
-from mics.simulation.anatomy import Anatomy, Loss
-from mics.simulation.hardware import Cluster as Cluster
 from mics.simulation.profiles import PROFILES, Engine
 from mics.simulation.step import Step
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mics.simulation.hardware import Cluster
+from mics.hardware.cluster import Cluster
 
 
 @dataclass(frozen=True)

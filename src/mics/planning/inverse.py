@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import product
 
+from mics.anatomy.anatomy import Anatomy
+from mics.hardware.cluster import Cluster
 from mics.planning.plan import Way, micro_steps_of, needed_by
 from mics.planning.question import Question
-from mics.simulation.anatomy import Anatomy
-from mics.simulation.hardware import Cluster
 from mics.topology import possible_partitions
 from mics.traffic import Form
 

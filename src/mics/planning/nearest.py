@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from mics.anatomy.anatomy import Anatomy
 from mics.errors import PlanError
+from mics.hardware.cluster import Cluster
 from mics.planning.inverse import (
     fewest_nodes,
     fits,
@@ -15,8 +17,6 @@ from mics.planning.inverse import (
 )
 from mics.planning.plan import GIB, Search, Way, micro_steps_of, needed_by
 from mics.planning.question import Question
-from mics.simulation.anatomy import Anatomy
-from mics.simulation.hardware import Cluster
 from mics.topology import possible_partitions
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from mics.anatomy.memory import NOT_MODELLED
+from mics.hardware.cluster import extrapolated
+from mics.hardware.stacks import find_stack
 from mics.planning.charts import curves, memory_bars, pareto, step_timeline
 from mics.planning.plan import Plan, best_of_partitions, simulate_way
 from mics.planning.table import COLUMNS, cells
-from mics.simulation.hardware import extrapolated
-from mics.simulation.memory import NOT_MODELLED
-from mics.simulation.stacks import find_stack
 from mics.version import __version__
 
 _STYLE = """

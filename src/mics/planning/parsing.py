@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from mics.errors import PlanError
-from mics.simulation.hardware import Cluster
-from mics.simulation.lookup import find_node
+from mics.hardware.cluster import Cluster
+from mics.hardware.lookup import find_node
 
 
 def parse_cluster(text: str) -> Cluster:

@@ -6,16 +6,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from mics.anatomy.anatomy import Anatomy
+from mics.anatomy.memory import Memory, Need, Setup, memory
 from mics.errors import PlanError
+from mics.hardware.cluster import Cluster
+from mics.hardware.stacks import find_stack
 from mics.planning.cost import dollars
 from mics.planning.question import MICRO_STEPS, Question
-from mics.simulation.anatomy import Anatomy
 from mics.simulation.compute import times
 from mics.simulation.engines import Run, Simulated, inter_bytes, simulate_engine
-from mics.simulation.hardware import Cluster
-from mics.simulation.memory import Memory, Need, Setup, memory
 from mics.simulation.profiles import Engine
-from mics.simulation.stacks import find_stack
 from mics.topology import possible_partitions
 from mics.traffic import Form
 

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mics.anatomy.memory import OPTIMIZERS
 from mics.errors import PlanError
-from mics.simulation.memory import OPTIMIZERS
-from mics.simulation.stacks import find_stack
+from mics.hardware.stacks import find_stack
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 MICRO_STEPS = 4
@@ -25,12 +25,12 @@ class Question:
         micro_batches: to try.
         partitions: to try; every legal one by default.
         checkpointing: to try.
-        optimizer: see ``simulation.memory.OPTIMIZERS``.
+        optimizer: see ``anatomy.memory.OPTIMIZERS``.
         compute_bytes: of a gathered parameter.
         reduce_bytes: of a gradient on the wire in hop 1.
         prefetch: blocks gathered ahead.
-        reductions: see ``simulation.memory.Setup``.
-        stack: of software, see ``simulation.stacks``.
+        reductions: see ``anatomy.memory.Setup``.
+        stack: of software, see ``hardware.stacks``.
         fragmentation: what the allocator asks for over what is alive.
         runtime_gib: of a GPU that are gone before the first tensor is made.
         communicator_gib: buffers of each group of ranks.

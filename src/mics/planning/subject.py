@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from mics.blocks import Blocks
+from mics.anatomy.anatomy import Anatomy, Loss, cast
+from mics.anatomy.blocks import Blocks
+from mics.anatomy.trace_cache import TraceCache
 from mics.errors import PlanError
-from mics.simulation.anatomy import Anatomy, Loss, cast
-from mics.simulation.trace_cache import TraceCache
 
 _VOCABULARY = 32768  # of presets that take their tokenizer's
 

@@ -13,16 +13,16 @@ from typing import Any, Literal
 
 import torch
 
+from mics.anatomy.anatomy import Anatomy
+from mics.hardware.cluster import Cluster, Link
+from mics.hardware.fit import Point, fit_links
+from mics.hardware.lookup import find_node, read_catalogue
+from mics.hardware.network import all_reduce_terms, gather_terms
+from mics.hardware.stacks import find_stack
 from mics.planning.subject import subject
-from mics.simulation.anatomy import Anatomy
 from mics.simulation.compute import times
 from mics.simulation.engines import Run, simulate_engine
-from mics.simulation.fit import Point, fit_links
-from mics.simulation.hardware import Cluster, Link
-from mics.simulation.lookup import find_node, read_catalogue
-from mics.simulation.network import all_reduce_terms, gather_terms
 from mics.simulation.profiles import Engine
-from mics.simulation.stacks import find_stack
 
 Holds = Literal["yes", "NO", "in the bracket", ""]
 

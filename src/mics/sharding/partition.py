@@ -1,7 +1,7 @@
 """The partition size when nobody names one: the smallest whose pooled memory holds the model.
 
 MiCS section 3.2: smaller groups talk to fewer ranks over faster links, so p is as small as memory
-allows. What a rank needs is the planner's memory model (``simulation/memory.py``).
+allows. What a rank needs is the planner's memory model (``anatomy/memory.py``).
 """
 
 from __future__ import annotations

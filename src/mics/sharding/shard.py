@@ -13,7 +13,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor
 
 from mics import compat
-from mics.blocks import Blocks, find_blocks, units_of_block
+from mics.anatomy.anatomy import units_of_model
+from mics.anatomy.blocks import Blocks, find_blocks, units_of_block
+from mics.anatomy.memory import Setup, states_and_blocks
 from mics.communication.forms import Collectives
 from mics.errors import ShardError
 from mics.ranks.agreement import check_agreement
@@ -30,8 +32,6 @@ from mics.sharding.fully_shard import check_ranks_agree, fully_shard
 from mics.sharding.gather_ahead import gather_ahead
 from mics.sharding.materialise import Initialise, Materialiser
 from mics.sharding.partition import FOR_STATES, PartitionChoice, choose_partition, device_memory
-from mics.simulation.anatomy import units_of_model
-from mics.simulation.memory import Setup, states_and_blocks
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -17,16 +17,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
-from mics.simulation.hardware import Gpu
-from mics.simulation.trace import Operator, Segment, Trace
+from mics.anatomy.trace import Operator, Segment, Trace
+from mics.hardware.cluster import UNMEASURED, Gpu
 
 # Sizes (FLOPs; bytes) and efficiencies, at the geometric middle of Calculon's steps; those without
 # an end are taken for as wide as their neighbour.
 _PRODUCT = ((0.25e9, 0.10), (4e9, 0.60), (45e9, 0.90), (362e9, 0.95))
 _MEMORY = ((0.32e6, 0.30), (3.2e6, 0.60), (32e6, 0.75), (316e6, 0.90))
 _KERNEL = 2e-6  # seconds between two kernels of a full queue
-UNMEASURED = 0.8
-"""Of a peak, where nobody measured the largest product."""
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from fractions import Fraction
 from typing import Literal
 
 from mics import traffic
-from mics.simulation.anatomy import Anatomy, Parameter, Unit
+from mics.anatomy.anatomy import Anatomy, Parameter, Unit
+from mics.anatomy.memory import OPTIMIZERS
+from mics.hardware.cluster import Cluster
+from mics.hardware.network import Stage, all_reduce_seconds, gather_stages
 from mics.simulation.compute import Times
-from mics.simulation.hardware import Cluster
-from mics.simulation.memory import OPTIMIZERS
-from mics.simulation.network import Stage, all_reduce_seconds, gather_stages
 from mics.simulation.profiles import PROFILES, Engine
 from mics.simulation.step import Schedule, Step, Work, simulate, straggling
 from mics.traffic import Form

@@ -21,7 +21,7 @@ from functools import cache
 from statistics import NormalDist
 from typing import Literal
 
-from mics.simulation.network import On, Stage
+from mics.hardware.network import On, Stage
 
 Hop = Literal[0, 1, 2]
 Sync = Literal["last", "every", "never"]

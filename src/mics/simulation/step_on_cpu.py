@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mics.simulation.network import Stage
+from mics.hardware.network import Stage
 from mics.simulation.step import Message, Rank, Schedule, Work
 
 

@@ -8,7 +8,11 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from mics.blocks import find_blocks
+from mics.anatomy.anatomy import Anatomy
+from mics.anatomy.blocks import find_blocks
+from mics.anatomy.memory import NOT_MODELLED, Setup, memory
+from mics.hardware.cluster import Cluster
+from mics.hardware.lookup import find_node
 from mics.models.building import (
     build,
     check_fits,
@@ -25,10 +29,6 @@ from mics.planning.question import Question
 from mics.planning.subject import subject
 from mics.ranks.drawing import draw
 from mics.ranks.launcher import read_launch
-from mics.simulation.anatomy import Anatomy
-from mics.simulation.hardware import Cluster
-from mics.simulation.lookup import find_node
-from mics.simulation.memory import NOT_MODELLED, Setup, memory
 from mics.topology import Topology, possible_partitions
 from mics.training import optimisation
 from mics.training.batching import Batching, sequence_length, solve

@@ -10,7 +10,10 @@ import torch
 import torch.distributed as dist
 from transformers import PretrainedConfig
 
+from mics.anatomy.anatomy import Anatomy
 from mics.errors import PlanError
+from mics.hardware.cluster import Cluster, Gpu, Link, Node
+from mics.hardware.lookup import find_node
 from mics.planning.plan import GIB, Plan, Search, Way, needed_by, search, simulate_way, with_reason
 from mics.planning.question import Question
 from mics.planning.reasons import explain
@@ -18,9 +21,6 @@ from mics.planning.subject import subject
 from mics.ranks.console import say
 from mics.ranks.launcher import read_launch
 from mics.sharding.partition import PartitionChoice, choose_partition, device_memory
-from mics.simulation.anatomy import Anatomy
-from mics.simulation.hardware import Cluster, Gpu, Link, Node
-from mics.simulation.lookup import find_node
 from mics.traffic import Form
 from mics.training import optimisation
 from mics.training.config import TrainConfig

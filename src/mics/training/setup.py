@@ -15,7 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PretrainedConfig
 
 from mics.checkpoint import hold_folder
-from mics.exchange.weights import load_weights
+from mics.interchange.weights import load_weights
 from mics.models.building import (
     build,
     check_fits,

@@ -18,7 +18,7 @@ from mics.checkpoint.manifest import MANIFEST, Entry, Manifest
 from mics.checkpoint.reading import read_tensors
 from mics.checkpoint.verifying import verified_manifest
 from mics.errors import CheckpointError
-from mics.exchange.stream import write_stream
+from mics.interchange.stream import write_stream
 
 CONFIG = "assets/model/config.json"
 _TOKENIZER = "assets/tokenizer/"

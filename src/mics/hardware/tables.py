@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mics.errors import PlanError
-from mics.simulation.hardware import Gpu, Link, Node
+from mics.hardware.cluster import Gpu, Link, Node
 
 _MOST = 1 << 17
 _NODE_KEYS = {

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from mics.checkpoint.manifest import Chunk, Entry
 from mics.errors import CheckpointError
-from mics.exchange.stream import DTYPES
+from mics.interchange.stream import DTYPES
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"

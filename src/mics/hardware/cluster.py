@@ -12,6 +12,9 @@ from mics.errors import PlanError
 
 MOST_NODES = 1 << 17
 
+UNMEASURED = 0.8
+"""The share of its peak a GPU is taken to reach where nobody measured its largest product."""
+
 
 @dataclass(frozen=True)
 class Gpu:

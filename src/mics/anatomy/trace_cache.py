@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mics.simulation.trace import Operator, Segment, Trace
+from mics.anatomy.trace import Operator, Segment, Trace
 from mics.version import __version__
 
 _COUNTED = 2

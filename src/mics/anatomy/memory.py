@@ -27,8 +27,8 @@ from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Literal
 
-from mics.simulation.anatomy import Anatomy, Unit
-from mics.simulation.trace import ROOT, Trace
+from mics.anatomy.anatomy import Anatomy, Unit
+from mics.anatomy.trace import ROOT, Trace
 
 Phase = Literal["loss", "block backward", "end of backward", "optimizer step"]
 PHASES: tuple[Phase, ...] = ("loss", "block backward", "end of backward", "optimizer step")

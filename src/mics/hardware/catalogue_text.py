@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from mics.simulation.compute import UNMEASURED
-from mics.simulation.hardware import Link
-from mics.simulation.lookup import dated, gpus, nodes
-from mics.simulation.stacks import stacks
+from mics.hardware.cluster import UNMEASURED, Link
+from mics.hardware.lookup import dated, gpus, nodes
+from mics.hardware.stacks import stacks
 
 
 def catalogue() -> str:

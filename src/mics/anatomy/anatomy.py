@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from mics.blocks import Blocks, find_blocks
+from mics.anatomy.blocks import Blocks, find_blocks
+from mics.anatomy.trace import Trace, between, trace
 from mics.errors import PlanError
-from mics.simulation.trace import Trace, between, trace
 
 Loss = Callable[[Any, int, int], torch.Tensor]
 """A forward of a model on the meta device, for a micro-batch and a sequence, up to the loss."""

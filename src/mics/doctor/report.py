@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mics.commands.facts import Facts, Problem
-from mics.commands.links import LinkClass, Probe
+from mics.doctor.facts import Facts, Problem
+from mics.doctor.links import LinkClass, Probe
 from mics.errors import DisagreementError
 from mics.ranks.drawing import draw, ranks_text
 from mics.ranks.starting import LOCAL

@@ -22,10 +22,10 @@ from mics.checkpoint.manifest import (
 )
 from mics.checkpoint.reading import read_tensors
 from mics.errors import CheckpointError
-from mics.exchange.exporting import CONFIG, Told
-from mics.exchange.pretrained import read_entries
-from mics.exchange.stream import write_stream
-from mics.exchange.weights import check_complete, match_names
+from mics.interchange.exporting import CONFIG, Told
+from mics.interchange.pretrained import read_entries
+from mics.interchange.stream import write_stream
+from mics.interchange.weights import check_complete, match_names
 from mics.models.building import build, load_config
 from mics.version import __version__
 

@@ -12,7 +12,7 @@ from mics.checkpoint.contents import contents_of
 from mics.checkpoint.manifest import Entry
 from mics.checkpoint.reading import read_tensors
 from mics.errors import CheckpointError
-from mics.exchange.pretrained import read_entries
+from mics.interchange.pretrained import read_entries
 from mics.ranks.console import say
 
 _MOST_NAMED = 3

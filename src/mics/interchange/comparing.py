@@ -10,7 +10,7 @@ from torch import nn
 from mics.checkpoint.contents import contents_of
 from mics.checkpoint.manifest import read_manifest
 from mics.checkpoint.reading import read_tensors
-from mics.exchange.exporting import CONFIG, Exported
+from mics.interchange.exporting import CONFIG, Exported
 from mics.models.building import build, load_config, num_positions, task_of
 
 _SEQUENCES, _LENGTH = 2, 32

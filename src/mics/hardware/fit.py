@@ -14,8 +14,8 @@ from itertools import combinations
 import torch
 
 from mics.errors import PlanError
-from mics.simulation.hardware import Link
-from mics.simulation.network import On, Terms
+from mics.hardware.cluster import Link
+from mics.hardware.network import On, Terms
 
 
 @dataclass(frozen=True)

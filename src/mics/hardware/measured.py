@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from mics.errors import PlanError
-from mics.simulation.fit import Point, fit_links
-from mics.simulation.hardware import Gpu, Link, Node
-from mics.simulation.network import all_reduce_terms, gather_terms
+from mics.hardware.cluster import Gpu, Link, Node
+from mics.hardware.fit import Point, fit_links
+from mics.hardware.network import all_reduce_terms, gather_terms
 from mics.traffic import Form
 
 _BURST = 1.02

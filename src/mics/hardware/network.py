@@ -33,7 +33,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from mics.simulation.hardware import Link, Node
+from mics.hardware.cluster import Link, Node
 from mics.traffic import Form
 
 On = Literal["intra", "inter"]

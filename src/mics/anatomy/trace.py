@@ -20,10 +20,10 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from mics import compat
+from mics.anatomy.attention import FusedAttention
+from mics.anatomy.products import flops_of
 from mics.compat import TorchDispatchMode, tree_leaves, tree_map
 from mics.errors import PlanError
-from mics.simulation.attention import FusedAttention
-from mics.simulation.products import flops_of
 
 Pass = Literal["forward", "backward"]
 ROOT = -1

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from mics.errors import PlanError
-from mics.simulation.hardware import Gpu, Node
-from mics.simulation.tables import gpu_of, node_of
+from mics.hardware.cluster import Gpu, Node
+from mics.hardware.tables import gpu_of, node_of
 
 
 def nodes() -> dict[str, Node]:
@@ -143,4 +143,4 @@ def _tables(file: str) -> dict[str, Mapping[str, Any]]:
 @cache
 def read_catalogue(file: str) -> dict[str, Any]:
     """A file of the catalogue."""
-    return tomllib.loads((files("mics.simulation") / "catalogue" / f"{file}.toml").read_text())
+    return tomllib.loads((files("mics.hardware") / "catalogue" / f"{file}.toml").read_text())

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from mics.errors import PlanError
-from mics.simulation.lookup import read_catalogue
+from mics.hardware.lookup import read_catalogue
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""What mics doctor asks the ranks of a job, and how it reports."""

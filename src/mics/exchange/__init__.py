@@ -1,1 +1,0 @@
-"""To and from transformers' folders: export, import, pretrained weights."""
