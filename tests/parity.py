@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import mics
-from mics.ranks.mesh import default_device_type
+from mics.ranks.device import default_device_type
 
 WIDTH = 13
 ROWS = 4  # per rank and micro-step

@@ -23,6 +23,7 @@ from mics.communication.collectives import (
 )
 from mics.communication.forms import choice_of, keep
 from mics.communication.ledger import Ledger
+from mics.ranks.device import synchronise
 from mics.ranks.mesh import Groups, StageGroups, ranks_of, stage_groups
 from mics.traffic import Collective, Form, ring_flow, stage_flow, stages
 
@@ -178,8 +179,7 @@ def _interleaved(
             dist.barrier()
             start = time.perf_counter()
             call()
-            if groups.device.type != "cpu":
-                torch.accelerator.synchronize()
+            synchronise(groups.device)
             spent = torch.tensor(time.perf_counter() - start, device=groups.device)
             dist.all_reduce(spent, dist.ReduceOp.MAX)
             if number:  # the first one makes connections

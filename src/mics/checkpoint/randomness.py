@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from mics.ranks.mesh import default_device_type
+from mics.ranks.device import HOST, default_device_type, on_accelerator
 
 
 def random_state(rank: int) -> dict[str, torch.Tensor]:
     """The generators' states of this rank, uint8, by name."""
-    state = {_name(rank, "cpu"): torch.get_rng_state()}
+    state = {_name(rank, HOST): torch.get_rng_state()}
     kind = default_device_type()
-    if kind != "cpu":
+    if on_accelerator(kind):
         state[_name(rank, kind)] = torch.get_device_module(kind).get_rng_state()
     return state
 
@@ -19,11 +19,11 @@ def random_state(rank: int) -> dict[str, torch.Tensor]:
 def restore_random_state(rank: int, state: dict[str, torch.Tensor]) -> bool:
     """Set the generators of this rank; False, and nothing set, when its state is not complete."""
     kind = default_device_type()
-    wanted = {"cpu", kind}
+    wanted = {HOST, kind}
     if not all(_name(rank, device) in state for device in wanted):
         return False
-    torch.set_rng_state(state[_name(rank, "cpu")])
-    if kind != "cpu":
+    torch.set_rng_state(state[_name(rank, HOST)])
+    if on_accelerator(kind):
         torch.get_device_module(kind).set_rng_state(state[_name(rank, kind)])
     return True
 

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
@@ -23,8 +22,9 @@ from mics.doctor.facts import (
 from mics.doctor.links import probe_links
 from mics.doctor.report import Report, as_json, as_text, problems_as_text
 from mics.errors import MicsError
+from mics.ranks.device import default_device_type, num_devices
 from mics.ranks.launcher import Launch, read_launch
-from mics.ranks.mesh import default_device_type, device_of, init_mesh
+from mics.ranks.mesh import device_of, init_mesh
 from mics.ranks.starting import RanksMissing, choose_device_type, join, run_local_ranks
 from mics.topology import Topology
 
@@ -168,7 +168,7 @@ def _nonsense(config: Config, launch: Launch | None) -> str | None:
 
 
 def _default_ranks(config: Config) -> int:
-    return 1 if config.device == "cpu" else max(1, torch.accelerator.device_count())
+    return max(1, num_devices(config.device))
 
 
 def _print(text: str) -> None:

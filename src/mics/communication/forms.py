@@ -29,6 +29,7 @@ from mics.communication.collectives import (
 from mics.errors import ShardError
 from mics.ranks.agreement import gather_text
 from mics.ranks.console import say
+from mics.ranks.device import HOST, device_name, on_accelerator, synchronise
 from mics.ranks.mesh import Choice, Groups, StageGroups, stage_groups
 from mics.topology import Ranks, nodes_of
 from mics.traffic import Collective, Form
@@ -163,11 +164,11 @@ def _time_forms(
     times: tuple[list[float], list[float]] = ([], [])
     for repeat in range(_REPEATS + 1):
         for run, into in zip(runs, times, strict=True):
-            _synchronize(groups.device)
+            synchronise(groups.device)
             dist.barrier(group)
             start = time.perf_counter()
             run()
-            _synchronize(groups.device)
+            synchronise(groups.device)
             if repeat > 0:  # the first one connects and warms up
                 into.append(time.perf_counter() - start)
     medians = torch.tensor([statistics.median(t) for t in times], device=groups.device)
@@ -175,11 +176,6 @@ def _time_forms(
         dist.all_reduce(medians, dist.ReduceOp.MAX, group=axis)
     flat, hierarchical = medians.tolist()
     return flat, hierarchical
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def _size(num_bytes: int) -> str:
@@ -192,7 +188,7 @@ def _size(num_bytes: int) -> str:
 def _cluster(groups: Groups) -> str:
     """What a measurement is valid for."""
     device = groups.device
-    name = "cpu" if device.type == "cpu" else torch.get_device_module(device).get_device_name()
+    name = device_name(device.type) if on_accelerator(device) else HOST
     return f"{dist.get_backend(groups.shard)} on {name}, {dist.get_world_size()} ranks, " + (
         f"{groups.gpus_per_node} per node, torch {torch.__version__}"
     )

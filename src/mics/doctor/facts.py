@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from mics.errors import DisagreementError, MicsError, TopologyError
 from mics.ranks.agreement import gather_text
+from mics.ranks.device import device_name, num_devices, on_accelerator
 from mics.ranks.drawing import ranks_text
 from mics.ranks.launcher import Launch
 from mics.version import __version__
@@ -67,16 +68,15 @@ def gather_facts(
     """
     world = dist.group.WORLD
     assert world is not None
-    on_cpu = device_type == "cpu"
     mine = Facts(
         rank=launch.rank,
         host=socket.gethostname(),
         launcher=launch.source,
         ranks_per_node=launch.ranks_per_node,
-        devices=0 if on_cpu else torch.accelerator.device_count(),
+        devices=num_devices(device_type),
         device_type=device_type,
-        device="CPU" if on_cpu else torch.get_device_module(device_type).get_device_name(),
-        backend="gloo" if on_cpu else dist.get_default_backend_for_device(device_type),
+        device=device_name(device_type),
+        backend=dist.get_default_backend_for_device(device_type),
         versions={
             "mics": __version__,
             "torch": str(torch.__version__),
@@ -132,7 +132,7 @@ def unequal_nodes(facts: Sequence[Facts]) -> Problem | None:
 def missing_devices(facts: Sequence[Facts]) -> Problem | None:
     """The problem that some host has fewer accelerators than ranks, if a device was insisted on."""
     hosts = Counter(fact.host for fact in facts)
-    short = [f for f in facts if f.device_type != "cpu" and f.devices < hosts[f.host]]
+    short = [f for f in facts if on_accelerator(f.device_type) and f.devices < hosts[f.host]]
     if not short:
         return None
     first = short[0]

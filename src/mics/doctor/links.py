@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from mics import compat
 from mics.ranks.agreement import gather_text
+from mics.ranks.device import synchronise
 from mics.topology import Ranks, Topology, nodes_of
 
 LinkClass = Literal["intra", "inter"]
@@ -108,12 +109,12 @@ def _probe(
     whole = torch.empty(n * shard_bytes, dtype=torch.uint8, device=device)
     times = []
     for repeat in range(_REPEATS + 1):
-        _synchronize(device)
+        synchronise(device)
         dist.barrier()  # of the world: groups share links in training, so they do here
         start = time.perf_counter()
         for _ in range(_CALLS):
             compat.all_gather(whole, shard, group)
-        _synchronize(device)
+        synchronise(device)
         if repeat > 0:  # the first one connects and warms up
             times.append((time.perf_counter() - start) / _CALLS)
     world = dist.group.WORLD
@@ -121,8 +122,3 @@ def _probe(
     texts = gather_text(json.dumps(times), world, torch.device("cpu"))
     by_repeat = zip(*(json.loads(text) for text in texts), strict=True)
     return Probe(len(groups), n, n * shard_bytes, tuple(map(max, by_repeat)))
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

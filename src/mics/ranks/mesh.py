@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from mics.errors import TopologyError
 from mics.ranks.agreement import check_agreement, gather_text
+from mics.ranks.device import communication_device, default_device_type, use_local_device
 from mics.ranks.launcher import export_torch_variables, read_launch
 from mics.topology import Ranks, Topology, has_two_stages, nodes_of
 from mics.traffic import Collective, Form
@@ -170,7 +171,7 @@ def start(device_type: str | None = None) -> tuple[int, int]:
                 write="torchrun --nproc-per-node <GPUs> script.py",
             )
         export_torch_variables(launch)
-        _use_local_device(launch.local_rank, device_type)
+        use_local_device(launch.local_rank, device_type or default_device_type())
         dist.init_process_group()
     world = dist.get_world_size()
     per_node = launch.ranks_per_node if launch is not None else world
@@ -269,19 +270,6 @@ def device_of(mesh: DeviceMesh) -> torch.device:
     return communication_device(mesh.device_type)
 
 
-def communication_device(device_type: str) -> torch.device:
-    """This rank's device of a type."""
-    if device_type == "cpu":
-        return torch.device("cpu")
-    return torch.device(device_type, torch.accelerator.current_device_index())
-
-
-def default_device_type() -> str:
-    """The accelerator's type if this machine has one, else "cpu"."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return accelerator.type if accelerator is not None else "cpu"
-
-
 def _shard_axis_of(mesh: DeviceMesh) -> DeviceMesh:
     if mesh.ndim == 1:
         return mesh
@@ -338,8 +326,3 @@ def _check_hosts(hosts: list[str], gpus_per_node: int) -> None:
                 numbers=f"Their hosts are {', '.join(node)} ({placed}).",
                 write="torchrun, or srun --distribution=block, or the true gpus_per_node",
             )
-
-
-def _use_local_device(local_rank: int, device_type: str | None) -> None:
-    if (device_type or default_device_type()) != "cpu":
-        torch.accelerator.set_device_index(local_rank % torch.accelerator.device_count())

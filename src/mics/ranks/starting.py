@@ -23,9 +23,16 @@ from torch.multiprocessing.spawn import (
 )
 
 from mics.errors import MicsError
+from mics.ranks.device import (
+    HOST,
+    default_device_type,
+    num_devices,
+    on_accelerator,
+    ranks_can_fork,
+    use_local_device,
+)
 from mics.ranks.drawing import ranks_text
 from mics.ranks.launcher import Launch, export_torch_variables, listen_on_loopback
-from mics.ranks.mesh import default_device_type
 
 LOCAL = "mics"
 """The ``source`` of a ``Launch`` whose ranks were started here."""
@@ -48,8 +55,8 @@ def choose_device_type(wanted: str, ranks_here: int) -> str:
     if wanted != "auto":
         return wanted
     accelerator = default_device_type()
-    if accelerator == "cpu" or torch.accelerator.device_count() < ranks_here:
-        return "cpu"
+    if num_devices(accelerator) < ranks_here:
+        return HOST
     return accelerator
 
 
@@ -120,10 +127,9 @@ def _missing(store: Store, launch: Launch, seconds: float) -> RanksMissing:
 
 def _make_group(store: Store, launch: Launch, device_type: str, seconds: float) -> None:
     backend = "gloo"
-    if device_type != "cpu":
+    if on_accelerator(device_type):
         backend = f"cpu:gloo,{device_type}:{dist.get_default_backend_for_device(device_type)}"
-        count = max(1, torch.accelerator.device_count())
-        torch.accelerator.set_device_index(launch.local_rank % count)
+        use_local_device(launch.local_rank, device_type)
     dist.init_process_group(
         backend,
         store=store,
@@ -150,9 +156,6 @@ def run_local_ranks(
     Returns:
         0 when every rank returned 0, else 1.
     """
-    # A fork starts in milliseconds, a fresh interpreter imports torch again. Accelerators do not
-    # survive a fork, nor do some of macOS' libraries.
-    forks = device_type == "cpu" and sys.platform == "linux"
     sys.stdout.flush()
     with tempfile.TemporaryDirectory(prefix="mics-") as folder:
         context = start_processes(  # type: ignore[no-untyped-call]
@@ -161,7 +164,7 @@ def run_local_ranks(
             nprocs=ranks,
             join=False,
             daemon=True,  # an interrupt here ends them
-            start_method="fork" if forks else "spawn",
+            start_method="fork" if ranks_can_fork(device_type) else "spawn",
         )
         try:
             while not context.join(grace_period=2):
@@ -187,7 +190,7 @@ def _local_rank(
 ) -> None:
     # Ends quietly on ctrl-C, and when the parent dies (torch asks the kernel for this signal).
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if device_type == "cpu":
+    if not on_accelerator(device_type):
         torch.set_num_threads(1)
     listen_on_loopback()
     launch = Launch(LOCAL, rank, ranks, rank, ranks)

@@ -20,9 +20,9 @@ from mics.communication.landing import Later, reductions_of
 from mics.communication.ledger import Ledger
 from mics.errors import ShardError
 from mics.ranks.agreement import check_agreement
+from mics.ranks.device import default_device_type
 from mics.ranks.mesh import (
     Groups,
-    default_device_type,
     groups_of,
     post_forward_mesh,
     ranks_of,

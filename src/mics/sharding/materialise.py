@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from mics.errors import ShardError
+from mics.ranks.device import on_accelerator
 
 Initialise = Callable[[nn.Module], None]
 
@@ -59,7 +60,7 @@ class Materialiser:
             self._allocate(module, made)
         versions = {t: t._version for m in owners for t in _own(m) if t not in real}
         fresh = {id(param) for param in made.values()}
-        devices = [] if self._device.type == "cpu" else [self._device.index]
+        devices = [self._device.index] if on_accelerator(self._device) else []
         with torch.random.fork_rng(devices, device_type=self._device.type if devices else "cuda"):
             # A parent may refine what its children set (GPT-2 scales its residual projections).
             for module in _children_first(unit):

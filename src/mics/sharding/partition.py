@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from mics.errors import ShardError
+from mics.ranks.device import on_accelerator
 from mics.topology import possible_partitions
 
 FOR_STATES = 0.7
@@ -79,7 +80,7 @@ def _instead(need: Callable[[int], int], budget: float, ranks: int) -> str:
 
 def device_memory(device: torch.device, ranks_per_host: int) -> int:
     """Bytes one rank may use: its accelerator's memory, or its part of the host's."""
-    if device.type != "cpu":
+    if on_accelerator(device):
         properties = torch.get_device_module(device).get_device_properties(device)
         return int(properties.total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks_per_host

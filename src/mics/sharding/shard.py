@@ -20,10 +20,9 @@ from mics.communication.forms import Collectives
 from mics.errors import ShardError
 from mics.ranks.agreement import check_agreement
 from mics.ranks.console import say
+from mics.ranks.device import communication_device, default_device_type
 from mics.ranks.mesh import (
     Groups,
-    communication_device,
-    default_device_type,
     groups_of,
     init_mesh,
     start,

@@ -19,6 +19,7 @@ from mics.planning.question import Question
 from mics.planning.reasons import explain
 from mics.planning.subject import subject
 from mics.ranks.console import say
+from mics.ranks.device import on_accelerator
 from mics.ranks.launcher import read_launch
 from mics.sharding.partition import PartitionChoice, choose_partition, device_memory
 from mics.traffic import Form
@@ -105,7 +106,7 @@ class Forecast:
         self._bytes = 2 if config.parallel.dtype == "bf16" else 4
         dtype = torch.bfloat16 if self._bytes == 2 else torch.float32
         self._anatomy: Anatomy = subject(shape, dtype=dtype)
-        on_gpu = device.type != "cpu"
+        on_gpu = on_accelerator(device)
         self._question = Question(
             sequence,
             micro_steps=micro_steps,

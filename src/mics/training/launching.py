@@ -24,8 +24,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from mics.errors import ConfigError, MicsError
+from mics.ranks.device import default_device_type, on_accelerator, ranks_can_fork
 from mics.ranks.launcher import Launch, listen_on_loopback, read_launch
-from mics.ranks.mesh import default_device_type
 from mics.training.config import TrainConfig
 
 Work = Callable[[TrainConfig], int]
@@ -72,7 +72,7 @@ def num_ranks(config: TrainConfig, launch: Launch | None) -> int:
                 write="leave --parallel.ranks out",
             )
         return launch.world
-    if default_device_type() == "cpu":
+    if not on_accelerator(default_device_type()):
         return wanted or 1
     devices = torch.accelerator.device_count()
     if wanted is not None and wanted > devices:
@@ -108,9 +108,6 @@ def _start_ranks(work: Work, config: TrainConfig, ranks: int) -> int:
     # torchrun's agent reports failures at length; what a rank had to say comes last, from here.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     listen_on_loopback()
-    # A fork starts at once, a fresh interpreter imports torch again; accelerators do not survive
-    # a fork.
-    forks = default_device_type() == "cpu" and sys.platform == "linux"
     launcher = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -120,7 +117,7 @@ def _start_ranks(work: Work, config: TrainConfig, ranks: int) -> int:
         rdzv_endpoint="127.0.0.1:0",
         local_addr="127.0.0.1",
         max_restarts=0,
-        start_method="fork" if forks else "spawn",
+        start_method="fork" if ranks_can_fork(default_device_type()) else "spawn",
         # SIGTERM and ctrl-C are for the ranks: they save and end by themselves.
         signals_to_handle="SIGHUP,SIGQUIT",
     )

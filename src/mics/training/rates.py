@@ -10,6 +10,8 @@ from collections import deque
 
 import torch
 
+from mics.ranks.device import on_accelerator
+
 # Dense bf16 (V100: fp16) matrix products, TFLOPS, from the vendors' data sheets: NVIDIA V100 SXM2,
 # A100, H100 SXM / H200 SXM, B200. Others show "n/a" rather than a guess.
 _PEAK_TFLOPS = {
@@ -59,7 +61,7 @@ def memory_bytes(device: torch.device) -> int | None:
     """Peak memory of this rank so far: the accelerator's allocator, or the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if device.type != "cpu":
+    if on_accelerator(device):
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

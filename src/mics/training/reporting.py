@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from mics.errors import ConfigError
 from mics.ranks.console import alarm, say
+from mics.ranks.device import on_accelerator
 from mics.ranks.drawing import draw
 from mics.training.display import open_display
 from mics.training.meter import Meter
@@ -128,7 +129,7 @@ class Reporter:
         grown = "n/a"
         if record.memory_bytes is not None and before is not None:
             grown = size(record.memory_bytes - before)
-            if self._run.device.type == "cpu":  # the system counts processes, not tensors
+            if not on_accelerator(self._run.device):  # the system counts processes, not tensors
                 grown += " (of the process, libraries included)"
         return (
             f"after {_COMPARED} steps, predicted against measured: step {time}, "

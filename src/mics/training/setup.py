@@ -26,7 +26,8 @@ from mics.models.building import (
     num_positions,
     task_of,
 )
-from mics.ranks.mesh import default_device_type, start
+from mics.ranks.device import default_device_type
+from mics.ranks.mesh import start
 from mics.sharding.shard import shard
 from mics.sharding.units import units_of
 from mics.topology import Topology
