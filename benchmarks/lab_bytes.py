@@ -30,7 +30,7 @@ from mics.benching.spread import Spread
 from mics.communication.wire import bytes_sent
 from mics.ranks.agreement import gather_text
 from mics.ranks.mesh import start
-from mics.sharding.units import predict_traffic
+from mics.sharding.prediction import predict_traffic
 from mics.topology import possible_partitions
 
 RESULTS = Path(__file__).parent / "results"

@@ -22,9 +22,9 @@ from mics.benching.picture import plot_comparison
 from mics.benching.side_by_side import Compared, agree, compare
 from mics.benching.spread import Spread
 from mics.benching.workloads import Workload
-from mics.communication.forms import measure
+from mics.communication.forms import Choice, choices_of, measure
 from mics.errors import MicsError
-from mics.ranks.mesh import Choice, groups_of, init_mesh, ranks_of
+from mics.ranks.mesh import groups_of, init_mesh, ranks_of
 
 SMALL = Workload(hidden=16, layers=2, rows=1, length=16, micro_steps=2)
 ENGINES = (
@@ -110,14 +110,14 @@ def _chosen_by_measurement() -> dict[Choice, str]:
     groups = groups_of(init_mesh(partition=4, gpus_per_node=2))
     found = measure_collectives(groups, [2**16], repeats=1, link_bits=None, told=lambda _: None)
     keep_choices(groups, found)
-    return dict(groups.layout.choices)
+    return dict(choices_of(groups))
 
 
 def _chosen_by_profile() -> dict[Choice, str]:
     groups = groups_of(init_mesh(partition=4, gpus_per_node=2))
     ranks = ranks_of(groups.shard)
     measure(groups, groups.shard, ranks, "all_gather", 2**16, torch.float32)
-    return dict(groups.layout.choices)
+    return dict(choices_of(groups))
 
 
 def test_what_bench_collectives_measures_is_what_later_runs_choose(

@@ -12,11 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mics
 from mics import compat
-from mics.communication import collectives
-from mics.communication.all_to_all import reduce_scatter
+from mics.communication.backend import Gloo, at_once, run
 from mics.communication.collectives import AllGather, ReduceScatter
 from mics.communication.forms import decide_by
-from mics.communication.ledger import Ledger
+from mics.communication.ledger import Ledger, Untimed
 from mics.ranks.mesh import Groups, groups_of, ranks_of, stage_groups
 from mics.traffic import Key
 
@@ -110,14 +109,15 @@ def _premul_stages() -> None:
     assert not compat.is_premul_sum(dist.ReduceOp.SUM)
     assert not compat.is_premul_sum(dist.ReduceOp.AVG)
     asked: list[Any] = []
-    real = compat.reduce_scatter
+    real: Any = Gloo.reduce
 
-    def recording(output: Any, input: Any, op: Any, group: Any) -> Any:
-        asked.append((group.size(), op))
-        emulated = dist.ReduceOp.SUM
-        return real(output, input * 0.25 if compat.is_premul_sum(op) else input, emulated, group)
+    def recording(self: Any, pieces: Any, op: Any, group: Any, *rest: Any) -> Any:
+        asked.extend((group.size(), op) for _ in pieces)
+        scale = 0.25 if compat.is_premul_sum(op) else 1.0
+        scaled = [(output, input * scale) for output, input in pieces]
+        return real(self, scaled, dist.ReduceOp.SUM, group, *rest)
 
-    collectives.reduce_scatter = recording  # this forked process only
+    Gloo.reduce = recording  # type: ignore[method-assign]  # this forked process only
     whole, output = torch.ones(8 * N), torch.empty(N)
     scatter(output, whole, groups.shard, premul)
     assert torch.equal(output, torch.full((N,), 8 * 0.25))
@@ -176,7 +176,7 @@ def _exchange(op_name: str, dtype: torch.dtype) -> None:
     for numbers in (torch.randint(-8, 8, (4 * N,), generator=seeded), torch.randn(4 * N)):
         input = numbers.to(dtype)
         ours, theirs = torch.empty(N, dtype=dtype), torch.empty(N, dtype=dtype)
-        reduce_scatter(ours, input.clone(), op, group)
+        run(Gloo().reduce([(ours, input.clone())], op, group, Untimed(), at_once))
         compat.reduce_scatter(theirs, input.clone(), op, group)
         if numbers.dtype == torch.int64:
             assert torch.equal(ours, theirs)

@@ -235,7 +235,7 @@ def _reductions_beside(micro_steps: int) -> int:
     model = sharded(Stack(num_blocks=4), collectives=run.collectives)
     under_way: list[int] = []
     (unit, *_) = units_on(model)
-    queue = unit.hop_two.later._reductions if unit.hop_two else None
+    queue = unit.landing.reductions if unit.landing else None
     assert isinstance(queue, Reductions)
     start = Reductions.start
 

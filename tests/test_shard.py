@@ -17,9 +17,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 import mics
+from mics import compat
 from mics.anatomy.anatomy import Parameter, Unit
 from mics.anatomy.blocks import find_blocks, units_of_block
 from mics.anatomy.memory import Setup, states_and_blocks
+from mics.ranks import agreement
 from mics.sharding.partition import PartitionChoice, choose_partition
 
 # -- blocks ----------------------------------------------------------------------------------------
@@ -444,3 +446,42 @@ def test_transformers_models_train_from_the_meta_device(kind: str) -> None:
         assert units == 3  # two blocks and the root
         assert losses == pytest.approx(one[0][0], rel=1e-5)
     assert one[0][0][-1] < one[0][0][0]
+
+
+# -- what ranks compare before they shard ----------------------------------------------------------
+
+
+def _comparisons(num_blocks: int, how: str) -> int:
+    """All-gathers that compare the ranks of one ``shard`` call."""
+    calls = 0
+
+    class Counting:
+        @staticmethod
+        def all_gather(*args: Any, **keywords: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            return compat.all_gather(*args, **keywords)
+
+    keywords: dict[str, Any] = {"gpus_per_node": 2}
+    if how == "mesh":
+        keywords["mesh"] = mics.init_mesh(partition=2, gpus_per_node=2)
+    elif how != "auto":
+        keywords["partition"] = 2
+    with torch.device("meta" if how == "meta" else "cpu"):
+        model = Stack(num_blocks=num_blocks)
+    agreement.compat = Counting  # type: ignore[assignment]  # this forked process only
+    quiet(lambda: mics.shard(model, collectives="flat", initialise=_ones, **keywords))
+    return calls
+
+
+def _ones(module: nn.Module) -> None:
+    for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+        nn.init.ones_(tensor)
+
+
+@pytest.mark.parametrize("how", ["auto", "partition", "mesh", "meta"])
+def test_ranks_compare_what_they_shard_once_for_any_number_of_blocks(how: str) -> None:
+    few = run_ranks(_comparisons, 4, 2, how)
+    many = run_ranks(_comparisons, 4, 30, how)
+    assert few == many
+    assert 0 < many[0] <= 4

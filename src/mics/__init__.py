@@ -30,10 +30,12 @@ if TYPE_CHECKING:
     from mics.planning.answer import simulate as simulate
     from mics.ranks.mesh import init_mesh as init_mesh
     from mics.sharding.fully_shard import fully_shard as fully_shard
+    from mics.sharding.micro_steps import finish_step as finish_step
+    from mics.sharding.micro_steps import micro_step as micro_step
     from mics.sharding.micro_steps import micro_steps as micro_steps
+    from mics.sharding.prediction import ledger as ledger
+    from mics.sharding.prediction import predict_traffic as predict_traffic
     from mics.sharding.shard import shard as shard
-    from mics.sharding.units import ledger as ledger
-    from mics.sharding.units import predict_traffic as predict_traffic
     from mics.topology import Topology as Topology
 
 _HOME = {
@@ -50,12 +52,14 @@ _HOME = {
     "Topology": "mics.topology",
     "TopologyError": "mics.errors",
     "fully_shard": "mics.sharding.fully_shard",
+    "finish_step": "mics.sharding.micro_steps",
     "init_mesh": "mics.ranks.mesh",
-    "ledger": "mics.sharding.units",
+    "ledger": "mics.sharding.prediction",
     "load": "mics.checkpoint",
+    "micro_step": "mics.sharding.micro_steps",
     "micro_steps": "mics.sharding.micro_steps",
     "plan": "mics.planning.answer",
-    "predict_traffic": "mics.sharding.units",
+    "predict_traffic": "mics.sharding.prediction",
     "save": "mics.checkpoint",
     "shard": "mics.sharding.shard",
     "simulate": "mics.planning.answer",

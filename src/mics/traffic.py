@@ -29,7 +29,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 from mics.topology import Ranks, Topology, has_two_stages, nodes_of
 
@@ -106,8 +106,8 @@ class Traffic:
 
 
 @dataclass(frozen=True)
-class Block:
-    """One communication unit (an FSDP2 parameter group), sizes in bytes after padding.
+class UnitBytes:
+    """The messages of one unit (an FSDP2 parameter group), sizes in bytes after padding.
 
     Args:
         gather_bytes: all shards together, in the dtype that is all-gathered.
@@ -204,7 +204,7 @@ def stage_flow(
 
 def mics(
     topology: Topology,
-    blocks: Iterable[Block],
+    blocks: Iterable[UnitBytes],
     micro_steps: int,
     *,
     all_gather: Form = "hierarchical",
@@ -229,7 +229,7 @@ def mics(
     hop_2_runs = micro_steps if hop_2_every_micro_step else 1
     return sum(
         (
-            block_traffic(
+            unit_traffic(
                 seen_by_rank,
                 block,
                 micro_steps,
@@ -253,9 +253,9 @@ class View(NamedTuple):
     gpus_per_node: int
 
 
-def block_traffic(
+def unit_traffic(
     view: View,
-    block: Block,
+    unit: UnitBytes,
     micro_steps: int,
     hop_2_runs: int,
     *,
@@ -263,7 +263,7 @@ def block_traffic(
     reduce_scatter: Form,
     gloo: bool,
 ) -> Traffic:
-    """Traffic of one block in one step, for any partition and replication group."""
+    """Traffic of one unit in one step, for any partition and replication group."""
     rank, partition, replicas, k = view
     counts: dict[Key, Count] = {}
 
@@ -275,24 +275,24 @@ def block_traffic(
                 key = Key(hop, collective, message.stage)
                 counts[key] = counts.get(key, Count()) + _times(once, calls)
 
-    gather = stages(partition, rank, block.gather_bytes, k, all_gather)
-    add(1, "all_gather", gather, micro_steps * block.gathers)
-    if block.backward_gathers:
-        first = partition.index(rank) // block.backward_partition * block.backward_partition
-        smaller = partition[first : first + block.backward_partition]
-        gather = stages(smaller, rank, block.gather_bytes, k, all_gather)
-        add(1, "all_gather", gather, micro_steps * block.backward_gathers)
-    reduce = stages(partition, rank, block.reduce_bytes, k, reduce_scatter, by_all_reduce=gloo)
-    add(1, "reduce_scatter", reduce, micro_steps * block.reduces)
-    if block.reduces:
-        sync = StageMessage("flat", replicas, block.sync_bytes, 1)
+    gather = stages(partition, rank, unit.gather_bytes, k, all_gather)
+    add(1, "all_gather", gather, micro_steps * unit.gathers)
+    if unit.backward_gathers:
+        first = partition.index(rank) // unit.backward_partition * unit.backward_partition
+        smaller = partition[first : first + unit.backward_partition]
+        gather = stages(smaller, rank, unit.gather_bytes, k, all_gather)
+        add(1, "all_gather", gather, micro_steps * unit.backward_gathers)
+    reduce = stages(partition, rank, unit.reduce_bytes, k, reduce_scatter, by_all_reduce=gloo)
+    add(1, "reduce_scatter", reduce, micro_steps * unit.reduces)
+    if unit.reduces:
+        sync = StageMessage("flat", replicas, unit.sync_bytes, 1)
         add(2, "all_reduce", [sync], hop_2_runs)
     return Traffic(counts)
 
 
 def fsdp(
     topology: Topology,
-    blocks: Iterable[Block],
+    blocks: Iterable[UnitBytes],
     micro_steps: int,
     *,
     gloo: bool = False,
@@ -305,7 +305,7 @@ def fsdp(
 
 def hsdp(
     topology: Topology,
-    blocks: Iterable[Block],
+    blocks: Iterable[UnitBytes],
     micro_steps: int,
     *,
     deferred: bool,
@@ -327,7 +327,7 @@ def hsdp(
 
 def ddp(
     topology: Topology,
-    blocks: Iterable[Block],
+    blocks: Iterable[UnitBytes],
     micro_steps: int,
     *,
     deferred: bool,
@@ -339,9 +339,15 @@ def ddp(
     """
     alone = Topology(topology.nodes, topology.gpus_per_node, 1)
     whole = [
-        Block(b.gather_bytes, b.reduce_bytes, b.reduce_bytes, b.gathers, b.reduces) for b in blocks
+        UnitBytes(b.gather_bytes, b.reduce_bytes, b.reduce_bytes, b.gathers, b.reduces)
+        for b in blocks
     ]
     return mics(alone, whole, micro_steps, hop_2_every_micro_step=not deferred, rank=rank)
+
+
+# What these two were called first; the names are public, so they stay.
+Block: TypeAlias = UnitBytes
+block_traffic = unit_traffic
 
 
 def node_inter_bytes(per_rank: Sequence[Traffic]) -> Fraction:

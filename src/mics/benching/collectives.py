@@ -16,13 +16,11 @@ import torch.distributed as dist
 
 from mics import compat
 from mics.benching.spread import Spread
-from mics.communication.collectives import (
-    AllGather,
-    hierarchical_all_gather,
-    hierarchical_reduce_scatter,
-)
+from mics.communication.backend import backend_of_mesh
+from mics.communication.collectives import AllGather
 from mics.communication.forms import choice_of, keep
 from mics.communication.ledger import Ledger
+from mics.communication.two_stages import hierarchical_all_gather, hierarchical_reduce_scatter
 from mics.ranks.device import synchronise
 from mics.ranks.mesh import Groups, StageGroups, ranks_of, stage_groups
 from mics.traffic import Collective, Form, ring_flow, stage_flow, stages
@@ -92,7 +90,8 @@ def measure_collectives(
         for collective, calls in _calls(groups, pair, size).items():
             seconds = _interleaved(groups, calls, repeats)
             for form, spent in seconds.items():
-                k, gloo = groups.gpus_per_node, groups.device.type == "cpu"
+                k = groups.gpus_per_node
+                gloo = backend_of_mesh(groups).reduces_by_all_reduce
                 sent = _leaves_a_node(collective, ranks, size, k, form, gloo=gloo)
                 least = _leaves_a_node(collective, ranks, size, k, form, gloo=False)
                 floor = least * 8 / link_bits if link_bits and least else None

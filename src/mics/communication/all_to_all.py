@@ -1,4 +1,4 @@
-"""Reduce-scatter on the CPU as an exchange and a local sum: half of what Gloo's own sends.
+"""A reduce-scatter as an exchange and a local sum: half of what Gloo's own sends.
 
 Gloo reduce-scatters by an all-reduce whose other rows are thrown away: a rank sends 2 M (n-1)/n.
 Here every rank sends each other one its row and adds up what it gets: M (n-1)/n, the volume of
@@ -17,14 +17,16 @@ from mics import compat
 
 
 class Exchange:
-    """A reduce-scatter under way on the CPU; sums are rounded once, however many ranks.
+    """A reduce-scatter under way; sums are rounded once, however many ranks.
 
     Args:
         output: [n], complete after ``finish``.
-        input: [ranks * n], not to be changed until ``finish``.
-        op: SUM or AVG.
-        group: whose ranks share a node, or sit on a node each.
+        input: [ranks * n], not to be changed until then.
+        op: one of ``OPS``.
+        group: its ranks share a node, or sit on a node each.
     """
+
+    OPS = (dist.ReduceOp.AVG, dist.ReduceOp.SUM)
 
     def __init__(
         self,
@@ -41,32 +43,9 @@ class Exchange:
         assert work is not None
         self.work: dist.Work = work
 
-    @staticmethod
-    def can(input: torch.Tensor, op: compat.ReduceOp) -> bool:
-        """Whether this is the form for such a message; if not, it is the backend's."""
-        return input.device.type == "cpu" and op in (dist.ReduceOp.AVG, dist.ReduceOp.SUM)
-
-    def add_up(self) -> None:
-        """Sum what has come, once ``work`` has been waited for."""
+    def finish(self) -> None:
+        """Wait for the rows of the others, and add them up."""
+        self.work.wait()
         torch.sum(self._rows.view(self._ranks, -1), dim=0, out=self._output)
         if self._averages:
             self._output.div_(self._ranks)
-
-
-def reduce_scatter(
-    output: torch.Tensor,  # [n]
-    input: torch.Tensor,  # [ranks * n]
-    op: compat.ReduceOp,
-    group: dist.ProcessGroup,
-) -> None:
-    """Reduce-scatter over a group whose ranks share a node, or sit on a node each.
-
-    Accelerators and operations other than SUM and AVG take the backend's own. Complete on return on
-    the CPU.
-    """
-    if not Exchange.can(input, op):
-        compat.reduce_scatter(output, input, op, group)
-        return
-    exchange = Exchange(output, input, op, group)
-    exchange.work.wait()
-    exchange.add_up()

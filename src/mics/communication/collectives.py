@@ -1,15 +1,4 @@
-"""Flat and hierarchical all-gather / reduce-scatter, as FSDP2 communication objects.
-
-[Note: two stages without a copy]
-A partition group of N nodes with k ranks each holds shards in node-major order: shard ``j k + l``
-is on local rank l of node j. With n elements per shard, the hierarchical all-gather is
-
-    inter   the k columns gather at once, each over its N ranks:  tmp[j] = shard (j k + l)
-    intra   N coalesced all-gathers over the k ranks of the node:
-            out[j k n : (j + 1) k n] = tmp[j] of local ranks 0 .. k-1
-
-Every intra gather writes its final place, so the reorder copy of the paper's stage 2 is not needed;
-the price is ``tmp``, 1/k of the output. The reduce-scatter runs the same picture backwards.
+"""The collectives of a unit, as the communication objects that FSDP2 asks for.
 
 FSDP2 calls these objects on its own streams (``_fsdp_collectives.py``): whatever is issued here is
 ordered on the current stream when the call returns, unless a ``Work`` is returned.
@@ -17,18 +6,24 @@ ordered on the current stream when the call returns, unless a ``Work`` is return
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
 from mics import compat
-from mics.communication.all_to_all import Exchange, reduce_scatter
-from mics.communication.landing import Later
+from mics.communication import two_stages
+from mics.communication.backend import (
+    Issue,
+    Program,
+    at_once,
+    backend_of_mesh,
+    run,
+    with_handle,
+)
+from mics.communication.landing import Landing
 from mics.communication.ledger import Ledger, Span
 from mics.ranks.mesh import Groups, StageGroups, ranks_of, stage_groups
 from mics.topology import Ranks
@@ -37,21 +32,19 @@ from mics.traffic import Collective, Form, Stage, StageMessage, stages
 Decide = Callable[[Collective, Ranks, int, torch.dtype], Form]
 """Flat or hierarchical, for (collective, ranks of the group, message bytes, dtype)."""
 
-Timed = contextlib.AbstractContextManager[object]
-_UNTIMED: Timed = contextlib.nullcontext()
-
 
 class AllGather:
-    """The all-gather of one communication unit (``torch``'s ``AllGather`` interface).
+    """The all-gather of one unit (``torch``'s ``AllGather`` interface).
 
-    Pure byte moves: any dtype, uint8 included. Works for every group FSDP2 passes it, also the
-    smaller one of ``reshard_after_forward=int``.
+    It only moves bytes, of any dtype, uint8 included. It works for every group FSDP2 passes, also
+    the smaller one of ``reshard_after_forward=int``.
     """
 
     def __init__(self, groups: Groups, ledger: Ledger, decide: Decide) -> None:
         self._groups = groups
         self._ledger = ledger
         self._decide = decide
+        self._backend = backend_of_mesh(groups)
 
     def allocate(
         self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device
@@ -67,37 +60,45 @@ class AllGather:
         async_op: bool = False,
     ) -> dist.Work | None:
         """Gather; with ``async_op`` return a handle whose ``wait`` completes both stages."""
-        spans, pair = _plan(
-            "all_gather", self._groups, self._ledger, self._decide, output_tensor, group
+        asked = Asked("all_gather", output_tensor, group)
+        planned = plan(asked, self._groups, self._ledger, self._decide)
+        program = partial(self._program, output_tensor, input_tensor, group, planned)
+        if async_op:
+            return self._backend.beside(program, output_tensor.device, "gathers")
+        run(program(at_once))
+        return None
+
+    def _program(
+        self,
+        output: torch.Tensor,
+        input: torch.Tensor,
+        group: dist.ProcessGroup,
+        planned: Planned,
+        issue: Issue,
+    ) -> Program:
+        if planned.pair is not None:
+            spans = planned.span("inter"), planned.span("intra")
+            return two_stages.all_gather(output, input, planned.pair, spans, issue)
+        return issue(
+            planned.span("flat"),
+            lambda async_op: compat.all_gather(output, input, group, async_op=async_op),
         )
-        on_cpu = output_tensor.device.type == "cpu"
-        if pair is None:
-            span = spans.issue("flat")
-            if not async_op:
-                with span:
-                    compat.all_gather(output_tensor, input_tensor, group)
-                return None
-            work = compat.all_gather(output_tensor, input_tensor, group, async_op=True)
-            assert work is not None
-            return _FlatWork(work, span) if on_cpu else work
-        inter, intra = spans.issue("inter"), spans.issue("intra")
-        if not async_op:
-            hierarchical_all_gather(output_tensor, input_tensor, pair, inter, intra)
-            return None
-        if on_cpu:
-            return _StagedGather(output_tensor, input_tensor, pair, inter, intra)
-        return _gather_on_side_stream(output_tensor, input_tensor, pair, inter, intra)
 
 
 class ReduceScatter:
-    """The reduce-scatter of one communication unit (``torch``'s ``ReduceScatter`` interface).
+    """The reduce-scatter of one unit (``torch``'s ``ReduceScatter`` interface).
 
-    ``op`` may be AVG, SUM or PREMUL_SUM. Equal stages make AVG of AVG exact; PREMUL_SUM scales in
-    the first stage only. Each stage rounds once in the tensor's dtype.
+    ``op`` may be AVG, SUM or PREMUL_SUM.
 
     Args:
-        before_reduce: called when FSDP2 asks for a buffer, that is before it touches ``.grad``.
-        later: lets results land beside the backward pass; without it a call is complete on return.
+        groups: of the unit.
+        ledger: counts the calls.
+        decide: chooses the form.
+        before_reduce: called before FSDP2 touches ``.grad``. FSDP2 offers no other moment: over a
+            group of one rank it asks for buffers and never calls this object, and its all-reduce
+            hook, which has no getter, is the user's.
+        landing: lets results land beside the backward pass; without it a call is complete on
+            return.
     """
 
     def __init__(
@@ -106,13 +107,20 @@ class ReduceScatter:
         ledger: Ledger,
         decide: Decide,
         before_reduce: Callable[[], None] | None = None,
-        later: Later | None = None,
+        landing: Landing | None = None,
     ) -> None:
         self._groups = groups
         self._ledger = ledger
         self._decide = decide
         self._before_reduce = before_reduce
-        self._later = later
+        self._landing = landing
+        self._backend = backend_of_mesh(groups)
+        self._exchanges = landing is not None and landing.in_node
+
+    @property
+    def by_all_reduce(self) -> bool:
+        """Whether its flat form is an all-reduce of which all but one row is thrown away."""
+        return self._backend.reduces_by_all_reduce and not self._exchanges
 
     def allocate(
         self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device
@@ -130,256 +138,85 @@ class ReduceScatter:
         op: compat.ReduceOp,
         async_op: bool = False,
     ) -> None:
-        """Reduce-scatter; on return ordered on the current stream, on the CPU complete or later."""
-        exchanged = self._later is not None and self._later.in_node
-        by_all_reduce = input_tensor.device.type == "cpu" and not exchanged
-        spans, pair = _plan(
+        """Reduce-scatter; the result is ordered on the current stream, or lands later."""
+        asked = Asked(
             "reduce_scatter",
-            self._groups,
-            self._ledger,
-            self._decide,
             input_tensor,
             group,
-            by_all_reduce=by_all_reduce,
+            by_all_reduce=self.by_all_reduce,
         )
-        if self._later is not None:
-            begin = functools.partial(
-                _reduce_in_steps, input_tensor, op, group, pair, spans, exchanged
-            )
-            if self._later.reduce(output_tensor, op, begin):
-                return
-        if pair is None:
-            flat = reduce_scatter if exchanged else compat.reduce_scatter
-            with spans.issue("flat"):
-                flat(output_tensor, input_tensor, op, group)
+        planned = plan(asked, self._groups, self._ledger, self._decide)
+        begin = partial(self._program, input_tensor, op, group, planned)
+        if self._landing is not None and self._landing.reduce(
+            output_tensor, op, partial(begin, with_handle)
+        ):
             return
-        inter, intra = spans.issue("inter"), spans.issue("intra")
-        hierarchical_reduce_scatter(output_tensor, input_tensor, op, pair, inter, intra)
+        run(begin(at_once, output_tensor))
 
-
-# -- the two stages ------------------------------------------------------------------------------
-
-
-def hierarchical_all_gather(
-    output: torch.Tensor,  # [N k n]
-    input: torch.Tensor,  # [n]
-    pair: StageGroups,
-    inter: Timed = _UNTIMED,
-    intra: Timed = _UNTIMED,
-) -> None:
-    """All-gather in two stages, each inside the context that times it."""
-    staged = _inter_buffer(input, pair)
-    with inter:
-        compat.all_gather(staged, input, pair.inter)
-    with intra:
-        _gather_inside_nodes(output, staged, pair)
-
-
-def hierarchical_reduce_scatter(
-    output: torch.Tensor,  # [n]
-    input: torch.Tensor,  # [N k n]
-    op: compat.ReduceOp,
-    pair: StageGroups,
-    inter: Timed = _UNTIMED,
-    intra: Timed = _UNTIMED,
-) -> None:
-    """Reduce-scatter in two stages, each inside the context that times it."""
-    staged = _inter_buffer(output, pair)
-    with intra:
-        _reduce_inside_nodes(staged, input, op, pair)
-    with inter:
-        second = dist.ReduceOp.SUM if compat.is_premul_sum(op) else op
-        reduce_scatter(output, staged, second, pair.inter)
-
-
-def _inter_buffer(input: torch.Tensor, pair: StageGroups) -> torch.Tensor:
-    return input.new_empty(pair.inter.size() * input.numel())
-
-
-def _gather_inside_nodes(output: torch.Tensor, staged: torch.Tensor, pair: StageGroups) -> None:
-    nodes = pair.inter.size()
-    with compat.coalesced(pair.intra):
-        for rows, shard in zip(output.chunk(nodes), staged.chunk(nodes), strict=True):
-            compat.all_gather(rows, shard, pair.intra)
-
-
-def _reduce_inside_nodes(
-    staged: torch.Tensor, input: torch.Tensor, op: compat.ReduceOp, pair: StageGroups
-) -> None:
-    nodes = pair.inter.size()
-    together = compat.coalesced(pair.intra) if input.device.type != "cpu" else _UNTIMED
-    with together:
-        for shard, rows in zip(staged.chunk(nodes), input.chunk(nodes), strict=True):
-            reduce_scatter(shard, rows, op, pair.intra)
-
-
-# -- a step at a time --------------------------------------------------------------------------
-
-
-def _reduce_in_steps(
-    input: torch.Tensor,
-    op: compat.ReduceOp,
-    group: dist.ProcessGroup,
-    pair: StageGroups | None,
-    spans: _Spans,
-    exchanged: bool,
-    output: torch.Tensor,
-) -> Iterator[None]:
-    """A reduce-scatter on the CPU that yields whenever it would have to wait."""
-    if pair is None and exchanged:
-        span = spans.issue("flat")
-        alone = Exchange(output, input, op, group)
-        span.follow(alone.work)
-        yield
-        span.wait(alone.work)
-        alone.add_up()
-        return
-    if pair is None:
-        span = spans.issue("flat")
-        work = compat.reduce_scatter(output, input, op, group, async_op=True)
-        assert work is not None
-        yield
-        span.wait(work)  # Gloo's has no future to follow
-        return
-    inter, intra = spans.issue("inter"), spans.issue("intra")
-    staged = _inter_buffer(output, pair)
-    nodes = pair.inter.size()
-    inside = [
-        Exchange(shard, rows, op, pair.intra)
-        for shard, rows in zip(staged.chunk(nodes), input.chunk(nodes), strict=True)
-    ]
-    intra.follow(inside[-1].work)
-    yield
-    for exchange in inside:
-        intra.wait(exchange.work)
-        exchange.add_up()
-    inter.restart()
-    between = Exchange(output, staged, op, pair.inter)
-    inter.follow(between.work)
-    yield
-    inter.wait(between.work)
-    between.add_up()
-
-
-# -- handles -------------------------------------------------------------------------------------
-
-
-class _FlatWork(dist.Work):
-    """A flat all-gather under way on the CPU."""
-
-    def __init__(self, work: dist.Work, span: Span) -> None:
-        super().__init__()
-        self._work = work
-        self._span = span
-        span.follow(work)
-
-    def wait(self, timeout: Any = None) -> bool:
-        self._span.wait(self._work)
-        return True
-
-
-class _StagedGather(dist.Work):
-    """A hierarchical all-gather under way on the CPU: waiting runs the intra stage."""
-
-    def __init__(
+    def _program(
         self,
-        output: torch.Tensor,
         input: torch.Tensor,
-        pair: StageGroups,
-        inter: Span,
-        intra: Span,
-    ) -> None:
-        super().__init__()
-        self._output = output
-        self._pair = pair
-        self._inter = inter
-        self._intra = intra
-        self._staged = _inter_buffer(input, pair)
-        work = compat.all_gather(self._staged, input, pair.inter, async_op=True)
-        assert work is not None
-        self._work: dist.Work | None = work
-        inter.follow(work)
-
-    def wait(self, timeout: Any = None) -> bool:
-        if self._work is not None:
-            self._inter.wait(self._work)
-            self._work = None
-            with self._intra:
-                _gather_inside_nodes(self._output, self._staged, self._pair)
-        return True
-
-
-class _StreamWork(dist.Work):
-    """Work on a stream of ours: waiting orders the caller's stream behind it."""
-
-    def __init__(self, event: torch.Event, device: torch.device) -> None:
-        super().__init__()
-        self._event = event
-        self._device = device
-
-    def wait(self, timeout: Any = None) -> bool:
-        torch.accelerator.current_stream(self._device).wait_event(self._event)
-        return True
-
-
-def _gather_on_side_stream(
-    output: torch.Tensor, input: torch.Tensor, pair: StageGroups, inter: Span, intra: Span
-) -> dist.Work:
-    """Both stages on a side stream, so that the caller's stream goes on computing."""
-    stream = _side_stream(output.device)
-    stream.wait_stream(torch.accelerator.current_stream(output.device))
-    with stream:
-        hierarchical_all_gather(output, input, pair, inter, intra)
-        event = stream.record_event()
-    return _StreamWork(event, output.device)
-
-
-@functools.cache
-def _side_stream(device: torch.device) -> torch.Stream:
-    return torch.Stream(device)
+        op: compat.ReduceOp,
+        group: dist.ProcessGroup,
+        planned: Planned,
+        issue: Issue,
+        output: torch.Tensor,
+    ) -> Program:
+        if planned.pair is not None:
+            spans = planned.span("inter"), planned.span("intra")
+            return two_stages.reduce_scatter(
+                output, input, op, planned.pair, spans, issue, self._backend
+            )
+        if self._exchanges:
+            return self._backend.reduce([(output, input)], op, group, planned.span("flat"), issue)
+        return issue(
+            planned.span("flat"),
+            lambda async_op: compat.reduce_scatter(output, input, op, group, async_op=async_op),
+        )
 
 
 # -- what one call does --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Spans:
-    """The ledger's spans for the stages of one collective."""
+class Asked:
+    """One collective that FSDP2 asks for; ``gathered`` is its whole message."""
 
-    ledger: Ledger
     collective: Collective
+    gathered: torch.Tensor
+    group: dist.ProcessGroup
+    by_all_reduce: bool = False
+
+
+@dataclass(frozen=True)
+class Planned:
+    """How one collective runs: its stages and, if it is hierarchical, their groups."""
+
+    asked: Asked
+    ledger: Ledger
     messages: list[StageMessage]
-    device: torch.device
+    pair: StageGroups | None
 
-    def issue(self, stage: Stage) -> Span:
+    def span(self, stage: Stage) -> Span:
+        """Count a stage, and return the span that times it."""
         message = next(m for m in self.messages if m.stage == stage)
-        return self.ledger.issue(1, self.collective, message, self.device)
+        return self.ledger.issue(1, self.asked.collective, message, self.asked.gathered.device)
 
 
-def _plan(
-    collective: Collective,
-    groups: Groups,
-    ledger: Ledger,
-    decide: Decide,
-    gathered: torch.Tensor,
-    group: dist.ProcessGroup,
-    *,
-    by_all_reduce: bool = False,
-) -> tuple[_Spans, StageGroups | None]:
-    """What to count and, if the collective is hierarchical, the groups of its stages."""
-    ranks = ranks_of(group)
-    message_bytes = gathered.numel() * gathered.element_size()
+def plan(asked: Asked, groups: Groups, ledger: Ledger, decide: Decide) -> Planned:
+    """Choose the form of one collective, and what of it is counted."""
+    ranks = ranks_of(asked.group)
+    message_bytes = asked.gathered.numel() * asked.gathered.element_size()
     pair = stage_groups(groups, ranks)
     form: Form = "flat"
     if pair is not None:
-        form = decide(collective, ranks, message_bytes, gathered.dtype)
+        form = decide(asked.collective, ranks, message_bytes, asked.gathered.dtype)
     messages = stages(
         ranks,
         dist.get_rank(),
         message_bytes,
         groups.gpus_per_node,
         form,
-        by_all_reduce=by_all_reduce,
+        by_all_reduce=asked.by_all_reduce,
     )
-    spans = _Spans(ledger, collective, messages, gathered.device)
-    return spans, pair if form == "hierarchical" else None
+    return Planned(asked, ledger, messages, pair if form == "hierarchical" else None)

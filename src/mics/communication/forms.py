@@ -15,27 +15,42 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 import torch.distributed as dist
 
 from mics import compat
-from mics.communication.collectives import (
-    Decide,
-    hierarchical_all_gather,
-    hierarchical_reduce_scatter,
-)
+from mics.communication.collectives import Decide
+from mics.communication.two_stages import hierarchical_all_gather, hierarchical_reduce_scatter
 from mics.errors import ShardError
 from mics.ranks.agreement import gather_text
 from mics.ranks.console import say
 from mics.ranks.device import HOST, device_name, on_accelerator, synchronise
-from mics.ranks.mesh import Choice, Groups, StageGroups, stage_groups
+from mics.ranks.mesh import Groups, PerMesh, StageGroups, stage_groups
 from mics.topology import Ranks, nodes_of
 from mics.traffic import Collective, Form
 
 Collectives = Literal["auto", "flat", "hierarchical"]
 """How a user asks for it: measured, or forced."""
+
+
+class Choice(NamedTuple):
+    """What flat or hierarchical is decided for."""
+
+    collective: Collective
+    nodes: int
+    ranks_per_node: int
+    size_class: int  # messages up to 2 ** size_class bytes
+    dtype: str
+
+
+def _none_yet(_: Groups) -> dict[Choice, Form]:
+    return {}
+
+
+choices_of = PerMesh(_none_yet)
+"""What has been decided for a mesh."""
 
 _REPEATS = 5
 _MARGIN = 0.03  # a tie goes to flat: one collective instead of two, no extra buffer
@@ -80,10 +95,10 @@ def measure(
     if pair is None or message_bytes == 0:
         return
     choice = choice_of(groups, collective, ranks, message_bytes, dtype)
-    if choice in groups.layout.choices:
+    if choice in choices_of(groups):
         return
     _read_profile(groups)
-    if choice in groups.layout.choices:
+    if choice in choices_of(groups):
         return
     numel = 2**choice.size_class // dtype.itemsize // group.size() * group.size()
     numel = max(numel, group.size())
@@ -91,7 +106,7 @@ def measure(
     keep(groups, choice, flat, hierarchical)
     say(
         f"{collective} of {_size(2**choice.size_class)} {choice.dtype} over "
-        f"{choice.nodes} nodes x {choice.ranks_per_node}: {groups.layout.choices[choice]} "
+        f"{choice.nodes} nodes x {choice.ranks_per_node}: {choices_of(groups)[choice]} "
         f"(flat {flat * 1e3:.2f} ms, hierarchical {hierarchical * 1e3:.2f} ms)"
     )
 
@@ -99,7 +114,7 @@ def measure(
 def keep(groups: Groups, choice: Choice, flat: float, hierarchical: float) -> None:
     """Choose by two times in seconds, for this run and, in the profile, for the next ones."""
     wins = hierarchical < flat * (1 - _MARGIN)
-    groups.layout.choices[choice] = "hierarchical" if wins else "flat"
+    choices_of(groups)[choice] = "hierarchical" if wins else "flat"
     _write_profile(groups, choice, flat, hierarchical)
 
 
@@ -128,14 +143,14 @@ def choice_of(
 
 def _nearest(groups: Groups, wanted: Choice) -> Form:
     """The nearest measured choice, for a size that was not measured (part of a group unused)."""
-    exact = groups.layout.choices.get(wanted)
+    exact = choices_of(groups).get(wanted)
     if exact is not None:
         return exact
-    alike = [c for c in groups.layout.choices if c[:3] == wanted[:3]]
+    alike = [c for c in choices_of(groups) if c[:3] == wanted[:3]]
     if not alike:
         return "flat"
     nearest = min(alike, key=lambda c: (abs(c.size_class - wanted.size_class), c))
-    return groups.layout.choices[nearest]
+    return choices_of(groups)[nearest]
 
 
 def _time_forms(
@@ -207,7 +222,7 @@ def _read_profile(groups: Groups) -> None:
     for axis in groups.axes[::-1]:
         text = gather_text(text, axis, groups.device)[0]
     for key, entry in json.loads(text).items():
-        groups.layout.choices.setdefault(*_parse(key, entry))
+        choices_of(groups).setdefault(*_parse(key, entry))
 
 
 def _write_profile(groups: Groups, choice: Choice, flat: float, hierarchical: float) -> None:
@@ -216,7 +231,7 @@ def _write_profile(groups: Groups, choice: Choice, flat: float, hierarchical: fl
     path = profile_path()
     profile = _load(path)
     profile.setdefault(_cluster(groups), {})[" ".join(map(str, choice))] = {
-        "form": groups.layout.choices[choice],
+        "form": choices_of(groups)[choice],
         "flat_seconds": flat,
         "hierarchical_seconds": hierarchical,
     }

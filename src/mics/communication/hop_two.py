@@ -27,36 +27,36 @@ divided by R first.
 
 from __future__ import annotations
 
-import functools
 import warnings
-import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from mics import compat
+from mics.communication.backend import Issue, Program, backend_of
 from mics.communication.gradients import flat_buffer, gradients_of
-from mics.communication.landing import Later
-from mics.communication.ledger import Ledger, Span
+from mics.communication.guard import guard, optimizer_steps, watch_optimizers
+from mics.communication.landing import Landing
+from mics.communication.ledger import Ledger
+from mics.communication.same_steps import same_steps_of
 from mics.errors import MicroStepError, MicsWarning
-from mics.ranks.mesh import ranks_of
+from mics.ranks.mesh import Groups, ranks_of
 from mics.traffic import StageMessage
 
 
 @dataclass
-class _Flight:
-    """A hop 2 under way."""
+class _Pass:
+    """What one backward pass has seen of a unit; the next pass gets a new one."""
 
-    message: torch.Tensor  # what is all-reduced
-    gradients: list[torch.Tensor]  # where it goes, if the message is a copy of them
-    work: dist.Work | None  # on the CPU
-    event: torch.Event | None  # on a GPU
-    span: Span
+    backward: int = -1  # autograd's number of the pass, -1 before it has begun
+    uses: int = 0  # forwards whose backward is still to come
+    arrived: set[int] = field(default_factory=set)  # parameters that have this use's gradient
+    synced: bool = False  # hop 2 has been started
+    due: bool = False  # hop 2 starts when the last reduce-scatter has landed
 
 
 class HopTwo:
@@ -64,39 +64,37 @@ class HopTwo:
 
     Args:
         group: the FSDP2 parameter group, sharded over a 1-D mesh.
-        replicas: the process group of the ranks that hold the same shard; more than one.
+        groups: of the unit, with more than one replica.
         ledger: counts the all-reduces.
-        device: where communication happens.
-        peers: every HopTwo under the same root, in module order, this one included.
+        landing: of the unit's reduce-scatters, if they land beside the backward pass.
+        peers: returns every HopTwo under the same root, in module order, this one included.
     """
 
     def __init__(
         self,
         group: Any,
-        replicas: dist.ProcessGroup,
+        groups: Groups,
         ledger: Ledger,
-        device: torch.device,
+        landing: Landing | None,
         peers: Callable[[], list[HopTwo]],
     ) -> None:
+        assert groups.replicas is not None
         self.group = group
-        self._replicas = replicas
+        self._replicas = groups.replicas
         self._ledger = ledger
-        self._device = device
+        self._landing = landing
         self._peers = peers
+        self._device = groups.device
+        self._backend = backend_of(groups.replicas, groups.device)
+        # Asked before this rank waits for the others: do they take part in this all-reduce at all?
+        self._same_steps = same_steps_of(groups) if self._backend.blocks else None
         self._hooked: dict[int, nn.Parameter] = {}  # position in the group -> hooked parameter
         self._num_trainable = 0
-        self._backward = -1  # the backward pass the next three belong to
-        self._uses = 0  # forwards whose backward is still to come
-        self._arrived: set[int] = set()  # parameters that have this use's gradient
-        self._synced_in_this_backward = False
+        self._pass = _Pass()
         self._unsynced = False  # .grad holds something no other replica has seen
         self._synced_version: tuple[int, int, int] | None = None  # of .grad as hop 2 left it
-        self._flight: _Flight | None = None
-        self._due = False  # starts when the last reduce-scatter has landed
-        self.later: Later | None = None  # with reduce-scatters beside the backward
-        # Asked before this rank waits for the others: do they take part in this all-reduce at all?
-        self.confirm: Callable[[], None] | None = None
-        _guard_optimizers()
+        self._flight: dist.Work | None = None
+        watch_optimizers()
 
     @property
     def has_partial_gradients(self) -> bool:
@@ -105,28 +103,42 @@ class HopTwo:
 
     def drop_gradients(self) -> None:
         """Forget the gradients of a step that will not be finished."""
-        self._wait()
+        self.wait()
         for param in compat.sharded_params(self.group):
             param.grad = None
         self._unsynced = False
-        self._reset_backward()
+        self._pass = _Pass()
 
-    def synchronise(self) -> None:
-        """Run hop 2 now if there is anything to synchronise, and wait for it."""
+    def start_rest(self) -> None:
+        """Start hop 2 outside of a backward pass, if there is anything to synchronise."""
         if self.has_partial_gradients:
             self._start()
-        self._wait()
+
+    def check_optimizer(self, stepped: set[int]) -> bool:
+        """Refuse an optimizer of gradients that differ between replicas, see ``guard.Owner``."""
+        if not self.has_partial_gradients:
+            return False
+        if any(id(p) in stepped for p in compat.sharded_params(self.group)):
+            raise MicroStepError(
+                "optimizer.step() was called before the last micro-step: the gradients are sums "
+                "of this replica alone, and the replicas would drift apart.",
+                numbers=f"Hop 2 has not run for the group of {_first_names(self.group)} "
+                f"({self._replicas.size()} replicas).",
+                write="let the loop over mics.micro_steps(...) finish, or drop the gradients with "
+                "optimizer.zero_grad()",
+            )
+        return True
 
     # -- called during forward and backward ------------------------------------------------------
 
     def before_forward(self) -> None:
         """Count a use: with more of them to come, a gradient is not complete yet."""
         if torch.is_grad_enabled() and not compat.in_backward():  # no evaluation, no recomputation
-            self._uses += 1
+            self._pass.uses += 1
 
     def before_reduce(self) -> None:
         """FSDP2 is about to add to ``.grad``: nothing of ours may be reading or writing it."""
-        self._wait()
+        self.wait()
         self._expect_end_of_backward()
         self._watch_parameters()
         self._unsynced = True
@@ -139,20 +151,27 @@ class HopTwo:
         if compat.divide_factor(self.group) is not None:  # see [Note: repeated hop 2]
             torch._foreach_div_(gradients, float(self._replicas.size()))
         untouched = version == self._version()
-        if untouched and not self._synced_in_this_backward and self._wanted():
+        if untouched and not self._pass.synced and self._wanted():
             _warn_once_about_repeats(self._replicas.size(), sum(g.nbytes for g in gradients))
+
+    def landed(self) -> None:
+        """The last reduce-scatter is in the gradients: start, if that is what was waited for."""
+        if self._pass.due and (self._landing is None or not self._landing.pending):
+            self._pass.due = False
+            self._start()
 
     def _expect_end_of_backward(self) -> None:
         """Queue the end of this backward, once; one that raised never had its own."""
         current = compat.backward_id()
-        if current == self._backward:
+        if current == self._pass.backward:
             return
         peers = self._peers()
         for hop in peers:
-            hop._backward = current
-            hop._arrived.clear()
-            hop._synced_in_this_backward = False
+            hop._begin_pass(current)
         compat.at_end_of_backward(lambda: _end_backward(peers))
+
+    def _begin_pass(self, backward: int) -> None:
+        self._pass = _Pass(backward, self._pass.uses, due=self._pass.due)
 
     def _watch_parameters(self) -> None:
         """See that every sharded parameter reports its gradient, and to nobody else before us."""
@@ -167,24 +186,33 @@ class HopTwo:
                 self._hooked[position] = param
 
     def _after_accumulation(self, param: torch.Tensor) -> None:
-        self._arrived.add(id(param))
-        if len(self._arrived) < self._num_trainable:
+        seen = self._pass
+        seen.arrived.add(id(param))
+        if len(seen.arrived) < self._num_trainable:
             return
-        self._arrived.clear()
-        self._uses -= 1
-        if self._uses <= 0 and self._wanted():
-            self._due = True
-            self.start_if_due()
+        seen.arrived.clear()
+        seen.uses -= 1
+        if seen.uses <= 0 and self._wanted():
+            seen.due = True
+            self.landed()
 
-    def start_if_due(self) -> None:
-        """Start, once the gradients are complete and have landed."""
-        if self._due and (self.later is None or not self.later.pending):
-            self._due = False
+    def end_backward(self) -> None:
+        """Start what this backward has not started, once everything has landed."""
+        if self._wanted() and self.has_partial_gradients:
+            self.wait()
             self._start()
 
-    def _land(self) -> None:
-        if self.later is not None:
-            self.later.finish()
+    def close_pass(self) -> None:
+        """Wait for hop 2; what was left out of it is kept from optimizers."""
+        self.wait()
+        self._pass = _Pass()
+        if self._unsynced:
+            guard(self)
+
+    def land(self) -> None:
+        """Wait until every reduce-scatter of the mesh has landed."""
+        if self._landing is not None:
+            self._landing.reductions.finish()
 
     def _wanted(self) -> bool:
         return compat.wants_all_reduce(self.group)
@@ -194,21 +222,11 @@ class HopTwo:
     @torch.no_grad()
     def _start(self) -> None:
         self._unsynced = False
-        self._synced_in_this_backward = True
-        gradients = gradients_of(self.group)
-        if self._device.type == "cpu":
-            self._flight = self._issue(gradients, async_op=True)
-            return
-        # Side stream: ordered behind the accumulation (current stream), awaited in _wait.
-        stream = _hop_two_stream(self._device)
-        stream.wait_stream(torch.accelerator.current_stream(self._device))
-        with stream:
-            self._flight = self._issue(gradients, async_op=False)
-            if self._flight.message.device == gradients[0].device:
-                _copy_back(self._flight)
-            self._flight.event = stream.record_event()
+        self._pass.synced = True
+        self._flight = self._backend.beside(self._all_reduce, self._device, "hop 2")
 
-    def _issue(self, gradients: list[torch.Tensor], *, async_op: bool) -> _Flight:
+    def _all_reduce(self, issue: Issue) -> Program:
+        gradients = gradients_of(self.group)
         message = _message(
             gradients,
             compat.reduce_dtype(self.group),
@@ -218,14 +236,13 @@ class HopTwo:
         op = self._scale_and_op(message)
         sent = StageMessage("flat", ranks_of(self._replicas), message.nbytes, 1)
         span = self._ledger.issue(2, "all_reduce", sent, self._device)
-        if not async_op:
-            with span:
-                dist.all_reduce(message, op, group=self._replicas)
-            return _Flight(message, gradients, None, None, span)
-        work = dist.all_reduce(message, op, group=self._replicas, async_op=True)
-        assert work is not None
-        span.follow(work)
-        return _Flight(message, gradients, work, None, span)
+        yield from issue(
+            span,
+            lambda async_op: dist.all_reduce(message, op, group=self._replicas, async_op=async_op),
+        )
+        if message.device != gradients[0].device:
+            yield  # gradients offloaded to the host are copied once the caller waits
+        _copy_back(message, gradients)
 
     def _scale_and_op(self, message: torch.Tensor) -> compat.ReduceOp:
         """FSDP2's divide rules for the second hop: mean, or sum when a divide factor is set."""
@@ -237,19 +254,14 @@ class HopTwo:
         return dist.ReduceOp.AVG
 
     @torch.no_grad()
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Wait for a hop 2 under way, if there is one."""
         flight, self._flight = self._flight, None
         if flight is None:
             return
-        if flight.work is not None:
-            if self.confirm is not None:
-                self.confirm()
-            flight.span.wait(flight.work)
-            _copy_back(flight)
-        elif flight.event is not None:
-            torch.accelerator.current_stream(self._device).wait_event(flight.event)
-            if flight.message.device != flight.gradients[0].device:  # offloaded to the CPU
-                _copy_back(flight)
+        if self._same_steps is not None:
+            self._same_steps.check()
+        flight.wait()
         self._synced_version = self._version()
 
     def _version(self) -> tuple[int, int, int] | None:
@@ -260,15 +272,18 @@ class HopTwo:
         """
         for param in compat.sharded_params(self.group):
             if param.grad is not None:
-                return id(param.grad), param.grad._version, _optimizer_steps
+                return id(param.grad), param.grad._version, optimizer_steps()
         return None
 
-    def _reset_backward(self) -> None:
-        self._uses = 0
-        self._due = False
-        self._arrived.clear()
-        self._synced_in_this_backward = False
-        self._backward = -1
+
+def _end_backward(peers: list[HopTwo]) -> None:
+    """Every group that has not been synchronised in this backward follows now, in module order."""
+    for hop in peers:
+        hop.land()
+    for hop in peers:
+        hop.end_backward()
+    for hop in peers:
+        hop.close_pass()
 
 
 def _other_hook_error(group: Any, replicas: int) -> MicroStepError:
@@ -283,21 +298,6 @@ def _other_hook_error(group: Any, replicas: int) -> MicroStepError:
 def _first_names(group: Any) -> str:
     names = compat.param_names(group)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _end_backward(peers: list[HopTwo]) -> None:
-    """Every group that has not been synchronised in this backward follows now, in module order."""
-    for hop in peers:
-        hop._land()
-    for hop in peers:
-        if hop._wanted() and hop.has_partial_gradients:
-            hop._wait()
-            hop._start()
-    for hop in peers:
-        hop._wait()
-        hop._reset_backward()
-        if hop._unsynced:
-            _open.add(hop)
 
 
 def _message(
@@ -315,9 +315,8 @@ def _message(
     return flat.to(device=device, dtype=dtype)
 
 
-def _copy_back(flight: _Flight) -> None:
+def _copy_back(message: torch.Tensor, gradients: list[torch.Tensor]) -> None:
     """Write a copied message back into the gradients."""
-    message, gradients = flight.message, flight.gradients
     storage = gradients[0].untyped_storage().data_ptr()
     if message.untyped_storage().data_ptr() == storage and message.numel():
         return
@@ -327,45 +326,6 @@ def _copy_back(flight: _Flight) -> None:
         start = gradient.storage_offset() if flat else offset
         gradient.copy_(message[start : start + gradient.numel()].view_as(gradient))
         offset += gradient.numel()
-
-
-@functools.cache
-def _hop_two_stream(device: torch.device) -> torch.Stream:
-    return torch.Stream(device)
-
-
-# -- guards --------------------------------------------------------------------------------------
-
-_open: weakref.WeakSet[HopTwo] = weakref.WeakSet()
-_optimizer_steps = 0
-
-
-@functools.cache
-def _guard_optimizers() -> None:
-    """Once per process: no optimizer may step on gradients that differ between replicas."""
-    register_optimizer_step_pre_hook(_refuse_partial_gradients)
-
-
-def _refuse_partial_gradients(
-    optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    global _optimizer_steps
-    _optimizer_steps += 1
-    if not _open:
-        return
-    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for hop in list(_open):
-        if not hop.has_partial_gradients:
-            _open.discard(hop)
-        elif any(id(p) in stepped for p in compat.sharded_params(hop.group)):
-            raise MicroStepError(
-                "optimizer.step() was called before the last micro-step: the gradients are sums "
-                "of this replica alone, and the replicas would drift apart.",
-                numbers=f"Hop 2 has not run for the group of {_first_names(hop.group)} "
-                f"({hop._replicas.size()} replicas).",
-                write="let the loop over mics.micro_steps(...) finish, or drop the gradients with "
-                "optimizer.zero_grad()",
-            )
 
 
 _warned_about_repeats = False

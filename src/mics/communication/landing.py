@@ -20,9 +20,8 @@ most one reduction holds its input, as with FSDP2 on a GPU.
 
 from __future__ import annotations
 
-import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,17 +29,18 @@ import torch
 import torch.distributed as dist
 
 from mics import compat
+from mics.communication.backend import Program
 from mics.communication.gradients import flat_buffer, gradients_of
-from mics.ranks.mesh import Groups
+from mics.ranks.mesh import Groups, PerMesh
 
-Begin = Callable[[torch.Tensor], Iterator[None]]
-"""Issues a reduce-scatter into a tensor; every ``next`` waits for a stage and issues the next."""
+Begin = Callable[[torch.Tensor], Program]
+"""Makes the program of a reduce-scatter into a tensor."""
 
 
 @dataclass
 class _Reduction:
-    owner: Later
-    stages: Iterator[None]
+    owner: Landing
+    program: Program
     result: torch.Tensor
     accumulator: torch.Tensor  # what the result is added to, unless it is the result
     abandoned: bool = False  # its backward pass has raised
@@ -60,7 +60,7 @@ class Reductions:
         gradients have been dropped meanwhile, or zeroed.
         """
         for reduction in list(self._under_way):
-            if next(reduction.stages, "over") == "over":
+            if next(reduction.program, "over") == "over":
                 self._under_way.remove(reduction)  # always the oldest
                 reduction.owner.end(reduction, lands=not reduction.abandoned)
 
@@ -71,9 +71,10 @@ class Reductions:
                 self.advance()
 
     def before_forward(self) -> None:
-        """A forward begins: if outside of every backward pass, what is under way is a failed one's.
+        """Abandon what is under way when a forward begins outside of every backward pass.
 
-        A pass that ends waits for everything. A forward inside one is a recomputed block's.
+        A pass that ends waits for everything, so it is a failed one's. A forward inside a pass is a
+        recomputed block's.
         """
         if self._under_way and not compat.in_backward():
             for reduction in self._under_way:
@@ -86,33 +87,28 @@ class Reductions:
             self.finish()
             self._backward = compat.backward_id()
             compat.at_end_of_backward(self.finish)
-        next(reduction.stages)
+        next(reduction.program)
         self._under_way.append(reduction)
 
 
-class Later:
+reductions_of = PerMesh(lambda _: Reductions())
+"""The reduce-scatters under way over the partition group of a mesh."""
+
+
+class Landing:
     """Lets the reduce-scatters of one unit land after FSDP2 has gone on.
 
     Args:
         group: the FSDP2 parameter group.
-        reductions: of the mesh.
-        landed: called when one of its results is in the gradients, to start hop 2; ``None`` without
-            replicas.
-        in_node: whether the partition group is inside a node.
+        groups: of the unit; all units of a mesh share one queue.
+        landed: called when a result is in the gradients, to start hop 2; ``None`` without replicas.
     """
 
-    def __init__(
-        self,
-        group: Any,
-        reductions: Reductions,
-        landed: Callable[[], None] | None,
-        *,
-        in_node: bool,
-    ) -> None:
+    def __init__(self, group: Any, groups: Groups, landed: Callable[[], None] | None) -> None:
         self._group = group
-        self._reductions = reductions
-        self._tell = landed
-        self.in_node = in_node
+        self.reductions = reductions_of(groups)
+        self._landed = landed
+        self.in_node = groups.shard.size() <= groups.gpus_per_node
         self._pending = False
 
     @property
@@ -120,34 +116,26 @@ class Later:
         """Whether a result is still to come."""
         return self._pending
 
-    def before_forward(self) -> None:
-        """The unit's forward begins."""
-        self._reductions.before_forward()
-
-    def finish(self) -> None:
-        """Wait until everything over the mesh has landed."""
-        self._reductions.finish()
-
     def reduce(self, output: torch.Tensor, op: compat.ReduceOp, begin: Begin) -> bool:
         """Start a reduce-scatter that lands later.
 
         Returns:
             False if it must be complete at once; then everything before it is.
         """
-        self._reductions.advance()
+        self.reductions.advance()
         if self._pending:  # the unit was used twice
-            self._reductions.finish()
-        hop_two_follows = self._tell is not None and compat.wants_all_reduce(self._group)
+            self.reductions.finish()
+        hop_two_follows = self._landed is not None and compat.wants_all_reduce(self._group)
         accumulator = self._accumulator(output, op)
         if accumulator is None or (hop_two_follows and self.in_node):
-            self._reductions.finish()
+            self.reductions.finish()
             return False
         result = output
         if accumulator is not output:
             output.zero_()
             result = torch.empty_like(output)
         self._pending = True
-        self._reductions.start(_Reduction(self, begin(result), result, accumulator))
+        self.reductions.start(_Reduction(self, begin(result), result, accumulator))
         return True
 
     def end(self, reduction: _Reduction, *, lands: bool) -> None:
@@ -155,8 +143,8 @@ class Later:
         self._pending = False
         if lands and reduction.accumulator is not reduction.result:
             reduction.accumulator.add_(reduction.result)
-        if lands and self._tell is not None:
-            self._tell()
+        if lands and self._landed is not None:
+            self._landed()
 
     def _accumulator(self, output: torch.Tensor, op: compat.ReduceOp) -> torch.Tensor | None:
         """Where the result belongs, or ``None`` if FSDP2 reads more than it adds.
@@ -166,7 +154,7 @@ class Later:
         trainable = [p for p in compat.sharded_params(self._group) if p.requires_grad]
         if op != dist.ReduceOp.AVG or compat.reads_gradients_at_once(self._group):
             return None
-        if self._tell is None and any(compat.num_gradient_hooks(p) for p in trainable):
+        if self._landed is None and any(compat.num_gradient_hooks(p) for p in trainable):
             return None
         whole = compat.trainable_shard_numel(self._group)
         if output.numel() != whole or any(p.dtype != output.dtype for p in trainable):
@@ -176,11 +164,3 @@ class Later:
             return output
         flat = flat_buffer(there, whole) if len(there) == len(trainable) else None
         return flat if flat is not None and flat.numel() == whole else None
-
-
-_reductions: weakref.WeakKeyDictionary[dist.ProcessGroup, Reductions] = weakref.WeakKeyDictionary()
-
-
-def reductions_of(groups: Groups) -> Reductions:
-    """The reduce-scatters under way over the partition group of a mesh."""
-    return _reductions.setdefault(groups.shard, Reductions())

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mics.ranks.device import on_accelerator
 from mics.traffic import Collective, Count, Flow, Key, StageMessage, Traffic, stage_flow
 
 
@@ -118,7 +119,7 @@ class Span:
     def __init__(self, ledger: Ledger, key: Key, device: torch.device) -> None:
         self._ledger = ledger
         self._key = key
-        self._on_cpu = device.type == "cpu"
+        self._by_events = on_accelerator(device)
         self._start = time.perf_counter()
         self._start_event: Any = None
         self._device = device
@@ -126,7 +127,7 @@ class Span:
 
     def __enter__(self) -> Span:
         self.restart()
-        self._start_event = None if self._on_cpu else _record_event(self._device)
+        self._start_event = _record_event(self._device) if self._by_events else None
         return self
 
     def __exit__(
@@ -137,12 +138,12 @@ class Span:
     ) -> None:
         if error is not None:
             return
-        if self._on_cpu:
-            spent = time.perf_counter() - self._start
-            self._ledger._add_seconds(self._key, Seconds(spent, spent))
-        else:
+        if self._by_events:
             end = _record_event(self._device)
             self._ledger._add_events(self._key, self._start_event, end)
+        else:
+            spent = time.perf_counter() - self._start
+            self._ledger._add_seconds(self._key, Seconds(spent, spent))
 
     def restart(self) -> None:
         """Begin here: a second stage is issued with the first but starts after it."""
@@ -154,19 +155,46 @@ class Span:
         def done(_: object) -> None:
             self._ledger._add_seconds(self._key, Seconds(time.perf_counter() - self._start, 0.0))
 
-        work.get_future().add_done_callback(done)
+        try:
+            future = work.get_future()
+        except RuntimeError:  # Gloo's reduce-scatter has none, and nothing says so beforehand
+            return
+        future.add_done_callback(done)
         self._followed = True
 
     def wait(self, work: dist.Work) -> None:
         """Wait for an asynchronous collective; the time spent here is what was exposed.
 
-        Of one that was not followed the total runs until here, later than its end.
+        One that was not followed is timed until here, later than its end.
         """
         start = time.perf_counter()
         work.wait()
         end = time.perf_counter()
         total = 0.0 if self._followed else end - self._start
         self._ledger._add_seconds(self._key, Seconds(total, end - start))
+
+
+class Untimed:
+    """In the place of a span, for a collective that nobody counts."""
+
+    def __enter__(self) -> Untimed:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def restart(self) -> None:
+        """Do nothing."""
+
+    def follow(self, work: dist.Work) -> None:
+        """Do nothing."""
+
+    def wait(self, work: dist.Work) -> None:
+        """Wait for an asynchronous collective."""
+        work.wait()
+
+
+Timed = Span | Untimed
 
 
 @dataclass(frozen=True)

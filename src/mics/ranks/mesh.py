@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import socket
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Generic, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,8 +24,9 @@ from mics.ranks.agreement import check_agreement, gather_text
 from mics.ranks.device import communication_device, default_device_type, use_local_device
 from mics.ranks.launcher import export_torch_variables, read_launch
 from mics.topology import Ranks, Topology, has_two_stages, nodes_of
-from mics.traffic import Collective, Form
 from mics.version import __version__
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,25 +37,13 @@ class StageGroups:
     intra: dist.ProcessGroup
 
 
-class Choice(NamedTuple):
-    """What flat or hierarchical is decided for."""
-
-    collective: Collective
-    nodes: int
-    ranks_per_node: int
-    size_class: int  # messages up to 2 ** size_class bytes
-    dtype: str
-
-
 @dataclass
 class NodeLayout:
-    """How the ranks that share a shard group sit on nodes. One per shard group, cached."""
+    """How the ranks that share a shard group sit on nodes, and the groups made for them."""
 
     gpus_per_node: int
     stages: dict[Ranks, StageGroups | None] = field(default_factory=dict)
-    choices: dict[Choice, Form] = field(default_factory=dict)
     post_forward: dict[int, DeviceMesh] = field(default_factory=dict)
-    said_different_start: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,7 +80,26 @@ class Groups:
         return device_of(self.mesh)
 
 
-# Process groups end with destroy_process_group; the layout must not outlive or revive them.
+class PerMesh(Generic[T]):
+    """What there is one of per partition group: made when first asked for, gone with the group.
+
+    Process groups end with ``destroy_process_group``; nothing may outlive or revive them.
+
+    Args:
+        make: makes one; called on every rank of the mesh at the same point of the program.
+    """
+
+    def __init__(self, make: Callable[[Groups], T]) -> None:
+        self._make = make
+        self._made: weakref.WeakKeyDictionary[dist.ProcessGroup, T] = weakref.WeakKeyDictionary()
+
+    def __call__(self, groups: Groups) -> T:
+        """Return the one of these groups."""
+        if groups.shard not in self._made:
+            self._made[groups.shard] = self._make(groups)
+        return self._made[groups.shard]
+
+
 _layouts: weakref.WeakKeyDictionary[dist.ProcessGroup, NodeLayout] = weakref.WeakKeyDictionary()
 
 
@@ -121,34 +130,54 @@ def init_mesh(
     """
     world, launched_per_node = start(device_type)
     device_type = device_type or default_device_type()
-    world_group = dist.group.WORLD
-    assert world_group is not None
-    device = communication_device(device_type)
+    k = gpus_per_node or launched_per_node
     check_agreement(
         {
-            "version": [f"torch {torch.__version__}", f"mics {__version__}"],
+            "version": versions(),
             "arguments of init_mesh": [
                 f"partition={partition}",
                 f"gpus_per_node={gpus_per_node}",
                 f"device_type={device_type}",
             ],
-            "ranks per node": [str(gpus_per_node or launched_per_node)],
+            "ranks per node": [str(k)],
         },
-        [world_group],
-        device,
+        [world_group()],
+        communication_device(device_type),
     )
-    if gpus_per_node is None:
-        gpus_per_node = launched_per_node
-    p = gpus_per_node if partition == "auto" else partition
-    topology = Topology.from_world(world, gpus_per_node, p)
-    _check_hosts(gather_text(socket.gethostname(), world_group, device), gpus_per_node)
+    topology = Topology.from_world(world, k, k if partition == "auto" else partition)
+    return mesh_of(topology, device_type)
+
+
+def mesh_of(topology: Topology, device_type: str | None = None) -> DeviceMesh:
+    """Build the ("replicate", "shard") mesh of a topology that all ranks have agreed on.
+
+    Collective over the world.
+
+    Raises:
+        TopologyError: the ranks do not sit on nodes as the topology says.
+    """
+    device_type = device_type or default_device_type()
+    hosts = gather_text(socket.gethostname(), world_group(), communication_device(device_type))
+    _check_hosts(hosts, topology.gpus_per_node)
     mesh = init_device_mesh(
         device_type,
         (topology.replicas, topology.partition),
         mesh_dim_names=("replicate", "shard"),
     )
-    groups_of(mesh, gpus_per_node=gpus_per_node)
+    groups_of(mesh, gpus_per_node=topology.gpus_per_node)
     return mesh
+
+
+def versions() -> list[str]:
+    """What runs here, to be compared between ranks."""
+    return [f"torch {torch.__version__}", f"mics {__version__}"]
+
+
+def world_group() -> dist.ProcessGroup:
+    """The group of all ranks."""
+    world = dist.group.WORLD
+    assert world is not None
+    return world
 
 
 def start(device_type: str | None = None) -> tuple[int, int]:
@@ -173,9 +202,13 @@ def start(device_type: str | None = None) -> tuple[int, int]:
         export_torch_variables(launch)
         use_local_device(launch.local_rank, device_type or default_device_type())
         dist.init_process_group()
-    world = dist.get_world_size()
-    per_node = launch.ranks_per_node if launch is not None else world
-    return world, per_node
+    return dist.get_world_size(), launched_ranks_per_node()
+
+
+def launched_ranks_per_node() -> int:
+    """Ranks per node as the launcher tells it; all of them, if there was no launcher."""
+    launch = read_launch()
+    return launch.ranks_per_node if launch is not None else dist.get_world_size()
 
 
 def groups_of(mesh: DeviceMesh, *, gpus_per_node: int | None = None) -> Groups:
@@ -199,7 +232,7 @@ def groups_of(mesh: DeviceMesh, *, gpus_per_node: int | None = None) -> Groups:
     shard = mesh.get_group(shard_axis)
     layout = _layouts.get(shard)
     if layout is None:
-        layout = _layouts[shard] = NodeLayout(gpus_per_node or start()[1])
+        layout = _layouts[shard] = NodeLayout(gpus_per_node or launched_ranks_per_node())
     elif gpus_per_node not in (None, layout.gpus_per_node):
         raise TopologyError(
             f"This mesh was set up with gpus_per_node = {layout.gpus_per_node}, now it is "

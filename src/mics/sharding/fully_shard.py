@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.fsdp import fully_shard as torch_fully_shard
 
 from mics import compat
-from mics.communication.collectives import AllGather, ReduceScatter
-from mics.communication.forms import Collectives, decide_by, measure
-from mics.communication.hop_two import HopTwo
-from mics.communication.landing import Later, reductions_of
-from mics.communication.ledger import Ledger
+from mics.communication.forms import Collectives
 from mics.errors import ShardError
-from mics.ranks.agreement import check_agreement
 from mics.ranks.device import default_device_type
-from mics.ranks.mesh import (
-    Groups,
-    groups_of,
-    post_forward_mesh,
-    ranks_of,
-    start,
-)
+from mics.ranks.mesh import Groups, groups_of, post_forward_mesh, start
+from mics.sharding.same_model import check_same_model, on_meta
 from mics.sharding.same_start import same_start
-from mics.sharding.units import Unit, attach, units_on
-from mics.version import __version__
+from mics.sharding.units import Unit
 
 
 def fully_shard(
@@ -96,30 +84,85 @@ def fully_shard(
     more = {
         "ranks per node": [str(groups.gpus_per_node)],
         "sharding arguments": [f"{name}={value}" for name, value in arguments.items()],
-        "tensors on the meta device": _on_meta(modules),
+        "tensors on the meta device": on_meta(modules),
     }
-    check_ranks_agree(modules, groups.axes, groups.device, ignored, more)
+    check_same_model(modules, groups.axes, groups.device, ignored, more)
     for one in modules:
         same_start(one, groups, ignored)
+    options = UnitOptions(
+        mp_policy=mp_policy or MixedPrecisionPolicy(),
+        offload_policy=offload_policy or OffloadPolicy(),
+        ignored_params=ignored_params,
+        shard_placement_fn=shard_placement_fn,
+        axes=None if dp_mesh_dims is None else Axes(mesh, dp_mesh_dims),
+        collectives=collectives,
+        overlap=overlap,
+    )
+    return shard_unit(module, groups, options, reshard_after_forward)
+
+
+@dataclass(frozen=True)
+class Axes:
+    """A mesh with other axes beside those of the data, and which of them those are."""
+
+    mesh: DeviceMesh
+    dims: Any  # torch's DataParallelMeshDims
+
+
+@dataclass(frozen=True)
+class UnitOptions:
+    """What is the same for every unit of a model: FSDP2's arguments and ours."""
+
+    mp_policy: MixedPrecisionPolicy
+    offload_policy: OffloadPolicy
+    ignored_params: set[nn.Parameter] | None
+    collectives: Collectives
+    overlap: bool
+    shard_placement_fn: Callable[[nn.Parameter], Any] | None = None
+    axes: Axes | None = None
+
+
+def shard_unit(
+    module: Any,
+    groups: Groups,
+    options: UnitOptions,
+    reshard_after_forward: bool | int | None,
+) -> Any:
+    """Make one unit of a module, or of a list of modules, on ranks that have agreed on it.
+
+    Args:
+        module: as ``fully_shard``.
+        groups: the ranks it is sharded and replicated over.
+        options: of the model.
+        reshard_after_forward: as ``fully_shard``.
+
+    Returns:
+        ``module``, now an FSDPModule.
+
+    Raises:
+        ShardError: an argument that cannot be honoured.
+    """
     smaller = _smaller_group(reshard_after_forward, groups)
     keywords: dict[str, Any] = {
         "mesh": groups.mesh,
         "reshard_after_forward": reshard_after_forward if smaller is None else True,
-        "shard_placement_fn": shard_placement_fn,
-        "mp_policy": _explicit(mp_policy or MixedPrecisionPolicy()),
-        "offload_policy": offload_policy or OffloadPolicy(),
-        "ignored_params": ignored_params,
+        "shard_placement_fn": options.shard_placement_fn,
+        "mp_policy": _explicit(options.mp_policy),
+        "offload_policy": options.offload_policy,
+        "ignored_params": options.ignored_params,
     }
-    if dp_mesh_dims is not None:
+    if options.axes is not None:
         # Replication is left out: hop 2 is ours.
-        shard_only = type(dp_mesh_dims)(shard=dp_mesh_dims.shard_names[0])
-        keywords |= {"mesh": mesh, "dp_mesh_dims": shard_only}
+        dims = options.axes.dims
+        shard_only = type(dims)(shard=dims.shard_names[0])
+        keywords |= {"mesh": options.axes.mesh, "dp_mesh_dims": shard_only}
     sharded = torch_fully_shard(module, **keywords)
-    for group in compat.param_groups(modules[0]):
+    owner = module[0] if isinstance(module, list) else module
+    for group in compat.param_groups(owner):
         if compat.shard_group(group) is groups.shard:
             if smaller is not None:
                 compat.reshard_to(group, smaller)
-            _attach(modules[0], group, groups, collectives, overlap)
+            Unit(owner, group, groups, collectives=options.collectives, overlap=options.overlap)
     return sharded
 
 
@@ -142,71 +185,6 @@ def _smaller_group(reshard_after_forward: bool | int | None, groups: Groups) -> 
             write="reshard_after_forward=True",
         )
     return post_forward_mesh(groups, reshard_after_forward)
-
-
-def _attach(
-    module: nn.Module, group: Any, groups: Groups, collectives: Collectives, overlap: bool
-) -> None:
-    """Give one parameter group its communication objects, its hop 2 and its ledger."""
-    decide = decide_by(groups, collectives)
-    if collectives == "auto":
-        _measure(group, groups)
-    rank = dist.get_rank()
-    ledger = Ledger(rank=rank, gpus_per_node=groups.gpus_per_node)
-    hop_two = None
-    if groups.replicas is not None and not compat.is_replicated_by_torch(group):
-        hop_two = HopTwo(
-            group, groups.replicas, ledger, groups.device, lambda: _hops_of_root(group)
-        )
-        module.register_forward_pre_hook(_before_forward(hop_two.before_forward))
-    later = None
-    if overlap and groups.device.type == "cpu":
-        compat.gather_beside_computation(group)
-        later = Later(
-            group,
-            reductions_of(groups),
-            hop_two.start_if_due if hop_two else None,
-            in_node=groups.shard.size() <= groups.gpus_per_node,
-        )
-        module.register_forward_pre_hook(_before_forward(later.before_forward))
-    if hop_two is not None:
-        hop_two.later = later
-    compat.set_comms(
-        group,
-        AllGather(groups, ledger, decide),
-        ReduceScatter(groups, ledger, decide, hop_two.before_reduce if hop_two else None, later),
-    )
-    exchanges = later is not None and later.in_node
-    attach(module, Unit(group, groups, ledger, hop_two, decide, exchanges))
-
-
-def _measure(group: Any, groups: Groups) -> None:
-    shard_ranks = ranks_of(groups.shard)
-    p = groups.shard.size()
-    gather, reduce = compat.gather_dtype(group), compat.reduce_dtype(group)
-    gather_bytes = compat.gathered_shard_bytes(group) * p
-    reduce_bytes = compat.trainable_shard_numel(group) * reduce.itemsize * p
-    measure(groups, groups.shard, shard_ranks, "all_gather", gather_bytes, gather)
-    measure(groups, groups.shard, shard_ranks, "reduce_scatter", reduce_bytes, reduce)
-    if compat.reshards_after_forward(group):
-        backward = compat.backward_gather_group(group)
-        if backward is not groups.shard:
-            measure(groups, backward, ranks_of(backward), "all_gather", gather_bytes, gather)
-
-
-def _before_forward(tell: Callable[[], None]) -> Callable[..., None]:
-    def hook(*_: Any) -> None:
-        tell()
-
-    # As FSDP2's own hooks: not part of any compiled graph.
-    outside_graphs: Callable[..., None] = torch.compiler.disable(hook, recursive=True)  # type: ignore[no-untyped-call]
-    return outside_graphs
-
-
-def _hops_of_root(group: Any) -> list[HopTwo]:
-    owners = [(g, compat.modules_of(g)[0]) for g in compat.root_param_groups(group)]
-    units = [unit for g, module in owners for unit in units_on(module) if unit.group is g]
-    return [unit.hop_two for unit in units if unit.hop_two is not None]
 
 
 def _explicit(policy: MixedPrecisionPolicy) -> MixedPrecisionPolicy:
@@ -240,46 +218,3 @@ def _axes(mesh: DeviceMesh, dims: Any) -> DeviceMesh:
             write="a mesh whose ranks are flattened into those two axes from the start",
         )
     return mesh[tuple(names)]
-
-
-def check_ranks_agree(
-    modules: list[nn.Module],
-    axes: Sequence[dist.ProcessGroup],
-    device: torch.device,
-    ignored: set[nn.Parameter],
-    more: Mapping[str, Sequence[str]],
-) -> None:
-    """Compare versions, parameters and buffers (name, order, shape, dtype), and ``more``.
-
-    Raises:
-        DisagreementError: on every rank, naming the ranks that differ from the first and where.
-    """
-    facts = {
-        "version": [f"torch {torch.__version__}", f"mics {__version__}"],
-        "model": [f"module {i}: {type(m).__name__}" for i, m in enumerate(modules)]
-        + [
-            f"{name} {_spelled(param)}"
-            f"{'' if param.requires_grad else ' frozen'}{' ignored' if param in ignored else ''}"
-            for module in modules
-            for name, param in module.named_parameters()
-        ]
-        + [
-            f"{name} {_spelled(buffer)} buffer"
-            for module in modules
-            for name, buffer in module.named_buffers()
-        ],
-    }
-    check_agreement({**facts, **more}, axes, device)
-
-
-def _spelled(tensor: torch.Tensor) -> str:
-    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-
-
-def _on_meta(modules: list[nn.Module]) -> list[str]:
-    return [
-        name
-        for module in modules
-        for name, tensor in [*module.named_parameters(), *module.named_buffers()]
-        if tensor.is_meta
-    ]

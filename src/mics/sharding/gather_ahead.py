@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from mics import compat
-from mics.sharding.units import units_on
+from mics.sharding.units import outside_graphs, units_on
 
 
 def gather_ahead(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
@@ -36,11 +36,9 @@ def gather_ahead(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
 
 
 def _start(model: nn.Module, groups: Sequence[Any]) -> Callable[..., None]:
-    def hook(*_: Any) -> None:
+    def start() -> None:
         if compat.is_initialised(model) and torch.is_grad_enabled() and not compat.in_backward():
             for group in groups:
                 compat.start_unshard(group)
 
-    # As FSDP2's own hooks: not part of any compiled graph.
-    outside_graphs: Callable[..., None] = torch.compiler.disable(hook, recursive=True)  # type: ignore[no-untyped-call]
-    return outside_graphs
+    return outside_graphs(start)

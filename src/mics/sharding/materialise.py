@@ -44,15 +44,18 @@ class Materialiser:
         self._initialise = initialise or getattr(model, "_init_weights", None) or _reset
 
     @torch.no_grad()
-    def materialise(self, unit: nn.Module) -> None:
+    def materialise(self, unit: nn.Module) -> bool:
         """Give values to everything in ``unit`` that is on the meta device and not sharded.
+
+        Returns:
+            Whether there was anything.
 
         Raises:
             ShardError: a parameter or buffer was left without a value.
         """
         owners = [m for m in _children_first(unit) if _own_meta(m)]
         if not owners:
-            return
+            return False
         # Tied parameters share a unit, so ties need not be remembered (and values kept) longer.
         made: dict[nn.Parameter, nn.Parameter] = {}
         real = {t for module in owners for t in _own(module) if not t.is_meta}
@@ -69,6 +72,7 @@ class Materialiser:
                     self._initialise(module)
         for module in owners:
             self._check(module, versions)
+        return True
 
     def _allocate(self, module: nn.Module, made: dict[nn.Parameter, nn.Parameter]) -> None:
         for name, param in list(module.named_parameters(recurse=False)):

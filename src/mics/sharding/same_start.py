@@ -13,7 +13,14 @@ from torch.distributed.tensor import DTensor
 
 from mics import compat
 from mics.ranks.console import say
-from mics.ranks.mesh import Groups
+from mics.ranks.mesh import Groups, PerMesh
+
+
+def _nothing_yet(_: Groups) -> list[str]:
+    return []
+
+
+_said_of = PerMesh(_nothing_yet)  # it is said once for a mesh, not for every unit
 
 _PIECE = 2**16
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -47,8 +54,8 @@ def same_start(module: nn.Module, groups: Groups, ignored: set[nn.Parameter]) ->
     unequal = [name for name, flag in zip(names, different.tolist(), strict=True) if flag]
     for name in unequal:
         _broadcast_first(tensors[name], groups, chain)
-    if unequal and not groups.layout.said_different_start:
-        groups.layout.said_different_start = True
+    if unequal and not _said_of(groups):
+        _said_of(groups).append(unequal[0])
         say(
             f"ranks had different initial values ({unequal[0]} and others; were they seeded "
             "differently?): every rank now starts from the first rank's"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -16,21 +17,26 @@ from mics import compat
 from mics.anatomy.anatomy import units_of_model
 from mics.anatomy.blocks import Blocks, find_blocks, units_of_block
 from mics.anatomy.memory import Setup, states_and_blocks
+from mics.communication.backend import backend_of_mesh
 from mics.communication.forms import Collectives
 from mics.errors import ShardError
-from mics.ranks.agreement import check_agreement
 from mics.ranks.console import say
-from mics.ranks.device import communication_device, default_device_type
+from mics.ranks.device import HOST, communication_device, default_device_type
 from mics.ranks.mesh import (
     Groups,
     groups_of,
-    init_mesh,
+    launched_ranks_per_node,
+    mesh_of,
     start,
+    world_group,
 )
-from mics.sharding.fully_shard import check_ranks_agree, fully_shard
+from mics.sharding.fully_shard import UnitOptions, shard_unit
 from mics.sharding.gather_ahead import gather_ahead
 from mics.sharding.materialise import Initialise, Materialiser
 from mics.sharding.partition import FOR_STATES, PartitionChoice, choose_partition, device_memory
+from mics.sharding.same_model import check_same_model, on_meta
+from mics.sharding.same_start import same_start
+from mics.topology import Topology
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -89,74 +95,98 @@ def shard(
     policy = mp_policy or MixedPrecisionPolicy(
         param_dtype=torch.bfloat16, reduce_dtype=torch.float32
     )
+    options = UnitOptions(
+        mp_policy=policy,
+        offload_policy=offload_policy or OffloadPolicy(),
+        ignored_params=ignored_params,
+        collectives=collectives,
+        overlap=overlap,
+    )
     ignored = ignored_params or set()
     arguments = [
         f"partition={partition}",
         f"gpus_per_node={gpus_per_node}",
         f"blocks={_spelled(blocks)}",
+        f"reshard_after_forward={reshard_after_forward}",
+        f"mp_policy={mp_policy}",
+        f"collectives={collectives}",
+        f"overlap={overlap}",
     ]
+    asked = _Asked(model, blocks, ignored, arguments)
     if mesh is None:
-        _check_world_agrees(model, ignored, gpus_per_node, arguments)
-        mesh, reason = _mesh_for(model, partition, gpus_per_node, blocks, policy)
-        groups = groups_of(mesh, gpus_per_node=gpus_per_node)
-    elif partition != "auto":
-        raise ShardError(
-            "mesh and partition were both given.",
-            numbers=f"The mesh has shape {tuple(mesh.shape)}, partition = {partition}.",
-            write="one of them",
-        )
+        found, groups, reason = _on_new_mesh(asked, partition, gpus_per_node, policy)
     else:
-        groups = groups_of(mesh, gpus_per_node=gpus_per_node)
-        more = {"arguments of shard": arguments}
-        check_ranks_agree([model], groups.axes, groups.device, ignored, more)
-        reason = f"partition {mesh.size(mesh.ndim - 1)}: the mesh's"
-    found = find_blocks(model, blocks)
-    check_agreement({"blocks found": list(found)}, groups.axes, groups.device)
+        found, groups, reason = _on_given_mesh(asked, partition, gpus_per_node, mesh)
+    whole = f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters"
+    same_start(model, groups, ignored)
     materialiser = Materialiser(
         model,
         device=_home(groups, offload_policy),
         seed=_agreed_seed(groups),
         initialise=initialise,
     )
-    keywords: dict[str, Any] = {
-        "mesh": mesh,
-        "mp_policy": policy,
-        "offload_policy": offload_policy,
-        "ignored_params": ignored_params,
-        "collectives": collectives,
-        "overlap": overlap,
-    }
-    whole = f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters"
-    for block in found.values():
-        materialiser.materialise(block)
+    for block in found:
+        _materialise(block, materialiser, groups, ignored)
         if activation_checkpointing:
             compat.checkpoint_activations(block)
         if compile:
             block.compile(**({} if compile is True else compile))
         for unit in units_of_block(block, ignored):
-            fully_shard(unit, reshard_after_forward=reshard_after_forward, **keywords)
-    materialiser.materialise(model)
+            shard_unit(unit, groups, options, reshard_after_forward)
+    _materialise(model, materialiser, groups, ignored)
     for unit in units_of_block(model, ignored | _sharded(model)):
-        fully_shard(unit, **keywords)
-    if overlap and groups.device.type == "cpu":
-        gather_ahead(model, list(found.values()))
+        shard_unit(unit, groups, options, None)
+    if overlap and backend_of_mesh(groups).blocks:
+        gather_ahead(model, found)
     say(_summary(whole, len(found), groups, reason, policy))
     return model
 
 
-def _check_world_agrees(
-    model: nn.Module, ignored: set[nn.Parameter], gpus_per_node: int | None, arguments: list[str]
+@dataclass(frozen=True)
+class _Asked:
+    """What one rank was asked to shard, to be compared with what the others were."""
+
+    model: nn.Module
+    blocks: Blocks
+    ignored: set[nn.Parameter]
+    arguments: list[str]
+
+    def agree(
+        self, axes: Sequence[dist.ProcessGroup], device: torch.device, gpus_per_node: int
+    ) -> list[nn.Module]:
+        """Compare everything at once, before anything that an odd rank would not take part in.
+
+        Returns:
+            The blocks, in the order they run.
+
+        Raises:
+            ShardError: no blocks were found.
+            DisagreementError: ranks disagree.
+        """
+        failed: ShardError | None = None
+        found: dict[str, nn.Module] = {}
+        try:
+            found = find_blocks(self.model, self.blocks)
+        except ShardError as error:
+            failed = error
+        facts = {
+            "arguments of shard": self.arguments,
+            "ranks per node": [str(gpus_per_node)],
+            "blocks found": list(found),
+            "tensors on the meta device": on_meta([self.model]),
+        }
+        check_same_model([self.model], axes, device, self.ignored, facts)
+        if failed is not None:
+            raise failed
+        return list(found.values())
+
+
+def _materialise(
+    module: nn.Module, materialiser: Materialiser, groups: Groups, ignored: set[nn.Parameter]
 ) -> None:
-    """Before anything that a rank with another model or argument would not take part in."""
-    _, launched_per_node = start()
-    world_group = dist.group.WORLD
-    assert world_group is not None
-    more = {
-        "arguments of shard": arguments,
-        "ranks per node": [str(gpus_per_node or launched_per_node)],
-    }
-    device = communication_device(default_device_type())
-    check_ranks_agree([model], [world_group], device, ignored, more)
+    """Give a module its values; an ``initialise`` of the user's may give every rank others."""
+    if materialiser.materialise(module):
+        same_start(module, groups, ignored)
 
 
 def _spelled(blocks: Blocks) -> str:
@@ -169,38 +199,68 @@ def _spelled(blocks: Blocks) -> str:
     return blocks.__name__ if isinstance(blocks, type) else "a function"
 
 
-def _mesh_for(
-    model: nn.Module,
+def _on_given_mesh(
+    asked: _Asked,
     partition: int | Literal["auto"] | PartitionChoice,
     gpus_per_node: int | None,
-    blocks: Blocks,
+    mesh: DeviceMesh,
+) -> tuple[list[nn.Module], Groups, str]:
+    """The blocks, the groups of a mesh, and why the partition is what it is."""
+    if partition != "auto":
+        raise ShardError(
+            "mesh and partition were both given.",
+            numbers=f"The mesh has shape {tuple(mesh.shape)}, partition = {partition}.",
+            write="one of them",
+        )
+    groups = groups_of(mesh, gpus_per_node=gpus_per_node)
+    found = asked.agree(groups.axes, groups.device, groups.gpus_per_node)
+    return found, groups, f"partition {groups.shard.size()}: the mesh's"
+
+
+def _on_new_mesh(
+    asked: _Asked,
+    partition: int | Literal["auto"] | PartitionChoice,
+    gpus_per_node: int | None,
     policy: MixedPrecisionPolicy,
-) -> tuple[DeviceMesh, str]:
+) -> tuple[list[nn.Module], Groups, str]:
+    """The blocks, the groups of a mesh over all ranks, and why the partition is what it is."""
     world, launched_per_node = start()
     k = gpus_per_node or launched_per_node
+    device = communication_device(default_device_type())
+    found = asked.agree([world_group()], device, k)
+    nodes = Topology.from_world(world, k, k)
+    choice = _choose(asked.model, partition, nodes, found, policy)
+    mesh = mesh_of(Topology.from_world(world, k, choice.partition))
+    return found, groups_of(mesh, gpus_per_node=k), choice.reason
+
+
+def _choose(
+    model: nn.Module,
+    partition: int | Literal["auto"] | PartitionChoice,
+    nodes: Topology,
+    blocks: Sequence[nn.Module],
+    policy: MixedPrecisionPolicy,
+) -> PartitionChoice:
+    """The partition size and why; collective where it depends on the ranks' memory."""
     if isinstance(partition, PartitionChoice):
-        mesh = init_mesh(partition=partition.partition, gpus_per_node=gpus_per_node)
-        return mesh, partition.reason
+        return partition
     if partition != "auto":
-        mesh = init_mesh(partition=partition, gpus_per_node=gpus_per_node)
-        return mesh, f"partition {partition}: as asked"
-    if world % k != 0:
-        init_mesh(partition="auto", gpus_per_node=gpus_per_node)  # says what is wrong
-    device_type = default_device_type()
-    device = torch.device(device_type)
-    memory = torch.tensor(device_memory(device, launched_per_node), device=device)
+        return PartitionChoice(partition, f"partition {partition}: as asked")
+    device = torch.device(default_device_type())
+    memory = torch.tensor(device_memory(device, launched_ranks_per_node()), device=device)
     dist.all_reduce(memory, dist.ReduceOp.MIN)
-    found = list(find_blocks(model, blocks).values())
-    sizes = units_of_model(model, found)
+    sizes = units_of_model(model, blocks)
 
     def need(p: int) -> int:
         return states_and_blocks(*sizes, _setup(model, policy, p)).total
 
-    choice = choose_partition(
-        need, int(memory), nodes=world // k, gpus_per_node=k, share=FOR_STATES
+    return choose_partition(
+        need,
+        int(memory),
+        nodes=nodes.nodes,
+        gpus_per_node=nodes.gpus_per_node,
+        share=FOR_STATES,
     )
-    mesh = init_mesh(partition=choice.partition, gpus_per_node=gpus_per_node)
-    return mesh, choice.reason
 
 
 def _setup(model: nn.Module, policy: MixedPrecisionPolicy, partition: int) -> Setup:
@@ -216,7 +276,7 @@ def _setup(model: nn.Module, policy: MixedPrecisionPolicy, partition: int) -> Se
 def _home(groups: Groups, offload_policy: OffloadPolicy | None) -> torch.device:
     """Where parameters live: on the CPU when they are offloaded (``CPUOffloadPolicy``)."""
     offloaded = offload_policy is not None and type(offload_policy) is not OffloadPolicy
-    return torch.device("cpu") if offloaded else groups.device
+    return torch.device(HOST) if offloaded else groups.device
 
 
 def _agreed_seed(groups: Groups) -> int:

@@ -1,39 +1,90 @@
-"""The communication units of a model: what mics attaches to each sharded module."""
+"""The units of a model: what mics attaches to each sharded module."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
 from mics import compat
-from mics.communication.collectives import Decide
+from mics.communication.backend import backend_of_mesh
+from mics.communication.collectives import AllGather, ReduceScatter
+from mics.communication.forms import Collectives, decide_by, measure
 from mics.communication.hop_two import HopTwo
-from mics.communication.ledger import Ledger, LedgerView
+from mics.communication.landing import Landing
+from mics.communication.ledger import Ledger
 from mics.errors import ShardError
 from mics.ranks.mesh import Groups, ranks_of
-from mics.traffic import Block, Traffic, View, block_traffic
 
 _ATTRIBUTE = "_mics_units"
 
 
-@dataclass
 class Unit:
-    """One FSDP2 parameter group, the groups it talks to, and what is counted of it."""
+    """One FSDP2 parameter group: its collectives, its hop 2, and what is counted of them.
 
-    group: Any  # the FSDP2 parameter group, see compat.py
-    groups: Groups
-    ledger: Ledger
-    hop_two: HopTwo | None  # None with one replica
-    decide: Decide  # flat or hierarchical
-    exchanges: bool  # whether its flat reduce-scatter is an exchange, not the backend's
+    Args:
+        module: the first module of the group; it remembers the unit.
+        group: the FSDP2 parameter group, see ``compat.py``.
+        groups: the ranks it talks to.
+        collectives: how the form of its collectives is chosen.
+        overlap: whether it communicates beside computation also where the backend blocks.
+    """
 
+    def __init__(
+        self,
+        module: nn.Module,
+        group: Any,
+        groups: Groups,
+        *,
+        collectives: Collectives,
+        overlap: bool,
+    ) -> None:
+        self.group = group
+        self.groups = groups
+        self.decide = decide_by(groups, collectives)
+        if collectives == "auto":
+            _measure(group, groups)
+        self.ledger = Ledger(rank=dist.get_rank(), gpus_per_node=groups.gpus_per_node)
 
-def attach(module: nn.Module, unit: Unit) -> None:
-    """Remember a unit on the module that owns it."""
-    units_on(module).append(unit)
+        replicated = groups.replicas is not None and not compat.is_replicated_by_torch(group)
+        self.landing: Landing | None = None
+        if overlap and backend_of_mesh(groups).blocks:
+            compat.gather_beside_computation(group)
+            self.landing = Landing(group, groups, self._landed if replicated else None)
+        self.hop_two: HopTwo | None = None
+        if replicated:
+            self.hop_two = HopTwo(group, groups, self.ledger, self.landing, self._peers)
+
+        self.all_gather = AllGather(groups, self.ledger, self.decide)
+        self.reduce_scatter = ReduceScatter(
+            groups,
+            self.ledger,
+            self.decide,
+            self.hop_two.before_reduce if self.hop_two is not None else None,
+            self.landing,
+        )
+        compat.set_comms(group, self.all_gather, self.reduce_scatter)
+        self.forward_hook = module.register_forward_pre_hook(outside_graphs(self._before_forward))
+        units_on(module).append(self)
+
+    def _before_forward(self) -> None:
+        if self.hop_two is not None:
+            self.hop_two.before_forward()
+        if self.landing is not None:
+            self.landing.reductions.before_forward()
+
+    def _landed(self) -> None:
+        if self.hop_two is not None:
+            self.hop_two.landed()
+
+    def _peers(self) -> list[HopTwo]:
+        """Every hop 2 under the same root, in module order."""
+        owners = [(g, compat.modules_of(g)[0]) for g in compat.root_param_groups(self.group)]
+        units = [unit for g, module in owners for unit in units_on(module) if unit.group is g]
+        return [unit.hop_two for unit in units if unit.hop_two is not None]
 
 
 def units_on(module: nn.Module) -> list[Unit]:
@@ -57,69 +108,26 @@ def units_of(model: nn.Module) -> list[Unit]:
     return units
 
 
-def predict_traffic(model: nn.Module, *, micro_steps: int = 1) -> Traffic:
-    """What one step of ``model`` will send on this rank, every block used once per micro-step.
+def outside_graphs(tell: Callable[[], None]) -> Callable[..., None]:
+    """A forward hook that calls ``tell`` and, as FSDP2's own, is part of no compiled graph."""
 
-    ::
+    def hook(*_: Any) -> None:
+        tell()
 
-        view = mics.ledger(model)
-        view.reset()
-        ...                                           # one step of 4 micro-steps
-        assert view.traffic() == mics.predict_traffic(model, micro_steps=4)
-
-    Raises:
-        ShardError: the model was not sharded by mics.
-    """
-    rank = dist.get_rank()
-    total = Traffic({})
-    for unit in units_of(model):
-        groups, block = unit.groups, block_of(unit, model)
-        replicas = (rank,) if groups.replicas is None else ranks_of(groups.replicas)
-        partition = ranks_of(groups.shard)
-        gather, reduce = compat.gather_dtype(unit.group), compat.reduce_dtype(unit.group)
-        total += block_traffic(
-            View(rank, partition, replicas, groups.gpus_per_node),
-            block,
-            micro_steps,
-            hop_2_runs=1,
-            all_gather=unit.decide("all_gather", partition, block.gather_bytes, gather),
-            reduce_scatter=unit.decide("reduce_scatter", partition, block.reduce_bytes, reduce),
-            gloo=groups.device.type == "cpu" and not unit.exchanges,
-        )
-    return total
+    outside: Callable[..., None] = torch.compiler.disable(hook, recursive=True)  # type: ignore[no-untyped-call]
+    return outside
 
 
-def block_of(unit: Unit, model: nn.Module) -> Block:
-    """The sizes of one unit as ``traffic.py`` wants them; ``model`` contains its root."""
-    group, p = unit.group, unit.groups.shard.size()
-    reduce_itemsize = compat.reduce_dtype(group).itemsize
-    shard_numel = compat.trainable_shard_numel(group)
-    gathers, backward_gathers, backward_partition = 1, 0, 0
-    if compat.reshards_after_forward(group) and not compat.becomes_root(group, model):
-        backward_partition = compat.backward_gather_group(group).size()
-        if backward_partition == p:
-            gathers, backward_partition = 2, 0
-        else:
-            backward_gathers = 1
-    return Block(
-        gather_bytes=compat.gathered_shard_bytes(group) * p,
-        reduce_bytes=shard_numel * p * reduce_itemsize,
-        sync_bytes=shard_numel * reduce_itemsize,
-        gathers=gathers,
-        reduces=1 if shard_numel else 0,
-        backward_gathers=backward_gathers,
-        backward_partition=backward_partition,
-    )
-
-
-def ledger(model: nn.Module) -> LedgerView:
-    """What ``model`` has communicated since the last reset, by link class, stage and hop.
-
-    Returns:
-        A live view: ``traffic()`` compares with ``mics.traffic``, ``seconds()`` gives times,
-        ``reset()`` starts anew, ``print`` shows a table.
-
-    Raises:
-        ShardError: the model was not sharded by mics.
-    """
-    return LedgerView(tuple(unit.ledger for unit in units_of(model)))
+def _measure(group: Any, groups: Groups) -> None:
+    """Let the form of every collective of a group be chosen."""
+    shard_ranks = ranks_of(groups.shard)
+    p = groups.shard.size()
+    gather, reduce = compat.gather_dtype(group), compat.reduce_dtype(group)
+    gather_bytes = compat.gathered_shard_bytes(group) * p
+    reduce_bytes = compat.trainable_shard_numel(group) * reduce.itemsize * p
+    measure(groups, groups.shard, shard_ranks, "all_gather", gather_bytes, gather)
+    measure(groups, groups.shard, shard_ranks, "reduce_scatter", reduce_bytes, reduce)
+    if compat.reshards_after_forward(group):
+        backward = compat.backward_gather_group(group)
+        if backward is not groups.shard:
+            measure(groups, backward, ranks_of(backward), "all_gather", gather_bytes, gather)

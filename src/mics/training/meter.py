@@ -8,7 +8,7 @@ from torch import nn
 
 from mics.communication.ledger import Seconds
 from mics.communication.wire import bytes_sent
-from mics.sharding.units import ledger, predict_traffic
+from mics.sharding.prediction import ledger, predict_traffic
 from mics.training.progress import Progress
 from mics.training.rates import Stopwatch, memory_bytes
 from mics.training.record import StepRecord, bits_per_byte

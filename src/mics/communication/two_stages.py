@@ -1,0 +1,96 @@
+"""All-gather and reduce-scatter in two stages, between nodes and inside them.
+
+[Note: two stages without a copy]
+A partition group of N nodes with k ranks each holds shards in node-major order: shard ``j k + l``
+is on local rank l of node j. With n elements per shard, the hierarchical all-gather is
+
+    inter   the k columns gather at once, each over its N ranks:  tmp[j] = shard (j k + l)
+    intra   N coalesced all-gathers over the k ranks of the node:
+            out[j k n : (j + 1) k n] = tmp[j] of local ranks 0 .. k-1
+
+Every intra gather writes its final place, so the reorder copy of the paper's stage 2 is not needed;
+the price is ``tmp``, 1/k of the output. The reduce-scatter runs the same picture backwards.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from mics import compat
+from mics.communication.backend import Backend, Issue, Program, at_once, backend_of, run
+from mics.communication.ledger import Timed, Untimed
+from mics.ranks.mesh import StageGroups
+
+
+def all_gather(
+    output: torch.Tensor,  # [N k n]
+    input: torch.Tensor,  # [n]
+    pair: StageGroups,
+    spans: tuple[Timed, Timed],
+    issue: Issue,
+) -> Program:
+    """All-gather between nodes, then inside them.
+
+    Args:
+        output: row r becomes the shard of the group's rank r.
+        input: this rank's shard.
+        pair: the groups of the stages.
+        spans: they time the inter and the intra stage.
+        issue: how the inter stage is waited for.
+    """
+    inter, intra = spans
+    nodes = pair.inter.size()
+    staged = input.new_empty(nodes * input.numel())
+    yield from issue(
+        inter, lambda async_op: compat.all_gather(staged, input, pair.inter, async_op=async_op)
+    )
+    with intra, compat.coalesced(pair.intra):
+        for rows, shard in zip(output.chunk(nodes), staged.chunk(nodes), strict=True):
+            compat.all_gather(rows, shard, pair.intra)
+
+
+def reduce_scatter(
+    output: torch.Tensor,  # [n]
+    input: torch.Tensor,  # [N k n]
+    op: compat.ReduceOp,
+    pair: StageGroups,
+    spans: tuple[Timed, Timed],
+    issue: Issue,
+    backend: Backend,
+) -> Program:
+    """Reduce-scatter inside nodes, then between them.
+
+    Equal stages make AVG of AVG exact; PREMUL_SUM scales in the first stage only. Each stage rounds
+    once in the tensor's dtype.
+
+    Args:
+        output: this rank's row of the result.
+        input: not to be changed until the program is over.
+        op: AVG, SUM or PREMUL_SUM.
+        pair: the groups of the stages.
+        spans: they time the inter and the intra stage.
+        issue: how the stages are waited for.
+        backend: how they reduce.
+    """
+    inter, intra = spans
+    nodes = pair.inter.size()
+    staged = output.new_empty(nodes * output.numel())
+    inside = list(zip(staged.chunk(nodes), input.chunk(nodes), strict=True))
+    yield from backend.reduce(inside, op, pair.intra, intra, issue)
+    inter.restart()  # issued with the first stage, it starts after it
+    second = dist.ReduceOp.SUM if compat.is_premul_sum(op) else op
+    yield from backend.reduce([(output, staged)], second, pair.inter, inter, issue)
+
+
+def hierarchical_all_gather(output: torch.Tensor, input: torch.Tensor, pair: StageGroups) -> None:
+    """All-gather as ``all_gather`` does, at once and uncounted."""
+    run(all_gather(output, input, pair, (Untimed(), Untimed()), at_once))
+
+
+def hierarchical_reduce_scatter(
+    output: torch.Tensor, input: torch.Tensor, op: compat.ReduceOp, pair: StageGroups
+) -> None:
+    """Reduce-scatter as ``reduce_scatter`` does, at once and uncounted."""
+    backend = backend_of(pair.intra, input.device)
+    run(reduce_scatter(output, input, op, pair, (Untimed(), Untimed()), at_once, backend))

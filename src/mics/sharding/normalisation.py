@@ -1,0 +1,54 @@
+"""What the gradients of a step are divided by when its last micro-step has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+
+from mics import compat
+from mics.sharding.units import Unit
+
+
+def divide_by_micro_steps(units: Sequence[Unit], micro_steps: int) -> None:
+    """Make the mean over micro-steps of gradients that have been added up."""
+    _scale(units, lambda unit: 1.0 / micro_steps)
+
+
+def divide_by_tokens(units: Sequence[Unit], tokens: Sequence[int | torch.Tensor]) -> None:
+    """Make the mean per token, over all ranks, of gradients of losses that are sums over tokens.
+
+    Args:
+        units: of one model, on one mesh.
+        tokens: this rank's number of tokens in each of its micro-steps.
+    """
+    total = _total(tokens, units[0])
+    _scale(units, lambda unit: _ranks_averaged(unit) / total)
+
+
+def _ranks_averaged(unit: Unit) -> float:
+    """What FSDP2 and hop 2 together divided the sum over ranks by."""
+    factor = compat.divide_factor(unit.group)
+    return factor if factor is not None else unit.groups.shard.size() * unit.groups.num_replicas
+
+
+def _total(tokens: Sequence[int | torch.Tensor], unit: Unit) -> torch.Tensor:
+    """Tokens of all micro-steps of all ranks, at least 1; no host synchronisation."""
+    device = unit.groups.device
+    counts = [torch.as_tensor(n, device=device).to(torch.float64) for n in tokens]
+    total = torch.stack(counts).sum()
+    for group in unit.groups.axes:
+        dist.all_reduce(total, group=group)
+    return total.clamp(min=1.0)
+
+
+@torch.no_grad()
+def _scale(units: Sequence[Unit], factor: Callable[[Unit], float | torch.Tensor]) -> None:
+    for unit in units:
+        for param in compat.sharded_params(unit.group):
+            if param.grad is not None:
+                local = param.grad.to_local()  # type: ignore[attr-defined]
+                scale = factor(unit)
+                # To the device of offloaded gradients, but not to their dtype: it rounds once.
+                local.mul_(scale.to(local.device) if isinstance(scale, torch.Tensor) else scale)

@@ -1,0 +1,311 @@
+"""A step that has begun: its micro-steps, what it owes to an optimizer, how it ends.
+
+[Note: who knows the last micro-step, and when]
+Hop 2 runs beside the backward of the last micro-step, so that has to be known when it begins. Each
+rank tells the others then, and the answers travel while it computes (``same_steps.py``). A trainer
+that learns only afterwards says ``last=None``: no micro-step runs hop 2, ``finish`` does. Then
+nobody knows at the beginning of a micro-step whether the others run it too, so they are waited for:
+a message of a few bytes per micro-step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+import weakref
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from mics import compat
+from mics.communication.guard import guard
+from mics.communication.hop_two import HopTwo
+from mics.communication.same_steps import same_steps_of
+from mics.errors import MicroStepError, MicsWarning
+from mics.sharding.normalisation import divide_by_micro_steps, divide_by_tokens
+from mics.sharding.units import Unit, units_of
+
+Normalise = Literal["micro_steps", "tokens"] | None
+
+_ATTRIBUTE = "_mics_open_step"
+
+
+class OpenStep:
+    """A step of a model between the beginning of its first micro-step and the end of its last.
+
+    Args:
+        model: a model sharded by mics, or a module that contains such models.
+        normalise: what the gradients are divided by at the end.
+        in_loop: whether ``micro_steps`` runs it, for the words of a refusal.
+
+    Raises:
+        ShardError: the model was not sharded by mics.
+        MicroStepError: gradient sync was switched off.
+    """
+
+    def __init__(self, model: nn.Module, *, normalise: Normalise, in_loop: bool) -> None:
+        units = units_of(model)
+        refuse_unreduced(units)
+        _abandon(model, units)
+        for module in _sharded_modules(model):
+            module.reshard()  # what an evaluation left gathered may be older than the shards
+        self._units = units
+        self._params = [p for unit in units for p in compat.sharded_params(unit.group)]
+        self._same_steps = same_steps_of(units[0].groups)
+        self._normalise = normalise
+        self._in_loop = in_loop
+        self.index = 0  # micro-steps that have ended
+        self._last: bool | None = False  # what was said of the latest one
+        self._running = False
+        self._ended = False
+        self._tokens: list[int | torch.Tensor] = []
+        self._has_gradients = False
+        self._left: list[weakref.ref[torch.Tensor] | None] | None = None
+        self._state_dict_hook = model.register_state_dict_pre_hook(self._refuse_state_dict)  # type: ignore[no-untyped-call]
+        model.__dict__[_ATTRIBUTE] = self
+        guard(self)
+
+    @contextlib.contextmanager
+    def micro_step(
+        self, model: nn.Module, *, last: bool | None, tokens: int | torch.Tensor | None
+    ) -> Iterator[None]:
+        """Run the forward and backward of one micro-batch inside; end the step after the last.
+
+        Args:
+            model: the step's.
+            last: whether it is the step's last; ``None`` if that is not known yet.
+            tokens: of this rank's micro-batch, where gradients are divided by tokens.
+
+        Raises:
+            MicroStepError: another one is running, or ranks disagree on what follows.
+        """
+        self._refuse_another(model)
+        try:
+            self._begin(model, last)
+            if tokens is not None:
+                self._tokens.append(tokens)
+            yield
+            self._running = False
+            self._refuse_another(model)
+            self._same_steps.check()
+            self.index += 1
+            self._has_gradients = any(p.grad is not None for p in self._params)
+            if last:
+                self._end(model)
+        except BaseException:
+            self.leave(model)
+            raise
+
+    def finish(self, model: nn.Module) -> None:
+        """End a step whose last micro-step was not known to be the last.
+
+        Raises:
+            MicroStepError: one is running or was announced, or other ranks go on.
+        """
+        if self._running or self._last is not None or self.index == 0:
+            raise MicroStepError(
+                "finish_step was called where another micro-step has to end first.",
+                numbers=f"{self.index} micro-step(s) have ended; "
+                + ("one is running." if self._running else "the latest said last=False."),
+                write="with mics.micro_step(model, last=None) for micro-steps that may be the last",
+            )
+        try:
+            self._same_steps.ask(self.index, more=False)
+            self._same_steps.check()
+            self._end(model)
+        except BaseException:
+            self.leave(model)
+            raise
+
+    def leave(self, model: nn.Module) -> None:
+        """Leave the step before its end; its gradients stay refused until they are dropped."""
+        if self._ended:
+            return
+        self._running = False
+        if open_step(model) is self:  # else another one uses these by now
+            self._same_steps.forget()
+            set_all_reduce(model, True)
+        if self._left is None:
+            self._close()
+
+    @property
+    def was_left(self) -> bool:
+        """Whether it can not go on: it was left, or its gradients have been dropped."""
+        dropped = self._has_gradients and all(p.grad is None for p in self._params)
+        return self._left is not None or dropped
+
+    def check_normalise(self, normalise: Normalise) -> None:
+        """Refuse a micro-step that divides by something else than the ones before it.
+
+        Raises:
+            MicroStepError: it does.
+        """
+        if normalise != self._normalise:
+            raise MicroStepError(
+                "The micro-steps of one step are normalised in different ways.",
+                numbers=f"The first one: {self._normalise}, micro-step {self.index + 1}: "
+                f"{normalise}.",
+                write="the same normalise=, and tokens= in all of them or in none",
+            )
+
+    def check_optimizer(self, stepped: set[int]) -> bool:
+        """Refuse an optimizer of gradients that are not finished, see ``guard.Owner``."""
+        if self._ended:
+            return False
+        if not self._owes(stepped):
+            return True
+        if self._in_loop:
+            where = "the loop over mics.micro_steps(...) had ended"
+            instead = "optimizer.step() after the loop, without break"
+        else:
+            where = "the last mics.micro_step(...) had ended"
+            instead = "last=True for the last micro-step, or mics.finish_step(model) after it"
+        raise MicroStepError(
+            f"optimizer.step() was called before {where}: its gradients are "
+            + ("not normalised yet." if self._last else "incomplete."),
+            numbers=f"{self.index} micro-step(s) have ended; the one under way is "
+            f"{'the last' if self._last else 'not the last'}.",
+            write=f"{instead}; or drop the gradients with optimizer.zero_grad()",
+        )
+
+    # -- the parts -------------------------------------------------------------------------------
+
+    def _begin(self, model: nn.Module, last: bool | None) -> None:
+        if self._running:
+            raise MicroStepError(
+                "A micro-step began inside another one of the same model.",
+                numbers=f"{self.index} micro-step(s) of this step have ended.",
+                write="one mics.micro_step(...) after the other",
+            )
+        if self._last is None:  # see [Note: who knows the last micro-step, and when]
+            self._same_steps.ask(self.index, more=True)
+            self._same_steps.check()
+        self._running, self._last = True, last
+        set_all_reduce(model, bool(last))
+        if last is not None:
+            self._same_steps.ask(self.index + 1, more=not last)
+
+    def _end(self, model: nn.Module) -> None:
+        # Only after a last micro-step without a backward, or one not known to be the last, is
+        # anything left to do here.
+        hops = _hops(self._units)
+        for hop in hops:
+            hop.start_rest()
+        for hop in hops:
+            hop.wait()
+        if self._normalise == "micro_steps":
+            divide_by_micro_steps(self._units, self.index)
+        elif self._normalise == "tokens":
+            divide_by_tokens(self._units, self._tokens)
+        self._ended = True
+        del model.__dict__[_ATTRIBUTE]
+        set_all_reduce(model, True)
+        self._state_dict_hook.remove()
+
+    def _close(self) -> None:
+        self._state_dict_hook.remove()
+        self._left = [None if p.grad is None else weakref.ref(p.grad) for p in self._params]
+
+    def _owes(self, stepped: set[int]) -> bool:
+        """Whether an optimizer of these parameters would use gradients that are not finished."""
+        if self._last and self._normalise is None:
+            return False
+        mine = [(i, p.grad) for i, p in enumerate(self._params) if id(p) in stepped]
+        if self._left is None:
+            return any(gradient is not None for _, gradient in mine)
+        # After an exception or a break: as long as what the step left is still there.
+        left = [(self._left[i], gradient) for i, gradient in mine]
+        return any(ref is not None and ref() is gradient for ref, gradient in left)
+
+    def _refuse_another(self, model: nn.Module) -> None:
+        if open_step(model) is not self:
+            raise MicroStepError(
+                "Another micro_steps began on this model before this one had ended.",
+                numbers=f"This one had run {self.index + 1} micro-step(s).",
+                write="one loop over mics.micro_steps(...) at a time",
+            )
+
+    def _refuse_state_dict(self, *_: object) -> None:
+        after = "the loop over mics.micro_steps(...)" if self._in_loop else "the last micro-step"
+        raise MicroStepError(
+            "state_dict() was called between micro-steps: the gradients accumulated so far are in "
+            "no state dict, so a run resumed from it would lose them.",
+            numbers=f"{self.index} micro-step(s) of this step have run.",
+            write=f"save after {after}",
+        )
+
+
+def open_step(model: nn.Module) -> OpenStep | None:
+    """The step of a model that has begun and not ended, if there is one."""
+    step: OpenStep | None = model.__dict__.get(_ATTRIBUTE)
+    return step
+
+
+def _abandon(model: nn.Module, units: list[Unit]) -> None:
+    """Clear what a step that was left early (an exception, a break) has left behind."""
+    left = open_step(model)
+    if left is None:
+        return
+    left.leave(model)
+    del model.__dict__[_ATTRIBUTE]
+    for module in _sharded_modules(model):
+        if compat.is_root(module):
+            compat.reset_iteration(module)
+    # Units whose backward had ended are ahead of the others, by a micro-step or by hop 2: what is
+    # there is no step's gradient.
+    params = [param for unit in units for param in compat.sharded_params(unit.group)]
+    dropped = any(param.grad is not None for param in params)
+    for unit in units:
+        if unit.landing is not None:
+            unit.landing.reductions.finish()
+    for hop in _hops(units):
+        hop.drop_gradients()
+    for param in params:
+        param.grad = None
+    if dropped:
+        warnings.warn(
+            f"A step was left in its micro-step {left.index + 1}, before its end; its gradients "
+            "have been dropped.",
+            MicsWarning,
+            stacklevel=4,
+        )
+
+
+def refuse_unreduced(units: list[Unit]) -> None:
+    """Refuse a model whose gradient sync was switched off.
+
+    Raises:
+        MicroStepError: it was.
+    """
+    unreduced = [unit for unit in units if not compat.wants_reduce(unit.group)]
+    if not unreduced:
+        return
+    size = sum(
+        compat.trainable_shard_numel(unit.group)
+        * unit.groups.shard.size()
+        * compat.reduce_dtype(unit.group).itemsize
+        for unit in unreduced
+    )
+    raise MicroStepError(
+        "set_requires_gradient_sync(False) is in force: it keeps whole gradients on every rank "
+        "instead of shards, which is the memory MiCS saves.",
+        numbers=f"{len(unreduced)} group(s), {size / 2**20:.2f} MiB of unsharded gradients.",
+        write="model.set_requires_gradient_sync(True); micro_steps defers hop 2 by itself",
+    )
+
+
+def set_all_reduce(model: nn.Module, wanted: bool) -> None:
+    """Switch hop 2 on or off for the backward passes to come."""
+    for module in _sharded_modules(model):
+        module.set_requires_all_reduce(wanted, recurse=False)
+
+
+def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def _hops(units: list[Unit]) -> list[HopTwo]:
+    return [unit.hop_two for unit in units if unit.hop_two is not None]

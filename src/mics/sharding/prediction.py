@@ -1,0 +1,80 @@
+"""What a step of a sharded model will send, and what it has sent."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import nn
+
+from mics import compat
+from mics.communication.ledger import LedgerView
+from mics.ranks.mesh import ranks_of
+from mics.sharding.units import Unit, units_of
+from mics.traffic import Traffic, UnitBytes, View, unit_traffic
+
+
+def predict_traffic(model: nn.Module, *, micro_steps: int = 1) -> Traffic:
+    """What one step of ``model`` will send on this rank, every block used once per micro-step.
+
+    ::
+
+        view = mics.ledger(model)
+        view.reset()
+        ...                                           # one step of 4 micro-steps
+        assert view.traffic() == mics.predict_traffic(model, micro_steps=4)
+
+    Raises:
+        ShardError: the model was not sharded by mics.
+    """
+    rank = dist.get_rank()
+    total = Traffic({})
+    for unit in units_of(model):
+        groups, sizes = unit.groups, bytes_of(unit, model)
+        replicas = (rank,) if groups.replicas is None else ranks_of(groups.replicas)
+        partition = ranks_of(groups.shard)
+        gather, reduce = compat.gather_dtype(unit.group), compat.reduce_dtype(unit.group)
+        total += unit_traffic(
+            View(rank, partition, replicas, groups.gpus_per_node),
+            sizes,
+            micro_steps,
+            hop_2_runs=1,
+            all_gather=unit.decide("all_gather", partition, sizes.gather_bytes, gather),
+            reduce_scatter=unit.decide("reduce_scatter", partition, sizes.reduce_bytes, reduce),
+            gloo=unit.reduce_scatter.by_all_reduce,
+        )
+    return total
+
+
+def bytes_of(unit: Unit, model: nn.Module) -> UnitBytes:
+    """The sizes of one unit as ``traffic.py`` wants them; ``model`` contains its root."""
+    group, p = unit.group, unit.groups.shard.size()
+    reduce_itemsize = compat.reduce_dtype(group).itemsize
+    shard_numel = compat.trainable_shard_numel(group)
+    gathers, backward_gathers, backward_partition = 1, 0, 0
+    if compat.reshards_after_forward(group) and not compat.becomes_root(group, model):
+        backward_partition = compat.backward_gather_group(group).size()
+        if backward_partition == p:
+            gathers, backward_partition = 2, 0
+        else:
+            backward_gathers = 1
+    return UnitBytes(
+        gather_bytes=compat.gathered_shard_bytes(group) * p,
+        reduce_bytes=shard_numel * p * reduce_itemsize,
+        sync_bytes=shard_numel * reduce_itemsize,
+        gathers=gathers,
+        reduces=1 if shard_numel else 0,
+        backward_gathers=backward_gathers,
+        backward_partition=backward_partition,
+    )
+
+
+def ledger(model: nn.Module) -> LedgerView:
+    """What ``model`` has communicated since the last reset, by link class, stage and hop.
+
+    Returns:
+        A live view: ``traffic()`` compares with ``mics.traffic``, ``seconds()`` gives times,
+        ``reset()`` starts anew, ``print`` shows a table.
+
+    Raises:
+        ShardError: the model was not sharded by mics.
+    """
+    return LedgerView(tuple(unit.ledger for unit in units_of(model)))
