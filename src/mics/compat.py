@@ -389,3 +389,38 @@ def at_end_of_backward(callback: Callable[[], None]) -> None:
 def num_gradient_hooks(param: torch.Tensor) -> int:
     """How many post-accumulate-gradient hooks ``param`` has; torch only offers to add one."""
     return len(getattr(param, "_post_accumulate_grad_hooks", None) or ())
+
+
+def times_written(tensor: torch.Tensor) -> int:
+    """How often a tensor was written in place.
+
+    2.11 to 2.15: autograd's own counter, the only sign that a value was set or edited.
+    """
+    return int(tensor._version)
+
+
+# -- modules and operators -----------------------------------------------------------------------
+
+# 2.11 to 2.15: what ``Tensor.item`` runs; no public operator reads a value.
+READ_VALUE = torch.ops.aten._local_scalar_dense.default
+
+
+def is_persistent(module: nn.Module, buffer: str) -> bool:
+    """Whether ``state_dict`` holds a buffer; 2.11 to 2.15: ``register_buffer`` has no getter."""
+    return buffer not in module._non_persistent_buffers_set
+
+
+def reset_of(module: nn.Module) -> Callable[[], None] | None:
+    """What sets a module's own values anew; 2.11 to 2.15: ``nn.MultiheadAttention`` hides its."""
+    reset: Callable[[], None] | None = getattr(module, "reset_parameters", None)
+    return reset or getattr(module, "_reset_parameters", None)
+
+
+def operator_of(overload: Any) -> Any:
+    """The operator an overload belongs to; 2.11 to 2.15: FLOPs are registered by it alone."""
+    return overload._overloadpacket
+
+
+def writes_its_input(overload: Any) -> bool:
+    """Whether an overload writes one of its arguments; 2.11 to 2.15: only its schema says so."""
+    return bool(overload._schema.is_mutable)

@@ -26,7 +26,7 @@ def flops_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: A
         PlanError: it does, by its name, and nobody knows how many; or its factors differ in dtype,
             which no device but meta takes.
     """
-    packet = func._overloadpacket
+    packet = compat.operator_of(func)
     own, count = _OWN.get(packet), flop_registry.get(packet)
     if own is not None or count is not None:
         _check_dtypes(func, args)

@@ -225,7 +225,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._see(func, args, kwargs or {})
 
     def _see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
+        if func is compat.READ_VALUE:
             return _asked(args[0])
         result = func(*args, **kwargs)
         read = _tensors((args, kwargs))
@@ -235,7 +235,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         fresh = [tensor for tensor in written if _unknown(self._known, tensor)]
         for tensor in fresh:
             self._born(tensor.untyped_storage())
-        in_place = func._schema.is_mutable
+        in_place = compat.writes_its_input(func)
         if fresh or in_place:
             self._ran(func, args, kwargs, result, read, written)
         return result

@@ -272,7 +272,7 @@ class HopTwo:
         """
         for param in compat.sharded_params(self.group):
             if param.grad is not None:
-                return id(param.grad), param.grad._version, optimizer_steps()
+                return id(param.grad), compat.times_written(param.grad), optimizer_steps()
         return None
 
 

@@ -10,7 +10,14 @@ from typing import Any, Literal
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    PretrainedConfig,
+)
 
 from mics.errors import ConfigError
 from mics.models.presets import PRESETS
@@ -61,9 +68,9 @@ def task_of(config: PretrainedConfig) -> Task:
             return "causal"
     kind = type(config)
     # Encoders such as BERT have a causal form too, which nobody means by their name.
-    if kind in AutoModelForMaskedLM._model_mapping:
+    if kind in MODEL_FOR_MASKED_LM_MAPPING:
         return "masked"
-    if kind in AutoModelForCausalLM._model_mapping:
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING:
         return "causal"
     raise ConfigError(
         f"Models of type {config.model_type!r} are not language models that transformers can build "

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from mics import compat
 from mics.errors import ShardError
 from mics.ranks.device import on_accelerator
 
@@ -61,7 +62,7 @@ class Materialiser:
         real = {t for module in owners for t in _own(module) if not t.is_meta}
         for module in owners:
             self._allocate(module, made)
-        versions = {t: t._version for m in owners for t in _own(m) if t not in real}
+        versions = {t: compat.times_written(t) for m in owners for t in _own(m) if t not in real}
         fresh = {id(param) for param in made.values()}
         devices = [self._device.index] if on_accelerator(self._device) else []
         with torch.random.fork_rng(devices, device_type=self._device.type if devices else "cuda"):
@@ -85,7 +86,7 @@ class Materialiser:
             setattr(module, name, made[param])
         for name, buffer in list(module.named_buffers(recurse=False)):
             if buffer.is_meta:
-                persistent = name not in module._non_persistent_buffers_set
+                persistent = compat.is_persistent(module, name)
                 value = _unset(torch.empty_like(buffer, device=self._device))
                 module.register_buffer(name, value, persistent=persistent)
 
@@ -107,7 +108,7 @@ class Materialiser:
 
 
 def _reset(module: nn.Module) -> None:
-    reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+    reset = compat.reset_of(module)
     if reset is not None:
         reset()
 
@@ -122,7 +123,7 @@ def _is_unset(tensor: torch.Tensor, versions: dict[torch.Tensor, int]) -> bool:
     if tensor.is_floating_point():
         return bool(tensor.isnan().any())
     # No integer or bool can be a mark; but who sets it, edits or replaces the tensor.
-    return versions.get(tensor) == tensor._version
+    return versions.get(tensor) == compat.times_written(tensor)
 
 
 def _consists_of(module: nn.Module, fresh: set[int]) -> bool:
