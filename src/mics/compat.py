@@ -399,6 +399,11 @@ def times_written(tensor: torch.Tensor) -> int:
     return int(tensor._version)
 
 
+def divide_all(tensors: list[torch.Tensor], divisor: float) -> None:
+    """Divide tensors in place by one kernel; 2.11 to 2.15: what torch's optimizers use."""
+    torch._foreach_div_(tensors, divisor)
+
+
 # -- modules and operators -----------------------------------------------------------------------
 
 # 2.11 to 2.15: what ``Tensor.item`` runs; no public operator reads a value.

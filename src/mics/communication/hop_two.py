@@ -149,7 +149,7 @@ class HopTwo:
         if not gradients:
             return
         if compat.divide_factor(self.group) is not None:  # see [Note: repeated hop 2]
-            torch._foreach_div_(gradients, float(self._replicas.size()))
+            compat.divide_all(gradients, float(self._replicas.size()))
         untouched = version == self._version()
         if untouched and not self._pass.synced and self._wanted():
             _warn_once_about_repeats(self._replicas.size(), sum(g.nbytes for g in gradients))
