@@ -28,10 +28,12 @@ import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import source as reading
+from passing import rooms_of_mesh
 
 ROOT = Path(__file__).parents[1]
 RANKS, LAYERS = 2, 127
@@ -130,6 +132,7 @@ def measure(source: Path) -> dict[str, list[str] | int]:
         "circles of files": [
             " - ".join(circle) for circle in reading.circles(reading.file_edges(files))
         ],
+        "rooms that `fully_shard` passes a mesh through": rooms_of_mesh(files, "fully_shard"),
         f"files over {reading.MOST_LINES} lines": _shown(reading.long_files(files)),
         f"functions over {reading.MOST_OF_A_FUNCTION} lines": _shown(reading.long_functions(files)),
         f"functions with more than {reading.MOST_PARAMETERS} parameters": _shown(
@@ -173,10 +176,8 @@ def commit_of(source: Path) -> str:
     """The commit of a checkout, and whether files of it were changed since."""
     git = ["git", "-C", str(source)]
     commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    changed = subprocess.run(
-        [*git, "status", "--porcelain", "src"], capture_output=True, text=True
-    ).stdout
-    return commit.stdout.strip() + (" with changes" if changed else "")
+    changed = subprocess.run([*git, "status", "--short", "src"], capture_output=True, text=True)
+    return commit.stdout.strip() + (" with changes" if changed.stdout else "")
 
 
 def main() -> None:
@@ -205,18 +206,23 @@ def document(columns: dict[str, dict[str, list[str] | int]]) -> str:
     *_, (name, now) = columns.items()
     return f"""# The house, counted
 
-{before}`python {" ".join(sys.argv)}`, {datetime.date.today()}, Python {platform.python_version()}.
+{before}`python {" ".join(sys.argv)}`, {datetime.date.today()}, Python {platform.python_version()},
+torch {version("torch")}.
 
 {table(columns)}
 
 A room is the first name under `src/mics/`: a folder, or a file that stands loose. Edges and circles
 count imports inside functions and for types too; what `mics/__init__.py` loads when it is first
 used is left out. An edge runs up when what is imported does not stand above the importer in
-ARCHITECTURE's map of the same commit. The lines of a function include its docstring; `self` is no
-parameter. The last two rows are counted on {RANKS} Gloo ranks of one node while `mics.shard` shards
-a BERT of {LAYERS} layers of width 16: as deep as BERT 10B, whose {LAYERS} layers ask for no more
-agreement. Those that compare ranks call `agreement.py`; of the others, two gather host names and
-one per unit compares fingerprints of the weights.
+ARCHITECTURE's map of the same commit. A mesh is followed from `fully_shard` through calls that
+imports resolve and that take it, a process group of it, or a record that holds one; methods of an
+object are not followed, so there may be more rooms. The lines of a function include its docstring;
+`self` is no parameter. Private names are those of torch, transformers and other files.
+
+The last two rows are counted on {RANKS} Gloo ranks of one node while `mics.shard` shards a BERT of
+{LAYERS} layers on the meta device. It is as deep as BERT 10B but of width 16, because the width
+changes no number of collectives. The first of them counts what `agreement.py` issues to compare
+ranks, the second also the host names that are gathered and the weights that are compared.
 
 ## Places in {name}
 

@@ -101,22 +101,24 @@ def file_map(checkout: Path) -> list[str]:
 Edges = dict[str, set[str]]
 
 
+def imported_names(file: File) -> set[str]:
+    """The modules that a file imports or takes names from, in functions and for types too."""
+    return {module for module, _ in _imports(file)}
+
+
 def imports_of(file: File, modules: set[str]) -> set[str]:
-    """The modules of mics that a file imports, anywhere in it: in functions and for types too."""
-    found = set()
+    """The modules of mics that a file imports; ``from mics import compat`` imports compat."""
+    parts = [[*module.split("."), name] for module, name in _imports(file)]
+    return {_longest_module(names[1:], modules) for names in parts if names[0] == "mics"}
+
+
+def _imports(file: File) -> Iterator[tuple[str, str]]:
+    """Pairs of a module and a name taken from it; "" where the module itself is imported."""
     for node in ast.walk(file.tree):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            yield from ((alias.name, "") for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            home = _home(file, node)
-            names = [f"{home}.{alias.name}" for alias in node.names]
-        else:
-            continue
-        for name in names:
-            parts = name.split(".")
-            if parts[0] == "mics":
-                found.add(_longest_module(parts[1:], modules))
-    return found
+            yield from ((_home(file, node), alias.name) for alias in node.names)
 
 
 def _home(file: File, node: ast.ImportFrom) -> str:
@@ -244,12 +246,13 @@ def host_tests(files: list[File]) -> list[str]:
 def _compares_device(node: ast.Compare) -> bool:
     parts = [part for side in (node.left, *node.comparators) for part in ast.walk(side)]
     words = {part.value for part in parts if isinstance(part, ast.Constant)}
-    names = {_last_name(part) for part in parts}
+    names = {last_name(part) for part in parts}
     of_device = any(name == "type" or name.endswith("device_type") for name in names)
     return of_device and ("cpu" in words or "HOST" in names)
 
 
-def _last_name(node: ast.AST) -> str:
+def last_name(node: ast.AST) -> str:
+    """The name after the last dot of an expression; "" when it ends in something else."""
     if isinstance(node, ast.Attribute):
         return node.attr
     return node.id if isinstance(node, ast.Name) else ""
@@ -277,7 +280,7 @@ def _foreign(file: File) -> Iterator[tuple[int, str]]:
             names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
         elif isinstance(node, ast.Import):
             names = [part for alias in node.names for part in alias.name.split(".")]
-        elif isinstance(node, ast.Call) and _last_name(node.func) in ("getattr", "hasattr"):
+        elif isinstance(node, ast.Call) and last_name(node.func) in ("getattr", "hasattr"):
             name = node.args[1]
             if isinstance(name, ast.Constant) and name.value not in own:
                 names = [str(name.value)]

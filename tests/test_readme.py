@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 from pathlib import Path
 from typing import Any
@@ -92,41 +91,3 @@ def test_links_between_documents_lead_somewhere(document: str) -> None:
             assert ((ROOT / document).parent / link).exists(), link
     for path in re.findall(r"`((?:tests|benchmarks|docs|examples)/[\w./]*)`", text):
         assert (ROOT / path).exists(), path
-
-
-# -- the file map --------------------------------------------------------------------------------
-
-
-def file_map() -> list[str]:
-    """The files of src/mics in the order of ARCHITECTURE's map."""
-    block = next(b for b in blocks("ARCHITECTURE.md", "") if b.startswith("src/mics/"))
-    return re.findall(r"^  ([\w.]+/?) ", block, re.MULTILINE)
-
-
-def test_the_file_map_is_complete() -> None:
-    package = ROOT / "src" / "mics"
-    there = {f.name for f in package.glob("*.py")}
-    there |= {f"{f.parent.name}/" for f in package.glob("*/__init__.py")}
-    assert set(file_map()) == there
-    assert len(file_map()) == len(there)
-
-
-def test_files_import_only_what_stands_above_them_in_the_map() -> None:
-    order = [name.removesuffix(".py").removesuffix("/") for name in file_map()]
-    for position, name in enumerate(order[:-1]):  # __init__, the last, loads names lazily
-        path = ROOT / "src" / "mics" / name
-        files = path.glob("*.py") if path.is_dir() else [path.with_suffix(".py")]
-        for file in files:
-            below = imports_of(file) - set(order[:position]) - {name}
-            assert not below, f"{name} imports {below}"
-
-
-def imports_of(file: Path) -> set[str]:
-    """The modules of mics that ``file`` imports, by their first name."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "mics":
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mics."):
-            found.add(str(node.module).split(".")[1])
-    return found
