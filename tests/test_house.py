@@ -46,16 +46,7 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
         "sharding/shard.py:shard": "public: what a user may choose, each by its name",
         "training/step.py:take_step": LATER,
     },
-    "host or accelerator": {
-        "benching/collectives.py": LATER,
-        "communication/all_to_all.py": LATER,
-        "communication/collectives.py": LATER,
-        "communication/hop_two.py": LATER,
-        "communication/ledger.py": LATER,
-        "sharding/fully_shard.py": LATER,
-        "sharding/shard.py": LATER,
-        "sharding/units.py": LATER,
-    },
+    "host or accelerator": {},
     "inheritance": {
         "commands/bench.py:Dilated": LATER,
         "commands/bench.py:Train": LATER,
@@ -95,10 +86,7 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
         "training/data/prepare.py": LATER,
         "training/progress.py": LATER,
     },
-    "optimizer hooks": {
-        "communication/hop_two.py": LATER,
-        "sharding/micro_steps.py": LATER,
-    },
+    "optimizer hooks": {},
     "imports do nothing": {"atexit handlers changed": LATER},
     "names of files": {
         "ARCHITECTURE.md accumulation.py": LATER,
@@ -108,7 +96,6 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
         "anatomy/memory.py torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py": "torch's",
         "benching/deepspeed_child.py runtime/zero/config.py": "DeepSpeed's",
         "communication/collectives.py _fsdp_collectives.py": "torch's",
-        "ranks/device.py communication/backend.py": LATER,
     },
     "newest first": {"2026-11-27: a review of lab, bench and overlap": LATER},
 }

@@ -15,15 +15,15 @@ from mics.commands import VERBS
 
 PUBLIC = """
     __version__ traffic
-    init_mesh fully_shard shard micro_steps ledger predict_traffic save load
+    init_mesh fully_shard shard micro_steps micro_step finish_step ledger predict_traffic save load
     plan simulate Cluster Topology
     MicsError TopologyError DisagreementError ShardError MicroStepError ConfigError DataError
     CheckpointError PlanError MicsWarning
 """
 OF_TOPOLOGY = "Ranks Topology possible_partitions nodes_of has_two_stages"
 OF_TRAFFIC = """
-    Collective Stage Form Key Flow Count Traffic Block View StageMessage
-    ring_flow stages stage_flow mics block_traffic fsdp hsdp ddp node_inter_bytes
+    Collective Stage Form Key Flow Count Traffic UnitBytes Block View StageMessage
+    ring_flow stages stage_flow mics unit_traffic block_traffic fsdp hsdp ddp node_inter_bytes
 """
 OF_THE_COMMAND_LINE = "train plan simulate export import bench lab doctor"
 

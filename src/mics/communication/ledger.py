@@ -175,7 +175,7 @@ class Span:
 
 
 class Untimed:
-    """In the place of a span, for a collective that nobody counts."""
+    """Stands in the place of a span, for a collective that nobody counts."""
 
     def __enter__(self) -> Untimed:
         return self
