@@ -29,6 +29,7 @@ class Gpu:
         source: where the figures are from.
         bf16: it multiplies in bf16; else in fp16 only.
         peak_fp32: FLOPs per second of products in fp32, not rounded to TF32.
+        torch_names: what torch calls it, without its vendor.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Gpu:
     source: str = ""
     bf16: bool = True
     peak_fp32: float | None = None
+    torch_names: tuple[str, ...] = ()
 
     def computing(self, num_bytes: int) -> Gpu:
         """The rates of products in a dtype of so many bytes.
@@ -49,10 +51,10 @@ class Gpu:
         if num_bytes == 2:
             return self
         if num_bytes != 4 or self.peak_fp32 is None:
+            own = ", or peak_fp32 of a GPU of your own" if num_bytes == 4 else ""
             raise PlanError(
                 f"How fast {self.name} computes with {num_bytes} bytes a number is not known.",
-                write="a dtype of 2 bytes"
-                + (", or peak_fp32 of a GPU of your own" * (num_bytes == 4)),
+                write=f"a dtype of 2 bytes{own}",
             )
         return replace(self, peak=self.peak_fp32, achieved=None)
 

@@ -61,6 +61,16 @@ def find_gpu(name: str) -> Gpu:
     raise _unknown("GPU", name, name, known, "one of them")
 
 
+def gpu_that_torch_calls(name: str) -> Gpu | None:
+    """The GPU of the catalogue with this name of torch's, or ``None`` where there is none.
+
+    The whole name counts: an H200 NVL or a slice of an H100 has another peak than the H200 or the
+    H100 that the catalogue lists.
+    """
+    bare = name.removeprefix("NVIDIA ").removeprefix("Tesla ")
+    return next((gpu for gpu in gpus().values() if bare in gpu.torch_names), None)
+
+
 def _unknown(kind: str, name: str, short: str, known: Collection[str], write: str) -> PlanError:
     near = difflib.get_close_matches(short, known, 1)
     return PlanError(

@@ -26,7 +26,16 @@ _NODE_KEYS = {
     "source",
 }
 _LINK_KEYS = {"line", "bandwidth", "latency", "falls", "fixed"}
-_GPU_KEYS = {"memory", "peak", "achieved", "bandwidth", "bf16", "peak_fp32", "source"}
+_GPU_KEYS = {
+    "memory",
+    "peak",
+    "achieved",
+    "bandwidth",
+    "bf16",
+    "peak_fp32",
+    "torch_names",
+    "source",
+}
 
 
 def node_of(name: str, facts: Mapping[str, Any], known: Mapping[str, Gpu]) -> Node:
@@ -49,18 +58,19 @@ def node_of(name: str, facts: Mapping[str, Any], known: Mapping[str, Gpu]) -> No
             write="one of them, or [gpus.<name>] beside the node",
         )
     fixed = _number(name, facts, "fixed") or 0.0
+    all_reduce, measured = facts.get("all_reduce"), "measured_nodes" in facts
     return Node(
-        name,
-        known[gpu],
-        _count(name, facts, "gpus_per_node"),
-        _link(f"intra of {name}", facts["intra"], fixed),
-        _link(f"inter of {name}", facts["inter"], fixed),
-        _link(f"all_reduce of {name}", facts["all_reduce"], fixed)
-        if "all_reduce" in facts
-        else None,
-        _number(name, facts, "price"),
-        _text(name, facts, "source"),
-        _count(name, facts, "measured_nodes") if "measured_nodes" in facts else None,
+        name=name,
+        gpu=known[gpu],
+        gpus_per_node=_count(name, facts, "gpus_per_node"),
+        intra=_link(f"intra of {name}", facts["intra"], fixed),
+        inter=_link(f"inter of {name}", facts["inter"], fixed),
+        all_reduce=None
+        if all_reduce is None
+        else _link(f"all_reduce of {name}", all_reduce, fixed),
+        price=_number(name, facts, "price"),
+        source=_text(name, facts, "source"),
+        measured_nodes=_count(name, facts, "measured_nodes") if measured else None,
     )
 
 
@@ -81,11 +91,11 @@ def _link(of: str, facts: Any, fixed: float) -> Link:
             f"bandwidth of {of} is above its line rate.", numbers=f"{bandwidth:g} of {line:g} GB/s."
         )
     return Link(
-        bandwidth * 1e9,
-        (_number(of, facts, "latency") or 0.0) * 1e-6,
-        _number(of, facts, "falls") or 0.0,
-        (fixed if own is None else own) * 1e-6,
-        None if line is None else line * 1e9,
+        bandwidth=bandwidth * 1e9,
+        latency=(_number(of, facts, "latency") or 0.0) * 1e-6,
+        falls=_number(of, facts, "falls") or 0.0,
+        fixed=(fixed if own is None else own) * 1e-6,
+        line=None if line is None else line * 1e9,
     )
 
 
@@ -107,14 +117,15 @@ def gpu_of(name: str, facts: Any) -> Gpu:
     if not isinstance(bf16, bool):
         raise PlanError(f"bf16 of {name} must be true or false, got {bf16!r}.")
     return Gpu(
-        name,
-        (_positive(name, facts, "memory") or 0.0) * 2**30,
-        (_positive(name, facts, "peak") or 0.0) * 1e12,
-        None if bandwidth is None else bandwidth * 1e9,
-        None if achieved is None else achieved * 1e12,
-        _text(name, facts, "source"),
-        bf16,
-        None if fp32 is None else fp32 * 1e12,
+        name=name,
+        memory=(_positive(name, facts, "memory") or 0.0) * 2**30,
+        peak=(_positive(name, facts, "peak") or 0.0) * 1e12,
+        bandwidth=None if bandwidth is None else bandwidth * 1e9,
+        achieved=None if achieved is None else achieved * 1e12,
+        source=_text(name, facts, "source"),
+        bf16=bf16,
+        peak_fp32=None if fp32 is None else fp32 * 1e12,
+        torch_names=_texts(name, facts, "torch_names"),
     )
 
 
@@ -156,6 +167,13 @@ def _count(of: str, facts: Mapping[str, Any], key: str) -> int:
             f"{key} of {of} must be a positive integer, at most {_MOST:,}, got {value!r}."
         )
     return value
+
+
+def _texts(of: str, facts: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    values = facts.get(key, [])
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise PlanError(f"{key} of {of} must be a list of texts, got {values!r}.")
+    return tuple(values)
 
 
 def _text(of: str, facts: Mapping[str, Any], key: str) -> str:

@@ -10,26 +10,31 @@ from collections import deque
 
 import torch
 
-from mics.ranks.device import on_accelerator
+from mics.hardware.lookup import gpu_that_torch_calls
+from mics.ranks.device import device_name, on_accelerator
 
-# Dense bf16 (V100: fp16) matrix products, TFLOPS, from the vendors' data sheets: NVIDIA V100 SXM2,
-# A100, H100 SXM / H200 SXM, B200. Others show "n/a" rather than a guess.
-_PEAK_TFLOPS = {
-    "V100-SXM2": 125.0,
-    "A100-SXM4": 312.0,
-    "H100 80GB HBM3": 989.4,
-    "H200": 989.4,
-    "B200": 2250.0,
-}
 _RECENT = 50
 
 
 def peak_flops(device: torch.device, dtype: str) -> float | None:
-    """FLOPs per second one device can do in ``dtype``; ``None`` when that is not known."""
-    if device.type != "cuda" or dtype != "bf16":
+    """FLOPs per second of one device's dense products, from the catalogue of GPUs.
+
+    Args:
+        device: whose name torch is asked for.
+        dtype: what is computed in, "bf16" or "fp32".
+
+    Returns:
+        ``None``, which shows "n/a" rather than a guess, for a device that is not in the catalogue,
+        and for fp32 where its rate is not known or products are rounded to TF32.
+    """
+    if not on_accelerator(device):
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((tera * 1e12 for part, tera in _PEAK_TFLOPS.items() if part in name), None)
+    gpu = gpu_that_torch_calls(device_name(device.type))
+    if gpu is None:
+        return None
+    if dtype == "bf16":
+        return gpu.peak
+    return gpu.peak_fp32 if torch.get_float32_matmul_precision() == "highest" else None
 
 
 class Stopwatch:
