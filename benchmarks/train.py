@@ -67,7 +67,7 @@ class Trainer:
             steps=run.config.run.steps,
             tokens=run.batch.global_batch * run.sequence,
             bytes_per_token=1.0,
-            flops_per_token=run.flops_per_token,
+            flops=run.flops,
             peak_flops=None,
             device=run.device,
         )

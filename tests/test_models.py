@@ -22,7 +22,6 @@ from mics.models.building import (
     build,
     check_fits,
     check_mask,
-    flops_per_token,
     load_config,
     num_parameters,
     num_positions,
@@ -96,21 +95,6 @@ def test_a_model_is_built_in_fp32_without_memory_and_tells_its_class() -> None:
     assert config.architectures == ["GPT2LMHeadModel"]
     assert config.use_cache
     assert not model.config.use_cache  # type: ignore[union-attr]
-
-
-def test_flops_per_token_are_six_per_weight_and_the_attention() -> None:
-    config = preset("llama-tiny")
-    h, f, layers, vocabulary = 128, 384, 4, 304
-    weights = layers * (2 * h * h + 2 * h * h // 2 + 3 * h * f + 2 * h) + h + h * vocabulary
-    expected = 6 * weights + 12 * layers * h * 100
-    assert flops_per_token(config, build(config), 100) == expected
-
-
-def test_a_tied_head_counts_as_the_matrix_product_it_is() -> None:
-    config = preset("gpt2-tiny")
-    positions = 128 * 128
-    expected = 6 * (num_parameters(build(config)) - positions) + 12 * 4 * 128 * 64
-    assert flops_per_token(config, build(config), 64) == expected
 
 
 def _forward(name: str) -> tuple[float, int]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import transformers
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -152,27 +151,6 @@ def check_mask(config: PretrainedConfig, mask: int | None) -> None:
 def num_parameters(model: nn.Module) -> int:
     """Parameters, tied ones counted once."""
     return sum(param.numel() for param in model.parameters())
-
-
-def flops_per_token(config: PretrainedConfig, model: nn.Module, sequence: int) -> float:
-    """FLOPs of forward and backward per token, without recomputation.
-
-    6 N + 12 L h s, with N the parameters that take part in matrix products (input and position
-    embeddings are looked up, so they count only where the head shares them), L layers of width h,
-    s the sequence. Source: PaLM (Chowdhery et al., 2022), appendix B; a causal model is counted
-    like any other, as there.
-    """
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    multiplied = {id(m.weight) for m in model.modules() if _multiplies(m)}
-    looked_up = embeddings - multiplied
-    active = sum(p.numel() for p in model.parameters() if id(p) not in looked_up)
-    layers, width = config.num_hidden_layers, config.hidden_size
-    return float(6 * active + 12 * layers * width * sequence)
-
-
-def _multiplies(module: nn.Module) -> bool:
-    # transformers' Conv1D is GPT-2's name for a linear layer.
-    return isinstance(module, nn.Linear | transformers.pytorch_utils.Conv1D)
 
 
 def _saved_config(name: str) -> PretrainedConfig:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from mics.anatomy.anatomy import Anatomy
+from mics.anatomy.flops import hardware_flops, model_flops, utilisation
 from mics.anatomy.memory import Memory, Need, Setup, memory
 from mics.errors import PlanError
 from mics.hardware.cluster import Cluster
@@ -53,8 +54,8 @@ class Plan:
         memory: the largest moments.
         needed: bytes with fragmentation.
         simulated: its step.
-        model_flops: per GPU and step, nothing recomputed.
-        hardware_flops: with what is recomputed.
+        model_flops: per GPU and step, see ``anatomy.flops``.
+        hardware_flops: those and what checkpointing computes again.
         reason: why this one, a sentence.
     """
 
@@ -93,13 +94,13 @@ class Plan:
 
     @property
     def mfu(self) -> float:
-        """FLOPs of the model over the peak's; recomputation does not count."""
-        return self.model_flops / self.seconds / self._peak
+        """FLOPs of the model over the peak's; what checkpointing recomputes does not count."""
+        return utilisation(self.model_flops, self.seconds, self._peak)
 
     @property
     def hfu(self) -> float:
-        """FLOPs of the hardware over the peak's; recomputation counts."""
-        return self.hardware_flops / self.seconds / self._peak
+        """FLOPs of the hardware over the peak's; what checkpointing recomputes counts."""
+        return utilisation(self.hardware_flops, self.seconds, self._peak)
 
     @property
     def _peak(self) -> float:
@@ -297,8 +298,7 @@ def _plan(
     needed: float,
 ) -> Plan:
     trace = anatomy.trace(way.micro_batch, question.sequence)
-    forward, backward = trace.flops("forward"), trace.flops("backward")
-    recomputed = trace.recomputed_flops if way.checkpointing else 0
+    computed = hardware_flops(trace, checkpointing=way.checkpointing)
     return Plan(
         way=way,
         cluster=cluster,
@@ -306,8 +306,8 @@ def _plan(
         memory=need,
         needed=needed,
         simulated=simulate_way("mics", anatomy, cluster, question, way),
-        model_flops=float(way.micro_steps * (forward + backward)),
-        hardware_flops=float(way.micro_steps * (forward + backward + recomputed)),
+        model_flops=float(way.micro_steps * model_flops(trace)),
+        hardware_flops=float(way.micro_steps * computed),
         anatomy=anatomy,
     )
 

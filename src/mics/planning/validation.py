@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 
 from mics.anatomy.anatomy import Anatomy
+from mics.anatomy.flops import hardware_flops
 from mics.hardware.cluster import Cluster, Link
 from mics.hardware.fit import Point, fit_links
 from mics.hardware.lookup import find_node, read_catalogue
@@ -167,7 +168,7 @@ def _row(
 
 def _tflops(facts: Mapping[str, Any], nodes: int) -> float:
     trace = _model(facts).trace(facts["micro_batch"], _sequence(facts))
-    flops = trace.flops("forward") + trace.flops("backward") + trace.recomputed_flops
+    flops = hardware_flops(trace, checkpointing=True)
     cluster = Cluster(find_node(facts["node"]), nodes)
     return MICRO_STEPS * flops / _seconds(facts, facts["engine"], cluster) / 1e12
 

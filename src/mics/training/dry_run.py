@@ -5,18 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import nn
-from transformers import PretrainedConfig
 
 from mics.anatomy.anatomy import Anatomy
 from mics.anatomy.blocks import find_blocks
+from mics.anatomy.flops import model_flops
 from mics.anatomy.memory import NOT_MODELLED, Setup, memory
 from mics.hardware.cluster import Cluster
 from mics.hardware.lookup import find_node
 from mics.models.building import (
     build,
     check_fits,
-    flops_per_token,
     load_config,
     num_parameters,
     num_positions,
@@ -72,7 +70,7 @@ def describe(config: TrainConfig) -> str:
         f"{positions if positions is not None else 'any number of'} positions",
         f"batch   {batch}; {count(batch.global_batch * sequence)} tokens per step, "
         f"{sequence} per sequence",
-        _work(shape, model, sequence, batch.global_batch),
+        _work(anatomy, sequence, batch),
         "",
         draw(topology),
         *_choice(config, best),
@@ -142,12 +140,13 @@ def _vocabulary(config: TrainConfig) -> int:
     return config.data.vocabulary if config.data.tokenizer == "bpe" else _BYTE_IDS
 
 
-def _work(shape: PretrainedConfig, model: nn.Module, sequence: int, global_batch: int) -> str:
-    per_token = flops_per_token(shape, model, sequence)
-    per_step = per_token * sequence * global_batch
+def _work(anatomy: Anatomy, sequence: int, batch: Batching) -> str:
+    micro_step = model_flops(anatomy.trace(batch.micro_batch, sequence))
+    per_token = micro_step / (batch.micro_batch * sequence)
+    per_step = per_token * sequence * batch.global_batch
     return (
         f"work    {per_token / 1e9:.3g} GFLOPs per token, {per_step / 1e12:.3g} TFLOPs per step "
-        "(forward and backward, recomputation not counted)"
+        "(products of forward and backward, masked scores and checkpointing not counted)"
     )
 
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from transformers import PretrainedConfig
 
 from mics.anatomy.anatomy import Anatomy
+from mics.anatomy.flops import model_flops
 from mics.errors import PlanError
 from mics.hardware.cluster import Cluster, Gpu, Link, Node
 from mics.hardware.lookup import find_node
@@ -38,10 +39,13 @@ class Expectation:
     Args:
         memory_bytes: of a rank, at most; ``None`` for a model that cannot be traced.
         step_seconds: ``None`` then too, and where no node was named that it could be predicted for.
+        model_flops: of a rank and micro-step (``anatomy.flops``); ``None`` for a model that cannot
+            be traced.
     """
 
     memory_bytes: int | None
     step_seconds: float | None
+    model_flops: int | None
 
 
 def forms_of(partition: int, k: int, collectives: Collectives) -> tuple[Form, ...]:
@@ -144,11 +148,12 @@ class Forecast:
     def expect(self, partition: int) -> Expectation:
         """Memory and time with a partition."""
         if not self._traced:
-            return Expectation(None, None)
+            return Expectation(None, None, None)
         seconds = None
         if self._named is not None:
             seconds = min(map(self._seconds, self._ways(partition)))
-        return Expectation(self._need()(partition), seconds)
+        trace = self._anatomy.trace(self._micro_batch, self._question.sequence)
+        return Expectation(self._need()(partition), seconds, model_flops(trace))
 
     def _fastest(self, memory: int) -> PartitionChoice | None:
         """The best plan on the nodes that were named, with the memory that is there."""

@@ -78,7 +78,7 @@ def _meter(run: Run) -> Meter:
         steps=run.config.run.steps,
         tokens=run.batch.global_batch * run.sequence,
         bytes_per_token=None if run.masked else run.data.train.bytes_per_token,
-        flops_per_token=run.flops_per_token,
+        flops=run.flops,
         peak_flops=peak_flops(run.device, run.config.parallel.dtype),
         device=run.device,
     )

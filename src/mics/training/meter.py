@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from mics.anatomy.flops import utilisation
 from mics.communication.ledger import Seconds
 from mics.communication.wire import bytes_sent
 from mics.sharding.prediction import ledger, predict_traffic
@@ -27,7 +28,7 @@ class Meter:
         tokens: that the model computes in a step, on all ranks; of a masked model few of them are
             predicted.
         bytes_per_token: of the training text; ``None`` shows no bits per byte.
-        flops_per_token: forward and backward, without recomputation.
+        flops: of the model, per rank and step (``anatomy.flops``); ``None`` shows no MFU.
         peak_flops: of one device, per second; ``None`` shows no MFU.
         device: where collectives take their tensors from.
     """
@@ -40,7 +41,7 @@ class Meter:
         steps: int,
         tokens: int,
         bytes_per_token: float | None,
-        flops_per_token: float,
+        flops: float | None,
         peak_flops: float | None,
         device: torch.device,
     ) -> None:
@@ -49,7 +50,7 @@ class Meter:
         self._steps = steps
         self._tokens = tokens
         self._bytes_per_token = bytes_per_token
-        self._flops_per_token = flops_per_token
+        self._flops = flops
         self._peak_flops = peak_flops
         self._device = device
         self._watch = Stopwatch()
@@ -82,8 +83,8 @@ class Meter:
         hop_1, hop_2 = self._seconds(1), self._seconds(2)
         wire = bytes_sent()
         used = None
-        if self._peak_flops is not None:
-            used = rate / world * self._flops_per_token / self._peak_flops
+        if self._flops is not None and self._peak_flops is not None:
+            used = utilisation(self._flops, seconds, self._peak_flops)
         bits = None
         if self._bytes_per_token is not None:
             bits = bits_per_byte(outcome.loss, self._bytes_per_token)

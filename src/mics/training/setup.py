@@ -20,7 +20,6 @@ from mics.models.building import (
     build,
     check_fits,
     check_mask,
-    flops_per_token,
     load_config,
     num_parameters,
     num_positions,
@@ -49,7 +48,6 @@ class Run:
     shape: PretrainedConfig
     model: nn.Module
     parameters: int
-    flops_per_token: float
     optimizer: torch.optim.Optimizer
     data: Data
     batch: Batching
@@ -64,6 +62,12 @@ class Run:
     def masked(self) -> bool:
         """Whether it is a masked language model."""
         return task_of(self.shape) == "masked"
+
+    @property
+    def flops(self) -> int | None:
+        """FLOPs of the model per rank and step; ``None`` for a model that cannot be traced."""
+        each = self.expected.model_flops
+        return None if each is None else each * self.batch.micro_steps
 
     def micro_batches(self, position: int) -> Iterator[Batch]:
         """This rank's micro-batches of the step that begins at ``position``.
@@ -109,7 +113,6 @@ def set_up(config: TrainConfig) -> Iterator[Run]:
         torch.manual_seed(config.run.seed)  # of the weights
         model = build(shape)
         parameters = num_parameters(model)
-        flops = flops_per_token(shape, model, sequence)
         shard(
             model,
             partition=partition,
@@ -128,7 +131,6 @@ def set_up(config: TrainConfig) -> Iterator[Run]:
             shape=shape,
             model=model.train(),
             parameters=parameters,
-            flops_per_token=flops,
             optimizer=make_optimizer(model, config.optimizer),
             data=data,
             batch=batch,
