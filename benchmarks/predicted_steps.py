@@ -22,7 +22,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from mics import traffic
-from mics.benching.dilated import Dilation, arithmetic
+from mics.benching.dilated import Dilation
 from mics.errors import PlanError
 from mics.hardware.cluster import Node
 from mics.hardware.lookup import find_gpu
@@ -33,7 +33,7 @@ from mics.simulation.step_on_cpu import CpuRank
 from mics.topology import Topology
 
 RESULTS = Path(__file__).parent / "results"
-LINK, LINK_BITS = "100mbit", 100e6
+LINK = "100mbit"
 RANKS = 2  # per node
 
 
@@ -107,10 +107,10 @@ def slowed(stages: tuple[Stage, ...], inside: float) -> tuple[Stage, ...]:
     return tuple(Stage(s.link, s.seconds * (inside if s.link == "intra" else 1)) for s in stages)
 
 
-def predict(case: Case, node: Node, inside: float) -> float:
-    """Seconds of a step of mics on Gloo."""
-    made = arithmetic(case.dilation, LINK_BITS)
-    p, world, size = case.partition, case.nodes * RANKS, made.block_bytes
+def predict(case: Case, run: dict[str, Any], node: Node, inside: float) -> float:
+    """Seconds of a step of mics on Gloo, with the sleeps that the run has had."""
+    made = run["arithmetic"]
+    p, world, size = case.partition, case.nodes * RANKS, made["block_bytes"]
     form = "flat" if case.form == "flat" else "hierarchical"
     gather = slowed(gather_stages(node, p, size, form), inside)
     reduce = gather[::-1]
@@ -120,7 +120,7 @@ def predict(case: Case, node: Node, inside: float) -> float:
     nodes = replicas if p >= RANKS else case.nodes
     sync = all_reduce_seconds(node, replicas, nodes, size / p, min(p, RANKS))
     block = Work(
-        made.forward, made.backward, gather, reduce, (Stage("inter", sync),) if sync else ()
+        made["forward"], made["backward"], gather, reduce, (Stage("inter", sync),) if sync else ()
     )
     schedule = Schedule(
         case.micro_steps,
@@ -154,13 +154,13 @@ def predicted_bytes(case: Case) -> float:
     return float(traffic.node_inter_bytes(sent) / case.nodes)
 
 
-def calibrate(node: Node, measured: float) -> float:
+def calibrate(run: dict[str, Any], node: Node, measured: float) -> float:
     """The factor inside a node at which the calibrating run is met."""
     low, high = 1.0, 20.0
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (
-            (middle, high) if predict(CALIBRATES, node, middle) < measured else (low, middle)
+            (middle, high) if predict(CALIBRATES, run, node, middle) < measured else (low, middle)
         )
     return low
 
@@ -171,13 +171,13 @@ def compare(document: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     node = measured_node(profile, find_gpu("V100-32GB"))
     print(f"inside  {node.intra}\nbetween {node.inter}\nall-reduce {node.all_reduce}")
     seconds = [one["run"]["engines"][0]["seconds"]["median"] for one in document["runs"]]
-    inside = calibrate(node, seconds[0])
+    inside = calibrate(document["runs"][0]["run"], node, seconds[0])
     print(f"inside a node, in a step: x {inside:.2f}, calibrated at {CALIBRATES}")
     rows = []
     print(f"{'case':<62}{'measured':>10}{'predicted':>11}{'error':>8}{'kernel over predicted':>24}")
     for one, measured in zip(document["runs"], seconds, strict=True):
         case = Case(**one["case"])
-        found = predict(case, node, inside)
+        found = predict(case, one["run"], node, inside)
         sent = one["run"]["engines"][0]["bytes_sent"]
         expected = predicted_bytes(case)
         used = "calibrated" if case == CALIBRATES else "predicted"

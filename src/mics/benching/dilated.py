@@ -4,7 +4,8 @@ Nodes become slower links and smaller blocks. Computation is a sleep inside a re
 communication is real, so 16 nodes fit on 2 cores. With
 
     B, b    bytes of a block in the model, in the stand-in
-    r, l    bytes per second of a node's link in the cluster, of the stand-in's link
+    r, l    bytes per second of a node's link in the cluster (the catalogue's, over 8 nodes), and of
+            the stand-in's link
     f       FLOPs of one block's forward on one micro-batch, F those a GPU computes per second
 
 every time is stretched by D = (b / l) / (B / r): a block that takes B / r on the cluster's link
@@ -21,48 +22,46 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import torch
 import transformers
 from torch import nn
 
+from mics.anatomy.flops import block_forward_flops
 from mics.errors import MicsError
+from mics.hardware.lookup import find_node
 from mics.models.presets import PRESETS
+from mics.planning.subject import subject
+
+NODES = 8
+"""How many nodes the cluster's link is taken to join: with more of them a p3dn's carries less."""
 
 _WIDTH = 64  # of what travels between the blocks
 
 
 @dataclass(frozen=True)
-class Cluster:
-    """What a time is computed from.
+class Computing:
+    """What a GPU of a node reaches in training.
 
-    ``link`` is what a node's link carries in practice, bytes per second. ``flops`` is what a GPU
-    computes in practice, FLOPs per second. ``source`` says where both are from.
+    Args:
+        of_peak: the share of the catalogue's peak, in 16 bits.
+        source: where that is from.
     """
 
-    gpu: str
-    link: float
-    flops: float
+    of_peak: float
     source: str
 
 
 CLUSTERS = {
-    "p3dn": Cluster(
-        "V100 32 GB",
-        8e9,
-        0.5 * 125e12,
-        "link: 100 Gbit/s EFA without GPUDirect, 6 to 10 GB/s in practice; GPU: half of its 125 "
-        "TFLOPS, an assumption",
-    ),
-    "p4d": Cluster(
-        "A100 40 GB",
-        42e9,
-        170e12,
-        "link: 400 Gbit/s EFA, about 42 GB/s in practice; GPU: 170 TFLOPS, the MiCS paper's "
-        "abstract, for its 100B model on p4d.24xlarge",
+    "p3dn": Computing(0.5, "half of its peak, an assumption"),
+    "p4d": Computing(
+        170 / 312,
+        "170 of 312 TFLOPS, the MiCS paper's abstract, for its 100B model on p4d.24xlarge",
     ),
 }
+"""The clusters that are stood for, by the name of their node in the catalogue."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +89,10 @@ class Dilation:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """How the stand-in's times come about; seconds and bytes."""
+    """How the stand-in's times come about; seconds, bytes, bytes and FLOPs per second."""
 
+    real_link: float
+    real_gpu: float
     real_block_bytes: float
     real_block_on_link: float
     real_forward: float
@@ -117,14 +118,17 @@ def arithmetic(dilation: Dilation, link_bits: float) -> Arithmetic:
         link_bits: bits per second of the stand-in's link.
     """
     _check(dilation)
-    cluster = CLUSTERS[dilation.cluster]
-    parameters, layers, flops = _block(dilation)
+    node, computing = find_node(dilation.cluster), CLUSTERS[dilation.cluster]
+    real_link, real_gpu = node.inter.over(NODES), computing.of_peak * node.gpu.peak
+    parameters, layers, flops = _block(dilation.model, dilation.micro_batch, dilation.sequence)
     real_bytes = 2.0 * parameters  # fp16 on the wire
-    real_on_link = real_bytes / cluster.link
+    real_on_link = real_bytes / real_link
     on_link = dilation.block_bytes * 8 / link_bits
     factor = on_link / real_on_link
-    real_forward = flops / cluster.flops
+    real_forward = flops / real_gpu
     return Arithmetic(
+        real_link=real_link,
+        real_gpu=real_gpu,
         real_block_bytes=real_bytes,
         real_block_on_link=real_on_link,
         real_forward=real_forward,
@@ -133,7 +137,8 @@ def arithmetic(dilation: Dilation, link_bits: float) -> Arithmetic:
         factor=factor,
         forward=factor * real_forward,
         backward=factor * 3 * real_forward,
-        source=cluster.source,
+        source=f"link: {node.name} over {NODES} nodes, the catalogue ({node.source}); "
+        f"GPU: {computing.source}",
         scale=dilation.block_bytes / 4 * dilation.blocks / (parameters * layers),
     )
 
@@ -155,18 +160,16 @@ def _check(dilation: Dilation) -> None:
         )
 
 
-def _block(dilation: Dilation) -> tuple[int, int, float]:
-    """Parameters of one block, their number, and FLOPs of a forward of one on a micro-batch."""
-    settings = dict(PRESETS[dilation.model].settings)
-    config = transformers.AutoConfig.for_model(PRESETS[dilation.model].model_type, **settings)
-    width, layers = config.hidden_size, config.num_hidden_layers
-    with torch.device("meta"):
-        whole = transformers.AutoModel.from_config(config)  # type: ignore[no-untyped-call]
-    stack = next(m for m in whole.modules() if isinstance(m, nn.ModuleList) and len(m) == layers)
-    parameters = sum(p.numel() for p in stack[0].parameters())
-    tokens = dilation.micro_batch * dilation.sequence
-    # 2 per parameter and token, and the two products of attention: PaLM, appendix B, forward only.
-    return parameters, layers, tokens * (2.0 * parameters + 4.0 * width * dilation.sequence)
+@cache
+def _block(model: str, micro_batch: int, sequence: int) -> tuple[int, int, int]:
+    """Parameters of one block, how many blocks, and FLOPs of a forward of one on a micro-batch."""
+    settings = dict(PRESETS[model].settings)
+    config = transformers.AutoConfig.for_model(PRESETS[model].model_type, **settings)
+    layers = config.num_hidden_layers
+    config.num_hidden_layers = 2  # they are all alike, and a short model is traced at once
+    anatomy = subject(config)
+    trace = anatomy.trace(micro_batch, anatomy.sequence_or(sequence))
+    return anatomy.blocks[0].numel(), layers, block_forward_flops(trace)
 
 
 class Stretched:
