@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mics.anatomy.trace import Operator, Segment, Trace
+from mics.files import write_whole
 from mics.version import __version__
 
 _COUNTED = 2
@@ -46,10 +47,7 @@ class TraceCache:
         """Keep one; a folder that cannot be written is no error."""
         file = self._file(micro_batch, sequence)
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = file.with_suffix(f".{os.getpid()}")
-            unfinished.write_text(json.dumps(_written(made)))
-            unfinished.replace(file)
+            write_whole(file, json.dumps(_written(made)))
         except OSError:
             return
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from mics.errors import LabError
+from mics.files import write_whole
 
 PREFIX = "mics-"
 FOLDER = "MICS_LAB_FOLDER"
@@ -151,9 +152,7 @@ def keep(lab: Lab) -> None:
     """The lab outlives this process."""
     path = _path(lab)
     table = json.loads(path.read_text()) | {"keep": True}
-    unnamed = path.with_suffix(f".{os.getpid()}")
-    unnamed.write_text(json.dumps(table))
-    unnamed.replace(path)
+    write_whole(path, json.dumps(table))
 
 
 def _path(lab: Lab) -> Path:
