@@ -23,7 +23,6 @@ import re
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -36,6 +35,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard as torch_fully_shard
 
 import mics
+from mics.communication.timing import slowest_seconds
 
 RESULTS = Path(__file__).parent / "results"
 ENGINES = ("fsdp2", "mics", "fsdp2 no gradient sync")
@@ -102,14 +102,7 @@ class Engine:
 
     def timed_step(self) -> float:
         """Seconds of one step of the slowest rank."""
-        _synchronize(self.device)
-        dist.barrier()
-        start = time.perf_counter()
-        self.step()
-        _synchronize(self.device)
-        spent = torch.tensor(time.perf_counter() - start, device=self.device)
-        dist.all_reduce(spent, dist.ReduceOp.MAX)
-        return float(spent)
+        return slowest_seconds(self.step, torch.device(self.device))
 
 
 def measure_time(work: Workload) -> dict[str, Any]:
@@ -171,11 +164,6 @@ def _choose_gpu(local_rank: int) -> None:
     if int(os.environ["LOCAL_WORLD_SIZE"]) > gpus:
         # NCCL refuses a GPU twice on one host: ranks that share one pass for hosts of their own.
         os.environ |= {"NCCL_HOSTID": str(local_rank), "NCCL_SOCKET_IFNAME": "lo"}
-
-
-def _synchronize(kind: str) -> None:
-    if kind != "cpu":
-        torch.accelerator.synchronize()
 
 
 def _peak_bytes_since_reset(run: Callable[[], object]) -> int:

@@ -7,7 +7,6 @@ floor is the bytes that must leave a node over the slow link (``traffic.py``) ov
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -20,8 +19,8 @@ from mics.communication.backend import backend_of_mesh
 from mics.communication.collectives import AllGather
 from mics.communication.forms import choice_of, keep
 from mics.communication.ledger import Ledger
+from mics.communication.timing import time_in_turn
 from mics.communication.two_stages import hierarchical_all_gather, hierarchical_reduce_scatter
-from mics.ranks.device import synchronise
 from mics.ranks.mesh import Groups, StageGroups, ranks_of, stage_groups
 from mics.traffic import Collective, Form, ring_flow, stage_flow, stages
 
@@ -88,8 +87,9 @@ def measure_collectives(
     pair = stage_groups(groups, ranks)
     for size in sizes:
         for collective, calls in _calls(groups, pair, size).items():
-            seconds = _interleaved(groups, calls, repeats)
-            for form, spent in seconds.items():
+            timed = {form: call for form, (call, _) in calls.items()}
+            for form, seconds in time_in_turn(timed, repeats, groups.device).items():
+                spent = [each / calls[form][1] for each in seconds]
                 k = groups.gpus_per_node
                 gloo = backend_of_mesh(groups).reduces_by_all_reduce
                 sent = _leaves_a_node(collective, ranks, size, k, form, gloo=gloo)
@@ -119,7 +119,7 @@ def keep_choices(groups: Groups, found: Sequence[Measured]) -> None:
 def _calls(
     groups: Groups, pair: StageGroups | None, size: int
 ) -> dict[Collective, dict[str, tuple[Callable[[], None], int]]]:
-    """For each collective its forms: what to call, and for how many blocks that is."""
+    """What to call for each form of each collective, and for how many blocks that counts."""
     shard, device = groups.shard, groups.device
     p = shard.size()
     numel = size // 4 // p
@@ -167,23 +167,6 @@ def _pipelined(groups: Groups, whole: torch.Tensor, mine: torch.Tensor) -> Calla
 
 def _done(_: object) -> None:
     pass
-
-
-def _interleaved(
-    groups: Groups, calls: dict[str, tuple[Callable[[], None], int]], repeats: int
-) -> dict[str, list[float]]:
-    seconds: dict[str, list[float]] = {form: [] for form in calls}
-    for number in range(repeats + 1):
-        for form, (call, blocks) in calls.items():
-            dist.barrier()
-            start = time.perf_counter()
-            call()
-            synchronise(groups.device)
-            spent = torch.tensor(time.perf_counter() - start, device=groups.device)
-            dist.all_reduce(spent, dist.ReduceOp.MAX)
-            if number:  # the first one makes connections
-                seconds[form].append(spent.item() / blocks)
-    return seconds
 
 
 def _leaves_a_node(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,11 +11,13 @@ import torch
 import torch.distributed as dist
 
 from mics.benching.spread import Spread
+from mics.communication.timing import slowest_seconds
 from mics.communication.wire import bytes_sent
+from mics.ranks.device import HOST
 
 
 class Stepping(Protocol):
-    """An engine, wherever it runs."""
+    """An engine that takes a step at a time, wherever it runs."""
 
     name: Any
 
@@ -73,16 +74,11 @@ def compare(
     for number in range(steps + 1):
         turn = number % len(engines)
         for engine in [*engines[turn:], *engines[:turn]]:
-            dist.barrier()
-            before, start = bytes_sent(), time.perf_counter()
-            loss = engine.step()
-            spent = torch.tensor(time.perf_counter() - start)
-            dist.all_reduce(spent, dist.ReduceOp.MAX)
-            told(number, engine.name, spent.item())
+            spent, loss, counted = _step_of(engine)
+            told(number, engine.name, spent)
             losses[engine.name].append(loss)
-            counted = _per_node(before)
             if number:
-                seconds[engine.name].append(spent.item())
+                seconds[engine.name].append(spent)
                 sent[engine.name].append(counted)
     first = seconds[engines[0].name]
     return [
@@ -105,6 +101,14 @@ def agree(compared: Sequence[Compared], relative: float = 1e-4) -> bool:
         for one in engines[1:]
         for mine, theirs in zip(one.losses, engines[0].losses, strict=True)
     )
+
+
+def _step_of(engine: Stepping) -> tuple[float, float, int | None]:
+    """One step: the slowest rank's seconds, the loss, and the bytes that a node has sent."""
+    found: list[tuple[int | None, float]] = []
+    spent = slowest_seconds(lambda: found.append((bytes_sent(), engine.step())), torch.device(HOST))
+    ((before, loss),) = found
+    return spent, loss, _per_node(before)
 
 
 def _per_node(before: int | None) -> int | None:

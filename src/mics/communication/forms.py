@@ -12,7 +12,6 @@ import json
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast, get_args
@@ -22,11 +21,13 @@ import torch.distributed as dist
 
 from mics import compat
 from mics.communication.collectives import Decide
+from mics.communication.timing import time_in_turn
 from mics.communication.two_stages import hierarchical_all_gather, hierarchical_reduce_scatter
 from mics.errors import ShardError
+from mics.files import write_whole
 from mics.ranks.agreement import gather_text
 from mics.ranks.console import say
-from mics.ranks.device import HOST, device_name, on_accelerator, synchronise
+from mics.ranks.device import HOST, device_name, on_accelerator
 from mics.ranks.mesh import Groups, PerMesh, StageGroups, stage_groups
 from mics.topology import Ranks, nodes_of
 from mics.traffic import Collective, Form
@@ -164,33 +165,20 @@ def _time_forms(
     """Median seconds of the flat and the hierarchical form, of the slowest rank of the mesh."""
     whole = torch.zeros(numel, dtype=dtype, device=groups.device)
     shard = torch.zeros(numel // group.size(), dtype=dtype, device=groups.device)
-    runs: tuple[Callable[[], object], Callable[[], object]]
+    calls: dict[Form, Callable[[], object]]
     if collective == "all_gather":
-        runs = (
-            lambda: compat.all_gather(whole, shard, group),
-            lambda: hierarchical_all_gather(whole, shard, pair),
-        )
+        calls = {
+            "flat": lambda: compat.all_gather(whole, shard, group),
+            "hierarchical": lambda: hierarchical_all_gather(whole, shard, pair),
+        }
     else:
         total = dist.ReduceOp.SUM
-        runs = (
-            lambda: compat.reduce_scatter(shard, whole, total, group),
-            lambda: hierarchical_reduce_scatter(shard, whole, total, pair),
-        )
-    times: tuple[list[float], list[float]] = ([], [])
-    for repeat in range(_REPEATS + 1):
-        for run, into in zip(runs, times, strict=True):
-            synchronise(groups.device)
-            dist.barrier(group)
-            start = time.perf_counter()
-            run()
-            synchronise(groups.device)
-            if repeat > 0:  # the first one connects and warms up
-                into.append(time.perf_counter() - start)
-    medians = torch.tensor([statistics.median(t) for t in times], device=groups.device)
-    for axis in groups.axes:
-        dist.all_reduce(medians, dist.ReduceOp.MAX, group=axis)
-    flat, hierarchical = medians.tolist()
-    return flat, hierarchical
+        calls = {
+            "flat": lambda: compat.reduce_scatter(shard, whole, total, group),
+            "hierarchical": lambda: hierarchical_reduce_scatter(shard, whole, total, pair),
+        }
+    seconds = time_in_turn(calls, _REPEATS, groups.device, groups.axes)
+    return statistics.median(seconds["flat"]), statistics.median(seconds["hierarchical"])
 
 
 def _size(num_bytes: int) -> str:
@@ -236,10 +224,7 @@ def _write_profile(groups: Groups, choice: Choice, flat: float, hierarchical: fl
         "hierarchical_seconds": hierarchical,
     }
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_suffix(f".{os.getpid()}.tmp")
-        scratch.write_text(json.dumps({"format": _FORMAT, "clusters": profile}, indent=1) + "\n")
-        scratch.replace(path)
+        write_whole(path, json.dumps({"format": _FORMAT, "clusters": profile}, indent=1) + "\n")
     except OSError as error:
         say(f"cannot keep the measurement in {path}: {error}; it will be taken again next time")
 

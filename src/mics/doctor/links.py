@@ -7,9 +7,7 @@ its link in a ring, whatever n is.
 
 from __future__ import annotations
 
-import json
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -18,8 +16,7 @@ import torch
 import torch.distributed as dist
 
 from mics import compat
-from mics.ranks.agreement import gather_text
-from mics.ranks.device import synchronise
+from mics.communication.timing import time_in_turn
 from mics.topology import Ranks, Topology, nodes_of
 
 LinkClass = Literal["intra", "inter"]
@@ -107,18 +104,11 @@ def _probe(
     shard_bytes = max(1, message_bytes // n // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
     shard = torch.zeros(shard_bytes, dtype=torch.uint8, device=device)
     whole = torch.empty(n * shard_bytes, dtype=torch.uint8, device=device)
-    times = []
-    for repeat in range(_REPEATS + 1):
-        synchronise(device)
-        dist.barrier()  # of the world: groups share links in training, so they do here
-        start = time.perf_counter()
+
+    def calls() -> None:
         for _ in range(_CALLS):
             compat.all_gather(whole, shard, group)
-        synchronise(device)
-        if repeat > 0:  # the first one connects and warms up
-            times.append((time.perf_counter() - start) / _CALLS)
-    world = dist.group.WORLD
-    assert world is not None
-    texts = gather_text(json.dumps(times), world, torch.device("cpu"))
-    by_repeat = zip(*(json.loads(text) for text in texts), strict=True)
-    return Probe(len(groups), n, n * shard_bytes, tuple(map(max, by_repeat)))
+
+    # The whole world begins at once: groups share links in training, so they do here.
+    seconds = time_in_turn({"all_gather": calls}, _REPEATS, device)["all_gather"]
+    return Probe(len(groups), n, n * shard_bytes, tuple(each / _CALLS for each in seconds))
