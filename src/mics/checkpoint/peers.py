@@ -5,17 +5,15 @@ Training's communicators stay free for training while a save runs in the backgro
 
 from __future__ import annotations
 
-import json
 import weakref
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 
 from mics.errors import CheckpointError
-from mics.ranks.agreement import gather_text
+from mics.ranks.together import gather_json, together
 
 Result = TypeVar("Result")
 
@@ -37,10 +35,7 @@ class Peers:
 
     def gather(self, facts: Any) -> list[Any]:
         """The facts of every rank, in rank order."""
-        if self._group is None:
-            return [facts]
-        texts = gather_text(json.dumps(facts), self._group, torch.device("cpu"))
-        return [json.loads(text) for text in texts]
+        return gather_json(facts, self._group)
 
     def together(
         self, work: Callable[[], Result], *, only: int | None = None
@@ -51,37 +46,19 @@ class Peers:
             CheckpointError: on every rank, the error of the first rank that could not, whatever it
                 was: the others must not wait for a rank that has left.
         """
-        result: Any = None
-        trouble: dict[str, str] | None = None
-        cause: Exception | None = None
-        try:
-            if only is None or only == self.rank:
-                result = work()
-        except CheckpointError as error:
-            trouble = {"what": error.what, "numbers": error.numbers, "write": error.write}
-        except OSError as error:
+        mine = work if only is None or only == self.rank else None
+        return together(mine, self._group, kind=CheckpointError, explain=self._explain)
+
+    def _explain(self, error: Exception) -> CheckpointError:
+        if isinstance(error, OSError):
             where = f" {error.filename}" if error.filename else ""
-            trouble = {
-                "what": f"Rank {self.rank} cannot write{where}: {error.strerror or error}.",
-                "numbers": "",
-                "write": "a folder that every rank can write to, with room for a checkpoint",
-            }
-        except Exception as error:
-            cause = error
-            trouble = {
-                "what": f"Rank {self.rank} failed at a checkpoint.",
-                "numbers": f"{type(error).__name__}: {error}",
-                "write": "",
-            }
-        gathered = self.gather({"result": result, "trouble": trouble})
-        for one in gathered:
-            if one["trouble"] is not None:
-                raise CheckpointError(
-                    one["trouble"]["what"],
-                    numbers=one["trouble"]["numbers"],
-                    write=one["trouble"]["write"],
-                ) from cause
-        return [one["result"] for one in gathered]
+            return CheckpointError(
+                f"Rank {self.rank} cannot write{where}: {error.strerror or error}.",
+                write="a folder that every rank can write to, with room for a checkpoint",
+            )
+        return CheckpointError(
+            f"Rank {self.rank} failed at a checkpoint.", numbers=f"{type(error).__name__}: {error}"
+        )
 
 
 def _group_of_our_own() -> dist.ProcessGroup:

@@ -1,4 +1,4 @@
-"""From options to two streams, once per job: rank 0 tokenises, everybody maps the result."""
+"""Two streams of tokens from a run's options: rank 0 tokenises once, everybody maps the result."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 
 from mics.errors import DataError
-from mics.ranks.agreement import check_agreement, gather_text
+from mics.ranks.agreement import check_agreement
 from mics.ranks.console import say
+from mics.ranks.together import gather_json, together
 from mics.training.config import DataConfig
 from mics.training.data import cache
 from mics.training.data.corpus import check_apart, find_files, read_documents
@@ -103,11 +104,11 @@ def _build_where_needed(cached: Path, build: Callable[[], None]) -> None:
     group = dist.new_group(backend="gloo", timeout=_LONGEST)
     assert group is not None
     try:
-        _agree(build if dist.get_rank() == 0 else None, group)
-        marks = gather_text(_mark(cached), group, torch.device("cpu"))
+        _on_all(build if dist.get_rank() == 0 else None, group)
+        marks = gather_json(_mark(cached), group)
         sees = marks[dist.get_rank()] == marks[0]
         first_here = int(os.environ.get("LOCAL_RANK", dist.get_rank())) == 0
-        _agree(build if first_here and not sees else None, group)
+        _on_all(build if first_here and not sees else None, group)
         meta = cache.read_meta(cached)
         facts = {"data": ["none" if meta is None else json.dumps(meta.sha256)]}
         check_agreement(facts, [group], torch.device("cpu"))
@@ -115,17 +116,16 @@ def _build_where_needed(cached: Path, build: Callable[[], None]) -> None:
         dist.destroy_process_group(group)
 
 
-def _agree(build: Callable[[], None] | None, group: dist.ProcessGroup) -> None:
+def _on_all(build: Callable[[], None] | None, group: dist.ProcessGroup) -> None:
     """Build, where there is something to, and raise one rank's error on all."""
-    trouble: dict[str, str] = {}
-    if build is not None:
-        try:
-            build()
-        except DataError as error:
-            trouble = {"what": error.what, "numbers": error.numbers, "write": error.write}
-    for text in gather_text(json.dumps(trouble), group, torch.device("cpu")):
-        if (told := json.loads(text)) and told != {}:
-            raise DataError(**told)
+
+    def explain(error: Exception) -> DataError:
+        return DataError(
+            f"Rank {dist.get_rank()} failed at the data.",
+            numbers=f"{type(error).__name__}: {error}",
+        )
+
+    together(build, group, kind=DataError, explain=explain)
 
 
 def _mark(cached: Path) -> str:
