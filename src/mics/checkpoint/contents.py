@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.utils import find_state_dict_object
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
+from mics.checkpoint.layout import MODEL, OPTIMIZER
 from mics.checkpoint.manifest import Json
 from mics.errors import CheckpointError
 from mics.sharding.units import units_on
@@ -60,11 +61,11 @@ def contents_of(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Co
     for name, value in get_model_state_dict(model).items():
         first = first_of.get(name, name)
         if first != name:
-            aliases[f"model/{name}"] = f"model/{first}"
+            aliases[MODEL + name] = MODEL + first
         elif isinstance(value, torch.Tensor):
-            tensors[f"model/{name}"] = value
+            tensors[MODEL + name] = value
         else:
-            values[f"model/{name}"] = value
+            values[MODEL + name] = value
     if optimizer is not None:
         fresh = not optimizer.state
         flat: dict[str, Any] = dict(get_optimizer_state_dict(model, optimizer, options=FLAT))
@@ -72,7 +73,7 @@ def contents_of(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Co
             _uncount_first_step(optimizer)
         for name, value in flat.items():
             kept = tensors if isinstance(value, torch.Tensor) else values
-            kept[f"optimizer/{name}"] = value
+            kept[OPTIMIZER + name] = value
     return Contents(tensors, aliases, values)
 
 
@@ -165,7 +166,7 @@ def encode_values(values: dict[str, Any]) -> dict[str, Json]:
 
 
 def decode_values(values: dict[str, Json], names: Iterable[str]) -> dict[str, Any]:
-    """The reverse, for some names."""
+    """Values from JSON, for some names: the reverse of ``encode_values``."""
     return {name: _decode(values[name]) for name in names}
 
 

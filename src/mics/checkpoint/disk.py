@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from mics.checkpoint.manifest import FileFacts
+from mics.checkpoint.manifest import CHECKSUM, MANIFEST, FileFacts, Manifest, checksum_line
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileFacts:
@@ -34,6 +34,13 @@ def write_bytes(path: Path, data: bytes) -> FileFacts:
     path.write_bytes(data)
     sync(path)
     return FileFacts(len(data), hashlib.sha256(data).hexdigest())
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the table of contents of a checkpoint and its checksum, to the disk."""
+    data = manifest.to_bytes()
+    write_bytes(folder / CHECKSUM, checksum_line(data))
+    write_bytes(folder / MANIFEST, data)
 
 
 def facts_of(path: Path) -> FileFacts:

@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from mics.checkpoint.appearing import TEMPORARY
 from mics.checkpoint.peers import Peers
 from mics.checkpoint.verifying import verified_manifest
-from mics.checkpoint.writing import TEMPORARY, let_save_end
+from mics.checkpoint.writing import let_save_end
 from mics.errors import CheckpointError
 from mics.ranks.console import say
 
@@ -99,7 +100,7 @@ def hold_folder(root: Path) -> Iterator[None]:
     """
     peers = Peers()
     held: list[IO[str]] = []
-    peers.together(lambda: held.append(_lock(root)) or None, only=0)  # type: ignore[func-returns-value]
+    peers.together(lambda: held.append(_lock(root)), only=0)
     try:
         if held:
             for pattern in (f"step-*{TEMPORARY}", f"step-*{_TRASH}"):
@@ -132,7 +133,7 @@ def _lock(root: Path) -> IO[str]:
 
 
 def _checkpoints(root: Path) -> list[Path]:
-    """Newest first."""
+    """The checkpoints of a run, the newest first."""
     if not root.is_dir():
         return []
     found = [(step, f) for f in root.iterdir() if (step := step_of(f)) is not None and f.is_dir()]

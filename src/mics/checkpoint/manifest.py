@@ -21,13 +21,14 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mics.errors import CheckpointError
+from mics.version import __version__
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -38,8 +39,15 @@ Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 _MOST_BYTES = 1 << 30  # of a manifest
 _MOST_DIMS = 16
 _FILE_NAME = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype as a manifest names it: "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
 _DTYPES = {
-    str(value).removeprefix("torch."): value
+    dtype_name(value): value
     for value in vars(torch).values()
     if isinstance(value, torch.dtype) and not str(value).startswith("torch.q")
 }
@@ -65,18 +73,23 @@ class Entry:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """As torch names it."""
+        """Its dtype as torch's object."""
         return _DTYPES[self.dtype]
 
     @property
     def num_bytes(self) -> int:
-        """Of the whole tensor."""
+        """The size of the whole tensor."""
         return math.prod(self.shape) * self.torch_dtype.itemsize
+
+
+def whole_entry(dtype: str, shape: tuple[int, ...], file: str, key: str) -> Entry:
+    """A tensor that lies in one file, in one piece."""
+    return Entry(dtype, shape, [Chunk((0,) * len(shape), shape, file, key)])
 
 
 @dataclass(frozen=True)
 class FileFacts:
-    """What a file must be."""
+    """The size and the checksum that a file must have."""
 
     bytes: int
     sha256: str
@@ -86,8 +99,6 @@ class FileFacts:
 class Manifest:
     """All of a checkpoint but the values of its tensors."""
 
-    mics: str
-    torch: str
     world: int
     partition: int
     tensors: dict[str, Entry]
@@ -95,10 +106,12 @@ class Manifest:
     values: dict[str, Json]
     extra: dict[str, Json]
     files: dict[str, FileFacts]
-    format: int = field(default=FORMAT)
+    mics: str = __version__
+    torch: str = str(torch.__version__)
+    format: int = FORMAT
 
     def to_bytes(self) -> bytes:
-        """As it is written."""
+        """The text of the manifest as it is written."""
         return json.dumps(asdict(self), sort_keys=True).encode() + b"\n"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from mics.checkpoint.layout import random_state_of
 from mics.ranks.device import HOST, default_device_type, on_accelerator
 
 
@@ -29,4 +30,4 @@ def restore_random_state(rank: int, state: dict[str, torch.Tensor]) -> bool:
 
 
 def _name(rank: int, device: str) -> str:
-    return f"random/rank-{rank:05d}/{device}"
+    return random_state_of(rank) + device

@@ -22,7 +22,8 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
 from mics.checkpoint.contents import FLAT, Contents, contents_of, decode_values
-from mics.checkpoint.manifest import Entry, Json, Manifest, read_manifest
+from mics.checkpoint.layout import MODEL, OPTIMIZER, of_kind, random_state_of
+from mics.checkpoint.manifest import Entry, Json, Manifest, dtype_name, read_manifest
 from mics.checkpoint.peers import Peers
 from mics.checkpoint.randomness import restore_random_state
 from mics.checkpoint.verifying import verified_manifest
@@ -142,12 +143,12 @@ def _slice(file: Any, key: str, item: ReadItem) -> torch.Tensor:
 
 
 def _check_same(folder: Path, manifest: Manifest, contents: Contents) -> None:
-    kinds = ["model", "optimizer"] if _has(contents, "optimizer") else ["model"]
+    kinds = [MODEL, OPTIMIZER] if _names(OPTIMIZER, contents.tensors, contents.values) else [MODEL]
     for kind in kinds:
         _check_names(folder, kind, manifest, contents)
     differences = [
         f"{name} is {_shown(entry.dtype, entry.shape)} there, "
-        f"{_shown(str(tensor.dtype).removeprefix('torch.'), tuple(tensor.shape))} here"
+        f"{_shown(dtype_name(tensor.dtype), tuple(tensor.shape))} here"
         for name, tensor in contents.tensors.items()
         if (entry := manifest.tensors[name]).shape != tuple(tensor.shape)
         or entry.torch_dtype != tensor.dtype
@@ -169,41 +170,38 @@ def _check_same(folder: Path, manifest: Manifest, contents: Contents) -> None:
 
 
 def _check_names(folder: Path, kind: str, manifest: Manifest, contents: Contents) -> None:
+    what = kind.removesuffix("/")
     there = _names(kind, manifest.tensors, manifest.aliases, manifest.values)
     here = _names(kind, contents.tensors, contents.aliases, contents.values)
     if there == here and _ties(kind, manifest.aliases) == _ties(kind, contents.aliases):
         return
     if not there:
         raise CheckpointError(
-            f"{folder} holds no {kind}.",
-            numbers=f"This {kind} has {len(here)} entries.",
+            f"{folder} holds no {what}.",
+            numbers=f"This {what} has {len(here)} entries.",
             write="mics.load(path, model=model), without the optimizer",
         )
     only_there, only_here = sorted(there - here), sorted(here - there)
     if not only_there and not only_here:
         raise CheckpointError(
-            f"{folder} is of another {kind}: other parameters are tied.",
+            f"{folder} is of another {what}: other parameters are tied.",
             numbers=f"There {_ties(kind, manifest.aliases)}, here {_ties(kind, contents.aliases)}.",
-            write=f"the {kind} it was saved from",
+            write=f"the {what} it was saved from",
         )
     raise CheckpointError(
-        f"{folder} is of another {kind}: names differ.",
+        f"{folder} is of another {what}: names differ.",
         numbers=f"{len(only_there)} only there{_first(only_there)}; {len(only_here)} only "
         f"here{_first(only_here)}; {len(there & here)} in both.",
-        write=f"the {kind} it was saved from",
+        write=f"the {what} it was saved from",
     )
 
 
 def _names(kind: str, *tables: Mapping[str, Any]) -> set[str]:
-    return {name for table in tables for name in table if name.startswith(f"{kind}/")}
+    return {name for table in tables for name in table if name.startswith(kind)}
 
 
 def _ties(kind: str, aliases: Mapping[str, str]) -> dict[str, str]:
-    return {name: first for name, first in aliases.items() if name.startswith(f"{kind}/")}
-
-
-def _has(contents: Contents, kind: str) -> bool:
-    return bool(_names(kind, contents.tensors, contents.values))
+    return {name: first for name, first in aliases.items() if name.startswith(kind)}
 
 
 def _first(names: list[str]) -> str:
@@ -223,20 +221,14 @@ def _shown(dtype: str, shape: tuple[int, ...]) -> str:
 def _set_optimizer(
     model: nn.Module, optimizer: torch.optim.Optimizer, contents: Contents, manifest: Manifest
 ) -> None:
-    prefix = "optimizer/"
-    names = [name for name in contents.values if name.startswith(prefix)]
-    state = {
-        name.removeprefix(prefix): value
-        for name, value in (
-            *((n, t) for n, t in contents.tensors.items() if n.startswith(prefix)),
-            *decode_values(manifest.values, names).items(),
-        )
-    }
+    names = [name for name in contents.values if name.startswith(OPTIMIZER)]
+    values = decode_values(manifest.values, names)
+    state = of_kind(OPTIMIZER, contents.tensors) | of_kind(OPTIMIZER, values)
     set_optimizer_state_dict(model, optimizer, state, options=FLAT)
 
 
 def _restore_random(folder: Path, manifest: Manifest, rank: int) -> bool:
-    prefix = f"random/rank-{rank:05d}/"
+    prefix = random_state_of(rank)
     entries = {name: e for name, e in manifest.tensors.items() if name.startswith(prefix)}
     state = {name: torch.empty(e.shape, dtype=e.torch_dtype) for name, e in entries.items()}
     read_tensors(folder, entries, state)

@@ -6,18 +6,18 @@ import atexit
 import dataclasses
 import json
 import os
-import secrets
-import shutil
 import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from mics.checkpoint.appearing import AppearingFolder
 from mics.checkpoint.contents import (
     Contents,
     Piece,
@@ -26,24 +26,21 @@ from mics.checkpoint.contents import (
     partition_of,
     pieces_of_this_rank,
 )
-from mics.checkpoint.disk import sync, write_bytes, write_tensors
+from mics.checkpoint.disk import write_bytes, write_manifest, write_tensors
+from mics.checkpoint.layout import ASSETS, chunk_key, file_of
 from mics.checkpoint.manifest import (
-    CHECKSUM,
-    MANIFEST,
     Chunk,
     Entry,
     FileFacts,
     Json,
     Manifest,
-    checksum_line,
+    dtype_name,
     file_name,
+    whole_entry,
 )
 from mics.checkpoint.peers import Peers
 from mics.checkpoint.randomness import random_state
 from mics.errors import CheckpointError
-from mics.version import __version__
-
-TEMPORARY = ".tmp"
 
 
 def save(
@@ -78,30 +75,9 @@ def save(
             or an asset cannot be kept. Nothing is left behind.
     """
     _end_of_last_save()
-    target = Path(path)
     peers = Peers()
-    contents = contents_of(model, optimizer)
-    values = encode_values(contents.values)
-    extra, assets = dict(extra or {}), dict(assets or {})
-    # Rank 0's are written, and what nobody could read back must not be found out at the end.
-    peers.together(lambda: _check_kept(extra, assets), only=0)
-    making = _make_folder(target, peers)
-    plan = _Plan(
-        target=target,
-        making=making,
-        pieces=[
-            dataclasses.replace(piece, values=_copy(piece.values))
-            for piece in pieces_of_this_rank(contents, model)
-        ],
-        random={name: _copy(state) for name, state in random_state(peers.rank).items()},
-        outline=_outline(contents, peers),
-        partition=partition_of(model),
-        aliases=contents.aliases,
-        values=values,
-        extra=extra,
-        assets=assets,
-    )
-    pending = PendingSave(target, plan, peers)
+    plan = _plan_of(Path(path), model, optimizer, dict(extra or {}), dict(assets or {}), peers)
+    pending = PendingSave(plan.target, plan, peers)
     if asynchronous:
         pending._start()
     else:
@@ -139,6 +115,7 @@ class PendingSave:
 
     def _start(self) -> None:
         global _last
+        _tell_at_exit_once()
         _last = self
         self._thread = threading.Thread(target=self._run, name="mics-save")
         self._thread.start()
@@ -175,7 +152,12 @@ def let_save_end() -> None:
         _last._thread.join()
 
 
-@atexit.register
+@cache
+def _tell_at_exit_once() -> None:
+    """Let an asynchronous save that nobody waited for say at exit what failed."""
+    atexit.register(_tell_at_exit)
+
+
 def _tell_at_exit() -> None:
     if _last is not None and not _last._told:
         try:
@@ -189,8 +171,14 @@ def _tell_at_exit() -> None:
 
 @dataclass
 class _Plan:
+    """What is to be written: this rank's part, and what rank 0 writes beside all parts.
+
+    ``path`` is the folder to write into, which rank 0 has made and holds as ``making``.
+    """
+
     target: Path
-    making: Path
+    making: AppearingFolder | None
+    path: Path
     pieces: list[Piece]
     random: dict[str, torch.Tensor]
     outline: dict[str, Entry]
@@ -199,6 +187,38 @@ class _Plan:
     values: dict[str, Json]
     extra: dict[str, Json]
     assets: dict[str, bytes]
+
+
+def _plan_of(
+    target: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    extra: dict[str, Json],
+    assets: dict[str, bytes],
+    peers: Peers,
+) -> _Plan:
+    """Everything a save needs, copied from the model, when all ranks have seen its folder."""
+    contents = contents_of(model, optimizer)
+    values = encode_values(contents.values)
+    # Rank 0's are written, and what nobody could read back must not be found out at the end.
+    peers.together(lambda: _check_kept(extra, assets), only=0)
+    making, path = _make_folder(target, peers)
+    return _Plan(
+        target=target,
+        making=making,
+        path=path,
+        pieces=[
+            dataclasses.replace(piece, values=_copy(piece.values))
+            for piece in pieces_of_this_rank(contents, model)
+        ],
+        random={name: _copy(state) for name, state in random_state(peers.rank).items()},
+        outline=_outline(contents, peers),
+        partition=partition_of(model),
+        aliases=contents.aliases,
+        values=values,
+        extra=extra,
+        assets=assets,
+    )
 
 
 def _check_kept(extra: Mapping[str, Any], assets: Mapping[str, Any]) -> None:
@@ -213,7 +233,7 @@ def _check_kept(extra: Mapping[str, Any], assets: Mapping[str, Any]) -> None:
         ) from None
     for name, data in assets.items():
         try:
-            file_name(f"assets/{name}")
+            file_name(ASSETS + name)
         except ValueError:
             raise CheckpointError(
                 f"The asset {name!r} cannot be kept under this name.",
@@ -227,8 +247,9 @@ def _check_kept(extra: Mapping[str, Any], assets: Mapping[str, Any]) -> None:
             )
 
 
-def _make_folder(target: Path, peers: Peers) -> Path:
-    """A temporary folder beside the target, made by rank 0, seen by all."""
+def _make_folder(target: Path, peers: Peers) -> tuple[AppearingFolder | None, Path]:
+    """The folder to write into, made by rank 0, which gets it as such, and seen by all."""
+    made: list[AppearingFolder] = []
 
     def make() -> str:
         if target.exists():
@@ -236,27 +257,26 @@ def _make_folder(target: Path, peers: Peers) -> Path:
                 f"{target} exists; a checkpoint is never written over.",
                 write="another path, or remove it yourself",
             )
-        making = target.with_name(f"{target.name}.{secrets.token_hex(4)}{TEMPORARY}")
-        making.mkdir(parents=True)
-        return str(making)
+        made.append(AppearingFolder(target))
+        return str(made[0].path)
 
-    made = Path(peers.together(make, only=0)[0])
+    path = Path(peers.together(make, only=0)[0])
 
     def see() -> None:
-        if not made.is_dir():
+        if not path.is_dir():
             raise CheckpointError(
                 f"Rank {peers.rank} does not see the folder that rank 0 made for the checkpoint: "
-                f"{made}.",
+                f"{path}.",
                 write="a folder that all nodes share",
             )
 
     try:
         peers.together(see)
     except CheckpointError:
-        if peers.rank == 0:
-            shutil.rmtree(made, ignore_errors=True)
+        for folder in made:
+            folder.discard()
         raise
-    return made
+    return (made[0] if made else None), path
 
 
 def _outline(contents: Contents, peers: Peers) -> dict[str, Entry]:
@@ -264,13 +284,13 @@ def _outline(contents: Contents, peers: Peers) -> dict[str, Entry]:
     if peers.rank != 0:
         return {}
     return {
-        name: Entry(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), [])
+        name: Entry(dtype_name(tensor.dtype), tuple(tensor.shape), [])
         for name, tensor in contents.tensors.items()
     }
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    """On the CPU, its own memory: training may change the original."""
+    """Copy a tensor to the CPU, because training may change the original."""
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
@@ -278,22 +298,21 @@ def _write(plan: _Plan, peers: Peers) -> None:
     try:
         reports = peers.together(lambda: _write_pieces(plan, peers.rank))
         peers.together(lambda: _complete(plan, reports, peers.world), only=0)
-    except BaseException:
-        if peers.rank == 0:
-            shutil.rmtree(plan.making, ignore_errors=True)
-        raise
+    finally:
+        if plan.making is not None:
+            plan.making.discard()
 
 
 def _write_pieces(plan: _Plan, rank: int) -> dict[str, Any]:
     """Write this rank's file and report, as JSON, what is in it."""
-    name = f"rank-{rank:05d}.safetensors"
-    tensors = {f"{piece.name}@{_text(piece.offset)}": piece.values for piece in plan.pieces}
+    name = file_of(rank)
+    tensors = {chunk_key(piece.name, piece.offset): piece.values for piece in plan.pieces}
     chunks = [
         (piece.name, piece.offset, tuple(piece.values.shape), key)
         for piece, key in zip(plan.pieces, tensors, strict=True)
     ]
-    facts = write_tensors(plan.making / name, tensors | plan.random)
-    random = {key: (_dtype(t), tuple(t.shape)) for key, t in plan.random.items()}
+    facts = write_tensors(plan.path / name, tensors | plan.random)
+    random = {key: (dtype_name(t.dtype), tuple(t.shape)) for key, t in plan.random.items()}
     plan.pieces.clear()
     return {"file": name, "facts": dataclasses.asdict(facts), "chunks": chunks, "random": random}
 
@@ -305,7 +324,7 @@ def _complete(plan: _Plan, reports: list[dict[str, Any]], world: int) -> None:
     for report in reports:
         name = report["file"]
         files[name] = FileFacts(**report["facts"])
-        if (plan.making / name).stat().st_size != files[name].bytes:
+        if (plan.path / name).stat().st_size != files[name].bytes:
             raise CheckpointError(
                 f"Rank 0 sees another {name} than the rank that wrote it.",
                 write="a folder that all nodes share",
@@ -313,13 +332,10 @@ def _complete(plan: _Plan, reports: list[dict[str, Any]], world: int) -> None:
         for tensor, offset, shape, key in report["chunks"]:
             tensors[tensor].chunks.append(Chunk(tuple(offset), tuple(shape), name, key))
         for key, (dtype, shape) in report["random"].items():
-            whole = Chunk((0,) * len(shape), tuple(shape), name, key)
-            tensors[key] = Entry(dtype, tuple(shape), [whole])
+            tensors[key] = whole_entry(dtype, tuple(shape), name, key)
     for name, data in plan.assets.items():
-        files[f"assets/{name}"] = write_bytes(plan.making / "assets" / name, data)
+        files[ASSETS + name] = write_bytes(plan.path / ASSETS / name, data)
     manifest = Manifest(
-        mics=__version__,
-        torch=torch.__version__,
         world=world,
         partition=plan.partition,
         tensors=tensors,
@@ -327,24 +343,12 @@ def _complete(plan: _Plan, reports: list[dict[str, Any]], world: int) -> None:
         values=plan.values,
         extra=plan.extra,
         files=files,
-    ).to_bytes()
-    write_bytes(plan.making / CHECKSUM, checksum_line(manifest))
-    write_bytes(plan.making / MANIFEST, manifest)
-    for folder in (plan.making / "assets", plan.making):
-        if folder.is_dir():
-            sync(folder)
+    )
+    write_manifest(plan.path, manifest)
     if plan.target.exists():
         raise CheckpointError(
             f"{plan.target} has appeared while its checkpoint was being written.",
             write="one job per folder",
         )
-    plan.making.rename(plan.target)
-    sync(plan.target.parent)
-
-
-def _text(offset: tuple[int, ...]) -> str:
-    return ",".join(map(str, offset))
-
-
-def _dtype(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+    assert plan.making is not None
+    plan.making.complete()

@@ -1,1 +1,1 @@
-"""To and from transformers' folders."""
+"""Models to and from transformers' folders."""

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from mics.checkpoint.contents import contents_of
+from mics.checkpoint.layout import MODEL_CONFIG
 from mics.checkpoint.manifest import read_manifest
 from mics.checkpoint.reading import read_tensors
-from mics.interchange.exporting import CONFIG, Exported
+from mics.interchange.exporting import Exported
 from mics.models.building import build, load_config, num_positions, task_of
 
 _SEQUENCES, _LENGTH = 2, 32
@@ -28,7 +29,7 @@ def largest_difference(exported: Exported, dtype: torch.dtype | None) -> float:
     """
     theirs = _load_plain(exported.folder, dtype)
     ours = _load_checkpoint(exported.checkpoint)
-    config = load_config(str(exported.checkpoint / CONFIG), vocabulary=1, separator=0)
+    config = load_config(str(exported.checkpoint / MODEL_CONFIG), vocabulary=1, separator=0)
     length = min(_LENGTH, num_positions(config) or _LENGTH)
     seeded = torch.Generator().manual_seed(0)
     ids = torch.randint(0, config.vocab_size, (_SEQUENCES, length), generator=seeded)
@@ -49,7 +50,7 @@ def _load_plain(folder: Path, dtype: torch.dtype | None) -> nn.Module:
 
 
 def _load_checkpoint(checkpoint: Path) -> nn.Module:
-    config = load_config(str(checkpoint / CONFIG), vocabulary=1, separator=0)
+    config = load_config(str(checkpoint / MODEL_CONFIG), vocabulary=1, separator=0)
     manifest = read_manifest(checkpoint)
     torch.manual_seed(0)
     model = build(config, device="cpu").eval()

@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import json
-import secrets
-import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mics.checkpoint.disk import sync, write_bytes
+from mics.checkpoint.disk import write_bytes
 from mics.checkpoint.folder import newest_intact
-from mics.checkpoint.manifest import MANIFEST, Entry, Manifest
-from mics.checkpoint.reading import read_tensors
+from mics.checkpoint.layout import ASSETS, MODEL, MODEL_CONFIG, TOKENIZER, of_kind
+from mics.checkpoint.manifest import MANIFEST, Entry, Manifest, dtype_name
 from mics.checkpoint.verifying import verified_manifest
 from mics.errors import CheckpointError
-from mics.interchange.stream import write_stream
-
-CONFIG = "assets/model/config.json"
-_TOKENIZER = "assets/tokenizer/"
-_PREFIX = "model/"
-
-Told = Callable[[str, int, int], None]
-"""Told what is being done, how many bytes of it are, and of how many."""
+from mics.interchange.new_folder import check_new, new_folder
+from mics.interchange.stream import TensorReader, write_stream
+from mics.ranks.console import ShowBytes
 
 
 @dataclass(frozen=True)
@@ -58,7 +50,7 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def export(
-    path: Path, out: Path, *, dtype: torch.dtype | None, shard_bytes: int, told: Told
+    path: Path, out: Path, *, dtype: torch.dtype | None, shard_bytes: int, told: ShowBytes
 ) -> Exported:
     """Write ``config.json``, the tokenizer and the weights of a checkpoint to a new folder.
 
@@ -70,7 +62,7 @@ def export(
         out: the folder to be made.
         dtype: of floating-point tensors; ``None`` keeps theirs.
         shard_bytes: most bytes per file, where a tensor is not larger by itself.
-        told: called as the work goes on.
+        told: is called as the work goes on.
 
     Raises:
         CheckpointError: no checkpoint, a damaged one, one without a model configuration, or ``out``
@@ -78,26 +70,15 @@ def export(
     """
     checkpoint = find_checkpoint(path)
     manifest = verified_manifest(checkpoint)
-    if CONFIG not in manifest.files:
+    if MODEL_CONFIG not in manifest.files:
         raise CheckpointError(
             f"{checkpoint} does not say which transformers model it is of.",
             numbers=f"Its assets are {_assets(manifest) or 'none'}.",
             write='mics.save(..., assets={"model/config.json": config.to_json_string().encode()})',
         )
-    if out.exists():
-        raise CheckpointError(f"{out} exists; nothing is written over.", write="another folder")
-    making = out.with_name(f"{out.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        making.mkdir(parents=True)
+    check_new(out)
+    with new_folder(out) as making:
         exported = _write(checkpoint, manifest, making, dtype, shard_bytes, told)
-        making.rename(out)
-        sync(out.parent)
-    except OSError as error:
-        raise CheckpointError(
-            f"{out} cannot be written: {error.strerror or error}.", write="a writable folder"
-        ) from None
-    finally:
-        shutil.rmtree(making, ignore_errors=True)
     return Exported(checkpoint, out, *exported)
 
 
@@ -107,30 +88,16 @@ def _write(
     out: Path,
     dtype: torch.dtype | None,
     shard_bytes: int,
-    told: Told,
+    told: ShowBytes,
 ) -> tuple[int, int, list[str]]:
-    entries = {
-        name.removeprefix(_PREFIX): entry
-        for name, entry in manifest.tensors.items()
-        if name.startswith(_PREFIX)
-    }
-    dtypes = {name: _dtype_of(entry, dtype) for name, entry in entries.items()}
+    entries = of_kind(MODEL, manifest.tensors)
+    dtypes = {name: dtype_of(entry, dtype) for name, entry in entries.items()}
     sizes = {
         name: e.num_bytes // e.torch_dtype.itemsize * dtypes[name].itemsize
         for name, e in entries.items()
     }
     shards = _shards(sizes, shard_bytes)
-    total, done = sum(sizes.values()), 0
-
-    def value_of(name: str) -> torch.Tensor:
-        nonlocal done
-        entry = entries[name]
-        value = torch.empty(entry.shape, dtype=entry.torch_dtype)
-        read_tensors(checkpoint, {name: entry}, {name: value})
-        done += sizes[name]
-        told("writing", done, total)
-        return value
-
+    total, value_of = sum(sizes.values()), TensorReader(checkpoint, entries, sizes, told)
     files = [
         "model.safetensors"
         if len(shards) == 1
@@ -143,20 +110,21 @@ def _write(
         where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": where}
         write_bytes(out / "model.safetensors.index.json", json.dumps(index, indent=2).encode())
-    config: dict[str, Any] = json.loads((checkpoint / CONFIG).read_text())
+    config: dict[str, Any] = json.loads((checkpoint / MODEL_CONFIG).read_text())
     # transformers loads weights in the dtype that it reads here, whatever they are stored in.
     config.pop("torch_dtype", None)  # its name before transformers 5
     floats = [each for each in dtypes.values() if each.is_floating_point]
-    config["dtype"] = str(floats[0]).removeprefix("torch.")
+    config["dtype"] = dtype_name(floats[0])
     write_bytes(out / "config.json", json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")
     for name in manifest.files:
-        if name.startswith(_TOKENIZER):
-            target = out / name.removeprefix(_TOKENIZER)
+        if name.startswith(TOKENIZER):
+            target = out / name.removeprefix(TOKENIZER)
             write_bytes(target, (checkpoint / name).read_bytes())
     return len(entries), total, sorted(file.name for file in out.iterdir())
 
 
-def _dtype_of(entry: Entry, wanted: torch.dtype | None) -> torch.dtype:
+def dtype_of(entry: Entry, wanted: torch.dtype | None) -> torch.dtype:
+    """The dtype that a tensor is written in; ``wanted`` is for floating-point ones alone."""
     if wanted is None or not entry.torch_dtype.is_floating_point:
         return entry.torch_dtype
     return wanted
@@ -175,4 +143,4 @@ def _shards(sizes: dict[str, int], most: int) -> list[list[str]]:
 
 
 def _assets(manifest: Manifest) -> str:
-    return ", ".join(name for name in manifest.files if name.startswith("assets/"))
+    return ", ".join(name for name in manifest.files if name.startswith(ASSETS))

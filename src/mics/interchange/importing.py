@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import secrets
-import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from transformers import PretrainedConfig
 
 from mics.checkpoint.contents import contents_of
-from mics.checkpoint.disk import sync, write_bytes
-from mics.checkpoint.manifest import (
-    CHECKSUM,
-    MANIFEST,
-    Chunk,
-    Entry,
-    FileFacts,
-    Manifest,
-    checksum_line,
-)
-from mics.checkpoint.reading import read_tensors
-from mics.errors import CheckpointError
-from mics.interchange.exporting import CONFIG, Told
+from mics.checkpoint.disk import write_bytes, write_manifest
+from mics.checkpoint.layout import MODEL, MODEL_CONFIG, TOKENIZER, chunk_key, file_of
+from mics.checkpoint.manifest import Entry, FileFacts, Manifest, dtype_name, whole_entry
+from mics.interchange.exporting import dtype_of
+from mics.interchange.new_folder import check_new, new_folder
 from mics.interchange.pretrained import read_entries
-from mics.interchange.stream import write_stream
-from mics.interchange.weights import check_complete, match_names
+from mics.interchange.stream import TensorReader, write_stream
+from mics.interchange.weights import match_weights
 from mics.models.building import build, load_config
-from mics.version import __version__
+from mics.ranks.console import ShowBytes
 
-_FILE = "rank-00000.safetensors"
+_CONFIG = "config.json"
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -40,14 +30,16 @@ _TOKENIZER_FILES = (
 )
 
 
-def import_folder(folder: Path, out: Path, *, dtype: torch.dtype | None, told: Told) -> list[str]:
+def import_folder(
+    folder: Path, out: Path, *, dtype: torch.dtype | None, told: ShowBytes
+) -> list[str]:
     """Write a checkpoint (weights only, step 0) from ``config.json`` and safetensors.
 
     Args:
         folder: that transformers' ``save_pretrained`` wrote.
         out: the checkpoint's folder, to be made.
         dtype: of floating-point tensors; ``None`` keeps theirs.
-        told: called as the work goes on.
+        told: is called as the work goes on.
 
     Returns:
         Names of tensors that the model has no place for, which were left out.
@@ -56,77 +48,52 @@ def import_folder(folder: Path, out: Path, *, dtype: torch.dtype | None, told: T
         CheckpointError: the folder lacks parameters, has pickled weights only, or ``out`` exists.
         ConfigError: its ``config.json`` cannot be read.
     """
-    if out.exists():
-        raise CheckpointError(f"{out} exists; nothing is written over.", write="another folder")
+    check_new(out)
     entries = read_entries(folder)
-    config: PretrainedConfig = load_config(str(folder), vocabulary=1, separator=0)
-    model = build(config)
+    model = build(load_config(str(folder), vocabulary=1, separator=0))
     contents = contents_of(model, None)
-    wanted = {name.removeprefix("model/"): tensor for name, tensor in contents.tensors.items()}
-    ties = {
-        name.removeprefix("model/"): first.removeprefix("model/")
-        for name, first in contents.aliases.items()
-    }
-    found = match_names(entries, set(wanted), ties, str(model.base_model_prefix))
-    check_complete(folder, wanted, found)
-    kept = {
-        name: (dtype if dtype is not None and e.torch_dtype.is_floating_point else e.torch_dtype)
-        for name, e in found.items()
-    }
-    total, done = sum(entry.num_bytes for entry in found.values()), 0
-
-    def value_of(key: str) -> torch.Tensor:
-        nonlocal done
-        name = key.removeprefix("model/").rpartition("@")[0]
-        value = torch.empty(found[name].shape, dtype=found[name].torch_dtype)
-        read_tensors(folder, {name: found[name]}, {name: value})
-        done += found[name].num_bytes
-        told("writing", done, total)
-        return value
-
-    making = out.with_name(f"{out.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        making.mkdir(parents=True)
-        keys = {name: f"model/{name}@{','.join('0' * len(e.shape))}" for name, e in found.items()}
-        facts = write_stream(
-            making / _FILE,
-            [(keys[name], kept[name], entry.shape) for name, entry in found.items()],
-            value_of,
-        )
-        files = {_FILE: facts, CONFIG: _copy(folder / "config.json", making / CONFIG)}
+    found, unused = match_weights(folder, entries, model, contents)
+    weights = {MODEL + name: entry for name, entry in found.items()}
+    with new_folder(out) as making:
+        tensors, facts = _write_tensors(folder, weights, making, dtype, told)
+        files = {file_of(0): facts, MODEL_CONFIG: _copy(folder / _CONFIG, making / MODEL_CONFIG)}
         for name in _TOKENIZER_FILES:
             if (folder / name).is_file():
-                asset = f"assets/tokenizer/{name}"
-                files[asset] = _copy(folder / name, making / asset)
+                files[TOKENIZER + name] = _copy(folder / name, making / TOKENIZER / name)
         manifest = Manifest(
-            mics=__version__,
-            torch=torch.__version__,
             world=1,
             partition=1,
-            tensors={
-                f"model/{name}": Entry(
-                    str(kept[name]).removeprefix("torch."),
-                    entry.shape,
-                    [Chunk((0,) * len(entry.shape), entry.shape, _FILE, keys[name])],
-                )
-                for name, entry in found.items()
-            },
+            tensors=tensors,
             aliases=contents.aliases,
             values={},
             extra={"step": 0, "position": 0, "tokens": 0, "data": f"imported from {folder.name}"},
             files=files,
-        ).to_bytes()
-        write_bytes(making / CHECKSUM, checksum_line(manifest))
-        write_bytes(making / MANIFEST, manifest)
-        making.rename(out)
-        sync(out.parent)
-    except OSError as error:
-        raise CheckpointError(
-            f"{out} cannot be written: {error.strerror or error}.", write="a writable folder"
-        ) from None
-    finally:
-        shutil.rmtree(making, ignore_errors=True)
-    return sorted(set(entries) - {e.chunks[0].key for e in found.values()} - set(ties))
+        )
+        write_manifest(making, manifest)
+    return sorted(unused)
+
+
+def _write_tensors(
+    folder: Path,
+    entries: Mapping[str, Entry],
+    making: Path,
+    dtype: torch.dtype | None,
+    told: ShowBytes,
+) -> tuple[dict[str, Entry], FileFacts]:
+    """All of them into one file; their entries in the checkpoint, and what the file must be."""
+    keys = {name: chunk_key(name, (0,) * len(entry.shape)) for name, entry in entries.items()}
+    written = {
+        name: whole_entry(dtype_name(dtype_of(entry, dtype)), entry.shape, file_of(0), keys[name])
+        for name, entry in entries.items()
+    }
+    by_key = {keys[name]: entry for name, entry in entries.items()}
+    sizes = {key: entry.num_bytes for key, entry in by_key.items()}
+    facts = write_stream(
+        making / file_of(0),
+        [(keys[name], entry.torch_dtype, entry.shape) for name, entry in written.items()],
+        TensorReader(folder, by_key, sizes, told),
+    )
+    return written, facts
 
 
 def _copy(source: Path, target: Path) -> FileFacts:

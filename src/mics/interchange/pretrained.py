@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from mics.checkpoint.manifest import Chunk, Entry
+from mics.checkpoint.manifest import Entry, dtype_name, whole_entry
 from mics.errors import CheckpointError
 from mics.interchange.stream import DTYPES
 
@@ -29,9 +29,8 @@ def read_entries(folder: Path) -> dict[str, Entry]:
                 for name in opened.keys():  # noqa: SIM118 - not a mapping
                     part = opened.get_slice(name)
                     shape = tuple(part.get_shape())
-                    dtype = str(DTYPES[part.get_dtype()]).removeprefix("torch.")
-                    whole = Chunk((0,) * len(shape), shape, file, name)
-                    entries[name] = Entry(dtype, shape, [whole])
+                    dtype = dtype_name(DTYPES[part.get_dtype()])
+                    entries[name] = whole_entry(dtype, shape, file, name)
         except (SafetensorError, OSError, KeyError) as error:
             raise CheckpointError(
                 f"{folder / file} cannot be read as safetensors.",

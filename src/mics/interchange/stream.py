@@ -1,4 +1,4 @@
-"""A safetensors file written tensor by tensor, so that no more than one is ever in memory.
+"""A safetensors file read and written by the tensor, so that one at most is in memory.
 
 The format is eight bytes of header length, a JSON header, then the tensors back to back
 (github.com/huggingface/safetensors, "Format"); the library itself writes whole dictionaries only.
@@ -9,14 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mics.checkpoint.disk import sync
-from mics.checkpoint.manifest import FileFacts
+from mics.checkpoint.manifest import Entry, FileFacts
+from mics.checkpoint.reading import read_tensors
+from mics.ranks.console import ShowBytes
 
 _NAMES = {
     torch.float64: "F64",
@@ -33,12 +35,40 @@ _NAMES = {
 DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 """torch's dtype by the format's name for it."""
 
-Shape = tuple[int, ...]
+
+class TensorReader:
+    """Reads whole tensors of a folder, one after the other, and shows how far it has come.
+
+    Args:
+        folder: where the files of the entries are.
+        entries: of the tensors, by name.
+        sizes: bytes that each of them counts for.
+        show: is called after each.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        entries: Mapping[str, Entry],
+        sizes: Mapping[str, int],
+        show: ShowBytes,
+    ) -> None:
+        self._folder, self._entries, self._sizes, self._show = folder, entries, sizes, show
+        self._done, self._total = 0, sum(sizes.values())
+
+    def __call__(self, name: str) -> torch.Tensor:
+        """The values of a tensor."""
+        entry = self._entries[name]
+        value = torch.empty(entry.shape, dtype=entry.torch_dtype)
+        read_tensors(self._folder, {name: entry}, {name: value})
+        self._done += self._sizes[name]
+        self._show("writing", self._done, self._total)
+        return value
 
 
 def write_stream(
     path: Path,
-    tensors: Sequence[tuple[str, torch.dtype, Shape]],
+    tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]],
     value_of: Callable[[str], torch.Tensor],
 ) -> FileFacts:
     """Write ``tensors`` (name, dtype, shape); ``value_of`` gives them one after the other.

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mics.checkpoint.contents import contents_of
+from mics.checkpoint.contents import Contents, contents_of
+from mics.checkpoint.layout import MODEL, of_kind
 from mics.checkpoint.manifest import Entry
 from mics.checkpoint.reading import read_tensors
 from mics.errors import CheckpointError
@@ -25,29 +26,48 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     that the model has no place for (another head) are said and left out.
 
     Args:
-        model: a transformers model; ``base_model_prefix`` is added to names that lack it, where
-            that makes them fit.
+        model: a transformers model.
         folder: with ``model.safetensors``, or several and their index.
 
     Raises:
         CheckpointError: parameters are missing there, or have other shapes.
     """
-    entries = read_entries(folder)
     contents = contents_of(model, None)
-    wanted = {name.removeprefix("model/"): tensor for name, tensor in contents.tensors.items()}
-    ties = {
-        name.removeprefix("model/"): first.removeprefix("model/")
-        for name, first in contents.aliases.items()
-    }
-    found = match_names(entries, set(wanted), ties, str(getattr(model, "base_model_prefix", "")))
-    check_complete(folder, wanted, found)
-    unused = set(entries) - {entry.chunks[0].key for entry in found.values()} - set(ties)
+    found, unused = match_weights(folder, read_entries(folder), model, contents)
     if unused:
         say(f"{len(unused)} tensor(s) of {folder} have no place in the model{_named(unused)}")
-    read_tensors(folder, found, wanted)
+    read_tensors(folder, found, of_kind(MODEL, contents.tensors))
 
 
-def match_names(
+def match_weights(
+    folder: Path, entries: Mapping[str, Entry], model: nn.Module, contents: Contents
+) -> tuple[dict[str, Entry], set[str]]:
+    """Find the tensors of a model in a transformers folder.
+
+    Args:
+        folder: with safetensors.
+        entries: the folder's.
+        model: ``base_model_prefix`` is added to names that lack it, where that makes them fit.
+        contents: the model's.
+
+    Returns:
+        The entries by the model's names, and the names that the model has no place for.
+
+    Raises:
+        CheckpointError: parameters are missing there, or have other shapes.
+    """
+    wanted = of_kind(MODEL, contents.tensors)
+    ties = {
+        name: first.removeprefix(MODEL) for name, first in of_kind(MODEL, contents.aliases).items()
+    }
+    prefix = str(getattr(model, "base_model_prefix", ""))
+    found = _match_names(entries, set(wanted), ties, prefix)
+    _check_complete(folder, wanted, found)
+    unused = set(entries) - {entry.chunks[0].key for entry in found.values()} - set(ties)
+    return found, unused
+
+
+def _match_names(
     entries: Mapping[str, Entry], wanted: set[str], ties: Mapping[str, str], prefix: str
 ) -> dict[str, Entry]:
     """The entries by the model's names, as far as they are there.
@@ -70,7 +90,7 @@ def match_names(
     return found
 
 
-def check_complete(
+def _check_complete(
     folder: Path, wanted: Mapping[str, torch.Tensor], found: Mapping[str, Entry]
 ) -> None:
     """Refuse what would leave a parameter as it is.

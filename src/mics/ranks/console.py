@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import torch.distributed as dist
+
+ShowBytes = Callable[[str, int, int], None]
+"""Shows what is being done, how many bytes of it are, and of how many (0: unknown)."""
 
 
 def say(text: str) -> None:

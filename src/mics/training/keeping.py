@@ -17,6 +17,7 @@ from mics.checkpoint import (
     step_folder,
     step_of,
 )
+from mics.checkpoint.layout import ASSETS, OPTIMIZER
 from mics.checkpoint.manifest import read_manifest
 from mics.errors import CheckpointError, ConfigError
 from mics.ranks.console import alarm, say
@@ -117,7 +118,7 @@ class Keeper:
                 f"{found} was trained on other sequences than this run would go on with.",
                 numbers=f"Text, tokenizer, sequence length and seed give {data} there and "
                 f"{self._run.data.fingerprint} here.",
-                write=f"the [data] and seed of {found / 'assets' / 'config.toml'}, or --run.resume "
+                write=f"the [data] and seed of {found / ASSETS / 'config.toml'}, or --run.resume "
                 f"{found} to go on with new data",
             )
         say("the data is new: its order begins anew")
@@ -168,7 +169,7 @@ class Keeper:
 
 def _has_optimizer(checkpoint: Path) -> bool:
     manifest = read_manifest(checkpoint)
-    return any(name.startswith("optimizer/") for name in (*manifest.tensors, *manifest.values))
+    return any(name.startswith(OPTIMIZER) for name in (*manifest.tensors, *manifest.values))
 
 
 def _options(group: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Text to tokens to batches."""
+"""Text becomes tokens, and tokens batches."""
 
 from mics.training.data.prepare import Data as Data
 from mics.training.data.prepare import prepare_data as prepare_data

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,13 +20,11 @@ from numpy.typing import NDArray
 
 from mics.checkpoint.disk import facts_of, sync, write_bytes
 from mics.errors import DataError
+from mics.ranks.console import ShowBytes
 from mics.training.data.tokens import Tokenizer
 
 _BATCH_BYTES = 4 << 20
 _PIECE = 1 << 20  # a longer document is tokenised piece by piece, in memory of one piece
-
-Progress = Callable[[str, int, int], None]
-"""Told what is being done, how many bytes of it are, and of how many (0: unknown)."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ def spool(
     share: float,
     limit: int,
     seed: int,
-    progress: Progress,
+    progress: ShowBytes,
 ) -> Spool:
     """Copy the documents into an open file and choose which are held out, by their content alone.
 
@@ -109,7 +107,7 @@ def spool(
     return Spool(text, ends, held_out)
 
 
-def write(folder: Path, spooled: Spool, tokenizer: Tokenizer, progress: Progress) -> None:
+def write(folder: Path, spooled: Spool, tokenizer: Tokenizer, progress: ShowBytes) -> None:
     """Tokenise both splits into ``folder``, which gets its name when it is complete."""
     dtype = "uint16" if tokenizer.size <= 2**16 else "uint32"
     making = folder.with_name(folder.name + ".making")
@@ -159,7 +157,7 @@ def read_meta(folder: Path) -> Meta | None:
     return meta if sizes == {s: n * itemsize for s, n in meta.tokens.items()} else None
 
 
-def is_intact(folder: Path, progress: Progress) -> bool:
+def is_intact(folder: Path, progress: ShowBytes) -> bool:
     """Whether every byte of a cache is what was written."""
     meta = read_meta(folder)
     if meta is None:
