@@ -19,7 +19,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from mics.benching.children import RELEASES, find_python
+from mics.benching.deepspeed_parent import RELEASES, find_python
 from mics.errors import MicsError
 
 RESULTS = Path(__file__).parent / "results"

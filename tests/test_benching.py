@@ -13,11 +13,11 @@ import torch
 from ranks import errors_of_ranks, run_ranks
 
 from mics.__main__ import main
-from mics.benching.children import RELEASES, Child, find_python
 from mics.benching.collectives import keep_choices, measure_collectives
+from mics.benching.contestants import Contestant, Layout
 from mics.benching.deepspeed_child import Order, configuration
+from mics.benching.deepspeed_parent import RELEASES, DeepSpeed, find_python
 from mics.benching.dilated import CLUSTERS, Dilation, Stretched, arithmetic
-from mics.benching.engines import Engine
 from mics.benching.picture import plot_comparison
 from mics.benching.side_by_side import Compared, agree, compare
 from mics.benching.spread import Spread
@@ -43,7 +43,7 @@ def _compared(work: Workload | Stretched) -> list[Compared]:
     torch.set_num_threads(1)
     # FSDP2 of BERT's outputs, of which nothing is changed in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
-    engines = [Engine(name, work, partition=2, gpus_per_node=2) for name in ENGINES]
+    engines = [Contestant(name, work, Layout(2, 2)) for name in ENGINES]
     return compare(engines, 2, told=lambda *_: None)
 
 
@@ -259,9 +259,9 @@ def _fields(work: Workload) -> dict[str, object]:
 
 def _beside(names: tuple[str, ...], ranks_per_node: int = 2) -> list[Compared]:
     torch.set_num_threads(1)
-    engines: list[Engine | Child] = [
-        Engine("mics", SMALL, partition=2, gpus_per_node=ranks_per_node),
-        *(Child(Order(name, _fields(SMALL), None, 2, ranks_per_node)) for name in names),
+    engines: list[Contestant | DeepSpeed] = [
+        Contestant("mics", SMALL, Layout(2, ranks_per_node)),
+        *(DeepSpeed(Order(name, _fields(SMALL), None, 2, ranks_per_node)) for name in names),
     ]
     return compare(engines, 1, told=lambda *_: None)
 
@@ -275,7 +275,7 @@ def test_a_child_steps_in_turn_with_the_same_losses(stand_in: Path) -> None:
 
 
 def _broken() -> None:
-    Child(Order("zero2", _fields(SMALL), None, 1, 1))
+    DeepSpeed(Order("zero2", _fields(SMALL), None, 1, 1))
 
 
 @pytest.mark.slow

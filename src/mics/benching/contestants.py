@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -31,21 +33,11 @@ Name = Literal[
     "hpz",
     "deepspeed mics",
 ]
-"""The last four are DeepSpeed's and run in ``children.py``."""
-
-NAMES: dict[Name, str] = {
-    "mics": "mics: partition groups, two stages where they span nodes, hop 2 once a step",
-    "mics p=1": "mics with a whole replica on every rank, what it chooses where that fits",
-    "fsdp2": "FSDP2 full shard over all ranks",
-    "hsdp every micro-step": "FSDP2 HSDP, an all-reduce over the replicas every micro-step",
-    "hsdp deferred": "FSDP2 HSDP, the all-reduce on the last micro-step only",
-    "ddp": "DDP, the all-reduce on the last micro-step only (no_sync)",
-    "computation": "forward and backward of every micro-step and nothing else: a floor, no engine",
-}
+"""The last four are DeepSpeed's, each a process of its own (``deepspeed_parent.py``)."""
 
 
-class Work(Protocol):
-    """What an engine trains: the same weights and batches every time."""
+class Training(Protocol):
+    """What all contestants train: the same weights and batches every time."""
 
     def model(self) -> Any:
         """A model on the CPU."""
@@ -54,104 +46,180 @@ class Work(Protocol):
         """Its repeated blocks, in the order they run."""
 
     def batches(self, rank: int, step: int) -> list[Any]:
-        """One per micro-step, of one rank."""
+        """The batches of one rank, one per micro-step."""
 
     def loss(self, model: Any, batch: Any) -> torch.Tensor:
         """The mean over one micro-batch."""
 
 
-class Engine:
+@dataclass(frozen=True)
+class Layout:
+    """How ranks are to be used by the engines that can choose.
+
+    Args:
+        partition: ranks of a partition group, for mics and HSDP.
+        gpus_per_node: ranks that are joined by the fast link.
+        collectives: the form of mics' collectives.
+        overlap: whether mics communicates beside computation.
+    """
+
+    partition: int
+    gpus_per_node: int
+    collectives: Collectives = "auto"
+    overlap: bool = True
+
+
+class Contestant:
     """A model under one engine, and its optimizer step.
 
     Args:
         name: which engine.
-        work: what it trains.
-        partition: p, for those that have one.
-        gpus_per_node: k.
-        collectives: for mics.
-        overlap: for mics.
+        training: what it trains.
+        layout: on which ranks.
     """
 
-    def __init__(
-        self,
-        name: Name,
-        work: Work,
-        *,
-        partition: int,
-        gpus_per_node: int,
-        collectives: Collectives = "auto",
-        overlap: bool = True,
-    ) -> None:
+    def __init__(self, name: Name, training: Training, layout: Layout) -> None:
         self.name = name
-        self._work = work
-        self.model = _parallel(name, work, partition, gpus_per_node, collectives, overlap)
+        self._training = training
+        self._engine = _ENGINES[name]
+        self.model = self._engine.parallel(training, layout)
         self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
         self._step = 0
 
     def step(self) -> float:
         """One optimizer step; returns the mean loss of all ranks and micro-steps."""
-        batches = self._work.batches(dist.get_rank(), self._step)
+        batches = self._training.batches(dist.get_rank(), self._step)
         total = torch.zeros(())
-        for batch, scale, context in self._micro_steps(batches):
+        for batch, scale, context in self._engine.micro_steps(self.model, batches):
             with context():
-                loss = self._work.loss(self.model, batch)
+                loss = self._training.loss(self.model, batch)
                 (loss * scale).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
-        if self.name != "computation":
+        if self._engine.optimizes:
             self._optimizer.step()
         self._optimizer.zero_grad()
         self._step += 1
         dist.all_reduce(total)
         return float(total) / len(batches) / dist.get_world_size()
 
-    def _micro_steps(self, batches: list[Any]) -> Iterator[tuple[Any, float, Callable[[], Any]]]:
-        """Every micro-batch, what its loss is multiplied with, and the context it runs in."""
-        none = contextlib.nullcontext
-        if self.name in ("mics", "mics p=1"):
-            for batch in micro_steps(self.model, batches, normalise="micro_steps"):
-                yield batch, 1.0, none
-            return
-        for index, batch in enumerate(batches):
-            last = index == len(batches) - 1
-            context: Callable[[], Any] = none
-            if self.name == "hsdp deferred":
-                self.model.set_requires_all_reduce(last)
-            if self.name == "ddp" and not last:
-                context = self.model.no_sync
-            yield batch, 1.0 / len(batches), context
+
+# -- how a model is made parallel ------------------------------------------------------------------
 
 
-def _parallel(
-    name: Name,
-    work: Work,
-    partition: int,
-    gpus_per_node: int,
-    collectives: Collectives,
-    overlap: bool,
-) -> Any:
-    model = work.model()
-    if name == "computation":
-        return model
-    if name == "ddp":
-        return DistributedDataParallel(model)
-    world = dist.get_world_size()
-    if name in ("mics", "mics p=1"):
-        return shard(
-            model,
-            partition=partition if name == "mics" else 1,
-            gpus_per_node=gpus_per_node,
-            blocks=work.blocks(model),
-            mp_policy=MixedPrecisionPolicy(),
-            collectives=collectives,
-            overlap=overlap,
-        )
-    if name == "fsdp2":
-        return _sharded(work, model, init_device_mesh("cpu", (world,)))
-    shape, axes = (world // partition, partition), ("replicate", "shard")
-    return _sharded(work, model, init_device_mesh("cpu", shape, mesh_dim_names=axes))
+def _alone(training: Training, layout: Layout) -> Any:
+    return training.model()
 
 
-def _sharded(work: Work, model: nn.Module, mesh: DeviceMesh) -> Any:
-    for block in work.blocks(model):
+def _ddp(training: Training, layout: Layout) -> Any:
+    return DistributedDataParallel(training.model())
+
+
+def _mics(training: Training, layout: Layout, *, partition: int | None = None) -> Any:
+    model = training.model()
+    return shard(
+        model,
+        partition=partition or layout.partition,
+        gpus_per_node=layout.gpus_per_node,
+        blocks=training.blocks(model),
+        mp_policy=MixedPrecisionPolicy(),
+        collectives=layout.collectives,
+        overlap=layout.overlap,
+    )
+
+
+def _fsdp2(training: Training, layout: Layout) -> Any:
+    return _fully_sharded(training, init_device_mesh("cpu", (dist.get_world_size(),)))
+
+
+def _hsdp(training: Training, layout: Layout) -> Any:
+    shape = (dist.get_world_size() // layout.partition, layout.partition)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
+    return _fully_sharded(training, mesh)
+
+
+def _fully_sharded(training: Training, mesh: DeviceMesh) -> Any:
+    model = training.model()
+    for block in training.blocks(model):
         torch_fully_shard(block, mesh=mesh)
     return torch_fully_shard(model, mesh=mesh)
+
+
+# -- how its micro-steps are run -------------------------------------------------------------------
+
+MicroSteps = Iterator[tuple[Any, float, Callable[[], Any]]]
+"""Every micro-batch, what its loss is multiplied with, and the context it runs in."""
+
+
+def _of_mics(model: Any, batches: list[Any]) -> MicroSteps:
+    for batch in micro_steps(model, batches, normalise="micro_steps"):
+        yield batch, 1.0, contextlib.nullcontext
+
+
+def _of_a_loop(model: Any, batches: list[Any]) -> MicroSteps:
+    for batch in batches:
+        yield batch, 1.0 / len(batches), contextlib.nullcontext
+
+
+def _with_the_all_reduce_last(model: Any, batches: list[Any]) -> MicroSteps:
+    for index, batch in enumerate(batches):
+        model.set_requires_all_reduce(index == len(batches) - 1)
+        yield batch, 1.0 / len(batches), contextlib.nullcontext
+
+
+def _with_no_sync(model: Any, batches: list[Any]) -> MicroSteps:
+    for index, batch in enumerate(batches):
+        last = index == len(batches) - 1
+        yield batch, 1.0 / len(batches), contextlib.nullcontext if last else model.no_sync
+
+
+# -- the engines -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Engine:
+    """One engine of this process.
+
+    Args:
+        about: what it does, a line.
+        parallel: makes the model parallel.
+        micro_steps: runs the micro-steps of a step.
+        optimizes: whether a step ends with the optimizer's.
+    """
+
+    about: str
+    parallel: Callable[[Training, Layout], Any]
+    micro_steps: Callable[[Any, list[Any]], MicroSteps]
+    optimizes: bool = True
+
+
+_ENGINES: dict[Name, _Engine] = {
+    "mics": _Engine(
+        "mics: partition groups, two stages where they span nodes, hop 2 once a step",
+        _mics,
+        _of_mics,
+    ),
+    "mics p=1": _Engine(
+        "mics with a whole replica on every rank, what it chooses where that fits",
+        partial(_mics, partition=1),
+        _of_mics,
+    ),
+    "fsdp2": _Engine("FSDP2 full shard over all ranks", _fsdp2, _of_a_loop),
+    "hsdp every micro-step": _Engine(
+        "FSDP2 HSDP, an all-reduce over the replicas every micro-step", _hsdp, _of_a_loop
+    ),
+    "hsdp deferred": _Engine(
+        "FSDP2 HSDP, the all-reduce on the last micro-step only", _hsdp, _with_the_all_reduce_last
+    ),
+    "ddp": _Engine(
+        "DDP, the all-reduce on the last micro-step only (no_sync)", _ddp, _with_no_sync
+    ),
+    "computation": _Engine(
+        "forward and backward of every micro-step and nothing else: a floor, no engine",
+        _alone,
+        _of_a_loop,
+        optimizes=False,
+    ),
+}
+
+NAMES: dict[Name, str] = {name: engine.about for name, engine in _ENGINES.items()}
+"""The engines of this process, and what each does."""

@@ -130,7 +130,7 @@ def _all_gather_one_by_one(
     group: dist.ProcessGroup | None = None,
     async_op: bool = False,
 ) -> _Works | None:
-    """See ``WORK_AROUND``."""
+    """Gather each tensor by a call of its own, see ``WORK_AROUND``."""
     works = [
         dist.all_gather_into_tensor(output, input, group=group, async_op=True)
         for output, input in zip(outputs, inputs, strict=True)

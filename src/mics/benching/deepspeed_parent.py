@@ -52,7 +52,7 @@ def find_python(name: str) -> Path:
     return python.absolute()
 
 
-class Child:
+class DeepSpeed:
     """One rank of a DeepSpeed engine. Collective to make, and so is every step.
 
     Args:
@@ -128,7 +128,7 @@ def _agreed_port() -> int:
 
 
 def check_environments(names: Sequence[str]) -> None:
-    """Before anything starts.
+    """Check before anything starts that every engine has its environment.
 
     Raises:
         MicsError: an environment is not there.

@@ -89,7 +89,11 @@ class Dilation:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """How the stand-in's times come about; seconds, bytes, bytes and FLOPs per second."""
+    """How the stand-in's times come about.
+
+    Times are in seconds, sizes in bytes, rates in bytes and FLOPs per second; ``real_`` is what is
+    stood for.
+    """
 
     real_link: float
     real_gpu: float
@@ -106,7 +110,7 @@ class Arithmetic:
 
     @property
     def computation(self) -> float:
-        """Of one block and micro-step."""
+        """Seconds that one block computes in one micro-step."""
         return self.forward + self.backward
 
 
@@ -196,7 +200,7 @@ class Stretched:
         return list(torch.randn(count, 2, _WIDTH, generator=generator))
 
     def loss(self, model: Any, batch: torch.Tensor) -> torch.Tensor:
-        """Something to minimise."""
+        """How far the model is from giving back its input."""
         loss: torch.Tensor = ((model(batch) - batch) ** 2).mean()
         return loss
 
@@ -217,7 +221,7 @@ class _Stack(nn.Module):
 
 
 class _Block(nn.Module):
-    """As many weights as asked, all used, at no cost; then the sleep of the computation."""
+    """A block whose weights all take part at no cost, and which then sleeps as it would compute."""
 
     def __init__(self, times: Arithmetic) -> None:
         super().__init__()

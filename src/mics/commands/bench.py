@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 import tyro
 
-from mics.benching.children import RELEASES, Child, check_environments
 from mics.benching.collectives import Measured, keep_choices, measure_collectives
+from mics.benching.contestants import NAMES, Contestant, Layout, Name, Training
 from mics.benching.deepspeed_child import WORK_AROUND, Order
+from mics.benching.deepspeed_parent import RELEASES, DeepSpeed, check_environments
 from mics.benching.dilated import Dilation, Stretched
-from mics.benching.engines import NAMES, Engine, Name, Work
 from mics.benching.side_by_side import Compared, Stepping, agree, compare, computation_of
 from mics.benching.workloads import Workload
 from mics.errors import MicsError
@@ -191,24 +191,19 @@ def _dilated(config: Dilated) -> int:
     return _compare(config, work, title, {"dilation": config.dilation, "arithmetic": times})
 
 
-def _engine(name: Name, config: _Comparison, work: Work, what: dict[str, Any], k: int) -> Stepping:
+def _engine(
+    name: Name, config: _Comparison, work: Training, what: dict[str, Any], k: int
+) -> Stepping:
     if name in RELEASES:
         stretched = "dilation" in what
         fields = dataclasses.asdict(what["dilation" if stretched else "workload"])
         link_bits = _bits(_link(config.link)) if stretched else None
         scale = what["arithmetic"].scale if stretched else 1.0
-        return Child(Order(name, fields, link_bits, config.partition, k, scale))
-    return Engine(
-        name,
-        work,
-        partition=config.partition,
-        gpus_per_node=k,
-        collectives=config.collectives,
-        overlap=config.overlap,
-    )
+        return DeepSpeed(Order(name, fields, link_bits, config.partition, k, scale))
+    return Contestant(name, work, Layout(config.partition, k, config.collectives, config.overlap))
 
 
-def _compare(config: _Comparison, work: Work, title: str, what: dict[str, Any]) -> int:
+def _compare(config: _Comparison, work: Training, title: str, what: dict[str, Any]) -> int:
     link = _link(config.link)
     _at_least_one("steps", config.steps)
     world, launched_per_node = start()
