@@ -23,7 +23,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import mics
+from mics.communication.timing import slowest_seconds
 from mics.models.building import build
 from mics.training.config import (
     BatchConfig,
@@ -81,7 +81,6 @@ class Trainer:
             run.optimizer,
             run.micro_batches(self.at.position),
             run.config.optimizer,
-            device=run.device,
             step=self.at.step + 1,
             steps=run.config.run.steps,
             stop=False,
@@ -146,23 +145,12 @@ def measure(folder: str, steps: int, micro_batch: int) -> dict[str, Any]:
             for number in range(steps + 1):
                 order = list(engines) if number % 2 else list(engines)[::-1]
                 for name in order:
-                    spent = _timed(engines[name].step, run.device)
+                    spent = slowest_seconds(engines[name].step, run.device)
                     if number:  # the first one warms up
                         seconds[name].append(spent)
             engines["mics train"].reporter.__exit__(None, None, None)
         tokens = run.batch.global_batch * run.sequence
     return {"seconds": seconds, "tokens per step": tokens, "parameters": run.parameters}
-
-
-def _timed(step: Any, device: torch.device) -> float:
-    dist.barrier()
-    start = time.perf_counter()
-    step()
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-    spent = torch.tensor(time.perf_counter() - start, device=device)
-    dist.all_reduce(spent, dist.ReduceOp.MAX)
-    return spent.item()
 
 
 # -- report ----------------------------------------------------------------------------------------

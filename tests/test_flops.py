@@ -140,7 +140,7 @@ def _both(folder: Path, name: str) -> tuple[float | None, float]:
                 device=run.device,
             )
         meter.begin()
-        outcome = Outcome(1.0, 1, 1.0, 1e-3, True, False, [0.0, 0.0, 0.0])
+        outcome = Outcome(1.0, 1, 1.0, 1e-3, True, False, sums=meter.count())
         return meter.end(Progress(1), outcome).mfu, plan.mfu
 
 

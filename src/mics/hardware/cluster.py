@@ -21,15 +21,15 @@ class Gpu:
     """One GPU.
 
     Args:
-        name: in the catalogue.
-        memory: bytes.
+        name: its name in the catalogue.
+        memory: how much it has, in bytes.
         peak: FLOPs per second of dense products in 16 bits.
-        achieved: those of the largest product anybody measured.
-        bandwidth: of its memory, bytes per second.
+        bandwidth: what its memory reads or writes, in bytes per second.
+        achieved: FLOPs per second of the largest product that anybody measured.
         source: where the figures are from.
-        bf16: it multiplies in bf16; else in fp16 only.
+        bf16: whether it multiplies in bf16; else it does in fp16 only.
         peak_fp32: FLOPs per second of products in fp32, not rounded to TF32.
-        torch_names: what torch calls it, without its vendor.
+        torch_names: what torch calls it, without the vendor's name.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Gpu:
     torch_names: tuple[str, ...] = ()
 
     def computing(self, num_bytes: int) -> Gpu:
-        """The rates of products in a dtype of so many bytes.
+        """The same GPU with the rates of products in a dtype of so many bytes.
 
         Raises:
             PlanError: nobody knows them.
@@ -64,12 +64,12 @@ class Link:
     """What joins GPUs of one node, or nodes.
 
     Args:
-        bandwidth: what a ring carries, bytes per second; between nodes, all of a node's together
-            and over two nodes. 0 where nobody has measured it.
-        latency: of one hop, seconds.
+        bandwidth: what a ring carries, in bytes per second; between nodes, what all GPUs of a node
+            carry together over two nodes. 0 where nobody has measured it.
+        latency: what one hop takes, in seconds.
         falls: with N nodes the bandwidth is ``bandwidth * (N / 2) ** -falls``.
         fixed: seconds of any collective before its first byte moves.
-        line: the sum of the interfaces, bytes per second.
+        line: the rate of all interfaces of a node together, in bytes per second.
     """
 
     bandwidth: float
@@ -79,7 +79,7 @@ class Link:
     line: float | None = None
 
     def over(self, nodes: int) -> float:
-        """Bandwidth over that many nodes."""
+        """The bandwidth between that many nodes."""
         return float(self.bandwidth * (max(nodes, 2) / 2) ** -self.falls)
 
 
@@ -88,10 +88,13 @@ class Node:
     """A machine with some GPUs.
 
     Args:
-        all_reduce: between nodes, where all-reduces were measured apart.
-        all_reduce_is_ring: of all ranks, as Gloo's; else a tree of nodes (``network.py``).
+        intra: what joins its GPUs.
+        inter: what joins it with other nodes.
+        all_reduce: ``inter`` for all-reduces, where they were measured apart.
         price: US dollars per hour.
         measured_nodes: the most nodes of a measurement behind ``inter``; ``None`` where none is.
+        all_reduce_is_ring: whether an all-reduce is a ring of all ranks, as Gloo's; else it is a
+            tree of nodes (``network.py``).
     """
 
     name: str
@@ -107,16 +110,16 @@ class Node:
 
     @property
     def most_nodes(self) -> int:
-        """Of a cluster of these: 1 where nobody knows what they carry to each other."""
+        """The most nodes of a cluster: 1 where nobody knows what they carry to each other."""
         return MOST_NODES if self.inter.bandwidth else 1
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Equal nodes.
+    """Equal nodes, joined by their link.
 
     Raises:
-        PlanError: none, too many, or several whose link was never measured.
+        PlanError: there are none, too many, or several whose link was never measured.
     """
 
     node: Node
@@ -136,7 +139,7 @@ class Cluster:
 
     @property
     def gpus(self) -> int:
-        """In all nodes."""
+        """The GPUs of all nodes."""
         return self.nodes * self.node.gpus_per_node
 
     def __str__(self) -> str:

@@ -30,8 +30,8 @@ def fit_links(points: Sequence[Point], intra: Link | None = None) -> dict[On, Li
     """The links that measurements were made on.
 
     Args:
-        points: of collectives on the same links.
-        intra: of the node, where it is known and not to be fitted.
+        points: measured collectives on the same links.
+        intra: the link inside a node, where it is known and not to be fitted.
 
     Raises:
         PlanError: fewer than two points of a link, or none that shows a bandwidth.
@@ -82,7 +82,7 @@ def _factor(point: Point, on: On, figure: str) -> float:
 
 
 def _known(point: Point, intra: Link | None) -> float:
-    """Seconds of what is not fitted."""
+    """Seconds of a measurement that are known before the fit."""
     if intra is None:
         return 0.0
     own = sum(t.seconds(intra, intra) for t in point.stages if t.link == "intra")

@@ -92,11 +92,11 @@ def described(
     """A node of three numbers; latencies are those of p4d.
 
     Args:
-        memory_gib: of a GPU.
-        intra_gb_s: what a ring inside the node carries.
-        inter_gb_s: what a node carries to others.
-        gpus_per_node: k.
-        gpu: computes as fast as this one; an A100 of 40 GB by default.
+        memory_gib: memory of a GPU, in GiB.
+        intra_gb_s: what a ring inside the node carries, in GB/s.
+        inter_gb_s: what a node carries to others, in GB/s.
+        gpus_per_node: how many GPUs it has.
+        gpu: the GPU that its own are as fast as; an A100 of 40 GB by default.
 
     Raises:
         PlanError: a number is not positive, or not finite.
@@ -152,5 +152,5 @@ def _tables(file: str) -> dict[str, Mapping[str, Any]]:
 
 @cache
 def read_catalogue(file: str) -> dict[str, Any]:
-    """A file of the catalogue."""
+    """Read a file of the catalogue."""
     return tomllib.loads((files("mics.hardware") / "catalogue" / f"{file}.toml").read_text())

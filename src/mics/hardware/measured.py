@@ -17,7 +17,7 @@ from mics.traffic import Form
 
 _BURST = 1.02
 
-Row = Mapping[str, Any]
+MeasuredRow = Mapping[str, Any]
 
 
 def measured_node(path: Path, gpu: Gpu) -> Node:
@@ -29,7 +29,7 @@ def measured_node(path: Path, gpu: Gpu) -> Node:
 
     Args:
         path: the JSON that ``mics bench collectives`` wrote.
-        gpu: of the node.
+        gpu: the GPU that the node has.
 
     Raises:
         PlanError: it is no such file, or holds too few sizes.
@@ -53,7 +53,7 @@ def measured_node(path: Path, gpu: Gpu) -> Node:
             write="torchrun --nproc-per-node <GPUs> -m mics bench collectives",
         )
     for collective in ("all_gather", "all_reduce") if nodes > 1 else ("all_gather",):
-        if not _of(rows, collective, "flat"):
+        if not _rows_of(rows, collective, "flat"):
             raise PlanError(
                 f"{path} has no {collective.replace('_', '-')} among what was measured.",
                 write="mics bench collectives --out collectives.json",
@@ -69,7 +69,7 @@ def measured_node(path: Path, gpu: Gpu) -> Node:
     return replace(node, all_reduce=reduced, all_reduce_is_ring=ring)
 
 
-def _checked(row: Any, k: int) -> Row:
+def _checked(row: Any, k: int) -> MeasuredRow:
     """A row with figures that are some."""
     seconds, ranks = float(row["seconds"]["median"]), _count(row["ranks"])
     if not 0 < seconds < math.inf:
@@ -86,19 +86,19 @@ def _count(value: Any) -> int:
     return value
 
 
-def _gathers(rows: Sequence[Row], k: int) -> list[Point]:
+def _gathers(rows: Sequence[MeasuredRow], k: int) -> list[Point]:
     forms: tuple[Form, ...] = ("flat", "hierarchical")
     return [
         Point(gather_terms(k, row["ranks"], row["message_bytes"], form), _median(row))
         for form in forms
-        for row in _of(rows, "all_gather", form)
+        for row in _rows_of(rows, "all_gather", form)
         if row["ranks"] > 1
     ]
 
 
-def _all_reduces(rows: Sequence[Row], k: int, ring: bool) -> list[Point]:
+def _all_reduces(rows: Sequence[MeasuredRow], k: int, ring: bool) -> list[Point]:
     points = []
-    for row in _of(rows, "all_reduce", "flat"):
+    for row in _rows_of(rows, "all_reduce", "flat"):
         ranks, nodes = row["ranks"], row["ranks"] // k
         if nodes > 1:
             terms = all_reduce_terms(ranks, nodes, row["message_bytes"], ring=ring)
@@ -106,8 +106,8 @@ def _all_reduces(rows: Sequence[Row], k: int, ring: bool) -> list[Point]:
     return points
 
 
-def _of(rows: Sequence[Row], collective: str, form: str) -> list[Row]:
-    """Without messages that a shaper let through faster than its rate; a link never is."""
+def _rows_of(rows: Sequence[MeasuredRow], collective: str, form: str) -> list[MeasuredRow]:
+    """The rows of a collective in a form, but for bursts that passed a shaper above its rate."""
     chosen = [row for row in rows if row["collective"] == collective and row["form"] == form]
     kept = []
     for ranks in sorted({row["ranks"] for row in chosen}):
@@ -117,9 +117,9 @@ def _of(rows: Sequence[Row], collective: str, form: str) -> list[Row]:
     return kept
 
 
-def _rate(row: Row) -> float:
+def _rate(row: MeasuredRow) -> float:
     return float(row["message_bytes"]) / _median(row)
 
 
-def _median(row: Row) -> float:
+def _median(row: MeasuredRow) -> float:
     return float(row["seconds"]["median"])

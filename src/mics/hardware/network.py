@@ -52,11 +52,11 @@ class Terms:
     """What a stage's time is made of.
 
     Args:
-        link: it is on.
-        hops: over that link, one after the other.
-        num_bytes: that the link carries.
+        link: the link that it is on.
+        hops: how many hops over that link follow each other.
+        num_bytes: how many bytes the link carries.
         nodes: N, which the bandwidth between nodes depends on.
-        inside: hops within nodes of a ring that passes several.
+        inside: how many hops of a ring over several nodes are within nodes.
     """
 
     link: On
@@ -66,11 +66,11 @@ class Terms:
     inside: float = 0.0
 
     def seconds(self, link: Link, intra: Link) -> float:
-        """On these links.
+        """What the stage takes on these links.
 
         Args:
-            link: the one it is on.
-            intra: of a node.
+            link: the link that it is on.
+            intra: the link inside a node.
         """
         bandwidth = link.over(self.nodes)
         if self.inside:  # a ring goes as fast as its slowest part
@@ -80,13 +80,13 @@ class Terms:
 
 
 def gather_terms(k: int, ranks: int, num_bytes: float, form: Form = "flat") -> tuple[Terms, ...]:
-    """Of an all-gather's stages.
+    """What the stages of an all-gather are made of.
 
     Args:
         k: GPUs of a node.
-        ranks: n, consecutive ones.
-        num_bytes: S.
-        form: flat or hierarchical, over several nodes.
+        ranks: n, the size of a group of consecutive ranks.
+        num_bytes: S, the size of the gathered message.
+        form: flat or hierarchical, where the group spans several nodes.
     """
     if ranks == 1:
         return ()
@@ -102,14 +102,14 @@ def gather_terms(k: int, ranks: int, num_bytes: float, form: Form = "flat") -> t
 def all_reduce_terms(
     ranks: int, nodes: int, num_bytes: float, sharing: int = 1, *, ring: bool = False
 ) -> Terms:
-    """Of an all-reduce.
+    """What an all-reduce is made of.
 
     Args:
-        ranks: n.
-        nodes: N.
-        num_bytes: S, of each rank's message.
-        sharing: groups that run on the same nodes at once.
-        ring: of all ranks, instead of a tree of nodes.
+        ranks: n, the size of the group.
+        nodes: N, how many nodes the group spans.
+        num_bytes: S, the size of each rank's message.
+        sharing: how many groups run on the same nodes at once.
+        ring: whether it is a ring of all ranks, instead of a tree of nodes.
     """
     in_ring = 2 * num_bytes * (ranks - 1) / ranks
     if nodes == 1:
@@ -126,10 +126,10 @@ def gather_stages(
     """Stages of an all-gather over consecutive ranks; a reduce-scatter runs them in reverse.
 
     Args:
-        node: of the cluster.
-        ranks: p, or the world.
-        num_bytes: of the gathered message.
-        form: flat or hierarchical, over several nodes.
+        node: the nodes of the cluster.
+        ranks: the size of the group: p, or the world.
+        num_bytes: size of the gathered message.
+        form: flat or hierarchical, where the group spans several nodes.
     """
     return tuple(
         Stage(terms.link, terms.seconds(getattr(node, terms.link), node.intra))
@@ -140,14 +140,14 @@ def gather_stages(
 def all_reduce_seconds(
     node: Node, ranks: int, nodes: int, num_bytes: float, sharing: int = 1
 ) -> float:
-    """Of an all-reduce between replicas.
+    """Seconds of an all-reduce between replicas.
 
     Args:
-        node: of the cluster.
-        ranks: of the group.
-        nodes: it spans.
-        num_bytes: of each rank's message.
-        sharing: groups that run on the same nodes at once.
+        node: the nodes of the cluster.
+        ranks: the size of the group.
+        nodes: how many nodes the group spans.
+        num_bytes: size of each rank's message.
+        sharing: how many groups run on the same nodes at once.
     """
     if ranks == 1:
         return 0.0

@@ -14,9 +14,9 @@ class Stack:
     """One factor, and the figure it was calibrated at.
 
     Args:
-        name: of the stack.
-        factor: what of the modelled rate of computation it reaches.
-        calibrated: at which figure.
+        name: its name in the catalogue.
+        factor: the share of the modelled rate of computation that it reaches.
+        calibrated: the figure that the factor was calibrated at.
     """
 
     name: str
@@ -26,7 +26,7 @@ class Stack:
 
 @cache
 def stacks() -> dict[str, Stack]:
-    """All of the catalogue by name."""
+    """All stacks of the catalogue by name."""
     tables = {k: v for k, v in read_catalogue("stacks").items() if isinstance(v, dict)}
     return {name: Stack(name, t["factor"], t["calibrated"]) for name, t in tables.items()}
 

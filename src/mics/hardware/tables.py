@@ -39,10 +39,10 @@ _GPU_KEYS = {
 
 
 def node_of(name: str, facts: Mapping[str, Any], known: Mapping[str, Gpu]) -> Node:
-    """A node.
+    """Read a node from its table.
 
     Args:
-        name: of its table.
+        name: the table's name.
         facts: the table.
         known: GPUs it may have.
 
@@ -100,10 +100,10 @@ def _link(of: str, facts: Any, fixed: float) -> Link:
 
 
 def gpu_of(name: str, facts: Any) -> Gpu:
-    """A GPU.
+    """Read a GPU from its table.
 
     Args:
-        name: of its table.
+        name: the table's name.
         facts: the table.
 
     Raises:

@@ -42,7 +42,6 @@ def train(config: TrainConfig) -> int:
                     run.optimizer,
                     run.micro_batches(at.position),
                     config.optimizer,
-                    device=run.device,
                     step=at.step + 1,
                     steps=config.run.steps,
                     stop=asked.stop,

@@ -19,15 +19,15 @@ from mics.training.step import Outcome
 class Meter:
     """Measures the steps of a run. Every rank has one, because bytes are counted on every rank.
 
-    Collective when made: the predicted bytes of all ranks are summed.
+    Making it is collective: the predicted bytes of all ranks are summed.
 
     Args:
-        model: sharded by mics.
-        micro_steps: of every step.
-        steps: of the whole run.
-        tokens: that the model computes in a step, on all ranks; of a masked model few of them are
-            predicted.
-        bytes_per_token: of the training text; ``None`` shows no bits per byte.
+        model: a model that mics has sharded.
+        micro_steps: how many a step has.
+        steps: how many the whole run has.
+        tokens: how many the model computes in a step, on all ranks; a masked model predicts few of
+            them.
+        bytes_per_token: bytes of the training text; ``None`` shows no bits per byte.
         flops: of the model, per rank and step (``anatomy.flops``); ``None`` shows no MFU.
         peak_flops: of one device, per second; ``None`` shows no MFU.
         device: where collectives take their tensors from.
@@ -67,17 +67,20 @@ class Meter:
         self._wire = bytes_sent()
         self._watch.start()
 
-    def count(self) -> list[float]:
-        """What this rank sent in this step: bytes between nodes, inside, and 1 if as predicted."""
+    def count(self) -> dict[str, float]:
+        """What this rank sent in this step, in bytes, and whether it was what was predicted."""
         counted = self._ledger.traffic()
         flow = counted.flow
-        as_predicted = float(counted == self._predicted)
-        return [float(flow.inter_bytes), float(flow.intra_bytes), as_predicted]
+        return {
+            "bytes between nodes": float(flow.inter_bytes),
+            "bytes inside nodes": float(flow.intra_bytes),
+            "ranks as predicted": float(counted == self._predicted),
+        }
 
     def end(self, at: Progress, outcome: Outcome) -> StepRecord:
-        """The step has ended; ``outcome.sums`` is ``count`` summed over the ranks."""
+        """The step has ended; ``outcome.sums`` is what all ranks' ``count`` returned, summed."""
         seconds = self._watch.stop()
-        between, inside, as_predicted = outcome.sums
+        sums = outcome.sums
         world = dist.get_world_size()
         rate = self._tokens / seconds
         hop_1, hop_2 = self._seconds(1), self._seconds(2)
@@ -101,10 +104,10 @@ class Meter:
             tokens_per_second_per_gpu=rate / world,
             mfu=used,
             memory_bytes=memory_bytes(self._device),
-            bytes_between_nodes=int(between),
-            bytes_inside_nodes=int(inside),
+            bytes_between_nodes=int(sums["bytes between nodes"]),
+            bytes_inside_nodes=int(sums["bytes inside nodes"]),
             bytes_on_wire=None if wire is None or self._wire is None else wire - self._wire,
-            traffic_as_predicted=as_predicted == world,
+            traffic_as_predicted=sums["ranks as predicted"] == world,
             hop_1_seconds=hop_1.total,
             hop_1_exposed=hop_1.exposed,
             hop_2_seconds=hop_2.total,

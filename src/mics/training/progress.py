@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Progress:
-    """After ``step`` optimizer steps.
+    """Where a run is after ``step`` optimizer steps.
 
     ``position`` is the number of sequences all ranks together have taken from the endless order:
     the whole state of the data. ``tokens`` is how many they were asked to predict.
@@ -18,5 +18,5 @@ class Progress:
     tokens: int = 0
 
     def after(self, sequences: int, tokens: int) -> Progress:
-        """One step later."""
+        """Where the run is one step later."""
         return Progress(self.step + 1, self.position + sequences, self.tokens + tokens)

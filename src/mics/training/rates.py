@@ -46,11 +46,11 @@ class Stopwatch:
         self._first = True
 
     def start(self) -> None:
-        """A step begins."""
+        """Begin the time of a step."""
         self._start = time.perf_counter()
 
     def stop(self) -> float:
-        """It has ended; returns its seconds. The first one, which warms up, predicts nothing."""
+        """End it and return its seconds. The first step, which warms up, predicts nothing."""
         spent = time.perf_counter() - self._start
         if not self._first:
             self._recent.append(spent)

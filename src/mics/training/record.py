@@ -22,7 +22,7 @@ class StepRecord:
     tokens: int  # predicted by all ranks so far
     tokens_per_second: float  # computed by all ranks, predicted or not
     tokens_per_second_per_gpu: float
-    mfu: float | None  # of the devices' peak, recomputation not counted
+    mfu: float | None  # model FLOPs (anatomy/flops.py) over the devices' peak
     memory_bytes: int | None  # peak of rank 0 so far
     bytes_between_nodes: int  # sent by all ranks in this step, counted
     bytes_inside_nodes: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from mics.training.config import OptimizerConfig
 from mics.training.data import Batch
 from mics.training.optimisation import clip_gradients, learning_rate, set_learning_rate
 
-Counter = Callable[[], Sequence[float]]
+Counter = Callable[[], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class Outcome:
 
     ``loss`` is the mean over all predicted tokens of all micro-steps and ranks, in nats. ``taken``
     is False when loss or norm was not finite and every rank left the weights as they were.
-    ``stop`` says that some rank was asked to stop.
+    ``stop`` says that some rank was asked to stop. ``sums`` is what the caller had summed over the
+    ranks, by its names.
     """
 
     loss: float
@@ -34,7 +35,7 @@ class Outcome:
     learning_rate: float
     taken: bool
     stop: bool
-    sums: list[float]  # what the caller had summed over the ranks
+    sums: Mapping[str, float]
 
 
 def take_step(
@@ -43,7 +44,6 @@ def take_step(
     batches: Iterable[Batch],
     config: OptimizerConfig,
     *,
-    device: torch.device,
     step: int,
     steps: int,
     stop: bool,
@@ -58,15 +58,15 @@ def take_step(
     Args:
         model: a sharded transformers model.
         optimizer: over its parameters.
-        batches: one per micro-step, on the device.
+        batches: one per micro-step, on the model's device.
         config: clipping and the learning rate.
-        device: the model's.
         step: which step this is, from 1.
         steps: steps of the whole run.
         stop: whether this rank was asked to stop after this step.
         count: called when communication of the gradients has ended; what it returns is summed
-            over the ranks.
+            over the ranks, name by name.
     """
+    device = next(model.parameters()).device
     total = torch.zeros((), dtype=torch.float64, device=device)
     targets = 0
     for batch in micro_steps(model, batches, normalise=_num_targets):
@@ -75,20 +75,46 @@ def take_step(
         total += loss.detach()
         targets += batch.num_targets
     norm = clip_gradients(model, config.clip)
-    mine = torch.tensor([targets, stop, *count()], dtype=torch.float64, device=device)
-    sums = torch.cat([total.reshape(1), mine])
-    dist.all_reduce(sums)
-    loss_sum, all_targets, stops, *counted = torch.cat([sums, norm.reshape(1)]).tolist()
-    norm_value = counted.pop()
-    mean = loss_sum / max(all_targets, 1)
+    counted = count()
+    mine = {"targets": float(targets), "stops": float(stop), **counted}
+    sums = _sum_over_ranks({"loss": total}, mine, same={"norm": norm})
+    mean = sums["loss"] / max(sums["targets"], 1)
     rate = learning_rate(config, step, steps)
     # Loss and norm are the same numbers on all ranks, so is this verdict.
-    taken = math.isfinite(mean) and math.isfinite(norm_value)
+    taken = math.isfinite(mean) and math.isfinite(sums["norm"])
     if taken:
         set_learning_rate(optimizer, rate)
         optimizer.step()
     optimizer.zero_grad()
-    return Outcome(mean, int(all_targets), norm_value, rate, taken, stops > 0, counted)
+    return Outcome(
+        loss=mean,
+        targets=int(sums["targets"]),
+        norm=sums["norm"],
+        learning_rate=rate,
+        taken=taken,
+        stop=sums["stops"] > 0,
+        sums={name: sums[name] for name in counted},
+    )
+
+
+def _sum_over_ranks(
+    tensors: Mapping[str, torch.Tensor],
+    numbers: Mapping[str, float],
+    same: Mapping[str, torch.Tensor],
+) -> dict[str, float]:
+    """Sum over the ranks by one all-reduce, and wait for the device once. Names in, names out.
+
+    Args:
+        tensors: of shape () and float64, on the device that communicates.
+        numbers: of this rank.
+        same: tensors of shape () that are alike on every rank; they come along to the host.
+    """
+    parts = torch.stack(list(tensors.values()))
+    mine = torch.tensor(list(numbers.values()), dtype=parts.dtype, device=parts.device)
+    sums = torch.cat([parts, mine])
+    dist.all_reduce(sums)
+    values = torch.cat([sums, torch.stack(list(same.values()))]).tolist()
+    return dict(zip([*tensors, *numbers, *same], values, strict=True))
 
 
 def token_loss(model: nn.Module, batch: Batch) -> torch.Tensor:

@@ -15,7 +15,7 @@ Scalars = Mapping[str, float]
 
 
 class Tracker(Protocol):
-    """Where scalars go."""
+    """A place that scalars are sent to."""
 
     def log(self, step: int, scalars: Scalars) -> None:
         """Take the scalars of one step."""
