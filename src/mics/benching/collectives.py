@@ -76,11 +76,11 @@ def measure_collectives(
     of them alike. A call counts as long as the slowest rank's.
 
     Args:
-        groups: of the mesh; both forms are measured where its partition group spans nodes.
-        sizes: of the gathered message, in bytes.
-        repeats: calls of each.
+        groups: the groups of a mesh; where its partition group spans nodes both forms are measured.
+        sizes: sizes of the gathered message, in bytes.
+        repeats: how many calls of each count.
         link_bits: bits per second of a node's slow link, if known.
-        told: called after each one, on every rank.
+        told: is called after each one, on every rank.
     """
     found = []
     ranks = ranks_of(groups.shard)

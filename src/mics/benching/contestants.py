@@ -75,7 +75,7 @@ class Contestant:
     Args:
         name: which engine.
         training: what it trains.
-        layout: on which ranks.
+        layout: how the ranks are used.
     """
 
     def __init__(self, name: Name, training: Training, layout: Layout) -> None:

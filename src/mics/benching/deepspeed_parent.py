@@ -53,7 +53,7 @@ def find_python(name: str) -> Path:
 
 
 class DeepSpeed:
-    """One rank of a DeepSpeed engine. Collective to make, and so is every step.
+    """One rank of a DeepSpeed engine. Making it is collective, and so is every step.
 
     Args:
         order: what it trains.

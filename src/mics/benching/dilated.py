@@ -74,8 +74,8 @@ class Dilation:
         micro_batch: sequences per GPU and micro-step of the model.
         sequence: tokens per sequence.
         micro_steps: per step.
-        blocks: of the stand-in.
-        block_bytes: of a stand-in's block, fp32.
+        blocks: how many blocks the stand-in has.
+        block_bytes: size of one of them, in fp32.
     """
 
     model: str = "bert-10b"

@@ -60,7 +60,7 @@ def load(
 
     Args:
         path: the checkpoint's folder.
-        model: as it was when it was saved: names, shapes and dtypes of parameters and buffers.
+        model: one with the names, shapes and dtypes of parameters and buffers that were saved.
         optimizer: its optimizer; ``None`` leaves what was saved of one alone.
         verify: check every file's checksum first; the ranks share the work.
 
@@ -87,8 +87,8 @@ def read_tensors(
 
     Args:
         folder: where the chunks' files are.
-        entries: of every tensor in ``tensors``, perhaps more.
-        tensors: by name; filled in place.
+        entries: the entry of every tensor in ``tensors``, perhaps more.
+        tensors: what is to be filled in place, by name.
 
     Raises:
         CheckpointError: a file cannot be read.

@@ -25,7 +25,7 @@ def largest_difference(exported: Exported, dtype: torch.dtype | None) -> float:
 
     Args:
         exported: what ``export`` returned.
-        dtype: that it was exported in; ``None``: the checkpoint's.
+        dtype: what it was exported in; ``None`` is the checkpoint's own.
     """
     theirs = _load_plain(exported.folder, dtype)
     ours = _load_checkpoint(exported.checkpoint)

@@ -60,7 +60,7 @@ def export(
     Args:
         path: a checkpoint, or a run's folder.
         out: the folder to be made.
-        dtype: of floating-point tensors; ``None`` keeps theirs.
+        dtype: the dtype of floating-point tensors; ``None`` keeps theirs.
         shard_bytes: most bytes per file, where a tensor is not larger by itself.
         told: is called as the work goes on.
 

@@ -36,9 +36,9 @@ def import_folder(
     """Write a checkpoint (weights only, step 0) from ``config.json`` and safetensors.
 
     Args:
-        folder: that transformers' ``save_pretrained`` wrote.
+        folder: what transformers' ``save_pretrained`` wrote.
         out: the checkpoint's folder, to be made.
-        dtype: of floating-point tensors; ``None`` keeps theirs.
+        dtype: the dtype of floating-point tensors; ``None`` keeps theirs.
         told: is called as the work goes on.
 
     Returns:

@@ -41,7 +41,7 @@ class TensorReader:
 
     Args:
         folder: where the files of the entries are.
-        entries: of the tensors, by name.
+        entries: where the tensors are, by name.
         sizes: bytes that each of them counts for.
         show: is called after each.
     """

@@ -27,7 +27,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
 
     Args:
         model: a transformers model.
-        folder: with ``model.safetensors``, or several and their index.
+        folder: one with ``model.safetensors``, or several and their index.
 
     Raises:
         CheckpointError: parameters are missing there, or have other shapes.
@@ -45,7 +45,7 @@ def match_weights(
     """Find the tensors of a model in a transformers folder.
 
     Args:
-        folder: with safetensors.
+        folder: one with safetensors.
         entries: the folder's.
         model: ``base_model_prefix`` is added to names that lack it, where that makes them fit.
         contents: the model's.
@@ -73,10 +73,10 @@ def _match_names(
     """The entries by the model's names, as far as they are there.
 
     Args:
-        entries: by the names of the file.
+        entries: what the file has, by its own names.
         wanted: the model's names, one of each tied parameter.
         ties: the other names of tied parameters, to the one in ``wanted``.
-        prefix: that names of the file may lack, because a bare encoder was saved.
+        prefix: what names of the file may lack, because a bare encoder was saved.
     """
     found = {name: entries[name] for name in wanted if name in entries}
     for name, first in ties.items():
@@ -93,7 +93,7 @@ def _match_names(
 def _check_complete(
     folder: Path, wanted: Mapping[str, torch.Tensor], found: Mapping[str, Entry]
 ) -> None:
-    """Refuse what would leave a parameter as it is.
+    """Check that every parameter has an entry of its shape.
 
     Raises:
         CheckpointError: names the first ones missing, or of another shape.

@@ -31,7 +31,7 @@ def load_config(name: str, *, vocabulary: int, separator: int) -> PretrainedConf
     """The configuration of a preset, a ``config.json``, a folder with one, or a hub name.
 
     Args:
-        name: as ``model.name`` in the run's options.
+        name: what ``model.name`` is in the run's options.
         vocabulary: ids of the tokenizer; presets without a vocabulary of their own take it, rounded
             up to a multiple of 8.
         separator: the tokenizer's id between documents, their beginning and end of text.

@@ -28,8 +28,9 @@ class Meter:
         tokens: how many the model computes in a step, on all ranks; a masked model predicts few of
             them.
         bytes_per_token: bytes of the training text; ``None`` shows no bits per byte.
-        flops: of the model, per rank and step (``anatomy.flops``); ``None`` shows no MFU.
-        peak_flops: of one device, per second; ``None`` shows no MFU.
+        flops: FLOPs of the model per rank and step (``anatomy.flops``); ``None`` shows no MFU.
+        peak_flops: FLOPs per second of one device, in the dtype that is computed in; ``None``
+            shows no MFU.
         device: where collectives take their tensors from.
     """
 

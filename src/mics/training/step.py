@@ -57,7 +57,7 @@ def take_step(
 
     Args:
         model: a sharded transformers model.
-        optimizer: over its parameters.
+        optimizer: the optimizer of its parameters.
         batches: one per micro-step, on the model's device.
         config: clipping and the learning rate.
         step: which step this is, from 1.
@@ -105,8 +105,8 @@ def _sum_over_ranks(
     """Sum over the ranks by one all-reduce, and wait for the device once. Names in, names out.
 
     Args:
-        tensors: of shape () and float64, on the device that communicates.
-        numbers: of this rank.
+        tensors: this rank's, of shape () and float64, on the device that communicates.
+        numbers: this rank's numbers on the host.
         same: tensors of shape () that are alike on every rank; they come along to the host.
     """
     parts = torch.stack(list(tensors.values()))

@@ -78,7 +78,7 @@ def read_documents(source: str, field: str) -> Iterator[bytes]:
     """Yield the documents of a source in a fixed order.
 
     Args:
-        source: as ``data.source``.
+        source: what ``data.source`` is in the run's options.
         field: the column that holds the text, in tables.
 
     Raises:

@@ -16,9 +16,9 @@ def sequence_at(positions: NDArray[np.int64], count: int, seed: int) -> NDArray[
     and Rogaway, "Ciphers with arbitrary finite domains", 2002).
 
     Args:
-        positions: from 0, any shape.
+        positions: places in the order, from 0, of any shape.
         count: number of sequences, at least 1.
-        seed: of the order.
+        seed: what the order is drawn from.
     """
     assert count > 0, "the walk below would never end"
     epochs, places = np.divmod(positions, count)

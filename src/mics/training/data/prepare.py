@@ -52,7 +52,7 @@ def prepare_data(
 
     Args:
         config: source, tokenizer, split.
-        seed: of the split, the order and the masks.
+        seed: what the split, the order and the masks are drawn from.
         sequence: tokens per sequence.
         masked: labels for a masked language model, else the next token.
         folder: tokens are kept in ``folder / "data"``.

@@ -49,10 +49,10 @@ class Stream:
 
     Args:
         tokens: ids of all documents with the separator between, usually a memory map.
-        num_bytes: of the text the tokens come from.
+        num_bytes: size of the text that the tokens come from.
         sequence: tokens per sequence.
-        seed: of order and masks.
-        masking: for masked models; ``None`` gives the next token as label.
+        seed: what the order and the masks are drawn from.
+        masking: how a masked model's tokens are hidden; ``None`` gives the next token as label.
     """
 
     def __init__(
