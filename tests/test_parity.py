@@ -49,10 +49,10 @@ def test_sgd_equals_single_process_for_every_layout(gpus_per_node: int) -> None:
     assert_parity(runs, 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "gpus_per_node", [2, *(pytest.param(k, marks=pytest.mark.extra) for k in (1, 4, 8))]
 )
-@pytest.mark.extra
 def test_adamw_equals_single_process_for_every_layout(gpus_per_node: int) -> None:
     runs = [
         Run(p, gpus_per_node, micro_steps=s, collectives=form, optimizer="adamw")
