@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import importlib
+import json
+import os
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import tyro
 from ranks import run_ranks
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import mics
+from mics.commands import VERBS
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/log.md"]
+PAGES = sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))
+DOCUMENTS = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", *PAGES]
+README_LINES = 150
 
 
 def blocks(document: str, language: str) -> list[str]:
     text = (ROOT / document).read_text()
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [block for of, block in found if of == language]
 
 
 def side(diff: str, sign: str) -> str:
@@ -29,6 +42,22 @@ def side(diff: str, sign: str) -> str:
 
 
 FROM_FSDP2, FROM_DDP = blocks("README.md", "diff")
+PYTHON = [(document, code) for document in DOCUMENTS for code in blocks(document, "python")]
+ACCUMULATING = [code for _, code in PYTHON if ".backward()" in code]
+SAVING = [code for _, code in PYTHON if "mics.save(" in code]
+PLANNING = [code for _, code in PYTHON if "mics.plan(" in code]
+
+
+def test_the_readme_is_two_screens_and_some() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= README_LINES
+
+
+def test_the_index_of_the_documents_names_every_page() -> None:
+    linked = re.findall(r"\]\((\w[\w-]*\.md)\)", (ROOT / "docs" / "README.md").read_text())
+    assert {f"docs/{page}" for page in linked} == set(PAGES) - {"docs/README.md"}
+
+
+# -- code ----------------------------------------------------------------------------------------
 
 
 def test_python_in_documents_compiles() -> None:
@@ -39,16 +68,58 @@ def test_python_in_documents_compiles() -> None:
         compile(block, "document", "exec")
 
 
+def test_every_block_of_python_is_run_by_a_test_of_this_file() -> None:
+    assert len(ACCUMULATING) + len(SAVING) + len(PLANNING) == len(PYTHON)
+    assert ACCUMULATING and SAVING and PLANNING
+
+
 def _model() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 1))
 
 
+def _batch(rank: int | None = None) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Three micro-batches, other ones on every rank."""
+    torch.manual_seed(torch.distributed.get_rank() if rank is None else rank)
+    return [(x, x.sum(dim=1, keepdim=True)) for x in torch.randn(3, 16, 8)]
+
+
+def _weights(model: nn.Module) -> list[torch.Tensor]:
+    return [p.full_tensor().detach().clone() for p in model.parameters()]  # type: ignore[attr-defined]
+
+
+def test_the_readmes_lines_from_fsdp2_train_as_the_lines_they_replace() -> None:
+    def sgd(params: Any) -> torch.optim.Optimizer:  # AdamW would not see gradients 3 times as large
+        return torch.optim.SGD(params, lr=0.1)
+
+    def run(sign: str) -> Any:
+        names: dict[str, Any] = {
+            "model": _model(),
+            "mesh": mics.init_mesh(partition=2),
+            "torch": SimpleNamespace(optim=SimpleNamespace(AdamW=sgd)),
+            "loader": [_batch()] * 5,
+            "loss": nn.functional.mse_loss,
+        }
+        exec(side(FROM_FSDP2, sign), names)
+        return _weights(names["model"])
+
+    before, after = run_ranks(run, 4, "-")[0], run_ranks(run, 4, "+")[0]
+    start = [p.detach() for p in _model().parameters()]
+    for old, new, first in zip(before, after, start, strict=True):
+        assert not torch.allclose(old, first, atol=1e-4)
+        assert torch.allclose(old, new, rtol=1e-5, atol=1e-6)
+
+
 def test_the_readmes_line_from_fsdp2_runs() -> None:
     def run() -> Any:
-        names: dict[str, Any] = {"model": _model(), "mesh": mics.init_mesh(partition=1)}
+        names: dict[str, Any] = {
+            "model": _model(),
+            "mesh": mics.init_mesh(partition=1),
+            "torch": torch,
+            "loader": [_batch()],
+            "loss": nn.functional.mse_loss,
+        }
         exec(side(FROM_FSDP2, "+"), names)
-        names["model"](torch.ones(4, 8)).sum().backward()
         return mics.ledger(names["model"]).traffic().hop(2).inter_messages
 
     # Partition 1: two replicas; three units, each sends 2 messages in its all-reduce.
@@ -57,8 +128,7 @@ def test_the_readmes_line_from_fsdp2_runs() -> None:
 
 def test_the_readmes_lines_from_ddp_train() -> None:
     def run() -> Any:
-        torch.manual_seed(torch.distributed.get_rank())
-        batch = [(x, x.sum(dim=1, keepdim=True)) for x in torch.randn(3, 16, 8)]
+        batch = _batch()
         seen = []
 
         def loss(output: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -66,28 +136,232 @@ def test_the_readmes_lines_from_ddp_train() -> None:
             seen.append(value.item())
             return value
 
-        names = {"model": _model(), "torch": torch, "loader": [batch] * 30, "loss": loss}
+        names = {
+            "model": _model(),
+            "mics": mics,
+            "torch": torch,
+            "loader": [batch] * 30,
+            "loss": loss,
+        }
         exec(side(FROM_DDP, "+"), names)
-        weights = [p.full_tensor() for p in names["model"].parameters()]
-        return seen[0], seen[-3], weights
+        return seen[0], seen[-3], _weights(names["model"])
 
     (first, last, weights), (_, _, others) = run_ranks(run, 2)
     assert last < first
     assert all(torch.equal(a, b) for a, b in zip(weights, others, strict=True))
 
 
+def test_every_loop_of_the_documents_trains_as_one_process_and_as_the_others() -> None:
+    """Two replicas of two ranks; to the bit, whichever of the public ways is written."""
+
+    def run(code: str) -> Any:
+        model = mics.shard(_model(), partition=2, mp_policy=MixedPrecisionPolicy())
+        names: dict[str, Any] = {"model": model, "mics": mics, "batch": _batch()}
+        names["loss"] = nn.functional.mse_loss
+        names["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(2):
+            exec(code, names)
+            names["optimizer"].zero_grad()
+        return _weights(model)
+
+    first, *others = [run_ranks(run, 4, code)[0] for code in ACCUMULATING]
+    for ours, alone in zip(first, _trained_alone(2), strict=True):
+        assert torch.allclose(ours, alone, rtol=1e-5, atol=1e-6)
+    for weights in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, weights, strict=True))
+
+
+def _trained_alone(steps: int) -> list[torch.Tensor]:
+    """One process, the mean over the micro-batches of 4 ranks."""
+    model = _model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batches = [micro_batch for rank in range(4) for micro_batch in _batch(rank)]
+    for _ in range(steps):
+        optimizer.zero_grad()
+        losses = [nn.functional.mse_loss(model(x), y) for x, y in batches]
+        torch.stack(losses).mean().backward()
+        optimizer.step()
+    return [p.detach() for p in model.parameters()]
+
+
+def test_the_lines_that_save_and_load_give_the_weights_back(tmp_path: Path) -> None:
+    (code,) = SAVING
+    assert "\n...  # training goes on\n" in code
+
+    def run() -> Any:
+        os.chdir(tmp_path)
+        model = mics.shard(_model(), partition=1)
+        optimizer = torch.optim.AdamW(model.parameters())
+
+        def train() -> None:
+            model(torch.ones(2, 8)).sum().backward()
+            optimizer.step()
+
+        train()
+        saved = _weights(model)
+        names = {"mics": mics, "model": model, "optimizer": optimizer, "train": train}
+        exec(code.replace("\n...", "\ntrain()"), names)
+        return all(torch.equal(a, b) for a, b in zip(saved, _weights(model), strict=True))
+
+    assert run_ranks(run, 2) == [True, True]
+    assert (tmp_path / "run" / "step-00000100").is_dir()
+
+
+def test_the_lines_that_plan_print_a_partition_and_both_times(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from transformers import LlamaConfig
+
+    (code,) = PLANNING
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=4096,
+    )
+    exec(code, {"mics": mics, "model": config})
+    way, other = capsys.readouterr().out.splitlines()
+    partition, seconds, reason = way.split(maxsplit=2)
+    assert 64 % int(partition) == 0 and float(seconds) > 0 and float(other) > 0
+    assert reason.startswith(f"p = {partition}")
+
+
+# -- commands ------------------------------------------------------------------------------------
+
+
+def commands_of(document: str) -> list[list[str]]:
+    """Every command of mics in a fenced block of a document, as words."""
+    lines: list[str] = []
+    for block in blocks(document, ""):
+        shown = block.startswith("$ ")  # a command and what it prints
+        lines += [block.splitlines()[0][2:]] if shown else block.splitlines()
+    parts = [part.strip() for line in lines for part in line.split("#")[0].split(";")]
+    return [shlex.split(part)[1:] for part in parts if part.startswith("mics ")]
+
+
+COMMANDS = [(d, words) for d in ["README.md", *PAGES] for words in commands_of(d)]
+
+
+@pytest.mark.parametrize(
+    ("document", "words"), COMMANDS, ids=[f"{d} {shlex.join(words)}" for d, words in COMMANDS]
+)
+def test_commands_of_the_documents_have_the_options_they_are_given(
+    document: str, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    verb = next(verb for verb in VERBS if verb.name == words[0])
+    module = importlib.import_module(f"mics.commands.{verb.module}")
+    keywords: dict[str, Any] = {"config": (tyro.conf.FlagCreatePairsOff,)}
+    if hasattr(module, "parse"):
+        assert module.parse(words[1:], **keywords)
+    else:
+        assert tyro.cli(module.Config, args=words[1:], **keywords)
+
+
+def told(words: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "mics", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_the_catalogue_that_the_documents_name_is_printed() -> None:
+    assert ("docs/planning.md", ["plan", "--list"]) in COMMANDS
+    done = told(["plan", "--list"])
+    assert done.returncode == 0, done.stderr
+    assert "p4d" in done.stdout and "p3dn" in done.stdout
+
+
+SHOWN = [block[2:].split("\n", 1) for block in blocks("docs/planning.md", "") if block[0] == "$"]
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize(("command", "output"), SHOWN, ids=[command for command, _ in SHOWN])
+def test_the_plans_shown_in_the_documents_are_what_the_commands_print(
+    command: str, output: str
+) -> None:
+    done = told(shlex.split(command)[1:])
+    printed = done.stdout if done.returncode == 0 else done.stderr
+    lines = [line.rstrip() for line in printed.strip().splitlines()]
+    progress = ("tracing ", "simulating on ")
+    assert [line for line in lines if not line.startswith(progress)] == output.strip().splitlines()
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_make_targets_named_in_documents_exist(document: str) -> None:
-    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    named = re.findall(r"(?:`|^)make ([a-z]+)", (ROOT / document).read_text(), re.MULTILINE)
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    named = re.findall(r"(?:`|^)make ([a-z-]+)", (ROOT / document).read_text(), re.MULTILINE)
     assert set(named) <= set(targets)
+
+
+# -- links and figures ---------------------------------------------------------------------------
+
+
+def anchors(document: Path) -> set[str]:
+    """What a heading is called in a link, as GitHub spells it."""
+    headings = re.findall(r"^#+ (.*)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_between_documents_lead_somewhere(document: str) -> None:
     text = (ROOT / document).read_text()
-    for link in re.findall(r"\]\(([^)#]+)\)", text):
-        if "://" not in link:
-            assert ((ROOT / document).parent / link).exists(), link
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = (ROOT / document).parent / path if path else ROOT / document
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
     for path in re.findall(r"`((?:tests|benchmarks|docs|examples)/[\w./]*)`", text):
         assert (ROOT / path).exists(), path
+
+
+ENGINES = {
+    "mics": "mics",
+    "mics, p = 1": "mics p=1",
+    "FSDP2 full sharding": "fsdp2",
+    "FSDP2 HSDP, all-reduce in every micro-step": "hsdp every micro-step",
+    "FSDP2 HSDP, all-reduce deferred": "hsdp deferred",
+    "FSDP2 HSDP, all-reduce in the last micro-step": "hsdp deferred",
+    "DDP, all-reduce deferred": "ddp",
+    "DDP, all-reduce in the last micro-step": "ddp",
+    "computation alone": "computation",
+}
+TABLES = [
+    ("README.md", "| | GPT of 4.8 M", {1: "lab_inside", 2: "lab_dilated_p3dn_4"}),
+    ("docs/slow-links.md", "| engine | step time |", {2: "lab_inside"}),
+    ("docs/slow-links.md", "| engine | a BERT", {1: "lab_bert", 2: "lab_inside_rows4"}),
+    (
+        "docs/slow-links.md",
+        "| engine | micro-batch 4",
+        {1: "lab_dilated_p3dn_4", 2: "lab_dilated_p3dn"},
+    ),
+]
+
+
+@pytest.mark.parametrize(("document", "heading", "columns"), TABLES)
+def test_tables_of_step_times_are_those_of_the_result_files(
+    document: str, heading: str, columns: dict[int, str]
+) -> None:
+    after = (ROOT / document).read_text().split(heading, 1)[1]
+    rows = [row.strip("| ").split("|") for row in after.split("\n\n", 1)[0].splitlines()[2:]]
+    compared = 0
+    for name, *cells in rows:
+        engine = ENGINES.get(re.sub(r" \([^)]*\)", "", name).strip())
+        for column, file in columns.items():
+            if engine is None or column > len(cells) or not cells[column - 1].strip():
+                continue
+            result = json.loads((ROOT / "benchmarks" / "results" / f"{file}.json").read_text())
+            ratio = next(e["ratio"] for e in result["engines"] if e["engine"] == engine)["median"]
+            written = float(cells[column - 1].split()[0])
+            assert written == pytest.approx(ratio, abs=0.0051), (name, file)
+            compared += 1
+    assert compared >= 7
