@@ -51,7 +51,7 @@ def without_mics(example: Path) -> str:
     return "\n".join(re.sub(r"^( *)# - ", r"\1", line) for line in lines) + "\n"
 
 
-@pytest.mark.parametrize("name", ["from_fsdp2", "from_ddp"])
+@pytest.mark.parametrize("name", ["from_fsdp2", "from_ddp", "own_loop"])
 def test_taking_the_marked_lines_back_leaves_a_script_without_mics(name: str) -> None:
     before = without_mics(EXAMPLES / f"{name}.py")
     compile(before, name, "exec")
@@ -59,14 +59,20 @@ def test_taking_the_marked_lines_back_leaves_a_script_without_mics(name: str) ->
     assert "mics" not in code
 
 
+def test_own_loop_changes_the_model_and_one_line_of_the_trainer() -> None:
+    trainer = (EXAMPLES / "own_loop.py").read_text().split("class Trainer", 1)[1]
+    trainer = trainer.split("def main", 1)[0]
+    added = [line.strip() for line in trainer.splitlines() if "  # +" in line]
+    assert added == ["with mics.micro_step(self.model, last=last):  # +"]
+
+
 def test_from_fsdp2_changes_one_line() -> None:
     added = [x for x in (EXAMPLES / "from_fsdp2.py").read_text().splitlines() if "  # +" in x]
     assert added == ["from mics import fully_shard  # +"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["from_fsdp2", pytest.param("from_ddp", marks=pytest.mark.extra)])
 @pytest.mark.extra
+@pytest.mark.parametrize("name", ["from_fsdp2", "from_ddp", "own_loop"])
 def test_an_example_has_the_losses_of_the_script_it_replaces(name: str, tmp_path: Path) -> None:
     example = EXAMPLES / f"{name}.py"
     (tmp_path / "before.py").write_text(without_mics(example))
