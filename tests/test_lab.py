@@ -207,6 +207,16 @@ def test_a_second_run_of_a_name_says_its_own_failure(
 
 @needs_a_lab
 @pytest.mark.extra
+def test_what_a_verb_says_on_its_ranks_is_the_labs_last_word(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["lab", "run", "--gpus-per-node", "1", "--logs", str(tmp_path / "logs"), "--"]
+    assert main([*words, "mics", "bench", "collectives", "--sizes", "0KiB"]) == 1
+    assert capfd.readouterr().err.rstrip().endswith("\nmics bench: '0KiB' is no size.")
+
+
+@needs_a_lab
+@pytest.mark.extra
 def test_a_cut_cable_is_an_error_on_every_rank_within_the_timeout(
     lab: Lab, job: str, tmp_path: Path
 ) -> None:

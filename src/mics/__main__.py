@@ -6,13 +6,16 @@ import difflib
 import importlib
 import importlib.util
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from mics.commands import VERBS
 from mics.errors import MicsError
-from mics.ranks.launcher import read_launch
+from mics.ranks.launcher import is_first_rank, read_launch
 from mics.version import __version__
+
+_PATIENCE_SECONDS = 3.0  # longer than any launcher takes to end the ranks of a job that failed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,7 +50,7 @@ def _run_verb(name: str, options: list[str]) -> int:
     verb = importlib.import_module(f"mics.commands.{_module(name)}")
     keywords: dict[str, Any] = {
         "prog": f"mics {name}",
-        "console_outputs": _speaks(),
+        "console_outputs": is_first_rank(),
         "config": (tyro.conf.FlagCreatePairsOff,),
     }
     try:
@@ -60,9 +63,27 @@ def _run_verb(name: str, options: list[str]) -> int:
     try:
         code: int = verb.run(config)
     except KeyboardInterrupt:
-        print("mics: interrupted", file=sys.stderr)
+        _complain("mics: interrupted")
         return 1
+    except MicsError as error:
+        return _fail(name, error)
     return code
+
+
+def _fail(name: str, error: MicsError) -> int:
+    """Say what went wrong, once per job.
+
+    Most errors are every rank's, and rank 0 says them: the launcher ends the others when it leaves.
+    A rank that is still here after a while has something of its own to say.
+    """
+    if is_first_rank():
+        _complain(f"mics {name}: {error}")
+        return 1
+    launch = read_launch()
+    assert launch is not None
+    time.sleep(_PATIENCE_SECONDS)
+    _complain(f"mics {name}: rank {launch.rank}: {error}")
+    return 1
 
 
 def _module(name: str) -> str:
@@ -78,18 +99,13 @@ def _overview() -> str:
 
 
 def _refuse(text: str) -> int:
-    if _speaks():
-        print(f"mics: {text}", file=sys.stderr)
+    if is_first_rank():
+        _complain(f"mics: {text}")
     return 2
 
 
-def _speaks() -> bool:
-    """Whether this process is rank 0, or no rank at all: a usage error is said once per job."""
-    try:
-        launch = read_launch()
-    except MicsError:
-        return True
-    return launch is None or launch.rank == 0
+def _complain(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

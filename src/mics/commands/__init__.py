@@ -1,9 +1,17 @@
 """The verbs of the command line, one module each.
 
-A verb's module has a frozen dataclass ``Config`` (its options; the docstrings are the help) and a
-function ``run(config) -> int`` that returns the exit code: 0 ok, 1 failed, 2 usage. A verb whose
-options come from a file as well has ``parse(words) -> Config``. To add a verb, write that module
-and add its line to ``VERBS``.
+To add a verb, write its module and add a line to ``VERBS``. The module has
+
+- a frozen dataclass ``Config``: the options; its docstrings are the help. Where options come from
+  elsewhere too, a function ``parse(words, **keywords) -> Config`` reads them;
+- a function ``run(config) -> int``, which returns the exit code: 0 all is well; 1 the work was
+  done, but its outcome is bad (logits that differ, a figure that is missed); 2 the options make no
+  sense together.
+
+``run`` raises a ``MicsError`` for whatever else goes wrong and catches none: ``__main__`` says it,
+once for all ranks of a job, and the process exits with 1 (with 2 when ``parse`` raised it). A verb
+reads options and shows results; the work itself belongs into the room that knows it. Results go to
+standard output, everything else to standard error, both through ``ranks/console.py``.
 """
 
 from __future__ import annotations

@@ -122,17 +122,16 @@ def run(config: Config) -> int:
     """Measure.
 
     Returns:
-        0; 1 when something does not fit, or the engines do not agree.
+        0; 1 when the engines do not agree.
+
+    Raises:
+        MicsError: something does not fit.
     """
-    try:
-        if isinstance(config, Collectives):
-            return _collectives(config)
-        if isinstance(config, Dilated):
-            return _dilated(config)
-        return _train(config)
-    except MicsError as error:
-        print(f"mics bench: {error}", file=sys.stderr)
-        return 1
+    if isinstance(config, Collectives):
+        return _collectives(config)
+    if isinstance(config, Dilated):
+        return _dilated(config)
+    return _train(config)
 
 
 def _collectives(config: Collectives) -> int:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from mics.errors import CheckpointError, MicsError
+from mics.errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -40,36 +39,36 @@ def run(config: Config) -> int:
     """Export, and compare if asked.
 
     Returns:
-        0; 1 when it failed, or when logits differ that should not.
+        0; 1 when logits differ that should not.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, it is damaged, or the folder exists.
     """
     from mics.interchange.comparing import largest_difference
     from mics.interchange.dtypes import FLOATS
     from mics.interchange.exporting import export
+    from mics.ranks.console import show
     from mics.training.waiting import TextProgress
 
     dtype = FLOATS[config.dtype]
-    try:
-        with TextProgress() as progress:
-            exported = export(
-                config.checkpoint,
-                config.out,
-                dtype=dtype,
-                shard_bytes=_bytes(config.shard_size),
-                told=progress.show,
-            )
-        print(
-            f"{exported.checkpoint} -> {exported.folder}: {exported.num_tensors} tensors, "
-            f"{exported.num_bytes:,} bytes; {', '.join(exported.files)}"
+    with TextProgress() as progress:
+        exported = export(
+            config.checkpoint,
+            config.out,
+            dtype=dtype,
+            shard_bytes=_bytes(config.shard_size),
+            told=progress.show,
         )
-        if not config.check:
-            return 0
-        difference = largest_difference(exported, dtype)
-    except MicsError as error:
-        print(f"mics export: {error}", file=sys.stderr)
-        return 1
+    show(
+        f"{exported.checkpoint} -> {exported.folder}: {exported.num_tensors} tensors, "
+        f"{exported.num_bytes:,} bytes; {', '.join(exported.files)}"
+    )
+    if not config.check:
+        return 0
+    difference = largest_difference(exported, dtype)
     exact = config.dtype in ("as-is", "fp32")
     verdict = "equal" if difference == 0 else f"differ by at most {difference:.3g}"
-    print(f"logits of transformers and of the checkpoint: {verdict}")
+    show(f"logits of transformers and of the checkpoint: {verdict}")
     return 1 if exact and difference != 0 else 0
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import tyro
-
-from mics.errors import MicsError
 
 
 @dataclass(frozen=True)
@@ -30,24 +27,24 @@ class Config:
 
 
 def run(config: Config) -> int:
-    """Import.
+    """Import, and say what was left out.
 
     Returns:
-        0; 1 when it failed.
+        0.
+
+    Raises:
+        CheckpointError: the folder holds no model, or the checkpoint cannot be written.
     """
     from mics.interchange.dtypes import FLOATS
     from mics.interchange.importing import import_folder
+    from mics.ranks.console import show
     from mics.training.waiting import TextProgress
 
-    try:
-        with TextProgress() as progress:
-            left_out = import_folder(
-                config.folder, config.out, dtype=FLOATS[config.dtype], told=progress.show
-            )
-    except MicsError as error:
-        print(f"mics import: {error}", file=sys.stderr)
-        return 1
-    print(f"{config.folder} -> {config.out}")
+    with TextProgress() as progress:
+        left_out = import_folder(
+            config.folder, config.out, dtype=FLOATS[config.dtype], told=progress.show
+        )
+    show(f"{config.folder} -> {config.out}")
     if left_out:
-        print(f"left out, as the model has no place for them: {', '.join(left_out)}")
+        show(f"left out, as the model has no place for them: {', '.join(left_out)}")
     return 0

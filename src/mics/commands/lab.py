@@ -12,7 +12,6 @@ from typing import Annotated
 
 import tyro
 
-from mics.errors import MicsError
 from mics.lab import lifetime, network, running, state, unprivileged
 from mics.lab.state import Lab
 from mics.lab.system import check_system
@@ -128,16 +127,11 @@ def run(config: Config) -> int:
     """Do what was asked.
 
     Returns:
-        0; the exit code of the job or program; 1 when something is wrong with the lab.
+        0; the exit code of the job or program; 2 when there is no command to run.
+
+    Raises:
+        LabError: something is wrong with the lab.
     """
-    try:
-        return _do(config)
-    except MicsError as error:
-        print(f"mics lab: {error}", file=sys.stderr)
-        return 1
-
-
-def _do(config: Config) -> int:
     check_system()
     if os.geteuid() != 0:
         return _do_unprivileged(config)

@@ -15,7 +15,7 @@ from mics.anatomy.anatomy import Anatomy
 from mics.anatomy.memory import NOT_MODELLED
 from mics.commands.cluster_options import ClusterOptions, node_of
 from mics.commands.written import check_folders, refuse_others
-from mics.errors import MicsError, PlanError
+from mics.errors import PlanError
 from mics.hardware.catalogue_text import catalogue
 from mics.hardware.cluster import Cluster, extrapolated
 from mics.hardware.stacks import find_stack
@@ -122,9 +122,8 @@ def run(config: Config) -> int:
             print(catalogue())
             return 0
         return _plan(config)
-    except (MicsError, OSError) as error:
-        print(f"mics plan: {error}", file=sys.stderr)
-        return 1
+    except OSError as error:  # of a file that an option names
+        raise PlanError(str(error)) from None
 
 
 def question_of(config: Config, sequence: int) -> Question:

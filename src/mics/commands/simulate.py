@@ -12,7 +12,7 @@ from typing import Literal
 
 from mics.commands.cluster_options import ClusterOptions, node_of
 from mics.commands.written import check_folders, refuse_others
-from mics.errors import MicsError, PlanError
+from mics.errors import PlanError
 from mics.hardware.cluster import Cluster, Link, Node, extrapolated
 from mics.hardware.stacks import find_stack
 from mics.planning.parsing import parse_range
@@ -105,9 +105,8 @@ def run(config: Config) -> int:
     """
     try:
         return _validate(config) if config.validate else _simulate(config)
-    except (MicsError, OSError) as error:
-        print(f"mics simulate: {error}", file=sys.stderr)
-        return 1
+    except OSError as error:  # of a file that an option names
+        raise PlanError(str(error)) from None
 
 
 def _validate(config: Config) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,8 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from mics.errors import ConfigError, MicsError
-from mics.ranks.launcher import read_launch
+from mics.errors import ConfigError
 from mics.training.config import TrainConfig
 
 
@@ -62,28 +60,26 @@ def run(config: Config) -> int:
     """Train, or show what would be trained.
 
     Returns:
-        0 when all went well, 1 when it did not, 2 when the options make no sense.
+        0; 1 when a rank that was started here failed, or the last checkpoint was not written.
+
+    Raises:
+        MicsError: options, data, model or checkpoints are not right.
     """
     from mics.hardware.lookup import find_node
+    from mics.ranks.console import show
     from mics.training import dry_run
     from mics.training.launching import run_on_ranks
     from mics.training.settings import check_settings
 
-    try:
-        if config.models:
-            print(dry_run.list_models())
-            return 0
-        check_settings(config.options)
-        if config.options.parallel.node is not None:
-            find_node(config.options.parallel.node)  # before any rank is started
-        if config.dry_run:
-            print(dry_run.describe(config.options))
-            return 0
-        from mics.training.loop import train
+    if config.models:
+        show(dry_run.list_models())
+        return 0
+    check_settings(config.options)
+    if config.options.parallel.node is not None:
+        find_node(config.options.parallel.node)  # before any rank is started
+    if config.dry_run:
+        show(dry_run.describe(config.options))
+        return 0
+    from mics.training.loop import train
 
-        return run_on_ranks(train, config.options)
-    except MicsError as error:
-        launch = read_launch()
-        if launch is None or launch.rank == 0:
-            print(f"mics train: {error}", file=sys.stderr)
-        return 1
+    return run_on_ranks(train, config.options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from mics.lab.system import find_program
 
 _PORT = 29511
 _GRACE_SECONDS = 20.0
+_SAID = re.compile(r"^mics( \w+)?: ", re.MULTILINE)  # how a message of ours begins
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,7 @@ def _words(logs: Path, lab: Lab, first: int, began: float) -> str:
             if file.stat().st_mtime < began:
                 continue
             text = file.read_text(errors="replace").strip()
-            if "Error" in text or "mics:" in text:
+            if "Error" in text or _SAID.search(text):
                 local = int(file.parent.name)
                 rank = index * lab.gpus_per_node + local
                 spoken.append((file.stat().st_mtime, rank, text))
@@ -191,7 +193,7 @@ def _words(logs: Path, lab: Lab, first: int, began: float) -> str:
     own = [
         line.removeprefix(f"[rank{rank}]: ")
         for line in text.splitlines()
-        if line.startswith((f"[rank{rank}]: ", "mics: "))
+        if line.startswith(f"[rank{rank}]: ") or _SAID.match(line)
     ]
     return f"rank {rank}:\n" + "\n".join(own or text.splitlines()[-20:])
 

@@ -1,20 +1,52 @@
-"""What mics says while it works: one voice, rank 0's, on standard error."""
+"""What mics says: one voice, rank 0's.
+
+What a command was asked for goes to standard output (``show``), so that it can be piped into a file
+or another program. Whatever else is said goes to standard error: where long work has got to
+(``progress``), what a person should know (``say``), and what nobody may miss (``alarm``).
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 
 import torch.distributed as dist
 
+from mics.ranks.launcher import is_first_rank
+
 ShowBytes = Callable[[str, int, int], None]
 """Shows what is being done, how many bytes of it are, and of how many (0: unknown)."""
 
 
+Told = Callable[[str], None]
+"""What long work calls as it goes on, with a line for people; ``progress`` is one."""
+
+
+def speaks() -> bool:
+    """Whether this process speaks for its job: as rank 0, or as no rank at all."""
+    return dist.get_rank() == 0 if dist.is_initialized() else is_first_rank()
+
+
+def show(text: str) -> None:
+    """Print a result on standard output, once for the whole job."""
+    if not speaks():
+        return
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # ``mics doctor | head``: what is left must not raise again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def progress(text: str) -> None:
+    """Print where the work has got to, once for the whole job."""
+    if speaks():
+        print(text, file=sys.stderr, flush=True)
+
+
 def say(text: str) -> None:
-    """Print ``text`` once for the whole job."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        print(f"mics: {text}", file=sys.stderr, flush=True)
+    """Print what a person should know, once for the whole job."""
+    progress(f"mics: {text}")
 
 
 def alarm(text: str) -> None:

@@ -11,7 +11,7 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mics.errors import TopologyError
+from mics.errors import MicsError, TopologyError
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,15 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch | None:
     if "SLURM_PROCID" in env and "SLURM_NTASKS" in env:
         return _slurm(env)
     return None
+
+
+def is_first_rank() -> bool:
+    """Whether this process is rank 0 of its launcher, or has none."""
+    try:
+        launch = read_launch()
+    except MicsError:  # variables that make no sense are every rank's to complain of
+        return True
+    return launch is None or launch.rank == 0
 
 
 def export_torch_variables(launch: Launch) -> None:

@@ -1,0 +1,84 @@
+"""The edge of the command line: what an error costs, who says it, and how often."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mics.__main__ import main
+
+ROOT = Path(__file__).parents[1]
+NO_SIZE = ["bench", "collectives", "--sizes", "0KiB"]
+
+
+@pytest.fixture
+def waited(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that this process would have slept."""
+    seconds: list[float] = []
+    monkeypatch.setattr(time, "sleep", seconds.append)
+    return seconds
+
+
+def as_rank(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+
+@pytest.mark.slow
+def test_under_torchrun_bench_says_an_error_once() -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launch += ["--local-addr", "127.0.0.1", "--nproc-per-node", "2", "-m", "mics", *NO_SIZE]
+    done = subprocess.run(
+        launch,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("'0KiB' is no size") == 1, done.stderr
+
+
+def test_rank_0_says_an_error_at_once(
+    waited: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    as_rank(0, monkeypatch)
+    assert main(NO_SIZE) == 1
+    assert capsys.readouterr().err.startswith("mics bench: '0KiB' is no size.\n  Write: --sizes")
+    assert waited == []
+
+
+def test_another_rank_says_its_own_error_if_nobody_has_ended_it_meanwhile(
+    waited: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    as_rank(1, monkeypatch)
+    assert main(NO_SIZE) == 1
+    assert capsys.readouterr().err.startswith("mics bench: rank 1: '0KiB' is no size.")
+    assert waited == [3.0]
+
+
+def test_a_usage_error_is_rank_0s_alone(
+    waited: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank, words in ((0, "there is no verb 'benhc'"), (1, "")):
+        as_rank(rank, monkeypatch)
+        assert main(["benhc"]) == 2
+        err = capsys.readouterr().err
+        assert words in err
+        assert bool(err) == bool(words)
+    assert waited == []
+
+
+@pytest.mark.parametrize("verb", ["plan", "simulate"])
+def test_a_file_that_cannot_be_written_is_an_error_of_the_verb(
+    verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--model", "gpt2-tiny", "--nodes", "1", "--sequence", "64", "--micro-batch", "1"]
+    assert main([verb, *words, "--json", "/proc/not-there.json"]) == 1
+    assert "mics " + verb + ": [Errno 2] No such file" in capsys.readouterr().err
