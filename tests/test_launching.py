@@ -82,6 +82,51 @@ def test_a_rank_that_dies_in_silence_is_named() -> None:
 
 
 @pytest.mark.slow
+def test_a_killed_rank_is_named_beside_what_the_others_then_say() -> None:
+    code, _, err = finish(
+        start(
+            "if rank == 1:\n    os.kill(os.getpid(), 9)\n"
+            "stop = []\nsignal.signal(signal.SIGTERM, lambda *_: stop.append(1))\n"
+            "while not stop: time.sleep(0.05)\n"
+            "raise RuntimeError('a consequence')"
+        )
+    )
+    assert code == 1
+    assert "mics: rank 1 ended with exit code -9 and said nothing\n" in err
+    assert err.endswith("RuntimeError: a consequence")
+
+
+def listening(process: int) -> set[str]:
+    """The addresses on which a process and its children listen, as the kernel writes them."""
+    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    inodes = {
+        link.name
+        for pid in (process, *map(int, children))
+        for entry in Path(f"/proc/{pid}/fd").iterdir()
+        if (link := entry.readlink()).name.startswith("socket:")
+    }
+    rows = [
+        row.split()
+        for table in ("tcp", "tcp6")
+        for row in Path(f"/proc/net/{table}").read_text().splitlines()[1:]
+    ]
+    return {
+        row[1].split(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in inodes
+    }
+
+
+@pytest.mark.slow
+def test_nothing_listens_beyond_the_loopback_interface() -> None:
+    process = start('os.write(1, b"ready\\n")\ntime.sleep(60)')
+    assert process.stdout is not None
+    assert [process.stdout.readline() for _ in range(4)].count("ready\n") == 3
+    addresses = listening(process.pid)
+    process.send_signal(signal.SIGTERM)
+    finish(process)
+    assert addresses <= {"0100007F"}, addresses  # 127.0.0.1
+
+
+@pytest.mark.slow
 def test_a_signal_that_nobody_handles_yet_ends_the_job() -> None:
     process = start('os.write(1, b"ready\\n")\ntime.sleep(60)')
     assert process.stdout is not None

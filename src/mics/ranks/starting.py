@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import gc
+import json
+import logging
+import multiprocessing
 import os
 import signal
 import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.multiprocessing.spawn import (
-    ProcessExitedException,
-    ProcessRaisedException,
-    start_processes,
-)
+from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 
 from mics.errors import MicsError
+from mics.ranks.console import say
 from mics.ranks.device import (
     HOST,
     default_device_type,
@@ -36,7 +40,6 @@ from mics.ranks.launcher import Launch, export_torch_variables, listen_on_loopba
 
 LOCAL = "mics"
 """The ``source`` of a ``Launch`` whose ranks were started here."""
-
 
 _POLL_SECONDS = 0.2
 
@@ -125,7 +128,7 @@ def _missing(store: Store, launch: Launch, seconds: float) -> RanksMissing:
     return error
 
 
-def _make_group(store: Store, launch: Launch, device_type: str, seconds: float) -> None:
+def _make_group(store: Store, launch: Launch, device_type: str, seconds: float | None) -> None:
     backend = "gloo"
     if on_accelerator(device_type):
         backend = f"cpu:gloo,{device_type}:{dist.get_default_backend_for_device(device_type)}"
@@ -135,7 +138,7 @@ def _make_group(store: Store, launch: Launch, device_type: str, seconds: float) 
         store=store,
         rank=launch.rank,
         world_size=launch.world,
-        timeout=timedelta(seconds=seconds),
+        timeout=None if seconds is None else timedelta(seconds=seconds),
     )
 
 
@@ -144,58 +147,138 @@ def _make_group(store: Store, launch: Launch, device_type: str, seconds: float) 
 Work = Callable[..., int]
 """What a rank does: called with its ``Launch`` and more, returns the rank's exit code."""
 
+# SIGTERM from a scheduler, ctrl-C from a person, and a terminal that was closed.
+_PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
 
 def run_local_ranks(
-    work: Work, ranks: int, device_type: str, seconds: float, *arguments: Any
+    work: Work, ranks: int, device_type: str, seconds: float | None, *arguments: Any
 ) -> int:
     """Run ``work(launch, *arguments)`` on ``ranks`` processes of this machine.
 
-    They meet in a temporary file and talk over the loopback interface. A rank that raises, dies or
-    returns another code than 0 ends the others; what it raised is printed on standard error.
+    They are told who they are in torchrun's variables and have a process group when the work
+    begins. They meet in a temporary file, talk over the loopback interface and report in text:
+    nothing listens on the network, and nothing that others could have written is unpickled.
+
+    A rank that raises or dies ends the others. Signals that end this process go to the ranks, which
+    may save and end in their own way; they end as well if this process is killed.
+
+    Args:
+        work: what every rank does; a function of a module where ranks cannot be forked.
+        ranks: how many to start.
+        device_type: what they communicate on.
+        seconds: how long a rank waits for the others; ``None`` is torch's own choice.
+        arguments: what the work is called with, behind its ``Launch``.
 
     Returns:
-        0 when every rank returned 0, else 1.
+        The largest code that a rank returned; 1 when one failed. Why is then the last thing said on
+        standard error: a MicsError's message, or the traceback of the rank that failed first.
     """
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # of ranks it ends
     sys.stdout.flush()
-    with tempfile.TemporaryDirectory(prefix="mics-") as folder:
+    with tempfile.TemporaryDirectory(prefix="mics-") as name, _passing_signals_on() as passed:
+        folder = Path(name)
         context = start_processes(  # type: ignore[no-untyped-call]
             _local_rank,
             args=(ranks, folder, device_type, seconds, work, arguments),
             nprocs=ranks,
             join=False,
-            daemon=True,  # an interrupt here ends them
             start_method="fork" if ranks_can_fork(device_type) else "spawn",
         )
+        silent = None
         try:
-            while not context.join(grace_period=2):
+            while not context.join():
                 pass
-        except ProcessRaisedException as error:
-            print(f"mics: rank {error.error_index} raised{error}", file=sys.stderr)
-            return 1
         except ProcessExitedException as error:
-            if error.exit_code != 1:  # with 1, rank 0 has said why
-                print(f"mics: rank {error.error_index}: {error}", file=sys.stderr)
-            return 1
-    return 0
+            if not _report_of(folder, error.error_index).exists():
+                silent = f"rank {error.error_index} ended with exit code {error.exit_code}"
+        reports = [json.loads(file.read_text()) for file in folder.glob("*.json")]
+    failed = [report for report in reports if "words" in report]
+    if silent is None and not failed:
+        return max((report["code"] for report in reports), default=0)
+    if passed:  # ranks that lose a peer to the signal have tracebacks, of no interest
+        silent, failed = None, [report for report in failed if report["bug"] is None]
+        if not failed:
+            say("interrupted")
+    if silent is not None:
+        say(f"{silent} and said nothing")
+    if failed:
+        first = min(failed, key=lambda report: report["time"])
+        if first["bug"] is not None:
+            say(f"rank {first['rank']} raised {first['bug']}")
+        say(f"rank {first['rank']}: {first['words']}")
+    return 1
+
+
+def leave_groups() -> None:
+    """Close connections while the interpreter is whole: a backend has threads of its own."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    gc.collect()  # modules and their hooks refer to each other, and to groups
 
 
 def _local_rank(
     rank: int,
     ranks: int,
-    folder: str,
+    folder: Path,
     device_type: str,
-    seconds: float,
+    seconds: float | None,
     work: Work,
     arguments: tuple[Any, ...],
 ) -> None:
-    # Ends quietly on ctrl-C, and when the parent dies (torch asks the kernel for this signal).
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if not on_accelerator(device_type):
-        torch.set_num_threads(1)
+    for number in _PASSED_ON:  # SIGINT comes from the kernel too, when the parent dies
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
     listen_on_loopback()
     launch = Launch(LOCAL, rank, ranks, rank, ranks)
-    store = dist.FileStore(str(Path(folder) / "store"), ranks)  # type: ignore[attr-defined]
-    _make_group(store, launch, device_type, seconds)
-    code = work(launch, *arguments)
-    dist.destroy_process_group()
-    sys.exit(code)
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    for name in ("RANK", "LOCAL_RANK"):
+        os.environ[name] = str(rank)
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        os.environ[name] = str(ranks)
+    try:
+        store = dist.FileStore(str(folder / "store"), ranks)  # type: ignore[attr-defined]
+        _make_group(store, launch, device_type, seconds)
+        code = work(launch, *arguments)
+        leave_groups()
+    except BaseException as error:
+        bug = None if isinstance(error, MicsError) else type(error).__name__
+        words = str(error) if bug is None else traceback.format_exc()
+        report = {"rank": rank, "time": time.time(), "bug": bug, "words": words}
+        _report_of(folder, rank).write_text(json.dumps(report))
+        sys.stdout.flush()
+        os._exit(1)  # threads of a backend may be waiting for ranks that have gone
+    _report_of(folder, rank).write_text(json.dumps({"rank": rank, "code": code}))
+
+
+def _report_of(folder: Path, rank: int) -> Path:
+    return folder / f"{rank}.json"
+
+
+@contextmanager
+def _passing_signals_on() -> Iterator[list[int]]:
+    """Hand the signals that would end this process to the ranks, which decide what to do.
+
+    Yields:
+        The signals that have been passed on.
+    """
+    passed: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        passed.append(number)
+        for child in multiprocessing.active_children():
+            if child.pid is not None:
+                os.kill(child.pid, number)
+
+    before = {number: signal.getsignal(number) for number in _PASSED_ON}
+    if before[signal.SIGHUP] is signal.SIG_IGN:  # nohup
+        del before[signal.SIGHUP]
+    for number in before:
+        signal.signal(number, pass_on)
+    try:
+        yield passed
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
