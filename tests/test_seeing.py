@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
+from mics.quantities import count, size
 from mics.training.config import LogConfig
-from mics.training.display import open_display
+from mics.training.display import open_display, step_line
 from mics.training.plot import plot_run, read_metrics
-from mics.training.record import EvaluationRecord, StepRecord, count, size, step_line
+from mics.training.record import EvaluationRecord, StepRecord
 from mics.training.trackers import open_trackers
 
 

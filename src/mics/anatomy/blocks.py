@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mics.errors import ShardError
+from mics.quantities import dtype_name
 
 Block = type[nn.Module] | nn.Module
 Blocks = Sequence[Block] | Block | Callable[[nn.Module], bool] | None
@@ -78,7 +79,7 @@ def units_of_block(block: nn.Module, ignored: set[nn.Parameter]) -> list[nn.Modu
         if len(dtypes) > 1:
             raise ShardError(
                 f"{name or type(block).__name__} holds trainable parameters of several dtypes.",
-                numbers=", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes)) + ".",
+                numbers=", ".join(sorted(dtype_name(d) for d in dtypes)) + ".",
                 write="module.to(dtype) before sharding, or mics.fully_shard with ignored_params",
             )
         if dtypes and dtypes != {common}:

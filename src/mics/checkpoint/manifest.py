@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from mics.errors import CheckpointError
+from mics.quantities import dtype_name
 from mics.version import __version__
 
 FORMAT = 1
@@ -39,11 +40,6 @@ Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 _MOST_BYTES = 1 << 30  # of a manifest
 _MOST_DIMS = 16
 _FILE_NAME = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*")
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """A dtype as a manifest names it: "float32"."""
-    return str(dtype).removeprefix("torch.")
 
 
 _DTYPES = {

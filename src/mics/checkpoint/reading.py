@@ -23,12 +23,13 @@ from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
 from mics.checkpoint.contents import FLAT, Contents, contents_of, decode_values
 from mics.checkpoint.layout import MODEL, OPTIMIZER, of_kind, random_state_of
-from mics.checkpoint.manifest import Entry, Json, Manifest, dtype_name, read_manifest
+from mics.checkpoint.manifest import Entry, Json, Manifest, read_manifest
 from mics.checkpoint.peers import Peers
 from mics.checkpoint.randomness import restore_random_state
 from mics.checkpoint.verifying import verified_manifest
 from mics.checkpoint.writing import let_save_end
 from mics.errors import CheckpointError
+from mics.quantities import dtype_name
 
 _MOST_NAMED = 3
 

@@ -34,13 +34,13 @@ from mics.checkpoint.manifest import (
     FileFacts,
     Json,
     Manifest,
-    dtype_name,
     file_name,
     whole_entry,
 )
 from mics.checkpoint.peers import Peers
 from mics.checkpoint.randomness import random_state
 from mics.errors import CheckpointError
+from mics.quantities import dtype_name
 
 
 def save(

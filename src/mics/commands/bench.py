@@ -25,6 +25,7 @@ from mics.benching.side_by_side import Compared, Stepping, agree, compare, compu
 from mics.benching.workloads import Workload
 from mics.errors import MicsError
 from mics.lab.network import bits_per_second
+from mics.quantities import MIB, milliseconds, parse_size
 from mics.ranks.mesh import groups_of, init_mesh, start
 from mics.topology import Topology
 from mics.version import __version__
@@ -326,22 +327,20 @@ def _heading(link: str | None) -> str:
 
 def _line(one: Measured) -> str:
     spent = one.seconds
-    times = f"{_ms(spent.median)} ({_ms(spent.low)} to {_ms(spent.high)})"
-    floor = "n/a" if one.floor is None else _ms(one.floor)
+    times = (
+        f"{milliseconds(spent.median)} ({milliseconds(spent.low)} to {milliseconds(spent.high)})"
+    )
+    floor = "n/a" if one.floor is None else milliseconds(one.floor)
     over = "n/a" if one.over_floor is None else f"{one.over_floor:.2f}"
     return (
-        f"{one.collective:<16}{one.form:<14}{one.ranks:>5}{one.message_bytes / 2**20:>8.2f} MiB"
+        f"{one.collective:<16}{one.form:<14}{one.ranks:>5}{one.message_bytes / MIB:>8.2f} MiB"
         f"{times:>34}"
         f"{one.algbw / 1e9:>8.4f} GB/s{one.busbw / 1e9:>8.4f} GB/s{floor:>11}{over:>9}"
     )
 
 
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.1f} ms"
-
-
 def _size(text: str) -> int:
-    for unit, scale in (("KiB", 2**10), ("MiB", 2**20), ("GiB", 2**30)):
-        if text.endswith(unit) and text.removesuffix(unit).isdigit() and text[0] != "0":
-            return int(text.removesuffix(unit)) * scale
-    raise MicsError(f"{text!r} is no size.", write="--sizes 64KiB 8MiB")
+    num_bytes = parse_size(text, units=("KiB", "MiB", "GiB"))
+    if num_bytes is None:
+        raise MicsError(f"{text!r} is no size.", write="--sizes 64KiB 8MiB")
+    return num_bytes

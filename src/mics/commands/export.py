@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,6 +9,7 @@ from typing import Literal
 import tyro
 
 from mics.errors import CheckpointError
+from mics.quantities import parse_size
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,9 @@ def run(config: Config) -> int:
 
 
 def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+)\s*(MB|GB)", text.strip(), re.IGNORECASE)
-    if match is None or int(match[1]) == 0:
+    num_bytes = parse_size(text, units=("MB", "GB"))
+    if num_bytes is None:
         raise CheckpointError(
             f"shard-size = {text!r} is no size.", write="--shard-size 500MB, or 5GB"
         )
-    return int(match[1]) * (10**6 if match[2].upper() == "MB" else 10**9)
+    return num_bytes

@@ -39,8 +39,8 @@ class Shape:
     def lab(self) -> Lab:
         """The lab that is described."""
         name = self.name or state.new_name()
-        latency_ms = network.milliseconds(self.latency)
-        return Lab(name, self.nodes, self.gpus_per_node, self.link, latency_ms)
+        latency = network.milliseconds(self.latency)
+        return Lab(name, self.nodes, self.gpus_per_node, self.link, latency)
 
 
 @dataclass(frozen=True)

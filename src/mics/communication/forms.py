@@ -25,6 +25,7 @@ from mics.communication.timing import time_in_turn
 from mics.communication.two_stages import hierarchical_all_gather, hierarchical_reduce_scatter
 from mics.errors import ShardError
 from mics.files import write_whole
+from mics.quantities import dtype_name, size
 from mics.ranks.agreement import gather_text
 from mics.ranks.console import say
 from mics.ranks.device import HOST, device_name, on_accelerator
@@ -105,8 +106,9 @@ def measure(
     numel = max(numel, group.size())
     flat, hierarchical = _time_forms(groups, group, pair, collective, numel, dtype)
     keep(groups, choice, flat, hierarchical)
+    message = size(2**choice.size_class, "g", least="KiB", most="MiB")
     say(
-        f"{collective} of {_size(2**choice.size_class)} {choice.dtype} over "
+        f"{collective} of {message} {choice.dtype} over "
         f"{choice.nodes} nodes x {choice.ranks_per_node}: {choices_of(groups)[choice]} "
         f"(flat {flat * 1e3:.2f} ms, hierarchical {hierarchical * 1e3:.2f} ms)"
     )
@@ -137,9 +139,7 @@ def choice_of(
     """What is chosen at once: all messages of a collective, group and dtype up to a power of 2."""
     rows = nodes_of(ranks, groups.gpus_per_node)
     size_class = max(0, (message_bytes - 1).bit_length())
-    return Choice(
-        collective, len(rows), len(rows[0]), size_class, str(dtype).removeprefix("torch.")
-    )
+    return Choice(collective, len(rows), len(rows[0]), size_class, dtype_name(dtype))
 
 
 def _nearest(groups: Groups, wanted: Choice) -> Form:
@@ -179,10 +179,6 @@ def _time_forms(
         }
     seconds = time_in_turn(calls, _REPEATS, groups.device, groups.axes)
     return statistics.median(seconds["flat"]), statistics.median(seconds["hierarchical"])
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 2**20:g} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:g} KiB"
 
 
 # -- the profile file ----------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mics.quantities import megabytes, milliseconds
 from mics.ranks.device import on_accelerator
 from mics.traffic import Collective, Count, Flow, Key, StageMessage, Traffic, stage_flow
 
@@ -233,18 +234,10 @@ def _table(traffic: Traffic, seconds: dict[Key, Seconds]) -> Iterable[str]:
         spent = seconds.get(key)
         yield (
             f"{key.hop:<4}{key.collective:<16}{key.stage:<7}{count.calls:>7}"
-            f"{_megabytes(count.flow.intra_bytes):>13}{_megabytes(count.flow.inter_bytes):>13}"
-            f"{_milliseconds(spent.total if spent else None):>11}"
-            f"{_milliseconds(spent.exposed if spent else None):>11}"
+            f"{megabytes(count.flow.intra_bytes):>13}{megabytes(count.flow.inter_bytes):>13}"
+            f"{milliseconds(spent.total if spent else None):>11}"
+            f"{milliseconds(spent.exposed if spent else None):>11}"
         )
-
-
-def _megabytes(amount: Any) -> str:
-    return f"{float(amount) / 1e6:.3f} MB"
-
-
-def _milliseconds(seconds: float | None) -> str:
-    return "n/a" if seconds is None else f"{seconds * 1e3:.1f} ms"
 
 
 def _record_event(device: torch.device) -> Any:

@@ -17,11 +17,12 @@ import torch.distributed as dist
 
 from mics import compat
 from mics.communication.timing import time_in_turn
+from mics.quantities import KIB, MIB
 from mics.topology import Ranks, Topology, nodes_of
 
 LinkClass = Literal["intra", "inter"]
 
-SIZES_BYTES = (64 * 2**10, 4 * 2**20)
+SIZES_BYTES = (64 * KIB, 4 * MIB)
 _REPEATS = 5
 _CALLS = 4  # in one repeat, so that a clock's or a stream's delay weighs less
 _ALIGNMENT_BYTES = 16

@@ -9,6 +9,7 @@ from typing import Any
 from mics.doctor.facts import Facts, Problem
 from mics.doctor.links import LinkClass, Probe
 from mics.errors import DisagreementError
+from mics.quantities import size
 from mics.ranks.drawing import draw, ranks_text
 from mics.ranks.starting import LOCAL
 from mics.topology import Topology
@@ -111,7 +112,7 @@ def _link_lines(report: Report) -> Iterator[str]:
             cells = (
                 link,
                 f"{probe.num_groups} x {probe.num_ranks} ranks",
-                _size(probe.message_bytes),
+                size(probe.message_bytes, ".3g", least="KiB", most="MiB"),
                 f"{_figure(probe.median_seconds * 1e3)} ms",
                 _figure(probe.algbw),
                 _figure(probe.busbw),
@@ -154,12 +155,6 @@ def _verdict(report: Report) -> str:
 
 def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
-
-
-def _size(num_bytes: int) -> str:
-    if num_bytes >= 2**20:
-        return f"{num_bytes / 2**20:.3g} MiB"
-    return f"{num_bytes / 2**10:.3g} KiB"
 
 
 # -- JSON ----------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mics.hardware.cluster import UNMEASURED, Link
 from mics.hardware.lookup import dated, gpus, nodes
 from mics.hardware.stacks import stacks
+from mics.quantities import GIB
 
 
 def catalogue() -> str:
@@ -17,7 +18,7 @@ def catalogue() -> str:
         achieved = "n/a (1)" if gpu.achieved is None else f"{gpu.achieved / 1e12:.1f} TFLOPS"
         rate = "n/a" if gpu.bandwidth is None else f"{gpu.bandwidth / 1e9:,.0f} GB/s"
         lines.append(
-            f"  {gpu.name:<12}{gpu.memory / 2**30:>6.0f} GiB{gpu.peak / 1e12:>7.0f} TFLOPS"
+            f"  {gpu.name:<12}{gpu.memory / GIB:>6.0f} GiB{gpu.peak / 1e12:>7.0f} TFLOPS"
             f"{achieved:>14}{rate:>13}"
         )
         lines.append(f"    {gpu.source}")

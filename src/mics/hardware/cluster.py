@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from mics.errors import PlanError
+from mics.quantities import GIB
 
 MOST_NODES = 1 << 17
 
@@ -145,7 +146,7 @@ class Cluster:
     def __str__(self) -> str:
         return (
             f"{self.nodes} x {self.node.name} ({self.gpus} x {self.node.gpu.name}, "
-            f"{self.node.gpu.memory / 2**30:.1f} GiB each)"
+            f"{self.node.gpu.memory / GIB:.1f} GiB each)"
         )
 
 

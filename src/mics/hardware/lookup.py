@@ -15,6 +15,7 @@ from typing import Any
 from mics.errors import PlanError
 from mics.hardware.cluster import Gpu, Node
 from mics.hardware.tables import gpu_of, node_of
+from mics.quantities import GIB
 
 
 def nodes() -> dict[str, Node]:
@@ -111,7 +112,7 @@ def described(
     own = replace(
         rates,
         name=f"GPU of {memory_gib:g} GiB",
-        memory=memory_gib * 2**30,
+        memory=memory_gib * GIB,
         source=f"as described; computes like {rates.name}{assumed}",
     )
     return Node(

@@ -11,6 +11,7 @@ from typing import Any
 
 from mics.errors import PlanError
 from mics.hardware.cluster import Gpu, Link, Node
+from mics.quantities import GIB
 
 _MOST = 1 << 17
 _NODE_KEYS = {
@@ -118,7 +119,7 @@ def gpu_of(name: str, facts: Any) -> Gpu:
         raise PlanError(f"bf16 of {name} must be true or false, got {bf16!r}.")
     return Gpu(
         name=name,
-        memory=(_positive(name, facts, "memory") or 0.0) * 2**30,
+        memory=(_positive(name, facts, "memory") or 0.0) * GIB,
         peak=(_positive(name, facts, "peak") or 0.0) * 1e12,
         bandwidth=None if bandwidth is None else bandwidth * 1e9,
         achieved=None if achieved is None else achieved * 1e12,

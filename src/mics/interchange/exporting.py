@@ -12,11 +12,12 @@ import torch
 from mics.checkpoint.disk import write_bytes
 from mics.checkpoint.folder import newest_intact
 from mics.checkpoint.layout import ASSETS, MODEL, MODEL_CONFIG, TOKENIZER, of_kind
-from mics.checkpoint.manifest import MANIFEST, Entry, Manifest, dtype_name
+from mics.checkpoint.manifest import MANIFEST, Entry, Manifest
 from mics.checkpoint.verifying import verified_manifest
 from mics.errors import CheckpointError
 from mics.interchange.new_folder import check_new, new_folder
 from mics.interchange.stream import TensorReader, write_stream
+from mics.quantities import dtype_name
 from mics.ranks.console import ShowBytes
 
 

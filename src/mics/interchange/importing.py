@@ -10,13 +10,14 @@ import torch
 from mics.checkpoint.contents import contents_of
 from mics.checkpoint.disk import write_bytes, write_manifest
 from mics.checkpoint.layout import MODEL, MODEL_CONFIG, TOKENIZER, chunk_key, file_of
-from mics.checkpoint.manifest import Entry, FileFacts, Manifest, dtype_name, whole_entry
+from mics.checkpoint.manifest import Entry, FileFacts, Manifest, whole_entry
 from mics.interchange.exporting import dtype_of
 from mics.interchange.new_folder import check_new, new_folder
 from mics.interchange.pretrained import read_entries
 from mics.interchange.stream import TensorReader, write_stream
 from mics.interchange.weights import match_weights
 from mics.models.building import build, load_config
+from mics.quantities import dtype_name
 from mics.ranks.console import ShowBytes
 
 _CONFIG = "config.json"

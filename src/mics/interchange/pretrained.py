@@ -7,9 +7,10 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from mics.checkpoint.manifest import Entry, dtype_name, whole_entry
+from mics.checkpoint.manifest import Entry, whole_entry
 from mics.errors import CheckpointError
 from mics.interchange.stream import DTYPES
+from mics.quantities import dtype_name
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"

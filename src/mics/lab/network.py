@@ -15,42 +15,38 @@ from mics.errors import LabError
 from mics.lab.relay import NODE_END, SWITCH_END
 from mics.lab.state import PREFIX, Lab
 from mics.lab.system import call, call_json, find_program
+from mics.quantities import parse_milliseconds, parse_rate
 
 _BRIDGE = "br0"
 _MTU = 9000  # jumbo frames, as between the nodes of a cluster: headers are 1 % instead of 7
 _BUFFER_SECONDS = 0.02  # how long a packet may wait for its turn before it is dropped,
 _BUFFER_BYTES = 2**18  # unless the link is so slow that few packets could
-_RATE = re.compile(r"(\d+(?:\.\d+)?)(k|m|g)?bit", re.IGNORECASE)
-_LATENCY = re.compile(r"(\d+(?:\.\d+)?)ms")
 _OURS = re.compile(rf"{PREFIX}([a-z0-9]{{1,8}})-(?:switch|node\d+)")
 _SWEEPS = 50  # through a namespace whose processes start others while they are killed
 
 
 def bits_per_second(rate: str) -> float:
-    """What ``tc`` means by a rate such as ``200mbit``.
+    """Read the rate of a link, such as ``200mbit``.
 
     Raises:
         LabError: it is none.
     """
-    match = _RATE.fullmatch(rate)
-    if match is None or float(match[1]) == 0:
+    bits = parse_rate(rate)
+    if bits is None:
         raise LabError(f"{rate!r} is no rate of a link.", write="--link 200mbit, or 1gbit")
-    return (
-        float(match[1])
-        * {None: 1.0, "k": 1e3, "m": 1e6, "g": 1e9}[match[2].lower() if match[2] else None]
-    )
+    return bits
 
 
 def milliseconds(text: str) -> float:
-    """What is meant by a latency such as ``0.5ms``.
+    """Read a latency, such as ``0.5ms``.
 
     Raises:
         LabError: it is none.
     """
-    match = _LATENCY.fullmatch(text)
-    if match is None:
+    found = parse_milliseconds(text)
+    if found is None:
         raise LabError(f"{text!r} is no latency.", write="--latency 0.5ms")
-    return float(match[1])
+    return found
 
 
 def build(lab: Lab) -> None:

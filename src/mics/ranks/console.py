@@ -18,7 +18,6 @@ from mics.ranks.launcher import is_first_rank
 ShowBytes = Callable[[str, int, int], None]
 """Shows what is being done, how many bytes of it are, and of how many (0: unknown)."""
 
-
 Told = Callable[[str], None]
 """What long work calls as it goes on, with a line for people; ``progress`` is one."""
 

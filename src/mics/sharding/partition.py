@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from mics.errors import ShardError
+from mics.quantities import size
 from mics.ranks.device import on_accelerator
 from mics.topology import possible_partitions
 
@@ -57,15 +58,18 @@ def choose_partition(
     if p is None:
         raise ShardError(
             f"The model does not fit: with one replica over all {possible[-1]} rank(s) each still "
-            f"needs {_size(need(possible[-1]))}.",
-            numbers=f"A rank has {_size(device_bytes)}{kept}; on 1 rank it would need "
-            f"{_size(need(1))}.",
+            f"needs {size(need(possible[-1]), least='MiB')}.",
+            numbers=f"A rank has {size(device_bytes, least='MiB')}{kept}; on 1 rank it would need "
+            f"{size(need(1), least='MiB')}.",
             write=_instead(need, budget, possible[-1]),
         )
-    reason = f"partition {p}: smallest that fits ({_size(need(p))} of {_size(device_bytes)}{kept})"
+    reason = (
+        f"partition {p}: smallest that fits ({size(need(p), least='MiB')} of "
+        f"{size(device_bytes, least='MiB')}{kept})"
+    )
     smaller = [q for q in possible if q < p]
     if smaller:
-        reason += f"; {smaller[-1]} would need {_size(need(smaller[-1]))}"
+        reason += f"; {smaller[-1]} would need {size(need(smaller[-1]), least='MiB')}"
     return PartitionChoice(p, reason)
 
 
@@ -84,7 +88,3 @@ def device_memory(device: torch.device, ranks_per_host: int) -> int:
         properties = torch.get_device_module(device).get_device_properties(device)
         return int(properties.total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks_per_host
-
-
-def _size(num_bytes: float) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.2f} MiB"

@@ -20,6 +20,7 @@ from mics.anatomy.memory import Setup, states_and_blocks
 from mics.communication.backend import backend_of_mesh
 from mics.communication.forms import Collectives
 from mics.errors import ShardError
+from mics.quantities import dtype_name
 from mics.ranks.console import say
 from mics.ranks.device import HOST, communication_device, default_device_type
 from mics.ranks.mesh import (
@@ -298,7 +299,7 @@ def _summary(
     reason: str,
     policy: MixedPrecisionPolicy,
 ) -> str:
-    compute = str(policy.param_dtype or "parameter dtype").removeprefix("torch.")
+    compute = dtype_name(policy.param_dtype or "parameter dtype")
     reduce = str(policy.reduce_dtype or policy.param_dtype or "gradient dtype")
     return (
         f"{whole} in {num_blocks} blocks and a root; "

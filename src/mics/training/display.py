@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from mics.training import record as text
+from mics.quantities import clock, percent, seconds, size
 from mics.training.record import EvaluationRecord, StepRecord
 
 
@@ -47,10 +47,10 @@ class _Lines:
     def step(self, record: StepRecord) -> None:
         # A skipped step is never silent.
         if record.step % self._every == 0 or record.step == self._steps or not record.taken:
-            self.say(text.step_line(record, self._steps))
+            self.say(step_line(record, self._steps))
 
     def evaluation(self, record: EvaluationRecord) -> None:
-        self.say(text.evaluation_line(record))
+        self.say(evaluation_line(record))
 
     def say(self, words: str) -> None:
         print(words, flush=True)
@@ -76,18 +76,16 @@ class _LiveDisplay:
         self._held_out = "n/a"
 
     def step(self, record: StepRecord) -> None:
-        self._progress.update(
-            self._task, completed=record.step, left=text.clock(record.seconds_left)
-        )
+        self._progress.update(self._task, completed=record.step, left=clock(record.seconds_left))
         if not record.taken:
-            self.say(text.step_line(record, self._steps))
+            self.say(step_line(record, self._steps))
         self._live.update(Group(self._table(record), self._progress))
 
     def evaluation(self, record: EvaluationRecord) -> None:
         bits = record.bits_per_byte
         unit = "" if bits is None else f", {bits:.3f} bits/byte"
         self._held_out = f"{record.loss:.4f}{unit} (step {record.step})"
-        self.say(text.evaluation_line(record))
+        self.say(evaluation_line(record))
 
     def say(self, words: str) -> None:
         self._live.console.print(words, markup=False, highlight=False)
@@ -105,27 +103,51 @@ class _LiveDisplay:
             (
                 "throughput",
                 f"{record.tokens_per_second:,.0f} tokens/s, "
-                f"{record.tokens_per_second_per_gpu:,.0f} per GPU, MFU {text.percent(record.mfu)}",
+                f"{record.tokens_per_second_per_gpu:,.0f} per GPU, MFU {percent(record.mfu)}",
             ),
-            ("memory, rank 0", text.size(record.memory_bytes)),
+            ("memory, rank 0", size(record.memory_bytes)),
             (
                 "sent in a step",
-                f"{text.size(record.bytes_between_nodes)} between nodes, "
-                f"{text.size(record.bytes_inside_nodes)} inside; "
+                f"{size(record.bytes_between_nodes)} between nodes, "
+                f"{size(record.bytes_inside_nodes)} inside; "
                 + ("as predicted" if record.traffic_as_predicted else "NOT as predicted"),
             ),
             (
                 "hop 1",
-                f"{text.seconds(record.hop_1_seconds)}, exposed "
-                f"{text.seconds(record.hop_1_exposed)}",
+                f"{seconds(record.hop_1_seconds)}, exposed {seconds(record.hop_1_exposed)}",
             ),
             (
                 "hop 2",
-                f"{text.seconds(record.hop_2_seconds)}, exposed "
-                f"{text.seconds(record.hop_2_exposed)}",
+                f"{seconds(record.hop_2_seconds)}, exposed {seconds(record.hop_2_exposed)}",
             ),
         ]
         table = Table.grid(padding=(0, 2))
         for name, value in rows:
             table.add_row(f"[dim]{name}[/dim]", value)
         return table
+
+
+def step_line(record: StepRecord, steps: int) -> str:
+    """One line for the console."""
+    bits = f"  {record.bits_per_byte:.3f} bits/byte" if record.bits_per_byte is not None else ""
+    skipped = "" if record.taken else "  SKIPPED (not finite)"
+    wire = (
+        "" if record.bytes_on_wire is None else f", on node 0's wire {size(record.bytes_on_wire)}"
+    )
+    return (
+        f"step {record.step:>{len(str(steps))}}/{steps}{skipped}  loss {record.loss:.4f}{bits}"
+        f"  lr {record.learning_rate:.1e}  norm {record.norm:.2f}"
+        f"  {record.tokens_per_second:,.0f} tok/s ({record.tokens_per_second_per_gpu:,.0f}/GPU)"
+        f"  MFU {percent(record.mfu)}  mem {size(record.memory_bytes)}"
+        f"  sent between nodes {size(record.bytes_between_nodes)}, inside"
+        f" {size(record.bytes_inside_nodes)}{wire}"
+        f"  hop 1 {seconds(record.hop_1_seconds)} ({seconds(record.hop_1_exposed)} exposed)"
+        f"  hop 2 {seconds(record.hop_2_seconds)} ({seconds(record.hop_2_exposed)} exposed)"
+        f"  ETA {clock(record.seconds_left)}"
+    )
+
+
+def evaluation_line(record: EvaluationRecord) -> str:
+    """One line for the console."""
+    bits = f"  {record.bits_per_byte:.3f} bits/byte" if record.bits_per_byte is not None else ""
+    return f"held out after step {record.step}: loss {record.loss:.4f}{bits}"

@@ -25,6 +25,7 @@ from mics.planning.nearest import check_any
 from mics.planning.plan import Plan, search
 from mics.planning.question import Question
 from mics.planning.subject import subject
+from mics.quantities import count, size
 from mics.ranks.drawing import draw
 from mics.ranks.launcher import read_launch
 from mics.topology import Topology, possible_partitions
@@ -33,7 +34,6 @@ from mics.training.batching import Batching, sequence_length, solve
 from mics.training.config import TrainConfig
 from mics.training.expectation import fastest
 from mics.training.launching import num_ranks
-from mics.training.record import count, size
 from mics.training.settings import as_toml
 
 _BYTE_IDS = 259  # bytes and the special ids

@@ -11,6 +11,7 @@ from typing import TextIO
 import torch.distributed as dist
 
 from mics.errors import ConfigError
+from mics.quantities import count, size
 from mics.ranks.console import alarm, say
 from mics.ranks.device import on_accelerator
 from mics.ranks.drawing import draw
@@ -18,7 +19,7 @@ from mics.training.display import open_display
 from mics.training.meter import Meter
 from mics.training.plot import plot_run
 from mics.training.progress import Progress
-from mics.training.record import EvaluationRecord, StepRecord, count, size
+from mics.training.record import EvaluationRecord, StepRecord
 from mics.training.settings import as_plain, as_toml
 from mics.training.setup import Run
 from mics.training.trackers import open_trackers
