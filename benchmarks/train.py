@@ -47,7 +47,7 @@ from mics.training.data import Batch
 from mics.training.meter import Meter
 from mics.training.optimisation import make_optimizer
 from mics.training.progress import Progress
-from mics.training.reporting import Reporter
+from mics.training.reporting import open_reporter
 from mics.training.setup import Run, set_up
 from mics.training.step import take_step
 
@@ -71,7 +71,7 @@ class Trainer:
             peak_flops=None,
             device=run.device,
         )
-        self.reporter = Reporter(run, self.meter, self.at)
+        self.reporter = open_reporter(run, self.meter, self.at)
 
     def step(self) -> float:
         run = self.run

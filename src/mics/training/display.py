@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from mics.quantities import clock, percent, seconds, size
+from mics.ranks.console import show
 from mics.training.record import EvaluationRecord, StepRecord
 
 
@@ -53,7 +54,7 @@ class _Lines:
         self.say(evaluation_line(record))
 
     def say(self, words: str) -> None:
-        print(words, flush=True)
+        show(words)
 
     def close(self) -> None:
         pass

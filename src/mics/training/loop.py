@@ -11,7 +11,7 @@ from mics.training.keeping import Keeper
 from mics.training.meter import Meter
 from mics.training.rates import peak_flops
 from mics.training.record import EvaluationRecord, bits_per_byte
-from mics.training.reporting import Reporter
+from mics.training.reporting import open_reporter
 from mics.training.setup import Run, set_up
 from mics.training.signals import StopRequest
 from mics.training.step import take_step
@@ -32,7 +32,7 @@ def train(config: TrainConfig) -> int:
         keeper = Keeper(run)
         at = keeper.resume()
         meter = _meter(run)
-        with Reporter(run, meter, at) as reporter:
+        with open_reporter(run, meter, at) as reporter:
             skipped_in_a_row = 0
             stopped = False
             while at.step < config.run.steps and not stopped:

@@ -6,13 +6,13 @@ import statistics
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
+from typing import Protocol, TextIO
 
 import torch.distributed as dist
 
 from mics.errors import ConfigError
 from mics.quantities import count, size
-from mics.ranks.console import alarm, say
+from mics.ranks.console import alarm, say, show
 from mics.ranks.device import on_accelerator
 from mics.ranks.drawing import draw
 from mics.training.display import open_display
@@ -29,11 +29,32 @@ PLOT = "plot.png"
 _COMPARED = 20  # steps until predictions are compared
 
 
-class Reporter:
-    """Shows and records a run. Rank 0's speaks, the others' are silent.
+class Reporter(Protocol):
+    """Shows and records a run while it is entered."""
 
-    A disk that is full must not end a run that computes well: what cannot be recorded is said
-    once, counted, and said again at the end.
+    def __enter__(self) -> Reporter:
+        """Begin."""
+
+    def __exit__(
+        self,
+        error: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Hand over what is still buffered, and leave the terminal as it was."""
+
+    def step(self, record: StepRecord) -> None:
+        """A step has ended."""
+
+    def evaluation(self, record: EvaluationRecord | None) -> None:
+        """An evaluation has ended; ``None``: there is nothing held out."""
+
+    def end(self, at: Progress, checkpoint: Path | None, text: str | None) -> None:
+        """The run has ended: show the sample, the picture, the bytes and what to do next."""
+
+
+def open_reporter(run: Run, meter: Meter, at: Progress) -> Reporter:
+    """Make the reporter of this rank: rank 0's speaks, the others' are silent.
 
     Args:
         run: what is trained.
@@ -43,11 +64,39 @@ class Reporter:
     Raises:
         ConfigError: the metrics file cannot be opened.
     """
+    return _Speaker(run, meter, at) if dist.get_rank() == 0 else _Silence()
+
+
+class _Silence:
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(
+        self,
+        error: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        pass
+
+    def step(self, record: StepRecord) -> None:
+        pass
+
+    def evaluation(self, record: EvaluationRecord | None) -> None:
+        pass
+
+    def end(self, at: Progress, checkpoint: Path | None, text: str | None) -> None:
+        pass
+
+
+class _Speaker:
+    """Shows and records as rank 0.
+
+    A disk that is full must not end a run that computes well: what cannot be recorded is said
+    once, counted, and said again at the end.
+    """
 
     def __init__(self, run: Run, meter: Meter, at: Progress) -> None:
-        self._silent = dist.get_rank() != 0
-        if self._silent:
-            return
         self._run = run
         self._meter = meter
         self._begin = at
@@ -59,7 +108,7 @@ class Reporter:
         self._not_as_predicted: list[int] = []
         self._last: StepRecord | None = None
         self._seconds: list[float] = []
-        print(_header(run, meter, at), flush=True)
+        show(_header(run, meter, at))
         log = run.config.log
         self._display = open_display(
             log.live, steps=run.config.run.steps, first=at.step + 1, every=log.every
@@ -74,8 +123,6 @@ class Reporter:
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._silent:
-            return
         self._display.close()
         if self._lost:
             alarm(f"{self._lost} entries of {self._folder / METRICS} could not be written.")
@@ -85,9 +132,6 @@ class Reporter:
             tracker.close()
 
     def step(self, record: StepRecord) -> None:
-        """A step has ended."""
-        if self._silent:
-            return
         self._last = record
         self._seconds.append(record.seconds)
         if len(self._seconds) == _COMPARED:
@@ -98,16 +142,11 @@ class Reporter:
         self._record(record)
 
     def evaluation(self, record: EvaluationRecord | None) -> None:
-        """An evaluation has ended; ``None``: there is nothing held out."""
-        if self._silent or record is None:
-            return
-        self._display.evaluation(record)
-        self._record(record)
+        if record is not None:
+            self._display.evaluation(record)
+            self._record(record)
 
     def end(self, at: Progress, checkpoint: Path | None, text: str | None) -> None:
-        """The run has ended: show the sample, the picture, the bytes and what to do next."""
-        if self._silent:
-            return
         self._display.close()
         words = []
         if text is not None:
@@ -120,7 +159,7 @@ class Reporter:
             alarm(f"{picture} cannot be written: {error}.")
         words += ["", *self._traffic(at)]
         words += ["", *self._next(at, checkpoint)]
-        print("\n".join(words), flush=True)
+        show("\n".join(words))
 
     def _against_expected(self, record: StepRecord) -> str:
         """Predicted against measured, once."""
