@@ -18,10 +18,11 @@ from ranks import run_ranks
 
 from mics.__main__ import main
 from mics.commands import VERBS
-from mics.commands.doctor import Config, check, examine
 from mics.doctor import facts
+from mics.doctor.examination import check, examine
 from mics.doctor.facts import settings_of
 from mics.doctor.links import Probe, probed_groups
+from mics.doctor.options import Config
 from mics.doctor.report import Report, as_json, as_text
 from mics.ranks.launcher import Launch, read_launch
 from mics.ranks.starting import RanksMissing, join, run_local_ranks

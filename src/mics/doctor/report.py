@@ -63,11 +63,11 @@ def as_text(report: Report) -> str:
         hosts = [fact.host for fact in report.facts]
         sections.append(draw(report.topology, hosts=hosts))
         sections.append("\n".join(_link_lines(report)))
-    sections.append(problems_as_text(report.problems) if report.problems else _verdict(report))
+    sections.append(_problems_as_text(report.problems) if report.problems else _verdict(report))
     return "\n\n".join(sections)
 
 
-def problems_as_text(problems: Sequence[Problem]) -> str:
+def _problems_as_text(problems: Sequence[Problem]) -> str:
     """Every problem's message under its kind, as a traceback's last line would show it."""
     return "\n".join(f"{type(p.error).__name__}: {p.error}" for p in problems)
 
