@@ -14,7 +14,9 @@ import tyro
 
 from mics.lab import lifetime, network, running, state, unprivileged
 from mics.lab.state import Lab
+from mics.lab.status import status
 from mics.lab.system import check_system
+from mics.ranks.console import progress, show
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,14 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class Restore(Cut):
+class Restore:
     """Plug a node's cable in again."""
+
+    node: tyro.conf.Positional[str]
+    """node0, node1, ..."""
+
+    lab: str | None = None
+    """Its name; not needed where there is one only."""
 
 
 @dataclass(frozen=True)
@@ -133,101 +141,88 @@ def run(config: Config) -> int:
         LabError: something is wrong with the lab.
     """
     check_system()
-    if os.geteuid() != 0:
-        return _do_unprivileged(config)
-    if isinstance(config, Run):
-        return _run(config)
-    if isinstance(config, Up):
-        lab = config.lab()
-        lifetime.bring_up(lab)
-        print(f"lab {lab.name}: {lab.nodes} nodes, {lab.link} each; mics lab down {lab.name}")
-    elif isinstance(config, Down):
-        noted = state.find(config.lab)
-        lifetime.let_go(noted)
-        print(f"lab {noted.lab.name} is down")
-    elif isinstance(config, Status):
-        print(_status())
-    elif isinstance(config, Exec):
-        lab = state.find(config.lab).lab
-        index = lab.node_index(config.node)
-        if not config.command:
-            print("mics lab exec: no command; write it after `--`", file=sys.stderr)
-            return 2
-        words = running.in_node(lab, index, config.command)
-        return subprocess.run(words, env=running.environment(lab, index), check=False).returncode
-    elif isinstance(config, Cut):
-        lab = state.find(config.lab).lab
-        up = isinstance(config, Restore)
-        network.set_link(lab, lab.node_index(config.node), up=up)
-        print(f"lab {lab.name}: the cable of {config.node} is {'plugged in' if up else 'cut'}")
-    else:
-        _say_removed(lifetime.clean())
+    if isinstance(config, Run | Exec) and not config.command:
+        verb = "run" if isinstance(config, Run) else "exec"
+        progress(f"mics lab {verb}: no command; write it after `--`")
+        return 2
+    return _as_root(config) if os.geteuid() == 0 else _as_user(config)
+
+
+def _as_root(config: Config) -> int:
+    match config:
+        case Run():
+            return _run(config)
+        case Exec():
+            return _exec(config)
+        case Up():
+            lab = config.lab()
+            lifetime.bring_up(lab)
+            show(f"lab {lab.name}: {lab.nodes} nodes, {lab.link} each; mics lab down {lab.name}")
+        case Down():
+            noted = state.find(config.lab)
+            lifetime.let_go(noted)
+            show(f"lab {noted.lab.name} is down")
+        case Status():
+            show(status())
+        case Cut():
+            show(f"{_switch(config.lab, config.node, up=False)} is cut")
+        case Restore():
+            show(f"{_switch(config.lab, config.node, up=True)} is plugged in")
+        case Clean():
+            _show_removed(lifetime.clean())
     return 0
 
 
-def _do_unprivileged(config: Config) -> int:
-    """The same where it is root, or without."""
+def _as_user(config: Config) -> int:
+    """Do the same inside a user namespace, where the command is root; or, if it can, without."""
     words = sys.argv[2:]
     unprivileged.check_user()
-    if isinstance(config, Run | Up):
-        lifetime.clean_unprivileged()  # from within nobody else's processes can be seen
-        unprivileged.start_again_in_new(words)
-    if isinstance(config, Down | Exec | Cut):
-        unprivileged.start_again_in(state.find(config.lab), words)
-    if isinstance(config, Status):
-        labs = [one for one in state.noted() if one.alive]
-        shown = [unprivileged.show_from_within(one, words).strip() for one in labs]
-        print("\n".join(shown) or "no lab is up")
-    else:
-        _say_removed(lifetime.clean_unprivileged())
+    match config:
+        case Run() | Up():
+            lifetime.clean_unprivileged()  # from within nobody else's processes can be seen
+            unprivileged.start_again_in_new(words)
+        case Down() | Exec() | Cut() | Restore():
+            unprivileged.start_again_in(state.find(config.lab), words)
+        case Status():
+            alive = [noted for noted in state.noted() if noted.alive]
+            shown = [unprivileged.show_from_within(noted, words).strip() for noted in alive]
+            show("\n".join(shown) or "no lab is up")
+        case Clean():
+            _show_removed(lifetime.clean_unprivileged())
     return 0
-
-
-def _say_removed(names: Sequence[str]) -> None:
-    print(f"removed: {', '.join(names)}" if names else "nothing was left behind")
 
 
 def _run(config: Run) -> int:
-    if not config.command:
-        print("mics lab run: no command; write it after `--`", file=sys.stderr)
-        return 2
     with lifetime.lab_for(config.lab()) as lab:
-        print(
+        progress(
             f"lab {lab.name}: {lab.nodes} nodes x {lab.gpus_per_node} ranks, {lab.link} each way; "
-            f"{running.shown(config.command)}",
-            file=sys.stderr,
+            f"{running.shown(config.command)}"
         )
         done = running.run(lab, config.command, config.logs / lab.name)
-    print(f"\nlab {lab.name}: {done.seconds:.1f} s; logs in {config.logs / lab.name}")
+    show(f"\nlab {lab.name}: {done.seconds:.1f} s; logs in {config.logs / lab.name}")
     for index, counted in enumerate(done.per_node):
-        print(f"  node{index}  sent {counted.sent:>15,} bytes  received {counted.received:>15,}")
+        show(f"  node{index}  sent {counted.sent:>15,} bytes  received {counted.received:>15,}")
     if done.code != 0:
-        print(done.words, file=sys.stderr)
+        progress(done.words)
     return done.code
 
 
-def _status() -> str:
-    lines: list[str] = []
-    here = network.namespaces()
-    for one in state.noted():
-        lab = one.lab
-        if not one.alive:
-            lines.append(f"lab {lab.name}: its owner is dead; mics lab clean")
-            continue
-        if lab.switch not in here:
-            continue  # an ordinary user's, in other namespaces than this process
-        if not set(lab.namespaces) <= set(here):
-            lines.append(f"lab {lab.name}: begins, ends or is damaged; mics lab down {lab.name}")
-            continue
-        lines.append(f"lab {lab.name}: {lab.nodes} nodes x {lab.gpus_per_node} ranks, {lab.link}")
-        for index, counted in enumerate(network.traffic(lab)):
-            cable = "" if network.link_is_up(lab, index) else "  CABLE CUT"
-            running_there = len(network.processes(lab.node(index)))
-            lines.append(
-                f"  node{index}  {lab.address(index)}  sent {counted.sent:,}  received "
-                f"{counted.received:,}  processes {running_there}{cable}"
-            )
-    return "\n".join(lines) or "no lab is up"
+def _exec(config: Exec) -> int:
+    lab = state.find(config.lab).lab
+    index = lab.node_index(config.node)
+    words = running.in_node(lab, index, config.command)
+    return subprocess.run(words, env=running.environment(lab, index), check=False).returncode
+
+
+def _switch(name: str | None, node: str, *, up: bool) -> str:
+    """Plug a node's cable in or pull it out; returns which cable it is, for people."""
+    lab = state.find(name).lab
+    network.set_link(lab, lab.node_index(node), up=up)
+    return f"lab {lab.name}: the cable of {node}"
+
+
+def _show_removed(names: Sequence[str]) -> None:
+    show(f"removed: {', '.join(names)}" if names else "nothing was left behind")
 
 
 def parse(words: Sequence[str], **keywords: object) -> Config:

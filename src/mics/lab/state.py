@@ -28,14 +28,20 @@ _NAME = re.compile(r"[a-z0-9]{1,8}")
 class Lab:
     """A lab's shape.
 
-    ``subnet`` is the third number of its addresses, ``10.213.<subnet>.x``. They are private to the
-    lab's own namespaces; two labs may share it.
+    Its addresses, ``10.213.0.x``, are private to its own namespaces: labs do not see each other's.
+
+    Args:
+        name: 1 to 8 lower-case letters and digits.
+        nodes: how many, a namespace each.
+        gpus_per_node: ranks of a job in each of them.
+        link: the rate of a node's cable in each direction, as ``tc`` writes it: 200mbit.
+        latency_ms: milliseconds that a frame is under way between a node and the switch.
     """
 
     name: str
     nodes: int
     gpus_per_node: int
-    link: str  # as tc writes rates: 200mbit
+    link: str
     latency_ms: float = 0.0
 
     @property

@@ -10,8 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-
-import torch.distributed as dist
+from typing import Any
 
 from mics.ranks.launcher import is_first_rank
 
@@ -24,7 +23,11 @@ Told = Callable[[str], None]
 
 def speaks() -> bool:
     """Whether this process speaks for its job: as rank 0, or as no rank at all."""
-    return dist.get_rank() == 0 if dist.is_initialized() else is_first_rank()
+    # A process that has not loaded torch is in no group, and need not wait for it to be loaded.
+    dist: Any = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_available() and dist.is_initialized():
+        return bool(dist.get_rank() == 0)
+    return is_first_rank()
 
 
 def show(text: str) -> None:
