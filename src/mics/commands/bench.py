@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
-import torch.distributed as dist
 import tyro
 
-from mics.benching.collectives import Measured, keep_choices, measure_collectives
-from mics.benching.contestants import NAMES, Contestant, Layout, Name, Training
-from mics.benching.deepspeed_child import WORK_AROUND, Order
-from mics.benching.deepspeed_parent import RELEASES, DeepSpeed, check_environments
+from mics.benching.collectives import keep_choices, measure_collectives
+from mics.benching.contestants import NAMES, Layout, Name
+from mics.benching.deepspeed_parent import RELEASES, check_environments
 from mics.benching.dilated import Dilation, Stretched
-from mics.benching.side_by_side import Compared, Stepping, agree, compare, computation_of
+from mics.benching.session import at_least_one, bits_of, engine_of, link_of, meet, write_results
+from mics.benching.side_by_side import Compared, agree, compare
+from mics.benching.tables import (
+    collectives_heading,
+    collectives_line,
+    comparison_lines,
+    notes_on,
+)
 from mics.benching.workloads import Workload
 from mics.errors import MicsError
-from mics.lab.network import bits_per_second
-from mics.quantities import MIB, milliseconds, parse_size
-from mics.ranks.mesh import groups_of, init_mesh, start
-from mics.topology import Topology
-from mics.version import __version__
+from mics.quantities import parse_size
+from mics.ranks.console import progress, show, speaks
+from mics.ranks.mesh import groups_of, init_mesh
+from mics.ranks.starting import leave_groups
 
 _SIZES = tuple(f"{2**n}KiB" for n in range(6, 17, 2))
 
@@ -128,49 +125,41 @@ def run(config: Config) -> int:
     Raises:
         MicsError: something does not fit.
     """
-    if isinstance(config, Collectives):
-        return _collectives(config)
-    if isinstance(config, Dilated):
-        return _dilated(config)
-    return _train(config)
+    match config:
+        case Collectives():
+            code = _collectives(config)
+        case Train():
+            code = _train(config)
+        case Dilated():
+            code = _dilated(config)
+    leave_groups()
+    return code
 
 
 def _collectives(config: Collectives) -> int:
-    link = _link(config.link)
+    link = link_of(config.link)
+    link_bits = bits_of(link)
     sizes = [_size(text) for text in config.sizes]
-    _at_least_one("repeats", config.repeats)
-    world, launched_per_node = start()
-    k = config.gpus_per_node or launched_per_node
-    partitions = config.partition or _group_sizes(world, k)
+    at_least_one("repeats", config.repeats)
+    place = meet(config.gpus_per_node, link)
+    partitions = config.partition or place.group_sizes()
+    place.check(partitions)
+    show(collectives_heading(link))
+    measured = []
     for partition in partitions:
-        Topology.from_world(world, k, partition)  # all of them, before the first is measured
-    speaks = dist.get_rank() == 0
-    if speaks:
-        print(_heading(link), flush=True)
-    found: list[Measured] = []
-    for partition in partitions:
-        groups = groups_of(init_mesh(partition=partition, gpus_per_node=k))
-        measured = measure_collectives(
+        groups = groups_of(init_mesh(partition=partition, gpus_per_node=place.gpus_per_node))
+        of_group = measure_collectives(
             groups,
             sizes,
             repeats=config.repeats,
-            link_bits=_bits(link),
-            told=lambda one: print(_line(one), flush=True) if speaks else None,
+            link_bits=link_bits,
+            told=lambda one: show(collectives_line(one)),
         )
-        keep_choices(groups, measured)
-        found += measured
-    if speaks and config.out is not None:
-        facts = _facts(link, world, k, max(partitions)) | {"device": groups.device.type}
-        _write(config.out, facts | {"measured": [dataclasses.asdict(one) for one in found]})
-    dist.destroy_process_group()
+        keep_choices(groups, of_group)
+        measured += of_group
+    facts = place.facts(max(partitions)) | {"device": groups.device.type}
+    write_results(config.out, facts | {"measured": [asdict(one) for one in measured]})
     return 0
-
-
-def _group_sizes(world: int, k: int) -> tuple[int, ...]:
-    """A node, then twice as many nodes each time, then all: what a planner fits latency to."""
-    nodes = world // k
-    doubling = [k * 2**n for n in range(nodes.bit_length()) if nodes % 2**n == 0]
-    return tuple(p for p in sorted({*doubling, world}) if p > 1) or (world,)
 
 
 def _train(config: Train) -> int:
@@ -179,7 +168,7 @@ def _train(config: Train) -> int:
 
 
 def _dilated(config: Dilated) -> int:
-    link_bits = _bits(_link(config.link))
+    link_bits = bits_of(link_of(config.link))
     if link_bits is None:
         raise MicsError(
             "The factor of a time-dilated workload follows from the rate of a node's link.",
@@ -191,152 +180,49 @@ def _dilated(config: Dilated) -> int:
     return _compare(config, work, title, {"dilation": config.dilation, "arithmetic": times})
 
 
-def _engine(
-    name: Name, config: _Comparison, work: Training, what: dict[str, Any], k: int
-) -> Stepping:
-    if name in RELEASES:
-        stretched = "dilation" in what
-        fields = dataclasses.asdict(what["dilation" if stretched else "workload"])
-        link_bits = _bits(_link(config.link)) if stretched else None
-        scale = what["arithmetic"].scale if stretched else 1.0
-        return DeepSpeed(Order(name, fields, link_bits, config.partition, k, scale))
-    return Contestant(name, work, Layout(config.partition, k, config.collectives, config.overlap))
-
-
-def _compare(config: _Comparison, work: Training, title: str, what: dict[str, Any]) -> int:
-    link = _link(config.link)
-    _at_least_one("steps", config.steps)
-    world, launched_per_node = start()
-    k = config.gpus_per_node or launched_per_node
-    Topology.from_world(world, k, config.partition)  # for every engine, mics among them or not
+def _compare(
+    config: _Comparison, work: Workload | Stretched, title: str, what: dict[str, Any]
+) -> int:
+    link = link_of(config.link)
+    link_bits = bits_of(link)
+    at_least_one("steps", config.steps)
+    place = meet(config.gpus_per_node, link)
+    place.check([config.partition])  # for every engine, mics among them or not
     check_environments([name for name in config.engines if name in RELEASES])
-    engines = [_engine(name, config, work, what, k) for name in config.engines]
-    speaks = dist.get_rank() == 0
+    layout = Layout(config.partition, place.gpus_per_node, config.collectives, config.overlap)
+    engines = [
+        engine_of(name, work, layout, dilation=what.get("dilation"), link_bits=link_bits)
+        for name in config.engines
+    ]
     compared = compare(
         engines,
         config.steps,
-        told=lambda number, name, spent: (
-            print(f"round {number}  {name:<24}{spent:.2f} s", file=sys.stderr, flush=True)
-            if speaks
-            else None
-        ),
+        told=lambda number, name, spent: progress(f"round {number}  {name:<24}{spent:.2f} s"),
     )
     same = agree(compared)
-    if speaks:
-        layout = f"{world // k} nodes x {k} ranks, partition {config.partition}, {link or 'n/a'}"
-        notes = _notes(config.engines, scaled="dilation" in what)
-        print("\n".join([f"{title}; {layout}", *_table(compared, _bits(link)), *notes]))
-        print(f"losses of all engines agree: {'yes' if same else 'NO'}", flush=True)
-        if config.out is not None:
-            facts = _facts(link, world, k, config.partition)
-            facts |= {name: dataclasses.asdict(value) for name, value in what.items()}
-            facts |= {"steps": config.steps, "losses agree": same, "notes": notes}
-            _write(config.out, facts | {"engines": [dataclasses.asdict(one) for one in compared]})
-            _draw(config.out, compared, f"{title}\n{layout}", _bits(link))
-    dist.destroy_process_group()
+    k = place.gpus_per_node
+    nodes = f"{place.world // k} nodes x {k} ranks"
+    layout = f"{nodes}, partition {config.partition}, {link or 'n/a'}"
+    notes = notes_on(config.engines, scaled=isinstance(work, Stretched))
+    show("\n".join([f"{title}; {layout}", *comparison_lines(compared, link_bits), *notes]))
+    show(f"losses of all engines agree: {'yes' if same else 'NO'}")
+    facts = place.facts(config.partition)
+    facts |= {name: asdict(value) for name, value in what.items()}
+    facts |= {"steps": config.steps, "losses agree": same, "notes": notes}
+    write_results(config.out, facts | {"engines": [asdict(one) for one in compared]})
+    _draw(config.out, compared, f"{title}\n{layout}", link_bits)
     return 0 if same else 1
 
 
-def _table(compared: Sequence[Compared], link_bits: float | None) -> list[str]:
-    first = compared[0].engine
-    rows = [
-        f"{'engine':<24}{'step, median (quartiles)':>30}{f'time over {first}':>28}"
-        f"{'bytes a node sends':>22}{'over the limit':>16}"
-    ]
-    computation = computation_of(compared)
-    for one in compared:
-        spent, ratio = one.seconds, one.ratio
-        times = f"{spent.median:.2f} s ({spent.low:.2f} to {spent.high:.2f})"
-        ratios = f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
-        sent = "n/a" if one.bytes_sent is None else f"{one.bytes_sent:,}"
-        limit = None if computation is None else one.limit(computation, link_bits)
-        over = "n/a" if limit is None else f"{spent.median / limit:.2f}"
-        rows.append(f"{one.engine:<24}{times:>30}{ratios:>28}{sent:>22}{over:>16}")
-    return [*rows, "limit: the larger of computation and bytes sent over the rate of the link"]
-
-
-def _notes(engines: Sequence[Name], *, scaled: bool) -> list[str]:
-    """What must be known of the engines beside their numbers."""
-    notes = [
-        f"{name}: DeepSpeed {RELEASES[name]}, its defaults in fp32, no clipping"
-        for name in engines
-        if name in RELEASES
-    ]
-    if notes and scaled:
-        notes.append("DeepSpeed: its sizes in parameters are scaled as the model is")
-    if "deepspeed mics" in engines:
-        notes.append(f"deepspeed mics: {WORK_AROUND}")
-    return notes
-
-
-def _draw(out: Path, compared: Sequence[Compared], title: str, link_bits: float | None) -> None:
+def _draw(out: Path | None, compared: list[Compared], title: str, link_bits: float | None) -> None:
+    if out is None or not speaks():
+        return
     try:
         from mics.benching.picture import plot_comparison
     except ImportError:
-        print("no picture: pip install 'torch-mics[train]' brings matplotlib", file=sys.stderr)
+        progress("no picture: pip install 'torch-mics[train]' brings matplotlib")
         return
     plot_comparison(compared, out.with_suffix(".png"), title, link_bits)
-
-
-def _at_least_one(name: str, value: int) -> None:
-    if value < 1:
-        raise MicsError(f"--{name} must be at least 1, got {value}.")
-
-
-def _link(asked: str | None) -> str | None:
-    return asked or os.environ.get("MICS_LAB_LINK")
-
-
-def _bits(link: str | None) -> float | None:
-    return bits_per_second(link) if link else None
-
-
-def _facts(link: str | None, world: int, gpus_per_node: int, partition: int) -> dict[str, Any]:
-    return {
-        "command": " ".join(["mics", *_without_out(sys.argv[1:])]),
-        "date": datetime.now(UTC).date().isoformat(),
-        "torch": torch.__version__,
-        "mics": __version__,
-        "backend": dist.get_backend(),
-        "link": link,
-        "world": world,
-        "gpus_per_node": gpus_per_node,
-        "partition": partition,
-    }
-
-
-def _without_out(words: Sequence[str]) -> list[str]:
-    """A command line without its file: where a result lies is no part of it."""
-    kept = [word for word in words if not word.startswith("--out=")]
-    at = kept.index("--out") if "--out" in kept else len(kept)
-    return [*kept[:at], *kept[at + 2 :]]
-
-
-def _write(path: Path, document: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
-
-
-def _heading(link: str | None) -> str:
-    return (
-        f"floor: bytes that leave a node over {link or 'a link of unknown rate (n/a)'}\n"
-        f"{'collective':<16}{'form':<14}{'ranks':>5}{'size':>12}{'time, median (quartiles)':>34}"
-        f"{'algbw':>13}{'busbw':>13}{'floor':>11}{'over it':>9}"
-    )
-
-
-def _line(one: Measured) -> str:
-    spent = one.seconds
-    times = (
-        f"{milliseconds(spent.median)} ({milliseconds(spent.low)} to {milliseconds(spent.high)})"
-    )
-    floor = "n/a" if one.floor is None else milliseconds(one.floor)
-    over = "n/a" if one.over_floor is None else f"{one.over_floor:.2f}"
-    return (
-        f"{one.collective:<16}{one.form:<14}{one.ranks:>5}{one.message_bytes / MIB:>8.2f} MiB"
-        f"{times:>34}"
-        f"{one.algbw / 1e9:>8.4f} GB/s{one.busbw / 1e9:>8.4f} GB/s{floor:>11}{over:>9}"
-    )
 
 
 def _size(text: str) -> int:
