@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mics.__main__ import main
+from mics.ranks import console
 
 ROOT = Path(__file__).parents[1]
 NO_SIZE = ["bench", "collectives", "--sizes", "0KiB"]
@@ -73,6 +74,56 @@ def test_a_usage_error_is_rank_0s_alone(
         assert words in err
         assert bool(err) == bool(words)
     assert waited == []
+
+
+# -- the console -----------------------------------------------------------------------------------
+
+
+def test_results_go_to_standard_output_and_all_else_to_standard_error(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    console.show("a result")
+    console.progress("half way")
+    console.say("a word")
+    console.alarm("fire")
+    printed = capsys.readouterr()
+    assert printed.out == "a result\n"
+    assert printed.err.startswith("half way\nmics: a word\nmics: !!!!")
+    assert printed.err.endswith("\nfire\n" + 80 * "!" + "\n")
+
+
+def test_only_rank_0_speaks_even_before_there_is_a_process_group(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    as_rank(1, monkeypatch)
+    for speak in (console.show, console.progress, console.say, console.alarm):
+        speak("a word")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_reader_that_has_left_is_no_error() -> None:
+    program = "from mics.ranks.console import show\nfor _ in range(9999): show('a line')"
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == "a line\n"
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait() == 0
+
+
+def test_a_lab_needs_no_torch() -> None:
+    program = "import sys, mics.__main__, mics.commands.lab\nsys.exit('torch' in sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    assert subprocess.run([sys.executable, "-c", program], env=environment).returncode == 0
+
+
+# -- files -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("verb", ["plan", "simulate"])

@@ -30,13 +30,13 @@ from tokenizers import models as backends
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from mics.errors import DataError
+from mics.ranks.progress_bar import TextProgress
 from mics.training.config import DataConfig
 from mics.training.data import IGNORED, Data, cache, prepare_data
 from mics.training.data.corpus import find_files, read_documents
 from mics.training.data.order import sequence_at
 from mics.training.data.stream import Masking, Stream
 from mics.training.data.tokens import SEPARATOR, byte_tokenizer, saved_tokenizer, train_bpe
-from mics.training.waiting import TextProgress
 
 TEXTS = [f"Document {n}: " + "the cat sat on the mat. " * (n % 5 + 1) for n in range(30)]
 
@@ -754,7 +754,7 @@ def shown(monkeypatch: pytest.MonkeyPatch, error: io.StringIO, *calls: tuple[Any
     """What standard error gets from calls of ``show``, each after so many seconds."""
     seconds = iter([0.0, *(call[0] for call in calls)])
     clock = SimpleNamespace(monotonic=lambda: next(seconds))
-    monkeypatch.setattr("mics.training.waiting.time", clock)
+    monkeypatch.setattr("mics.ranks.progress_bar.time", clock)
     monkeypatch.setattr(sys, "stderr", error)
     monkeypatch.setenv("TERM", "xterm")
     with TextProgress() as progress:

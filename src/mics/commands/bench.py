@@ -202,9 +202,9 @@ def _compare(
     same = agree(compared)
     k = place.gpus_per_node
     nodes = f"{place.world // k} nodes x {k} ranks"
-    layout = f"{nodes}, partition {config.partition}, {link or 'n/a'}"
+    where = f"{nodes}, partition {config.partition}, {link or 'n/a'}"
     notes = notes_on(config.engines, scaled=isinstance(work, Stretched))
-    show("\n".join([f"{title}; {layout}", *comparison_lines(compared, link_bits), *notes]))
+    show("\n".join([f"{title}; {where}", *comparison_lines(compared, link_bits), *notes]))
     show(f"losses of all engines agree: {'yes' if same else 'NO'}")
     facts = place.facts(config.partition)
     facts |= {name: asdict(value) for name, value in what.items()}

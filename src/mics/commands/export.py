@@ -48,7 +48,7 @@ def run(config: Config) -> int:
     from mics.interchange.dtypes import FLOATS
     from mics.interchange.exporting import export
     from mics.ranks.console import show
-    from mics.training.waiting import TextProgress
+    from mics.ranks.progress_bar import TextProgress
 
     dtype = FLOATS[config.dtype]
     with TextProgress() as progress:

@@ -38,7 +38,7 @@ def run(config: Config) -> int:
     from mics.interchange.dtypes import FLOATS
     from mics.interchange.importing import import_folder
     from mics.ranks.console import show
-    from mics.training.waiting import TextProgress
+    from mics.ranks.progress_bar import TextProgress
 
     with TextProgress() as progress:
         left_out = import_folder(

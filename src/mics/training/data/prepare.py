@@ -17,13 +17,13 @@ import torch.distributed as dist
 from mics.errors import DataError
 from mics.ranks.agreement import check_agreement
 from mics.ranks.console import say
+from mics.ranks.progress_bar import TextProgress
 from mics.ranks.together import gather_json, together
 from mics.training.config import DataConfig
 from mics.training.data import cache
 from mics.training.data.corpus import check_apart, find_files, read_documents
 from mics.training.data.stream import Masking, Stream
 from mics.training.data.tokens import Tokenizer, byte_tokenizer, saved_tokenizer, train_bpe
-from mics.training.waiting import TextProgress
 
 _FORMAT = 3
 _LONGEST = timedelta(days=2)  # ranks wait for the one that tokenises

@@ -1,4 +1,4 @@
-"""Progress of long work before the first step, on standard error."""
+"""How far long work on bytes has got, on standard error."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mics.ranks.console import say
 
 _QUIET_SECONDS = 2.0  # shorter work says nothing
 _LINE_EVERY = 30.0  # where standard error is not a terminal
@@ -34,7 +36,7 @@ class TextProgress:
             self._bar.stop()
 
     def show(self, what: str, done: int, total: int) -> None:
-        """``done`` of ``total`` bytes (0: unknown) of ``what``."""
+        """Show that ``done`` of ``total`` bytes (0: unknown) of ``what`` are done."""
         now = time.monotonic()
         if now - self._start < _QUIET_SECONDS:
             return
@@ -44,7 +46,7 @@ class TextProgress:
             self._said = now
             of = f" of {total / 1e6:,.0f}" if total else ""
             amount = f", {done / 1e6:,.0f}{of} MB" if done or total else ""
-            print(f"mics: {what}{amount}", file=sys.stderr, flush=True)
+            say(f"{what}{amount}")
 
     def _show_bar(self, what: str, done: int, total: int) -> None:
         if self._bar is None:
