@@ -76,10 +76,10 @@ class _Comparison:
     """Steps of each that count; one more warms up."""
 
     collectives: Literal["auto", "flat", "hierarchical"] = "auto"
-    """For mics: measured, or forced."""
+    """How mics gathers and reduces: as measured, or in this form."""
 
     overlap: bool = True
-    """For mics, on the CPU: gather and reduce beside computation."""
+    """Whether mics gathers and reduces beside computation, on the CPU."""
 
     link: str | None = None
     """Rate of a node's slow link (200mbit), for the floor; a lab's own is known."""

@@ -39,7 +39,7 @@ class Shape:
     """Name of the lab; one is made up if it is left out."""
 
     def lab(self) -> Lab:
-        """The lab that is described."""
+        """Return the lab that is described."""
         name = self.name or state.new_name()
         latency = network.milliseconds(self.latency)
         return Lab(name, self.nodes, self.gpus_per_node, self.link, latency)

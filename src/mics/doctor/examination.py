@@ -1,4 +1,4 @@
-"""An examination: facts of every rank, then, if they agree, groups and links."""
+"""Examine a job: compare facts of every rank, then, if they agree, make groups and time links."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _as_rank_of_launcher(config: Config, launch: Launch) -> int:
 
 
 def check(launch: Launch, config: Config, device_type: str, environment: Mapping[str, str]) -> int:
-    """Examine as one rank of an initialised job; rank 0 prints. Returns the exit code."""
+    """Examine as one rank of an initialised job; rank 0 shows it. Returns the exit code."""
     report = examine(launch, config, device_type, environment)
     if launch.rank == 0:
         show(json.dumps(as_json(report)) if config.json else as_text(report))

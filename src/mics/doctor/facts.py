@@ -35,7 +35,7 @@ _MAY_DIFFER = (
 
 @dataclass(frozen=True)
 class Facts:
-    """One rank's answers. Mappings are from a name to a text."""
+    """What one rank answers; its mappings are from a name to a text."""
 
     rank: int
     host: str
@@ -91,13 +91,13 @@ def gather_facts(
 
 
 def settings_of(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that change how ranks communicate or compute, sorted by name."""
+    """Pick the variables that change how ranks communicate or compute, sorted by name."""
     names = sorted(n for n in environment if n.startswith(_PREFIXES) or n in _NAMES)
     return {name: environment[name] for name in names}
 
 
 def disagreements(facts: Sequence[Facts]) -> list[Problem]:
-    """One problem for each version, option, device or setting that is not the same on all ranks.
+    """Name each version, option, device or setting that is not the same on all ranks.
 
     The ranks named are those that differ from the commonest value (on a tie, from rank 0's).
     """
@@ -112,7 +112,7 @@ def disagreements(facts: Sequence[Facts]) -> list[Problem]:
 
 
 def unequal_nodes(facts: Sequence[Facts]) -> Problem | None:
-    """The problem that the launcher started different numbers of ranks on different nodes."""
+    """Name the ranks of a node on which the launcher started another number of them."""
     common, _ = Counter(fact.ranks_per_node for fact in facts).most_common(1)[0]
     odd = [fact.rank for fact in facts if fact.ranks_per_node != common]
     if not odd:
@@ -130,7 +130,7 @@ def unequal_nodes(facts: Sequence[Facts]) -> Problem | None:
 
 
 def missing_devices(facts: Sequence[Facts]) -> Problem | None:
-    """The problem that some host has fewer accelerators than ranks, if a device was insisted on."""
+    """Name the ranks that would share an accelerator, if a device was insisted on."""
     hosts = Counter(fact.host for fact in facts)
     short = [f for f in facts if on_accelerator(f.device_type) and f.devices < hosts[f.host]]
     if not short:
@@ -180,7 +180,7 @@ def _disagreement(subject: str, values: Sequence[str], facts: Sequence[Facts]) -
 
 
 def _who(ranks: Sequence[int], facts: Sequence[Facts]) -> str:
-    """``ranks 4-7 (gpu01)``; hosts are left out where there are more than two."""
+    """Write ``ranks 4-7 (gpu01)``; hosts are left out where there are more than two."""
     hosts = list(dict.fromkeys(facts[rank].host for rank in ranks))
     where = f" ({', '.join(hosts)})" if len(hosts) <= 2 else ""
     return f"rank{'' if len(ranks) == 1 else 's'} {ranks_text(ranks)}{where}"

@@ -42,22 +42,22 @@ class Probe:
 
     @property
     def median_seconds(self) -> float:
-        """The median repeat."""
+        """Return the seconds of the median repeat."""
         return statistics.median(self.seconds)
 
     @property
     def algbw(self) -> float:
-        """Bytes gathered per second of the median repeat, in GB/s (10^9)."""
+        """Return the bytes gathered per second in the median repeat, in GB/s (10^9)."""
         return self.message_bytes / self.median_seconds / 1e9
 
     @property
     def busbw(self) -> float:
-        """Bytes per second on a rank's link, median repeat, in GB/s (10^9)."""
+        """Return the bytes per second on a rank's link in the median repeat, in GB/s (10^9)."""
         return self._busbw(self.median_seconds)
 
     @property
     def busbw_range(self) -> tuple[float, float]:
-        """The slowest and the fastest repeat's bus bandwidth, in GB/s (10^9)."""
+        """Return the slowest and the fastest repeat's bus bandwidth, in GB/s (10^9)."""
         return self._busbw(max(self.seconds)), self._busbw(min(self.seconds))
 
     def _busbw(self, seconds: float) -> float:
@@ -65,7 +65,7 @@ class Probe:
 
 
 def probed_groups(topology: Topology) -> dict[LinkClass, list[Ranks]]:
-    """The groups that measure each link class, one per rank; [] where the class does not exist.
+    """Return the groups that measure each link class, one per rank; [] where there is no such link.
 
     They are the ones training uses: the stages of hop 1 where a partition group spans nodes.
     Otherwise nodes are crossed by hop 2 alone, so inter is equal local ranks of all nodes.

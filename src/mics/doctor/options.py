@@ -1,4 +1,4 @@
-"""What mics doctor can be asked."""
+"""What ``mics doctor`` can be asked."""
 
 from __future__ import annotations
 

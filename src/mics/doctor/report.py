@@ -31,12 +31,12 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong."""
+        """Tell whether nothing is wrong."""
         return not self.problems
 
     @property
     def hosts(self) -> dict[str, list[int]]:
-        """The ranks of each host, in the order hosts appear."""
+        """List the ranks of each host, in the order hosts appear."""
         hosts: dict[str, list[int]] = {}
         for fact in self.facts:
             hosts.setdefault(fact.host, []).append(fact.rank)
@@ -44,7 +44,7 @@ class Report:
 
     @property
     def shared_hosts(self) -> list[str]:
-        """Hosts that stand for several nodes: what crosses those nodes crosses no network."""
+        """List the hosts that stand for several nodes: what crosses these crosses no network."""
         if self.topology is None:
             return []
         k = self.topology.gpus_per_node
@@ -68,7 +68,7 @@ def as_text(report: Report) -> str:
 
 
 def _problems_as_text(problems: Sequence[Problem]) -> str:
-    """Every problem's message under its kind, as a traceback's last line would show it."""
+    """Write every problem's message under its kind, as a traceback's last line would show it."""
     return "\n".join(f"{type(p.error).__name__}: {p.error}" for p in problems)
 
 
@@ -136,7 +136,7 @@ def _columns(cells: Sequence[str]) -> str:
 
 
 def _node_rate(link: LinkClass, probe: Probe, topology: Topology) -> float | None:
-    """GB/s a node puts on the slow link: every local rank's group crosses it at the same time."""
+    """Return the GB/s a node puts on the slow link, which all its ranks cross at once."""
     return probe.busbw * topology.gpus_per_node if link == "inter" else None
 
 
@@ -161,7 +161,7 @@ def _figure(value: float | None) -> str:
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """The report as JSON types. Bandwidths are GB/s (10^9), times are seconds."""
+    """Return the report as JSON types. Bandwidths are GB/s (10^9), times are seconds."""
     first = report.facts[0] if report.facts else None
     return {
         "ok": report.ok,

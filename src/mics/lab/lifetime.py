@@ -50,7 +50,7 @@ def let_go(noted: state.Noted) -> None:
 
 @contextmanager
 def lab_for(lab: Lab) -> Iterator[Lab]:
-    """A lab for as long as this is entered, however it is left.
+    """Hold a lab for as long as this is entered, however it is left.
 
     SIGTERM and SIGHUP end it as an exception would; after SIGKILL ``clean`` finds what is left.
 
@@ -73,7 +73,7 @@ def lab_for(lab: Lab) -> Iterator[Lab]:
 
 @contextmanager
 def _ended_as_by_exception() -> Iterator[None]:
-    """SIGTERM and a closed terminal raise; afterwards all is as before."""
+    """Let SIGTERM and a closed terminal raise; afterwards all is as before."""
     numbers = (signal.SIGINT, *_ENDS)
     before = {number: signal.getsignal(number) for number in numbers}
     for number in _ENDS:
@@ -92,19 +92,22 @@ def clean() -> list[str]:
         The names of what was removed.
     """
     # In this order: a lab that begins meanwhile is noted before it has a namespace.
-    there = {lab for name in network.namespaces() if (lab := network.lab_of(name))}
-    known = state.noted()
-    dead = {one.lab.name for one in known if not one.alive}
-    alive = {one.lab.name for one in known if one.alive}
-    names = sorted((there - alive) | dead)
+    with_namespaces = {lab for name in network.namespaces() if (lab := network.lab_of(name))}
+    noted = state.noted()
+    dead = {each.lab.name for each in noted if not each.alive}
+    alive = {each.lab.name for each in noted if each.alive}
+    names = sorted((with_namespaces - alive) | dead)
     for name in names:
         take_down(Lab(name, 0, 0, ""))
     return names
 
 
 def clean_unprivileged() -> list[str]:
-    """The same for an ordinary user, whose namespaces end with the last process in them."""
-    names = [one.lab.name for one in state.noted() if not one.alive]
+    """Forget the dead labs of an ordinary user and end what still runs of them.
+
+    Their namespaces end with the last process in them.
+    """
+    names = [noted.lab.name for noted in state.noted() if not noted.alive]
     for name in names:
         unprivileged.kill_ranks(name)
         state.forget(Lab(name, 0, 0, ""))

@@ -43,10 +43,10 @@ def milliseconds(text: str) -> float:
     Raises:
         LabError: it is none.
     """
-    found = parse_milliseconds(text)
-    if found is None:
+    latency = parse_milliseconds(text)
+    if latency is None:
         raise LabError(f"{text!r} is no latency.", write="--latency 0.5ms")
-    return found
+    return latency
 
 
 def build(lab: Lab) -> None:
@@ -83,7 +83,7 @@ _relays: dict[str, subprocess.Popen[str]] = {}  # those that this process has st
 
 
 def _start_relay(lab: Lab) -> None:
-    """Cables that take time end at a process of this lab, see ``relay.py``."""
+    """Start the process at which cables that take time end, see ``relay.py``."""
     words = [sys.executable, "-m", "mics.lab.relay"]
     words += [lab.node(0).removesuffix("node0"), str(lab.nodes), str(lab.latency_ms)]
     process = subprocess.Popen(
@@ -106,7 +106,7 @@ def _start_relay(lab: Lab) -> None:
 
 
 def _connect(lab: Lab, index: int) -> None:
-    """Both ends of a node's cable: addressed, shaped and up."""
+    """Address both ends of a node's cable, shape them and bring them up."""
     node, port = lab.node(index), _port(index)
     _inside(lab.switch, "link", "set", port, "master", _BRIDGE)
     _inside(node, "address", "add", f"{lab.address(index)}/24", "dev", NODE_END)
@@ -128,7 +128,7 @@ def _shape(namespace: str, interface: str, rate: str) -> None:
 
 
 def take_down(lab: Lab) -> None:
-    """Remove its namespaces, what runs in them first; what is not there is no error."""
+    """Remove a lab's namespaces, what runs in them first; what is not there is no error."""
     for name in namespaces():
         if lab_of(name) == lab.name:
             _end_namespace(name)
@@ -138,13 +138,13 @@ def take_down(lab: Lab) -> None:
 
 
 def lab_of(namespace: str) -> str | None:
-    """The name of the lab a namespace is of; ``None`` if it is no lab's."""
-    found = _OURS.fullmatch(namespace)
-    return found.group(1) if found else None
+    """Return the name of the lab a namespace is of; ``None`` if it is no lab's."""
+    match = _OURS.fullmatch(namespace)
+    return match[1] if match else None
 
 
 def _end_namespace(name: str) -> None:
-    """Kill what runs in it, and what that starts meanwhile; then remove it."""
+    """Kill what runs in a namespace, and what that starts meanwhile; then remove it."""
     try:
         for _ in range(_SWEEPS):
             running = processes(name)
@@ -161,12 +161,12 @@ def _end_namespace(name: str) -> None:
 
 
 def namespaces() -> list[str]:
-    """The named network namespaces of this machine."""
+    """List the named network namespaces of this machine."""
     return [entry["name"] for entry in call_json("ip", "-j", "netns", "list")]
 
 
 def processes(namespace: str) -> list[int]:
-    """What runs in a namespace."""
+    """List the processes in a namespace."""
     return [int(pid) for pid in call("ip", "netns", "pids", namespace).split()]
 
 
@@ -176,7 +176,7 @@ def set_link(lab: Lab, index: int, *, up: bool) -> None:
 
 
 def link_is_up(lab: Lab, index: int) -> bool:
-    """Whether a node's cable is plugged in."""
+    """Tell whether a node's cable is plugged in."""
     shown = call_json("ip", "-n", lab.switch, "-j", "link", "show", _port(index))
     return "UP" in shown[0]["flags"]
 
@@ -193,13 +193,13 @@ class Traffic:
 
 
 def traffic(lab: Lab) -> list[Traffic]:
-    """The counters of every node since it was made."""
-    found = []
+    """Read the counters of every node since it was made."""
+    counted = []
     for index in range(lab.nodes):
         shown = call_json("ip", "-n", lab.node(index), "-s", "-j", "link", "show", NODE_END)
         counters = shown[0]["stats64"]
-        found.append(Traffic(counters["tx"]["bytes"], counters["rx"]["bytes"]))
-    return found
+        counted.append(Traffic(counters["tx"]["bytes"], counters["rx"]["bytes"]))
+    return counted
 
 
 def _inside(namespace: str, *words: str) -> None:

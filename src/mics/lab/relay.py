@@ -82,7 +82,7 @@ def open_tap(name: str) -> int:
 
 
 def open_tap_in(namespace: str, name: str) -> int:
-    """The same in a named namespace."""
+    """Make a TAP device in a named network namespace."""
     libc = ctypes.CDLL(None, use_errno=True)
     here = os.open("/proc/self/ns/net", os.O_RDONLY)
     there = os.open(Path("/run/netns") / namespace, os.O_RDONLY)

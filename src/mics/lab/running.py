@@ -28,8 +28,11 @@ _SAID = re.compile(r"^mics( \w+)?: ", re.MULTILINE)  # how a message of ours beg
 class Finished:
     """How a job ended.
 
-    ``code`` is 0, or the exit code of the node that failed first; ``words`` is then what the rank
-    that failed first had to say. ``per_node`` is what the kernel counted meanwhile.
+    Args:
+        code: 0, or the exit code of the node that failed first.
+        words: what the rank that failed first had to say.
+        seconds: how long it took.
+        per_node: what the kernel counted meanwhile at the interface of each node.
     """
 
     code: int
@@ -42,7 +45,7 @@ def run(lab: Lab, words: Sequence[str], logs: Path, *, screen: IO[str] | None = 
     """Run a command on every rank of a lab and wait for it.
 
     Args:
-        lab: that is up.
+        lab: one that is up.
         words: a Python script and its arguments, ``-m module``, ``mics <verb>``, or any program.
         logs: folder for what every rank prints, a folder per node.
         screen: where rank 0's output goes, as it comes; standard output by default.
@@ -78,7 +81,7 @@ def run(lab: Lab, words: Sequence[str], logs: Path, *, screen: IO[str] | None = 
 
 
 def in_node(lab: Lab, index: int, words: Sequence[str]) -> list[str]:
-    """The command line that runs ``words`` in a node's namespace.
+    """Return the command line that runs ``words`` in a node's namespace.
 
     `ip netns exec` gives it mounts of its own, so the files mounted here are seen there alone.
     """
@@ -89,7 +92,7 @@ def in_node(lab: Lab, index: int, words: Sequence[str]) -> list[str]:
 
 
 def environment(lab: Lab, index: int) -> Mapping[str, str]:
-    """What a program in a node is told, beside torchrun's own variables."""
+    """Return the variables of a program in a node, but for those that torchrun adds."""
     # Flat or hierarchical is measured once per lab: another one has other links.
     return (
         {"MICS_PROFILE": str(profile(lab))}
@@ -171,7 +174,7 @@ def _end(nodes: Sequence[subprocess.Popen[str]], number: int = signal.SIGTERM) -
 
 
 def _words(logs: Path, lab: Lab, first: int, began: float) -> str:
-    """The end of the standard error of the rank that failed first, by the time it was written.
+    """Return the end of what the rank that failed first, by the time of writing, had to say.
 
     A folder may hold the logs of an earlier run, from before ``began``.
     """
@@ -199,7 +202,7 @@ def _words(logs: Path, lab: Lab, first: int, began: float) -> str:
 
 
 class _Stop:
-    """While entered, SIGINT, SIGTERM and SIGHUP go to the nodes."""
+    """Passes SIGINT, SIGTERM and SIGHUP on to the nodes while it is entered."""
 
     def __init__(self, nodes: Sequence[subprocess.Popen[str]]) -> None:
         self._nodes = nodes
@@ -222,5 +225,5 @@ class _Stop:
 
 
 def shown(words: Sequence[str]) -> str:
-    """A command as one would type it."""
+    """Write a command as one would type it."""
     return shlex.join(words)

@@ -46,24 +46,24 @@ class Lab:
 
     @property
     def switch(self) -> str:
-        """The namespace with the bridge."""
+        """Name the namespace with the bridge."""
         return f"{PREFIX}{self.name}-switch"
 
     def node(self, index: int) -> str:
-        """The namespace of a node."""
+        """Name the namespace of a node."""
         return f"{PREFIX}{self.name}-node{index}"
 
     @property
     def namespaces(self) -> list[str]:
-        """All of its namespaces."""
+        """Name all of its namespaces."""
         return [self.switch, *(self.node(index) for index in range(self.nodes))]
 
     def address(self, index: int) -> str:
-        """A node's address."""
+        """Return the address of a node."""
         return f"10.213.0.{index + 1}"
 
     def node_index(self, text: str) -> int:
-        """The index of ``node2`` or ``2``.
+        """Return the index of ``node2`` or ``2``.
 
         Raises:
             LabError: there is no such node.
@@ -79,12 +79,16 @@ class Lab:
 
 
 def new_name() -> str:
-    """A name no other lab has."""
+    """Make up a name that no other lab has."""
     return secrets.token_hex(3)
 
 
 def check_name(name: str) -> None:
-    """Raise where a name cannot be part of a namespace's and an interface's name."""
+    """Check that a name can be part of a namespace's and an interface's name.
+
+    Raises:
+        LabError: it cannot.
+    """
     if not _NAME.fullmatch(name):
         raise LabError(
             f"A lab cannot be called {name!r}.",
@@ -93,7 +97,7 @@ def check_name(name: str) -> None:
 
 
 def folder() -> Path:
-    """Where labs are noted, for this user; ``unprivileged.py`` says where from within."""
+    """Return where labs are noted for this user; ``unprivileged.py`` says where from within."""
     if FOLDER in os.environ:
         return Path(os.environ[FOLDER])
     base = "/run" if os.geteuid() == 0 and os.access("/run", os.W_OK) else tempfile.gettempdir()
@@ -104,7 +108,7 @@ def note(lab: Lab, *, holder: int | None = None) -> IO[str]:
     """Note a lab. Its owner holds a lock on the file, until it is to be kept (``keep``).
 
     Args:
-        lab: to be noted.
+        lab: the one to be noted.
         holder: the process it lives as long as, if it is an ordinary user's.
 
     Returns:
@@ -144,7 +148,7 @@ def note(lab: Lab, *, holder: int | None = None) -> IO[str]:
 
 
 def _check_owner(path: Path) -> None:
-    """Processes noted in a folder are ended: it must be ours, not put there by somebody else."""
+    """Check that a folder of notes is ours: processes noted in somebody else's would be ended."""
     owner = path.stat().st_uid
     if owner not in (os.geteuid(), os.getuid()):
         raise LabError(
@@ -155,7 +159,7 @@ def _check_owner(path: Path) -> None:
 
 
 def keep(lab: Lab) -> None:
-    """The lab outlives this process."""
+    """Note that the lab outlives this process."""
     path = _path(lab)
     table = json.loads(path.read_text()) | {"keep": True}
     write_whole(path, json.dumps(table))
@@ -166,7 +170,7 @@ def _path(lab: Lab) -> Path:
 
 
 def _began(process: int) -> str:
-    """When a process began, in ticks since the machine did: its number may be another's later."""
+    """Return when a process began, in ticks since the machine did: its number may be reused."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:
@@ -174,7 +178,7 @@ def _began(process: int) -> str:
 
 
 def names_of_nodes(lab: Lab) -> tuple[Path, Path]:
-    """Files that stand for /etc/hosts and /etc/nsswitch.conf in its nodes.
+    """Write the files that stand for /etc/hosts and /etc/nsswitch.conf in its nodes.
 
     Nodes know each other by name. Without the second file every lookup of an address would wait for
     a name server that cannot be reached.
@@ -187,12 +191,12 @@ def names_of_nodes(lab: Lab) -> tuple[Path, Path]:
 
 
 def profile(lab: Lab) -> Path:
-    """Where measurements of its links are kept, as long as it is there."""
+    """Return where measurements of its links are kept, as long as it is there."""
     return folder() / f"{lab.name}.profile"
 
 
 def forget(lab: Lab) -> None:
-    """The lab is gone."""
+    """Forget a lab that is gone."""
     profile(lab).unlink(missing_ok=True)
     (folder() / f"{lab.name}.hosts").unlink(missing_ok=True)
     _path(lab).unlink(missing_ok=True)
@@ -200,9 +204,13 @@ def forget(lab: Lab) -> None:
 
 @dataclass(frozen=True)
 class Noted:
-    """A lab that was noted. ``alive``: its owner lives, or it is to be kept.
+    """A lab that was noted.
 
-    ``held`` says that the owner is a process that only keeps its namespaces.
+    Args:
+        lab: its shape.
+        alive: whether its owner lives, or it is to be kept.
+        owner: the number of the process that it lives as long as.
+        held: whether the owner is a process that only keeps its namespaces.
     """
 
     lab: Lab
@@ -212,8 +220,8 @@ class Noted:
 
 
 def noted() -> list[Noted]:
-    """Every lab of this user, dead ones too."""
-    found = []
+    """List every lab of this user, dead ones too."""
+    labs = []
     for path in sorted(folder().glob("*.json")):
         try:
             with path.open() as file:
@@ -222,30 +230,29 @@ def noted() -> list[Noted]:
                 holds = held and _began(owner) == table["began"] != ""
                 there = holds if held else table["keep"]
                 alive = there or not _lockable(file)
-                found.append(Noted(Lab(**table["lab"]), alive, owner, held))
+                labs.append(Noted(Lab(**table["lab"]), alive, owner, held))
         except FileNotFoundError:
             continue  # taken down meanwhile
         except (ValueError, KeyError, TypeError):  # its owner was killed while it wrote
             lab = Lab(path.stem, 0, 0, "")
-            found.append(Noted(lab, False, 0, False))
-    return found
+            labs.append(Noted(lab, False, 0, False))
+    return labs
 
 
 def find(name: str | None) -> Noted:
-    """A lab by its name, or the only one there is.
+    """Find a lab by its name, or the only one there is.
 
     Raises:
         LabError: there is none, or several to choose from.
     """
-    labs = {one.lab.name: one for one in noted() if one.alive}
+    labs = {each.lab.name: each for each in noted() if each.alive}
     if name is not None and name in labs:
         return labs[name]
     if name is None and len(labs) == 1:
         return next(iter(labs.values()))
-    known = ", ".join(labs) or "none"
     raise LabError(
         f"There is no lab {name!r}." if name else f"There are {len(labs)} labs.",
-        numbers=f"Labs: {known}.",
+        numbers=f"Labs: {', '.join(labs) or 'none'}.",
         write="--lab <one of them>" if labs else "mics lab up --nodes 2",
     )
 

@@ -35,7 +35,7 @@ def check_system() -> None:
 
 
 def find_program(name: str) -> str | None:
-    """Where a program is; system folders are searched even when PATH lacks them."""
+    """Find a program; system folders are searched even when PATH lacks them."""
     path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
     return shutil.which(name, path=path)
 
@@ -60,5 +60,5 @@ def call(*words: str) -> str:
 
 
 def call_json(*words: str) -> Any:
-    """As ``call``, for programs that print JSON."""
+    """Run a program that prints JSON and return what it means."""
     return json.loads(call(*words) or "[]")

@@ -81,7 +81,7 @@ def start_again_in(lab: Noted, words: Sequence[str]) -> NoReturn:
 
 
 def show_from_within(lab: Noted, words: Sequence[str]) -> str:
-    """What the same command prints in the namespaces of a lab."""
+    """Return what the same command prints in the namespaces of a lab."""
     words = [*_enter(lab), *_itself(words)]
     return subprocess.run(
         words, capture_output=True, text=True, check=False, env=_environment()
@@ -103,7 +103,7 @@ def leave_a_holder() -> int:
 
 
 def is_user_root() -> bool:
-    """Whether this process was started again, and is root of a user namespace only."""
+    """Tell whether this process was started again, and is root of a user namespace only."""
     return FOLDER in os.environ
 
 

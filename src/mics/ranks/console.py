@@ -22,7 +22,7 @@ Told = Callable[[str], None]
 
 
 def speaks() -> bool:
-    """Whether this process speaks for its job: as rank 0, or as no rank at all."""
+    """Tell whether this process speaks for its job: as rank 0, or as no rank at all."""
     # A process that has not loaded torch is in no group, and need not wait for it to be loaded.
     dist: Any = sys.modules.get("torch.distributed")
     if dist is not None and dist.is_available() and dist.is_initialized():

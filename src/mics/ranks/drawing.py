@@ -69,7 +69,7 @@ def group_map(topology: Topology, *, most: int = 8) -> str:
 
 
 def ranks_text(ranks: Sequence[int]) -> str:
-    """Ascending ranks with runs drawn together: ``0-3, 7``."""
+    """Write ascending ranks, runs of them drawn together: ``0-3, 7``."""
     runs: list[list[int]] = []
     for rank in ranks:
         if runs and rank == runs[-1][-1] + 1:
@@ -80,7 +80,7 @@ def ranks_text(ranks: Sequence[int]) -> str:
 
 
 def group_text(ranks: Sequence[int]) -> str:
-    """One group: ``{0 2 4}``; a long one is a run, ``{0-7}``, or cut, ``{0 8 .. 504}``."""
+    """Write a group: ``{0 2 4}``; a long one is a run, ``{0-7}``, or cut, ``{0 8 .. 504}``."""
     if len(ranks) <= _MOST_RANKS:
         return "{" + " ".join(map(str, ranks)) + "}"
     if ranks[-1] - ranks[0] == len(ranks) - 1:
@@ -107,7 +107,7 @@ def _grid(topology: Topology, most: int) -> list[str]:
 
 
 def _row(topology: Topology, group: Ranks, digits: int) -> str:
-    """The ranks of a partition group, a bar between nodes, the middle cut out when long."""
+    """Write the ranks of a partition group, a bar between nodes, the middle cut out if long."""
     rows = [_cells(row, digits) for row in nodes_of(group, topology.gpus_per_node)]
     if len(rows) <= 2 or topology.partition <= _MOST_COLUMNS:
         return " | ".join(rows)
@@ -115,7 +115,7 @@ def _row(topology: Topology, group: Ranks, digits: int) -> str:
 
 
 def _cells(ranks: Sequence[int], digits: int) -> str:
-    """Ranks in columns of equal width; a node with many keeps its first four and its last."""
+    """Write ranks in columns of one width; a node with many keeps its first four and its last."""
     cells = [f"{rank:>{digits}}" for rank in ranks]
     if len(cells) > _MOST_COLUMNS:
         cells = [*cells[:4], "..", cells[-1]]
@@ -128,7 +128,7 @@ def _where(topology: Topology, group: Ranks) -> str:
 
 
 def _cut(items: Sequence[_Item], most: int, line: Callable[[_Item], str], noun: str) -> list[str]:
-    """One line per item; of many, the first ones, how many were left out, and the last."""
+    """Write a line per item; of many, the first ones, how many were left out, and the last."""
     most = max(most, 3)
     if len(items) <= most:
         return [line(item) for item in items]

@@ -57,7 +57,7 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch | None:
 
 
 def is_first_rank() -> bool:
-    """Whether this process is rank 0 of its launcher, or has none."""
+    """Tell whether this process is rank 0 of its launcher, or has none."""
     try:
         launch = read_launch()
     except MicsError:  # variables that make no sense are every rank's to complain of
@@ -141,7 +141,7 @@ def _master_address(launch: Launch) -> str:
 
 
 def first_host(nodelist: str) -> str:
-    """The first host of a Slurm node list: ``gpu[07-09,12],x`` is ``gpu07``."""
+    """Return the first host of a Slurm node list: ``gpu[07-09,12],x`` is ``gpu07``."""
     match = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\])?([^,\[]*)", nodelist.strip())
     if match is None:
         raise TopologyError(

@@ -51,7 +51,7 @@ class RanksMissing(MicsError):
 
 
 def choose_device_type(wanted: str, ranks_here: int) -> str:
-    """The device ranks of this machine communicate on: ``wanted``, unless that is "auto".
+    """Choose what ranks of this machine communicate on: ``wanted``, unless that is "auto".
 
     "auto" is the accelerator when there is one for every rank of this machine, else the CPU.
     """
@@ -185,18 +185,28 @@ def run_local_ranks(
             join=False,
             start_method="fork" if ranks_can_fork(device_type) else "spawn",
         )
-        silent = None
-        try:
-            while not context.join():
-                pass
-        except ProcessExitedException as error:
-            if not _report_of(folder, error.error_index).exists():
-                silent = f"rank {error.error_index} ended with exit code {error.exit_code}"
+        silent = _first_to_die(context, folder)
         reports = [json.loads(file.read_text()) for file in folder.glob("*.json")]
     failed = [report for report in reports if "words" in report]
     if silent is None and not failed:
         return max((report["code"] for report in reports), default=0)
-    if passed:  # ranks that lose a peer to the signal have tracebacks, of no interest
+    _say_why(silent, failed, interrupted=bool(passed))
+    return 1
+
+
+def _first_to_die(context: Any, folder: Path) -> str | None:
+    """Wait for the ranks; returns who of them was the first to die and left no report, and how."""
+    try:
+        while not context.join():
+            pass
+    except ProcessExitedException as error:
+        if not _report_of(folder, error.error_index).exists():
+            return f"rank {error.error_index} ended with exit code {error.exit_code}"
+    return None
+
+
+def _say_why(silent: str | None, failed: list[dict[str, Any]], *, interrupted: bool) -> None:
+    if interrupted:  # ranks that lose a peer to the signal have tracebacks, of no interest
         silent, failed = None, [report for report in failed if report["bug"] is None]
         if not failed:
             say("interrupted")
@@ -207,7 +217,6 @@ def run_local_ranks(
         if first["bug"] is not None:
             say(f"rank {first['rank']} raised {first['bug']}")
         say(f"rank {first['rank']}: {first['words']}")
-    return 1
 
 
 def leave_groups() -> None:
@@ -246,11 +255,16 @@ def _local_rank(
     except BaseException as error:
         bug = None if isinstance(error, MicsError) else type(error).__name__
         words = str(error) if bug is None else traceback.format_exc()
-        report = {"rank": rank, "time": time.time(), "bug": bug, "words": words}
-        _report_of(folder, rank).write_text(json.dumps(report))
+        _report(folder, rank, time=time.time(), bug=bug, words=words)
         sys.stdout.flush()
         os._exit(1)  # threads of a backend may be waiting for ranks that have gone
-    _report_of(folder, rank).write_text(json.dumps({"rank": rank, "code": code}))
+    _report(folder, rank, code=code)
+
+
+def _report(folder: Path, rank: int, **facts: Any) -> None:
+    unnamed = folder / f"{rank}.part"  # a rank may be killed while it writes
+    unnamed.write_text(json.dumps({"rank": rank, **facts}))
+    unnamed.replace(_report_of(folder, rank))
 
 
 def _report_of(folder: Path, rank: int) -> Path:

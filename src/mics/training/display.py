@@ -34,7 +34,7 @@ class Display(Protocol):
 def open_display(
     live: Literal["auto", "on", "off"], *, steps: int, first: int, every: int
 ) -> Display:
-    """A live display on a terminal (or when forced), else lines."""
+    """Open a live display on a terminal (or when forced), else one of lines."""
     if live == "on" or (live == "auto" and sys.stdout.isatty()):
         return _LiveDisplay(steps, first)
     return _Lines(steps, every)
@@ -129,7 +129,7 @@ class _LiveDisplay:
 
 
 def step_line(record: StepRecord, steps: int) -> str:
-    """One line for the console."""
+    """Write a step as one line."""
     bits = f"  {record.bits_per_byte:.3f} bits/byte" if record.bits_per_byte is not None else ""
     skipped = "" if record.taken else "  SKIPPED (not finite)"
     wire = (
@@ -149,6 +149,6 @@ def step_line(record: StepRecord, steps: int) -> str:
 
 
 def evaluation_line(record: EvaluationRecord) -> str:
-    """One line for the console."""
+    """Write an evaluation as one line."""
     bits = f"  {record.bits_per_byte:.3f} bits/byte" if record.bits_per_byte is not None else ""
     return f"held out after step {record.step}: loss {record.loss:.4f}{bits}"

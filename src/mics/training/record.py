@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One step. ``None`` is "n/a": not measured, or unknown for this hardware."""
+    """What one step came to. ``None`` is not measured, or unknown for this hardware."""
 
     step: int
     loss: float  # nats per predicted token
@@ -35,7 +35,7 @@ class StepRecord:
     seconds_left: float | None
 
     def as_json(self) -> str:
-        """One line of ``metrics.jsonl``; numbers that are not finite become null."""
+        """Write one line of ``metrics.jsonl``; numbers that are not finite become null."""
         values = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in dataclasses.asdict(self).items()
@@ -43,24 +43,24 @@ class StepRecord:
         return json.dumps({"kind": "step", **values})
 
     def as_scalars(self) -> dict[str, float]:
-        """What a tracker takes: everything that is known."""
+        """Return what a tracker takes: everything that is known."""
         return _known("train", dataclasses.asdict(self))
 
 
 @dataclass(frozen=True)
 class EvaluationRecord:
-    """Loss on held-out text after a step."""
+    """The loss on held-out text after a step."""
 
     step: int
     loss: float
     bits_per_byte: float | None
 
     def as_json(self) -> str:
-        """One line of ``metrics.jsonl``."""
+        """Write one line of ``metrics.jsonl``."""
         return json.dumps({"kind": "evaluation", **dataclasses.asdict(self)})
 
     def as_scalars(self) -> dict[str, float]:
-        """What a tracker takes: everything that is known."""
+        """Return what a tracker takes: everything that is known."""
         return _known("held_out", dataclasses.asdict(self))
 
 
@@ -73,5 +73,5 @@ def _known(prefix: str, values: dict[str, float | None]) -> dict[str, float]:
 
 
 def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
-    """Loss in a unit that does not depend on the tokenizer: nats / ln 2 / bytes per token."""
+    """Return the loss free of the tokenizer: nats / ln 2 / bytes per token."""
     return nats_per_token / math.log(2) / bytes_per_token

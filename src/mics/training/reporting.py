@@ -162,7 +162,7 @@ class _Speaker:
         show("\n".join(words))
 
     def _against_expected(self, record: StepRecord) -> str:
-        """Predicted against measured, once."""
+        """Compare what was predicted with what was measured."""
         expected, before = self._run.expected, self._run.memory_before
         time = "n/a" if expected.step_seconds is None else f"{expected.step_seconds:.3f} s"
         memory = "n/a" if expected.memory_bytes is None else size(expected.memory_bytes)
