@@ -61,7 +61,7 @@ def test_another_rank_says_its_own_error_if_nobody_has_ended_it_meanwhile(
     as_rank(1, monkeypatch)
     assert main(NO_SIZE) == 1
     assert capsys.readouterr().err.startswith("mics bench: rank 1: '0KiB' is no size.")
-    assert waited == [3.0]
+    assert waited == [10.0]
 
 
 def test_a_usage_error_is_rank_0s_alone(

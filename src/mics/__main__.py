@@ -15,7 +15,7 @@ from mics.errors import MicsError
 from mics.ranks.launcher import is_first_rank, read_launch
 from mics.version import __version__
 
-_PATIENCE_SECONDS = 3.0  # longer than any launcher takes to end the ranks of a job that failed
+_PATIENCE_SECONDS = 10.0  # longer than rank 0 takes to leave on a machine that is busy
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
