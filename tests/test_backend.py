@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from mics.communication.backend import Gloo, Issue, Lane, Piece, Program, Stream
 from mics.communication.ledger import Timed
 
 WORLD = 4
+CONTRIBUTING = Path(__file__).parents[1] / "CONTRIBUTING.md"
 
 
 class Third:
@@ -65,10 +68,11 @@ def start_again(name: str) -> None:
     dist.init_process_group(name, store=again, rank=rank, world_size=WORLD)
 
 
-def train_on_a_third(partition: int, form: Any, overlap: bool) -> tuple[float, bool, set[str]]:
-    third = Third()
-    backend.BACKENDS["third"] = third
-    start_again("third")
+def train_on(
+    name: str, made_up: Any, partition: int, form: Any, overlap: bool
+) -> tuple[float, bool]:
+    backend.BACKENDS[name] = made_up
+    start_again(name)
     run = Run(partition, 2, collectives=form, micro_steps=2, shard={"overlap": overlap}, steps=2)
     apart = distance(quiet(lambda: train_sharded(run)), train_alone(run, WORLD))
     model = quiet(
@@ -80,7 +84,12 @@ def train_on_a_third(partition: int, form: Any, overlap: bool) -> tuple[float, b
     view.reset()
     for _ in mics.micro_steps(model, range(2)):
         model(torch.ones(2, 13)).sum().backward()
-    counted = view.traffic() == mics.predict_traffic(model, micro_steps=2)
+    return apart, view.traffic() == mics.predict_traffic(model, micro_steps=2)
+
+
+def train_on_a_third(partition: int, form: Any, overlap: bool) -> tuple[float, bool, set[str]]:
+    third = Third()
+    apart, counted = train_on("third", third, partition, form, overlap)
     return apart, counted, set(third.calls)
 
 
@@ -100,6 +109,20 @@ def test_a_third_backend_trains_as_one_process_and_is_counted(
         assert apart < 1e-6
         assert counted
         assert calls == asked
+
+
+def train_on_contributings(partition: int) -> tuple[float, bool]:
+    (code,) = re.findall(r"```python\n(.*?)```", CONTRIBUTING.read_text(), re.DOTALL)
+    names = {**vars(backend)}
+    exec(code, names)
+    return train_on("slow", names["Slow"](), partition, "hierarchical", True)
+
+
+@pytest.mark.parametrize("partition", [2, 4])
+def test_the_class_that_contributing_shows_is_a_backend(partition: int) -> None:
+    for apart, counted in run_ranks(train_on_contributings, WORLD, partition):
+        assert apart < 1e-6
+        assert counted
 
 
 def shard_on_an_unknown() -> None:

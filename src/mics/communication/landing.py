@@ -87,7 +87,7 @@ class Reductions:
             self.finish()
             self._backward = compat.backward_id()
             compat.at_end_of_backward(self.finish)
-        next(reduction.program)
+        next(reduction.program, None)
         self._under_way.append(reduction)
 
 
