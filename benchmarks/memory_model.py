@@ -31,8 +31,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from mics.anatomy.memory import Setup, memory
+from mics.anatomy.memory import memory
 from mics.planning.subject import subject
+from mics.recipe import Recipe
 
 RESULT = Path(__file__).parent / "results" / "memory_model.json"
 GIB = 2**30
@@ -125,8 +126,9 @@ def tracked(name: str, partition: int, checkpointing: bool) -> dict[str, int]:
 
 def compare(name: str, partition: int, checkpointing: bool) -> dict[str, Any]:
     anatomy = subject(configuration(name))
+    recipe = Recipe(partition, 1, 1, checkpointing, sequence=SEQUENCE[name])
     start = time.perf_counter()
-    ours = memory(anatomy, anatomy.trace(1, SEQUENCE[name]), Setup(partition, checkpointing))
+    ours = memory(anatomy, recipe)
     middle = time.perf_counter()
     theirs = tracked(name, partition, checkpointing)
     end = time.perf_counter()

@@ -23,8 +23,9 @@ from mics.hardware.lookup import find_node
 from mics.planning.plan import search
 from mics.planning.question import Question
 from mics.planning.subject import subject
+from mics.recipe import Recipe
 from mics.simulation.compute import times
-from mics.simulation.engines import Run, simulate_engine
+from mics.simulation.engine_step import simulate_engine
 
 RESULT = Path(__file__).parent / "results" / "planner_speed.json"
 REPEATS = 5
@@ -56,7 +57,8 @@ def main() -> None:
         # Every way fits on these, so that each is simulated, not only weighed.
         where = Cluster(find_node("p6-b200"), 256)
         batches = tuple(range(1, 58))
-        question = Question(512, micro_batches=batches, checkpointing=(True,))
+        recipe = Recipe(1, sequence=512)
+        question = Question(recipe, micro_batches=batches, checkpointing=(True,))
         plans = search(llama, where, question)
         number = len(plans.plans)
         found["plans"] = number
@@ -66,9 +68,9 @@ def main() -> None:
 
         huge = Cluster(find_node("p5"), 2048)
         made = times(llama.trace(2, 4096), huge.node.gpu, checkpointing=True)
-        run = Run(8, 8)
+        recipe = Recipe(8, 2, 8, True, sequence=4096)
         found["a step of 16,384 GPUs, seconds"] = timed(
-            lambda: simulate_engine("mics", llama, made, huge, run), 50
+            lambda: simulate_engine("mics", llama, made, huge, recipe), 50
         )
 
         command = [sys.executable, "-m", "mics", "plan", "--model", "llama-8b", "--nodes", "8"]

@@ -1,13 +1,15 @@
 """Predicted steps beside measured ones, in a lab; needs root on Linux.
 
-    sudo .venv/bin/python benchmarks/predicted_steps.py           # measure and compare, 15 minutes
-    sudo .venv/bin/python benchmarks/predicted_steps.py --again   # compare with what is on disk
+    sudo .venv/bin/python benchmarks/predicted_steps.py            # measure and compare, 15 minutes
+    sudo .venv/bin/python benchmarks/predicted_steps.py --cases 1  # the least that can be compared
+    sudo .venv/bin/python benchmarks/predicted_steps.py --again    # compare with what is on disk
 
-`mics bench collectives` gives latency and bandwidth of both links. One run gives one factor: how
-much longer a stage inside a node takes in a step than alone, where 8 ranks copy, sum and run
-FSDP2's hooks on the same cores. Every other run is predicted from these, its bytes too. The
-workload is BERT 10B on p3dn with every time stretched (`mics bench dilated`), so computation is
-known and communication is real.
+`mics bench collectives` gives latency and bandwidth of both links: a profile that `mics plan` and
+`mics simulate` read, and simulate in the order of Gloo. One run gives one factor: how much longer a
+stage inside a node takes in a step than alone, where 8 ranks copy, sum and run FSDP2's hooks on the
+same cores; it goes into the profile as `inside_in_a_step`. Every other run is predicted from these,
+its bytes too, and once more without the factor. The workload is BERT 10B on p3dn with every time
+stretched (`mics bench dilated`), so computation is known and communication is real.
 """
 
 from __future__ import annotations
@@ -16,24 +18,30 @@ import argparse
 import json
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+from torch import nn
+
 from mics import traffic
-from mics.benching.dilated import Dilation
+from mics.anatomy.anatomy import Anatomy
+from mics.benching.dilated import Dilation, Stretched
 from mics.errors import PlanError
-from mics.hardware.cluster import Node
+from mics.hardware.cluster import Cluster, Node
 from mics.hardware.lookup import find_gpu
 from mics.hardware.measured import measured_node
-from mics.hardware.network import Stage, all_reduce_seconds, gather_stages
-from mics.simulation.step import Schedule, Work, simulate
-from mics.simulation.step_on_cpu import CpuRank
+from mics.planning.subject import language_model_loss
+from mics.recipe import Recipe
+from mics.simulation.compute import Times
+from mics.simulation.engine_step import simulate_engine
 from mics.topology import Topology
 
 RESULTS = Path(__file__).parent / "results"
-LINK = "100mbit"
+LINK, LINK_BITS = "100mbit", 100e6
 RANKS = 2  # per node
 
 
@@ -93,43 +101,33 @@ def measure(case: Case) -> dict[str, Any]:
     return lab(case.nodes, words)
 
 
-def measure_all() -> dict[str, Any]:
+def measure_all(cases: int) -> dict[str, Any]:
     # Small ones show latency inside a node; between nodes the shaper lets them through in a burst,
     # faster than the link is, and the fit leaves them out.
     sizes = ["--sizes", "64KiB", "1MiB", "2MiB", "4MiB", "8MiB"]
     collectives = lab(4, ["collectives", *sizes, "--repeats", "5"])
-    runs = [{"case": asdict(case), "run": measure(case)} for case in (CALIBRATES, *CASES)]
+    runs = [{"case": asdict(case), "run": measure(case)} for case in (CALIBRATES, *CASES[:cases])]
     return {"collectives": collectives, "runs": runs}
 
 
-def slowed(stages: tuple[Stage, ...], inside: float) -> tuple[Stage, ...]:
-    """The stages inside a node that much longer."""
-    return tuple(Stage(s.link, s.seconds * (inside if s.link == "intra" else 1)) for s in stages)
+@cache
+def stand_in(case: Case) -> Anatomy:
+    """The blocks of the stretched model without what is around them, which is small."""
+    workload = Stretched(case.dilation, LINK_BITS)
+    with torch.device("meta"):
+        blocks = workload.blocks(workload.model())
+    return Anatomy(nn.Sequential(*blocks), language_model_loss, blocks)
 
 
-def predict(case: Case, run: dict[str, Any], node: Node, inside: float) -> float:
-    """Seconds of a step of mics on Gloo, with the sleeps that the run has had."""
-    made = run["arithmetic"]
-    p, world, size = case.partition, case.nodes * RANKS, made["block_bytes"]
-    form = "flat" if case.form == "flat" else "hierarchical"
-    gather = slowed(gather_stages(node, p, size, form), inside)
-    reduce = gather[::-1]
-    if form == "flat" and p > RANKS:  # Gloo's flat reduce-scatter is an all-reduce
-        reduce = (Stage("inter", all_reduce_seconds(node, p, p // RANKS, size)),)
-    replicas = world // p
-    nodes = replicas if p >= RANKS else case.nodes
-    sync = all_reduce_seconds(node, replicas, nodes, size / p, min(p, RANKS))
-    block = Work(
-        made["forward"], made["backward"], gather, reduce, (Stage("inter", sync),) if sync else ()
-    )
-    schedule = Schedule(
-        case.micro_steps,
-        prefetch=1,
-        in_flight=1,
-        pipelined=True,
-    )
-    blocks = [block] * case.dilation.blocks
-    return simulate(blocks, Work(0.0, 0.0), schedule, kind=CpuRank).seconds
+def predict(case: Case, run: dict[str, Any], node: Node) -> float:
+    """Seconds of a step, with the sleeps that the run has had, by the simulator of `mics plan`."""
+    slept, count = run["arithmetic"], case.dilation.blocks
+    forward, backward = (slept["forward"],) * count, (slept["backward"],) * count
+    computed = Times(forward, backward, before=0.0, between=0.0, after=0.0)
+    form: traffic.Form = "flat" if case.form == "flat" else "hierarchical"
+    recipe = Recipe(case.partition, case.micro_batch, case.micro_steps, form=form, compute_bytes=4)
+    cluster = Cluster(node, case.nodes)
+    return simulate_engine("mics", stand_in(case), computed, cluster, recipe).seconds
 
 
 def predicted_bytes(case: Case) -> float:
@@ -154,61 +152,85 @@ def predicted_bytes(case: Case) -> float:
     return float(traffic.node_inter_bytes(sent) / case.nodes)
 
 
-def calibrate(run: dict[str, Any], node: Node, measured: float) -> float:
-    """The factor inside a node at which the calibrating run is met."""
+def profiled(collectives: dict[str, Any], folder: Path) -> Node:
+    """The node that `mics plan --profile` makes of the collectives that were measured.
+
+    The stand-in sleeps equally long on every rank and has next to nothing to optimise.
+    """
+    profile = folder / "collectives.json"
+    profile.write_text(json.dumps(collectives))
+    node = measured_node(profile, replace(find_gpu("V100-32GB"), bandwidth=None))
+    return replace(node, machine=replace(node.machine, sigma=0.0))
+
+
+def calibrated(run: dict[str, Any], node: Node, measured: float) -> float:
+    """The factor inside the node at which the calibrating run is met."""
     low, high = 1.0, 20.0
     for _ in range(40):
         middle = (low + high) / 2
-        low, high = (
-            (middle, high) if predict(CALIBRATES, run, node, middle) < measured else (low, middle)
-        )
+        seconds = predict(CALIBRATES, run, replace(node, inside=middle))
+        low, high = (middle, high) if seconds < measured else (low, middle)
     return low
 
 
-def compare(document: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
-    profile = folder / "collectives.json"
-    profile.write_text(json.dumps(document["collectives"]))
-    node = measured_node(profile, find_gpu("V100-32GB"))
-    print(f"inside  {node.intra}\nbetween {node.inter}\nall-reduce {node.all_reduce}")
+def compare(document: dict[str, Any], folder: Path) -> None:
+    """Put the factor and the rows into the document."""
+    collectives = document["collectives"]
+    alone = profiled(collectives, folder)
+    print(f"inside  {alone.intra}\nbetween {alone.inter}\nall-reduce {alone.all_reduce}")
     seconds = [one["run"]["engines"][0]["seconds"]["median"] for one in document["runs"]]
-    inside = calibrate(document["runs"][0]["run"], node, seconds[0])
+    inside = calibrated(document["runs"][0]["run"], alone, seconds[0])
+    node = profiled(collectives | {"inside_in_a_step": inside}, folder)
     print(f"inside a node, in a step: x {inside:.2f}, calibrated at {CALIBRATES}")
-    rows = []
-    print(f"{'case':<62}{'measured':>10}{'predicted':>11}{'error':>8}{'kernel over predicted':>24}")
-    for one, measured in zip(document["runs"], seconds, strict=True):
-        case = Case(**one["case"])
-        found = predict(case, one["run"], node, inside)
-        sent = one["run"]["engines"][0]["bytes_sent"]
-        expected = predicted_bytes(case)
-        used = "calibrated" if case == CALIBRATES else "predicted"
-        rows.append(
-            {
-                "case": asdict(case),
-                "used": used,
-                "measured_seconds": measured,
-                "predicted_seconds": found,
-                "error": found / measured - 1,
-                "kernel_bytes": sent,
-                "predicted_bytes": expected,
-            }
-        )
+    rows = [
+        row(Case(**one["case"]), one["run"], measured, node, alone)
+        for one, measured in zip(document["runs"], seconds, strict=True)
+    ]
+    document |= {"inside_in_a_step": inside, "rows": rows}
+    print(
+        f"{'case':<62}{'measured':>10}{'predicted':>11}{'error':>8}{'without the factor':>20}"
+        f"{'kernel over predicted':>24}"
+    )
+    for one in rows:
+        named = f"{Case(**one['case'])} ({one['used']})"
+        without = one["seconds_without_the_factor"] / one["measured_seconds"] - 1
         print(
-            f"{f'{case} ({used})':<62}{measured:>8.2f} s{found:>9.2f} s"
-            f"{found / measured - 1:>+8.1%}{sent / expected:>24.3f}"
+            f"{named:<62}{one['measured_seconds']:>8.2f} s"
+            f"{one['predicted_seconds']:>9.2f} s{one['error']:>+8.1%}{without:>+20.1%}"
+            f"{one['kernel_bytes'] / one['predicted_bytes']:>24.3f}"
         )
-    return rows
+
+
+def row(
+    case: Case, run: dict[str, Any], measured: float, node: Node, alone: Node
+) -> dict[str, Any]:
+    """One case: measured, predicted with the factor inside a node, and without."""
+    predicted = predict(case, run, node)
+    return {
+        "case": asdict(case),
+        "used": "calibrated" if case == CALIBRATES else "predicted",
+        "measured_seconds": measured,
+        "predicted_seconds": predicted,
+        "error": predicted / measured - 1,
+        "seconds_without_the_factor": predict(case, run, alone),
+        "kernel_bytes": run["engines"][0]["bytes_sent"],
+        "predicted_bytes": predicted_bytes(case),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--again", action="store_true", help="do not measure, compare anew")
+    parser.add_argument("--cases", type=int, default=len(CASES), help="predict so many")
     parser.add_argument("--out", type=Path, default=RESULTS / "predicted_steps.json")
     arguments = parser.parse_args()
     if arguments.again and not arguments.out.is_file():
         raise PlanError(f"There is no {arguments.out}.", write="the same without --again")
-    document = json.loads(arguments.out.read_text()) if arguments.again else measure_all()
+    document = (
+        json.loads(arguments.out.read_text()) if arguments.again else measure_all(arguments.cases)
+    )
     with TemporaryDirectory() as folder:
-        document["rows"] = compare(document, Path(folder))
+        compare(document, Path(folder))
     arguments.out.write_text(json.dumps(document, indent=1) + "\n")
 
 

@@ -12,39 +12,32 @@ from ranks import run_ranks
 from mics.hardware.cluster import Cluster
 from mics.hardware.lookup import find_node
 from mics.models.building import load_config
-from mics.planning.plan import Way, needed_by, simulate_way
-from mics.planning.question import Question
 from mics.planning.subject import subject
+from mics.planning.weighing import needed_by, simulate_recipe
+from mics.recipe import Machine, Recipe
+from mics.training.batching import Batching
 from mics.training.config import ParallelConfig, TrainConfig
-from mics.training.expectation import Forecast
+from mics.training.expectation import forecast
 
 
 def _forecast(options: dict[str, Any]) -> tuple[Any, ...]:
     """Of four ranks, two per node: the choice, and what is expected of two partitions."""
     config = TrainConfig(parallel=ParallelConfig(gpus_per_node=2, dtype="bf16", **options))
     shape = load_config("gpt2-tiny", vocabulary=512, separator=0)
-    forecast = Forecast(
-        config, shape, micro_batch=4, micro_steps=2, sequence=128, device=torch.device("cpu")
-    )
-    choice = forecast.choose()
-    return choice, forecast.expect(2), forecast.expect(4)
+    run = forecast(config, subject(shape), Batching(32, 4, 2, 4), 128, torch.device("cpu"))
+    choice = run.choose()
+    return choice, run.expect(2), run.expect(4)
 
 
 def expected(form: Any, partition: int, **changed: Any) -> tuple[float, float]:
     """Bytes and seconds by hand, with two GPUs in a p4d."""
-    node = dataclasses.replace(find_node("p4d"), gpus_per_node=2)
+    machine = Machine(reductions=2, runtime_gib=0.0, communicator_gib=0.0)
+    node = dataclasses.replace(find_node("p4d"), gpus_per_node=2, machine=machine)
     anatomy = subject(load_config("gpt2-tiny", vocabulary=512, separator=0))
-    asked: dict[str, Any] = {
-        "micro_steps": 2,
-        "optimizer": "adamw-fused",
-        "reductions": 2,
-        "runtime_gib": 0.0,
-        "communicator_gib": 0.0,
-    }
-    question = Question(128, **(asked | changed))
-    way, where = Way(partition, 4, 2, False, form), Cluster(node, 2)
-    seconds = simulate_way("mics", anatomy, where, question, way).seconds
-    return round(needed_by(anatomy, where, question, way)), seconds
+    how: dict[str, Any] = {"sequence": 128, "optimizer": "adamw-fused"}
+    recipe, where = Recipe(partition, 4, 2, False, form, **(how | changed)), Cluster(node, 2)
+    seconds = simulate_recipe("mics", anatomy, where, recipe).seconds
+    return round(needed_by(anatomy, where, recipe)), seconds
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,8 +14,9 @@ import pytest
 import torch
 
 from mics.anatomy.anatomy import Anatomy
-from mics.anatomy.memory import Setup, memory
+from mics.anatomy.memory import NOTHING_ELSE, memory
 from mics.planning.subject import subject
+from mics.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 
@@ -109,8 +111,8 @@ def test_a_process_that_trains_needs_what_was_predicted(
         return value
 
     anatomy = Anatomy(model, loss)
-    setup = Setup(2, checkpointing, compute_bytes=4, micro_steps=2, reductions=2)
-    predicted = memory(anatomy, anatomy.trace(1, ROWS), setup).peak
+    recipe = Recipe(2, 1, 2, checkpointing, sequence=ROWS, compute_bytes=4)
+    predicted = memory(anatomy, recipe, dataclasses.replace(NOTHING_ELSE, reductions=2)).peak
     assert predicted == pytest.approx(measured, rel=0.10)
 
 

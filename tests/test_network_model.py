@@ -68,7 +68,7 @@ def test_bandwidth_falls_with_nodes_where_it_was_seen_to() -> None:
 
 
 def test_a_ring_passes_every_rank_a_tree_every_node() -> None:
-    rings = dataclasses.replace(NODE, all_reduce_is_ring=True)
+    rings = dataclasses.replace(NODE, gloo=True)
     ring = all_reduce_seconds(rings, 8, 2, 1 * GB)
     assert ring == pytest.approx(5e-6 + 2 * 20e-6 + 2 * 6 * 1e-6 + 2 * 7 / 8 / 10)
     tree = all_reduce_seconds(NODE, 8, 2, 1 * GB)
@@ -159,7 +159,7 @@ MANY = Node(
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_a_node_is_read_from_a_measurement(tmp_path: Path, device: str) -> None:
-    truth = dataclasses.replace(MANY, all_reduce_is_ring=device == "cpu")
+    truth = dataclasses.replace(MANY, gloo=device == "cpu")
     path = bench_file(tmp_path / "links.json", truth, (2, 4, 8, 16), device)
     found = measured_node(path, find_gpu("H100"))
     assert (found.gpus_per_node, found.measured_nodes) == (4, 4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 import mics
 from mics.anatomy.anatomy import Anatomy
-from mics.anatomy.memory import OPTIMIZERS, Setup, memory
+from mics.anatomy.memory import NOTHING_ELSE, OPTIMIZERS, memory
 from mics.errors import PlanError
 from mics.hardware.cluster import Cluster, Gpu, Link, Node
 from mics.hardware.lookup import find_node
@@ -20,19 +21,20 @@ from mics.planning.cost import Reliability, dollars, goodput, wall_seconds
 from mics.planning.inverse import (
     STEP,
     fewest_nodes,
-    fits,
     largest_micro_batch,
     longest_sequence,
     smallest_partition,
     with_partition,
 )
 from mics.planning.parsing import parse_range
-from mics.planning.plan import Plan, Search, Way, needed_by, search, ways
+from mics.planning.plan import Plan, Search, search
 from mics.planning.question import Question
 from mics.planning.reasons import explained
 from mics.planning.scaling import strong_scaling, too_large, weak_scaling
 from mics.planning.subject import subject
-from mics.simulation.profiles import Engine
+from mics.planning.weighing import fits, needed_by
+from mics.recipe import Machine, Recipe
+from mics.simulation.profiles import EngineName
 
 GIB = 2**30
 
@@ -45,11 +47,16 @@ def bert() -> Anatomy:
 def small(memory_gib: float = 4.0, nodes: int = 4) -> Cluster:
     """A cluster on which BERT large is tight."""
     gpu = Gpu("small", memory_gib * GIB, 125e12, 9e11, source="a test")
-    node = Node("small", gpu, 4, Link(1e11, 3e-6), Link(1e9, 50e-6), price=10.0)
+    machine = Machine(runtime_gib=0.3, communicator_gib=0.05)
+    node = Node("small", gpu, 4, Link(1e11, 3e-6), Link(1e9, 50e-6), price=10.0, machine=machine)
     return Cluster(node, nodes)
 
 
-QUESTION = Question(128, micro_batches=(1, 2, 4, 8), runtime_gib=0.3, communicator_gib=0.05)
+def of_bert(*recipe: Any) -> Recipe:
+    return Recipe(*recipe, sequence=128)
+
+
+QUESTION = Question(Recipe(1, sequence=128), micro_batches=(1, 2, 4, 8))
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +65,8 @@ def found(bert: Anatomy) -> Search:
 
 
 def test_every_legal_way_is_tried() -> None:
-    tried = list(ways(small(), QUESTION))
-    assert {way.partition for way in tried} == {1, 2, 4, 8, 16}
+    tried = list(QUESTION.recipes(small()))
+    assert {recipe.partition for recipe in tried} == {1, 2, 4, 8, 16}
     # Two forms where a group spans nodes, with and without checkpointing, four micro-batches.
     assert len(tried) == (3 + 2 * 2) * 2 * 4
     assert len(set(tried)) == len(tried)
@@ -68,52 +75,56 @@ def test_every_legal_way_is_tried() -> None:
 def test_a_plan_never_takes_what_does_not_fit(bert: Anatomy, found: Search) -> None:
     assert found.plans
     assert found.rejected
-    assert len(found.plans) + len(found.rejected) == len(list(ways(small(), QUESTION)))
+    assert len(found.plans) + len(found.rejected) == len(list(QUESTION.recipes(small())))
     for plan in found.plans:
         assert plan.needed <= small().node.gpu.memory
-        assert fits(bert, small(), QUESTION, plan.way)
+        assert fits(bert, small(), plan.recipe)
     for one in found.rejected:
         assert one.missing > 0
-        assert not fits(bert, small(), QUESTION, one.way)
+        assert not fits(bert, small(), one.recipe)
 
 
 def test_the_fastest_comes_first(found: Search) -> None:
     speeds = [plan.tokens_per_second for plan in found.plans]
     assert speeds == sorted(speeds, reverse=True)
     best = found.plans[0]
-    assert best.tokens == best.way.micro_batch * 4 * 16 * 128
+    assert best.tokens == best.recipe.micro_batch * 4 * 16 * 128
     assert 0 < best.mfu <= best.hfu < 1
 
 
 @pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_memory_falls_with_p(bert: Anatomy, optimizer: str, checkpointing: bool) -> None:
-    trace = bert.trace(2, 128)
+    recipe = Recipe(1, 2, 1, checkpointing, sequence=128, optimizer=optimizer)
     needs = [
-        memory(bert, trace, Setup(p, checkpointing, optimizer)).peak for p in (1, 2, 4, 8, 16, 32)
+        memory(bert, dataclasses.replace(recipe, partition=p)).peak for p in (1, 2, 4, 8, 16, 32)
     ]
     assert needs == sorted(needs, reverse=True)
     assert needs[0] > needs[-1]
 
 
 def test_what_costs_memory_costs_memory(bert: Anatomy) -> None:
-    trace, plain = bert.trace(4, 128), Setup(4)
-    peak = memory(bert, trace, plain).peak
+    plain = Recipe(4, 4, micro_steps=1, sequence=128)
+    peak = memory(bert, plain).peak
 
     def changed(**more: Any) -> int:
-        return memory(bert, trace, dataclasses.replace(plain, **more)).peak
+        return memory(bert, dataclasses.replace(plain, **more)).peak
+
+    def on(**more: Any) -> int:
+        machine = dataclasses.replace(NOTHING_ELSE, **more)
+        return memory(bert, plain, machine, gpus=4).peak  # in the world and in a partition group
 
     assert changed(checkpointing=True) < peak
     assert changed(optimizer="sgd") < peak
     assert changed(micro_steps=2) > peak  # gradients are alive in the second forward
-    assert changed(communicators=2, communicator_bytes=1000) == peak + 2000
-    assert changed(runtime_bytes=500) == peak + 500
-    assert memory(bert, bert.trace(2, 128), plain).peak < peak
-    whole = memory(bert, trace, plain)
+    assert on(communicator_gib=1000 / GIB) == peak + 2000
+    assert on(runtime_gib=500 / GIB) == peak + 500
+    assert changed(micro_batch=2) < peak
+    whole = memory(bert, plain)
     assert list(whole.phases) == ["loss", "block backward", "end of backward", "optimizer step"]
     deepest = dataclasses.replace(plain, checkpointing=True, prefetch=3)
-    more = memory(bert, trace, deepest).phases["block backward"]
-    one = memory(bert, trace, dataclasses.replace(deepest, prefetch=1)).phases["block backward"]
+    more = memory(bert, deepest).phases["block backward"]
+    one = memory(bert, dataclasses.replace(deepest, prefetch=1)).phases["block backward"]
     assert more.prefetched_blocks == 3 * one.prefetched_blocks
 
 
@@ -121,7 +132,7 @@ def test_a_reason_says_why_the_neighbours_lost(found: Search) -> None:
     plans = explained(found)
     reasons = " | ".join(plan.reason for plan in plans)
     best = plans[0]
-    assert best.reason.startswith(f"p = {best.way.partition}: ")
+    assert best.reason.startswith(f"p = {best.recipe.partition}: ")
     assert "of 4 GiB" in best.reason
     assert "x as long per token" in reasons
     assert "smallest that fits" in reasons
@@ -129,20 +140,20 @@ def test_a_reason_says_why_the_neighbours_lost(found: Search) -> None:
 
 
 def test_questions_the_other_way_round(bert: Anatomy) -> None:
-    where, way = small(), Way(8, 4, 4, False, "hierarchical")
+    where, way = small(), of_bert(8, 4, 4, False, "hierarchical")
     p = smallest_partition(bert, where, QUESTION, way)
     assert p is not None
-    assert fits(bert, where, QUESTION, with_partition(way, p, 4))
-    assert p == 1 or not fits(bert, where, QUESTION, with_partition(way, p // 2, 4))
+    assert fits(bert, where, with_partition(way, p, 4))
+    assert p == 1 or not fits(bert, where, with_partition(way, p // 2, 4))
     b = largest_micro_batch(bert, where, QUESTION, way)
     assert b is not None
-    assert fits(bert, where, QUESTION, dataclasses.replace(way, micro_batch=b))
-    assert not fits(bert, where, QUESTION, dataclasses.replace(way, micro_batch=b + 1))
-    s = longest_sequence(bert, where, QUESTION, way, limit=512)
+    assert fits(bert, where, dataclasses.replace(way, micro_batch=b))
+    assert not fits(bert, where, dataclasses.replace(way, micro_batch=b + 1))
+    s = longest_sequence(bert, where, way, limit=512)
     assert s is not None
     assert s % STEP == 0
     assert s <= 512
-    assert fits(bert, where, dataclasses.replace(QUESTION, sequence=s), way)
+    assert fits(bert, where, dataclasses.replace(way, sequence=s))
     assert smallest_partition(bert, small(0.5), QUESTION, way) is None
     assert largest_micro_batch(bert, small(0.5), QUESTION, way) is None
 
@@ -151,13 +162,13 @@ def test_two_stages_need_their_groups_and_buffers_when_asked_the_other_way_round
     bert: Anatomy,
 ) -> None:
     """What is said around a plan is of that plan: in two stages it has two groups more."""
-    flat, staged = (Way(8, 4, 4, True, form) for form in ("flat", "hierarchical"))
-    least = needed_by(bert, small(), QUESTION, flat)
-    more = needed_by(bert, small(), QUESTION, staged)
-    assert more - least > 2 * QUESTION.communicator_gib * GIB
+    flat, staged = (of_bert(8, 4, 4, True, form) for form in ("flat", "hierarchical"))
+    least = needed_by(bert, small(), flat)
+    more = needed_by(bert, small(), staged)
+    assert more - least > 2 * small().node.machine.communicator_gib * GIB
     between = small((least + more) / 2 / GIB)
-    assert fits(bert, between, QUESTION, flat)
-    assert not fits(bert, between, QUESTION, staged)
+    assert fits(bert, between, flat)
+    assert not fits(bert, between, staged)
     assert largest_micro_batch(bert, between, QUESTION, staged) != largest_micro_batch(
         bert, between, QUESTION, flat
     )
@@ -212,20 +223,20 @@ def test_a_step_of_a_plan_takes_what_the_plan_says(found: Search) -> None:
 
 
 def test_a_longest_sequence_may_be_the_models_own(bert: Anatomy) -> None:
-    way, where = Way(8, 4, 4, True), small()
+    way, where = of_bert(8, 4, 4, True), small()
     for limit in (100, 200, 512):
-        assert longest_sequence(bert, where, QUESTION, way, limit=limit) == limit
+        assert longest_sequence(bert, where, way, limit=limit) == limit
     # What was asked for is never beyond what is answered.
-    odd = dataclasses.replace(QUESTION, sequence=500)
-    need = needed_by(bert, where, odd, way) / GIB
-    assert longest_sequence(bert, small(need), odd, way, limit=512) == 500
+    odd = dataclasses.replace(way, sequence=500)
+    need = needed_by(bert, where, odd) / GIB
+    assert longest_sequence(bert, small(need), odd, limit=512) == 500
 
 
 def test_what_is_tried_twice_is_one_way(bert: Anatomy) -> None:
     twice = dataclasses.replace(
         QUESTION, micro_batches=(1, 1), partitions=(4, 4), checkpointing=(True, True)
     )
-    assert len(list(ways(small(), twice))) == 1
+    assert len(list(twice.recipes(small()))) == 1
 
 
 def test_fp32_computes_at_its_own_rate(bert: Anatomy) -> None:
@@ -246,7 +257,8 @@ def test_fp32_computes_at_its_own_rate(bert: Anatomy) -> None:
 def test_the_optimizers_step_takes_what_it_moves(bert: Anatomy) -> None:
     spent = {}
     for optimizer in OPTIMIZERS:
-        asked = dataclasses.replace(QUESTION, optimizer=optimizer, partitions=(4,))
+        recipe = dataclasses.replace(QUESTION.recipe, optimizer=optimizer)
+        asked = dataclasses.replace(QUESTION, recipe=recipe, partitions=(4,))
         plan = search(bert, small(8.0), asked).plans[0]
         spent[optimizer] = plan.simulated.step.exposed[0]
     assert spent["adamw"] > spent["adamw-fused"] > spent["sgd-momentum"] > spent["sgd"] > 0
@@ -255,14 +267,14 @@ def test_the_optimizers_step_takes_what_it_moves(bert: Anatomy) -> None:
 
 def test_bytes_explain_nothing_where_they_are_not_what_time_follows_from(found: Search) -> None:
     for plan in explained(found):
-        smaller = plan.way.partition < small().node.gpus_per_node
+        smaller = plan.recipe.partition < small().node.gpus_per_node
         assert not (smaller and "bytes between nodes" in plan.reason)
     assert any("bytes between nodes" in plan.reason for plan in explained(found))
 
 
 def test_a_global_batch_limits_the_micro_batch(bert: Anatomy) -> None:
     where = small()
-    way = Way(8, 1, 6, True)
+    way = of_bert(8, 1, 6, True)
     free = largest_micro_batch(bert, where, QUESTION, way)
     assert free is not None
     assert free > 7
@@ -309,7 +321,7 @@ def test_what_is_advised_is_enough(bert: Anatomy, memory: float) -> None:
         assert followed(bert, where, one), (memory, advice)
 
 
-def followed(bert: Anatomy, where: Cluster, advice: str) -> list[Plan]:
+def followed(bert: Anatomy, where: Cluster, advice: str) -> Sequence[Plan]:
     """Plan again as the advice says, and as before in all else."""
     options, sequence = dict(ONLY), 512
     for word, value in re.findall(r"(nodes|partition|p =|micro-batch|sequence) (\d+)", advice):
@@ -391,7 +403,7 @@ def test_a_global_batch_decides_the_micro_steps(bert: Anatomy) -> None:
         bert, small(), sequence=128, global_batch=128, runtime_gib=0.3, communicator_gib=0.05
     )
     for plan in plans:
-        assert plan.way.micro_batch * plan.way.micro_steps * 16 == 128
+        assert plan.recipe.micro_batch * plan.recipe.micro_steps * 16 == 128
     with pytest.raises(PlanError, match=r"divides a global batch of 100(.|\n)*--global-batch 96"):
         mics.plan(bert, small(), sequence=128, global_batch=100)
 
@@ -424,11 +436,11 @@ def test_a_module_of_ones_own_is_planned() -> None:
         return value
 
     plans = mics.plan(model, "p4d:2", sequence=64, loss=loss, blocks=Layer)
-    assert plans[0].way.partition in (1, 2, 4, 8, 16)
-    assert plans[0].question.compute_bytes == 2
+    assert plans[0].recipe.partition in (1, 2, 4, 8, 16)
+    assert plans[0].recipe.compute_bytes == 2
     whole = mics.plan(model, "p4d:2", sequence=64, loss=loss, dtype=torch.float32)
-    assert whole[0].question.compute_bytes == 4
-    gathers = [next(p for p in found if p.way.partition == 16) for found in (whole, plans)]
+    assert whole[0].recipe.compute_bytes == 4
+    gathers = [next(p for p in found if p.recipe.partition == 16) for found in (whole, plans)]
     assert gathers[0].inter_bytes > gathers[1].inter_bytes
     step = mics.simulate(plans[0], "fsdp2", timeline=True)
     assert step.timeline
@@ -479,8 +491,8 @@ def test_scaling_keeps_the_work_or_shares_it(found: Search) -> None:
 
 
 def test_engines_that_keep_everything_are_told_when_they_would_not_fit(found: Search) -> None:
-    plan = next(p for p in found.plans if p.way.partition == 16)
-    engines: tuple[Engine, ...] = ("mics", "ddp", "zero2", "fsdp2")
+    plan = next(p for p in found.plans if p.recipe.partition == 16)
+    engines: tuple[EngineName, ...] = ("mics", "ddp", "zero2", "fsdp2")
     (ddp,) = too_large(dataclasses.replace(plan, cluster=small(4.0)), engines)
     assert re.match(r"ddp would need \d\.\d\d of 4 GiB for a step: it is simulated as if", ddp)
     notes = too_large(dataclasses.replace(plan, cluster=small(0.9)), engines)

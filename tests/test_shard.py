@@ -18,10 +18,11 @@ from torch.distributed.tensor import DTensor
 
 import mics
 from mics import compat
-from mics.anatomy.anatomy import Parameter, Unit
 from mics.anatomy.blocks import find_blocks, units_of_block
-from mics.anatomy.memory import Setup, states_and_blocks
+from mics.anatomy.memory import states_and_blocks
+from mics.anatomy.sizes import Parameter, UnitSize
 from mics.ranks import agreement
+from mics.recipe import Recipe
 from mics.sharding.partition import PartitionChoice, choose_partition
 
 # -- blocks ----------------------------------------------------------------------------------------
@@ -173,10 +174,10 @@ def test_a_model_that_fits_nowhere_says_how_many_ranks_it_needs() -> None:
 
 
 def test_frozen_parameters_need_neither_gradients_nor_moments() -> None:
-    frozen, trained = (Unit((Parameter(10, 10, trained),)) for trained in (False, True))
-    setup = Setup(1, optimizer="adamw-fused", compute_bytes=4, micro_steps=2, prefetch=0)
-    none = Unit(())
-    both, alone = (states_and_blocks([u], none, setup).total for u in (trained, frozen))
+    frozen, trained = (UnitSize((Parameter(10, 10, trained),)) for trained in (False, True))
+    recipe = Recipe(1, optimizer="adamw-fused", compute_bytes=4, micro_steps=2, prefetch=0)
+    none = UnitSize(())
+    both, alone = (states_and_blocks([u], none, recipe).total for u in (trained, frozen))
     # Itself and gathered; trained also its gradient (whole and its own), two moments.
     assert alone == 2 * 400
     assert both == (2 + 2 + 2) * 400

@@ -23,34 +23,36 @@ from mics.hardware.lookup import find_gpu, find_node
 from mics.hardware.network import Stage
 from mics.models.building import build, load_config
 from mics.planning.subject import subject
+from mics.recipe import Machine, Recipe
 from mics.simulation.compute import Times, times
-from mics.simulation.engines import Run, inter_bytes, simulate_engine
+from mics.simulation.engine_step import inter_bytes, simulate_engine
 from mics.simulation.profiles import PROFILES
-from mics.simulation.step import Schedule, Step, Work, simulate, straggling
+from mics.simulation.schedule import Schedule, UnitSeconds
+from mics.simulation.step import Step, simulate, straggling
 from mics.simulation.timeline import chrome_trace
 from mics.topology import Topology
 
 BLOCKS = 4
-NONE = Work(0.0, 0.0)
+NONE = UnitSeconds(0.0, 0.0)
 
 
 def inter(seconds: float) -> tuple[Stage, ...]:
     return (Stage("inter", seconds),)
 
 
-def run(block: Work, **schedule: Any) -> Step:
+def run(block: UnitSeconds, **schedule: Any) -> Step:
     return simulate([block] * BLOCKS, NONE, Schedule(**schedule))
 
 
 def test_without_communication_a_step_is_its_computation() -> None:
-    step = run(Work(1.0, 2.0), micro_steps=5, last=0.5)
+    step = run(UnitSeconds(1.0, 2.0), micro_steps=5, last=0.5)
     assert step.seconds == pytest.approx(5 * BLOCKS * 3.0 + 0.5)
     assert step.compute == pytest.approx(5 * BLOCKS * 3.0)
     assert step.exposed == {0: 0.5, 1: 0.0, 2: 0.0}
 
 
 def test_what_is_not_prefetched_is_waited_for() -> None:
-    block = Work(1.0, 2.0, inter(0.5), inter(0.25))
+    block = UnitSeconds(1.0, 2.0, inter(0.5), inter(0.25))
     step = run(block, prefetch=0, in_flight=0)
     assert step.seconds == pytest.approx(BLOCKS * (3.0 + 2 * 0.5 + 0.25))
     assert step.exposed[1] == pytest.approx(BLOCKS * 1.25)
@@ -58,34 +60,34 @@ def test_what_is_not_prefetched_is_waited_for() -> None:
 
 
 def test_a_prefetched_gather_hides_behind_computation() -> None:
-    block = Work(1.0, 2.0, inter(0.5))
+    block = UnitSeconds(1.0, 2.0, inter(0.5))
     step = run(block)
     # Only the first gather of each pass has nothing to hide behind.
     assert step.exposed[1] == pytest.approx(2 * 0.5)
 
 
 def test_a_link_that_cannot_keep_up_sets_the_pace() -> None:
-    step = run(Work(1.0, 2.0, inter(5.0)))
+    step = run(UnitSeconds(1.0, 2.0, inter(5.0)))
     assert step.seconds == pytest.approx(2 * BLOCKS * 5.0 + 1.0 + 2.0)
 
 
 def test_reductions_are_waited_for_when_the_backward_pass_ends() -> None:
-    step = run(Work(1.0, 2.0, reduce=inter(0.5)), micro_steps=3)
+    step = run(UnitSeconds(1.0, 2.0, reduce=inter(0.5)), micro_steps=3)
     assert step.exposed[1] == pytest.approx(3 * 0.5)  # of each micro-step the last block's
 
 
 def test_the_next_gather_goes_before_the_reduction() -> None:
     """The other way round the gather of a block waits for the block before it to be reduced."""
     gather, reduce = 1.0, 1.5
-    step = run(Work(3.0, 3.0, inter(gather), inter(reduce)))
+    step = run(UnitSeconds(3.0, 3.0, inter(gather), inter(reduce)))
     # In 3.0 of computation a gather and a reduction fit, if nobody waits for the wrong one.
     assert step.seconds == pytest.approx(2 * gather + BLOCKS * 6.0 + reduce)
 
 
 def test_two_stages_run_beside_each_other_when_pipelined() -> None:
     gather = (Stage("inter", 2.0), Stage("intra", 2.0))
-    one_by_one = run(Work(0.0, 0.0, gather), prefetch=2)
-    pipelined = run(Work(0.0, 0.0, gather), prefetch=2, pipelined=True)
+    one_by_one = run(UnitSeconds(0.0, 0.0, gather), prefetch=2)
+    pipelined = run(UnitSeconds(0.0, 0.0, gather), prefetch=2, pipelined=True)
     assert one_by_one.seconds == pytest.approx(2 * BLOCKS * 4.0)
     # By hand, each pass: the first gather 4, then one every 2, and one more 2 for the third, which
     # is issued when the second is waited for.
@@ -93,7 +95,7 @@ def test_two_stages_run_beside_each_other_when_pipelined() -> None:
 
 
 def test_hop_2_hides_behind_the_last_backward_only() -> None:
-    block = Work(1.0, 2.0, sync=inter(0.5))
+    block = UnitSeconds(1.0, 2.0, sync=inter(0.5))
     for micro_steps in (1, 2, 4, 7):
         deferred = run(block, micro_steps=micro_steps)
         assert deferred.exposed[2] == pytest.approx(0.5)  # the last block's
@@ -103,31 +105,31 @@ def test_hop_2_hides_behind_the_last_backward_only() -> None:
 @pytest.mark.parametrize("micro_steps", [1, 2, 3, 4, 8, 16])
 def test_hop_2_of_every_micro_step_is_waited_for_in_each(micro_steps: int) -> None:
     """FSDP2 ends a backward pass when its all-reduces have landed."""
-    short = run(Work(1.0, 2.0, sync=inter(0.5)), micro_steps=micro_steps, sync="every")
+    short = run(UnitSeconds(1.0, 2.0, sync=inter(0.5)), micro_steps=micro_steps, sync="every")
     assert short.exposed[2] == pytest.approx(micro_steps * 0.5)
     assert short.total[2] == pytest.approx(micro_steps * BLOCKS * 0.5)
     # A link that cannot keep up: four messages of 3.0 behind the first block's backward.
-    long = run(Work(1.0, 2.0, sync=inter(3.0)), micro_steps=micro_steps, sync="every")
+    long = run(UnitSeconds(1.0, 2.0, sync=inter(3.0)), micro_steps=micro_steps, sync="every")
     assert long.seconds == pytest.approx(micro_steps * (BLOCKS * 1.0 + 2.0 + BLOCKS * 3.0))
 
 
 @pytest.mark.parametrize("sync", ["last", "every", "never"])
 def test_more_micro_steps_cost_the_same_each(sync: Any) -> None:
-    block = Work(1.0, 2.0, inter(0.7), inter(0.9), inter(2.5))
+    block = UnitSeconds(1.0, 2.0, inter(0.7), inter(0.9), inter(2.5))
     spent = [run(block, micro_steps=s, sync=sync).seconds for s in range(2, 9)]
     more = [b - a for a, b in pairwise(spent)]
     assert more == pytest.approx([more[0]] * len(more))
 
 
 def test_messages_cost_the_host() -> None:
-    block = Work(1.0, 2.0, inter(0.1))
+    block = UnitSeconds(1.0, 2.0, inter(0.1))
     free, paid = run(block), run(block, host=0.01, messages=12)
     assert paid.compute - free.compute == pytest.approx(2 * BLOCKS * 0.12)
 
 
 @pytest.mark.parametrize("sync", ["last", "every", "never"])
 def test_a_timeline_is_of_every_micro_step(sync: Any) -> None:
-    block = Work(1.0, 2.0, inter(0.5), inter(0.25), inter(2.2))
+    block = UnitSeconds(1.0, 2.0, inter(0.5), inter(0.25), inter(2.2))
     schedule = Schedule(micro_steps=7, sync=sync)
     long = simulate([block] * BLOCKS, NONE, schedule, timeline=True)
     assert sum(span.stream == "compute" for span in long.timeline) == 7 * (2 * BLOCKS + 2)
@@ -137,7 +139,7 @@ def test_a_timeline_is_of_every_micro_step(sync: Any) -> None:
 
 
 def test_a_timeline_holds_every_span() -> None:
-    block = Work(1.0, 2.0, inter(0.5), inter(0.25), inter(0.2))
+    block = UnitSeconds(1.0, 2.0, inter(0.5), inter(0.25), inter(0.2))
     step = simulate([block] * BLOCKS, NONE, Schedule(), timeline=True)
     by_stream = {
         name: [s for s in step.timeline if s.stream == name] for name in ("hop 1", "hop 2")
@@ -205,21 +207,23 @@ def made(anatomy: Anatomy) -> Times:
     return times(anatomy.trace(4, 128), find_node("p4d").gpu)
 
 
-def cluster(nodes: int = 4, bandwidth: float = 1.0, latency: float = 1.0) -> Cluster:
+def cluster(
+    nodes: int = 4, bandwidth: float = 1.0, latency: float = 1.0, sigma: float = 0.0
+) -> Cluster:
     node = find_node("p4d")
     link = dataclasses.replace(
         node.inter,
         bandwidth=node.inter.bandwidth * bandwidth,
         latency=node.inter.latency * latency,
     )
-    return Cluster(dataclasses.replace(node, inter=link), nodes)
+    return Cluster(dataclasses.replace(node, inter=link, machine=Machine(sigma=sigma)), nodes)
 
 
 @pytest.mark.parametrize("engine", list(PROFILES))
 def test_time_falls_with_bandwidth_and_rises_with_latency(
     engine: Any, anatomy: Anatomy, made: Times
 ) -> None:
-    run = Run(4, 16)
+    run = Recipe(16, micro_steps=4)
 
     def seconds(**links: float) -> float:
         return simulate_engine(engine, anatomy, made, cluster(**links), run).seconds
@@ -229,7 +233,7 @@ def test_time_falls_with_bandwidth_and_rises_with_latency(
 
 
 def test_with_p_the_world_mics_moves_what_full_sharding_moves(anatomy: Anatomy) -> None:
-    run = Run(4, 32, form="flat")
+    run = Recipe(32, micro_steps=4, form="flat")
     assert inter_bytes("mics", anatomy, cluster(), run) == inter_bytes(
         "fsdp2", anatomy, cluster(), run
     )
@@ -242,7 +246,7 @@ def test_with_p_the_world_mics_moves_what_zero_3_moves() -> None:
         model,
         loss=lambda m, b, s: m(torch.zeros(b, 512, device="meta", dtype=torch.bfloat16)).sum(),
     )
-    run = Run(4, 32, reduce_bytes=2, form="flat")
+    run = Recipe(32, micro_steps=4, reduce_bytes=2, form="flat")
     mics = inter_bytes("mics", large, cluster(), run)
     assert mics == inter_bytes("zero3", large, cluster(), run)
     assert mics == inter_bytes("zero3 0.5.6", large, cluster(), run)
@@ -252,7 +256,7 @@ def test_with_p_the_world_mics_moves_what_zero_3_moves() -> None:
 
 
 def test_zero_3_of_today_keeps_small_parameters_and_gathers_them_once(anatomy: Anatomy) -> None:
-    run, world = Run(4, 32, reduce_bytes=2, form="flat"), Fraction(31, 32)
+    run, world = Recipe(32, micro_steps=4, reduce_bytes=2, form="flat"), Fraction(31, 32)
     units = (*anatomy.blocks, anatomy.root)
     small = sum(q.numel for u in units for q in u.parameters if q.numel < 100_000)
     assert small > 0
@@ -264,25 +268,29 @@ def test_zero_3_of_today_keeps_small_parameters_and_gathers_them_once(anatomy: A
 
 def test_buckets_hold_reductions_back(anatomy: Anatomy, made: Times) -> None:
     """All gradients of a small model are one message, after its backward pass."""
-    step = simulate_engine("zero3", anatomy, made, cluster(), Run(1, 32), timeline=True).step
+    step = simulate_engine(
+        "zero3", anatomy, made, cluster(), Recipe(32, micro_steps=1), timeline=True
+    ).step
     reductions = [span for span in step.timeline if span.name.startswith("reduce")]
     last = max(span.end for span in step.timeline if span.stream == "compute")
     assert [span.name for span in reductions] == ["reduce root"]
     assert reductions[0].start >= last
-    by_unit = simulate_engine("fsdp2", anatomy, made, cluster(), Run(1, 32), timeline=True).step
+    by_unit = simulate_engine(
+        "fsdp2", anatomy, made, cluster(), Recipe(32, micro_steps=1), timeline=True
+    ).step
     assert sum(s.name.startswith("reduce") for s in by_unit.timeline) == len(anatomy.blocks) + 1
 
 
 def test_a_host_that_is_slower_costs(anatomy: Anatomy, made: Times) -> None:
     slow, fast = (
-        simulate_engine("zero3 0.5.6", anatomy, made, cluster(), Run(1, 32, host=host)).seconds
+        simulate_engine("zero3 0.5.6", anatomy, made, cluster(), Recipe(32), host=host).seconds
         for host in (0.5e-3, 0.1e-3)
     )
     assert slow > fast
 
 
 def test_with_p_1_mics_moves_what_ddp_moves(anatomy: Anatomy) -> None:
-    run = Run(4, 1)
+    run = Recipe(1, micro_steps=4)
     assert inter_bytes("mics", anatomy, cluster(), run) == inter_bytes(
         "ddp", anatomy, cluster(), run
     )
@@ -290,7 +298,7 @@ def test_with_p_1_mics_moves_what_ddp_moves(anatomy: Anatomy) -> None:
 
 @pytest.mark.parametrize("p", [1, 2, 8, 16])
 def test_with_one_micro_step_both_schedules_are_one(p: int, anatomy: Anatomy, made: Times) -> None:
-    run = Run(1, p, form="flat")
+    run = Recipe(p, micro_steps=1, form="flat")
     two_hop, every = (
         simulate_engine(engine, anatomy, made, cluster(), run).step.seconds
         for engine in ("hsdp deferred", "hsdp every micro-step")
@@ -304,8 +312,9 @@ def test_with_one_micro_step_both_schedules_are_one(p: int, anatomy: Anatomy, ma
 @pytest.mark.parametrize("engine", list(PROFILES))
 def test_weak_scaling_is_at_most_perfect(engine: Any, anatomy: Anatomy, made: Times) -> None:
     spent, late = [], []
+    run = Recipe(8, micro_steps=4, optimizer="adamw-fused")
     for nodes in (1, 2, 4, 16, 64, 256):
-        step = simulate_engine(engine, anatomy, made, cluster(nodes), Run(4, 8, sigma=0.02)).step
+        step = simulate_engine(engine, anatomy, made, cluster(nodes, sigma=0.02), run).step
         # The optimizer step of a smaller shard is shorter: that is all that may fall.
         spent.append(step.seconds - step.late - optimizer_step(engine, anatomy, nodes))
         late.append(step.late / (step.seconds - step.late))
@@ -325,7 +334,7 @@ def optimizer_step(engine: Any, anatomy: Anatomy, nodes: int) -> float:
 
 def test_with_p_1_mics_takes_as_long_as_ddp(anatomy: Anatomy, made: Times) -> None:
     both = [
-        simulate_engine(engine, anatomy, made, cluster(), Run(4, 1)).seconds
+        simulate_engine(engine, anatomy, made, cluster(), Recipe(1, micro_steps=4)).seconds
         for engine in ("mics", "ddp")
     ]
     assert both[0] == pytest.approx(both[1])
@@ -338,7 +347,7 @@ def test_averaging_every_micro_step_costs_more_the_more_there_are(
 
     def over_mics(micro_steps: int) -> float:
         every, deferred = (
-            simulate_engine(engine, anatomy, made, slow, Run(micro_steps, 8)).seconds
+            simulate_engine(engine, anatomy, made, slow, Recipe(8, micro_steps=micro_steps)).seconds
             for engine in ("hsdp every micro-step", "hsdp deferred")
         )
         return every / deferred
@@ -367,7 +376,7 @@ def test_more_work_takes_longer(gpu: str, anatomy: Anatomy) -> None:
 
 
 def test_stages_run_beside_each_other_only_where_asked(anatomy: Anatomy, made: Times) -> None:
-    run = Run(2, 32, form="hierarchical")
+    run = Recipe(32, micro_steps=2, form="hierarchical")
     slow = cluster(bandwidth=0.001)
     one_by_one = simulate_engine("mics", anatomy, made, slow, run).seconds
     beside = dataclasses.replace(run, pipelined=True)
@@ -375,7 +384,7 @@ def test_stages_run_beside_each_other_only_where_asked(anatomy: Anatomy, made: T
 
 
 def test_bytes_are_those_of_the_traffic_module(anatomy: Anatomy) -> None:
-    where, run = cluster(), Run(3, 16)
+    where, run = cluster(), Recipe(16, micro_steps=3)
     blocks = [
         traffic.Block(2 * u.numel(16), 4 * u.trained(16), 4 * u.trained(16) // 16)
         for u in anatomy.blocks
@@ -425,7 +434,7 @@ def test_bytes_planned_are_bytes_counted(partition: int) -> None:
     counted = run_ranks(_counted, 4, partition)
     anatomy = subject("gpt2-tiny", vocabulary=1024)
     node = dataclasses.replace(find_node("p4d"), gpus_per_node=2)
-    run = Run(2, partition, form="hierarchical")
+    run = Recipe(partition, micro_steps=2, form="hierarchical")
     planned = inter_bytes("mics", anatomy, Cluster(node, 2), run)
     assert planned * 2 == sum(counted)
     assert planned > 0
@@ -440,7 +449,7 @@ def test_a_frozen_block_is_gathered_and_not_reduced() -> None:
         dtype=torch.float32,
         loss=lambda m, b, s: m(torch.zeros(b, 8, device="meta")).sum(),
     )
-    trained = inter_bytes("zero2 0.5.6", anatomy, cluster(), Run(1, 8))
+    trained = inter_bytes("zero2 0.5.6", anatomy, cluster(), Recipe(8, micro_steps=1))
     whole = (2 * 72 * Fraction(31, 32) * 4) + 3 * 72 * 2 * Fraction(31, 32)
     padded = sum(u.trained(32) for u in anatomy.blocks) * 4 * Fraction(31, 32)
     assert trained == padded + anatomy.num_parameters * 2 * Fraction(31, 32)
@@ -448,5 +457,5 @@ def test_a_frozen_block_is_gathered_and_not_reduced() -> None:
 
 
 def test_sixteen_thousand_gpus_are_simulated(anatomy: Anatomy, made: Times) -> None:
-    found = simulate_engine("mics", anatomy, made, cluster(2048), Run(8, 8))
+    found = simulate_engine("mics", anatomy, made, cluster(2048), Recipe(8, micro_steps=8))
     assert math.isfinite(found.seconds)

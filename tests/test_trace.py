@@ -12,8 +12,9 @@ from torch.nn import functional
 
 from mics.anatomy.anatomy import Anatomy
 from mics.anatomy.products import flops_of
-from mics.anatomy.trace import ROOT, Trace, between, trace
+from mics.anatomy.trace import ROOT, Trace, between
 from mics.anatomy.trace_cache import TraceCache
+from mics.anatomy.watch import trace
 from mics.errors import PlanError
 from mics.planning.subject import subject
 

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from mics.errors import PlanError as PlanError
     from mics.errors import ShardError as ShardError
     from mics.errors import TopologyError as TopologyError
-    from mics.planning.answer import Cluster as Cluster
-    from mics.planning.answer import plan as plan
-    from mics.planning.answer import simulate as simulate
+    from mics.planning.api import Cluster as Cluster
+    from mics.planning.api import plan as plan
+    from mics.planning.api import simulate as simulate
     from mics.ranks.mesh import init_mesh as init_mesh
     from mics.sharding.fully_shard import fully_shard as fully_shard
     from mics.sharding.micro_steps import finish_step as finish_step
@@ -43,7 +43,7 @@ _HOME = {
     "ConfigError": "mics.errors",
     "DataError": "mics.errors",
     "DisagreementError": "mics.errors",
-    "Cluster": "mics.planning.answer",
+    "Cluster": "mics.planning.api",
     "MicroStepError": "mics.errors",
     "MicsError": "mics.errors",
     "MicsWarning": "mics.errors",
@@ -58,11 +58,11 @@ _HOME = {
     "load": "mics.checkpoint",
     "micro_step": "mics.sharding.micro_steps",
     "micro_steps": "mics.sharding.micro_steps",
-    "plan": "mics.planning.answer",
+    "plan": "mics.planning.api",
     "predict_traffic": "mics.sharding.prediction",
     "save": "mics.checkpoint",
     "shard": "mics.sharding.shard",
-    "simulate": "mics.planning.answer",
+    "simulate": "mics.planning.api",
 }
 
 __all__ = ["__version__", "traffic", *_HOME]

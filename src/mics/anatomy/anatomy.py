@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -11,7 +10,9 @@ import torch
 from torch import nn
 
 from mics.anatomy.blocks import Blocks, find_blocks
-from mics.anatomy.trace import Trace, between, trace
+from mics.anatomy.sizes import units_of_model
+from mics.anatomy.trace import Trace, between
+from mics.anatomy.watch import trace
 from mics.errors import PlanError
 
 Loss = Callable[[Any, int, int], torch.Tensor]
@@ -21,77 +22,29 @@ Loss = Callable[[Any, int, int], torch.Tensor]
 _SEQUENCE = 4096
 
 
-class Kept(Protocol):
-    """Where traces are kept for another time."""
+class TraceStore(Protocol):
+    """A place where traces are kept for another time."""
 
     def get(self, micro_batch: int, sequence: int) -> Trace | None:
-        """One that was kept."""
+        """Return a trace that was kept, if there is one."""
 
-    def put(self, micro_batch: int, sequence: int, made: Trace) -> None:
-        """Keep one."""
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """One parameter's shape, as FSDP2 splits it: along its first dim.
-
-    Args:
-        rows: of the first dim.
-        row: elements of one of them.
-        trained: whether it has a gradient.
-    """
-
-    rows: int
-    row: int
-    trained: bool
-
-    @property
-    def numel(self) -> int:
-        """Elements, not split."""
-        return self.rows * self.row
-
-    def padded(self, partition: int) -> int:
-        """Elements of all shards, each as long as the longest."""
-        return -(-self.rows // partition) * partition * self.row
-
-
-@dataclass(frozen=True)
-class Unit:
-    """What is gathered at once: a block, or the root."""
-
-    parameters: tuple[Parameter, ...]
-    _padded: dict[int, tuple[int, int]] = field(default_factory=dict, compare=False, repr=False)
-
-    def numel(self, partition: int = 1) -> int:
-        """Elements after padding."""
-        return self._sizes(partition)[0]
-
-    def trained(self, partition: int = 1) -> int:
-        """Those of parameters with a gradient."""
-        return self._sizes(partition)[1]
-
-    def _sizes(self, partition: int) -> tuple[int, int]:
-        """Both, worked out once per partition."""
-        found = self._padded.get(partition)
-        if found is None:
-            padded = [(p.padded(partition), p.trained) for p in self.parameters]
-            found = sum(size for size, _ in padded), sum(size for size, with_ in padded if with_)
-            self._padded[partition] = found
-        return found
+    def put(self, micro_batch: int, sequence: int, trace: Trace) -> None:
+        """Keep a trace."""
 
 
 class Anatomy:
-    """Sizes and traces of one model.
+    """Sizes and traces of one model, which is built once: ``hand_on`` gives it to who trains it.
 
     Args:
         model: on the meta device, its parameters in the dtype that is computed in (``cast``).
-        loss: runs it.
+        loss: runs the model.
         blocks: as in ``mics.shard``.
-        kept: traces of another time.
-        positions: of its longest sequence, if it has any.
+        store: keeps traces for another time.
+        positions: tokens of the longest sequence the model takes; ``None`` where there is no limit.
+        name: what the model is called; its class by default.
 
     Raises:
-        ShardError: it has no blocks.
+        ShardError: the model has no blocks.
     """
 
     def __init__(
@@ -99,30 +52,49 @@ class Anatomy:
         model: nn.Module,
         loss: Loss,
         blocks: Blocks = None,
-        kept: Kept | None = None,
+        store: TraceStore | None = None,
         positions: int | None = None,
+        name: str | None = None,
     ) -> None:
+        self.name = name or type(model).__name__
         self.positions = positions
-        self._model, self._loss, self._kept = model, loss, kept
+        self.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        """The dtype that is computed in."""
+        self._model: nn.Module | None = model
+        self._loss, self._store = loss, store
         self._modules = list(find_blocks(model, blocks).values())
         self.blocks, self.root = units_of_model(model, self._modules)
         self._traces: dict[tuple[int, int], Trace] = {}
 
-    @cached_property
-    def dtype(self) -> torch.dtype:
-        """What is computed in."""
-        return next(p.dtype for p in self._model.parameters() if p.is_floating_point())
+    @property
+    def model(self) -> nn.Module:
+        """The module on the meta device, as long as it has not been handed on."""
+        assert self._model is not None, "the module was handed on"
+        return self._model
 
     @cached_property
     def num_parameters(self) -> int:
-        """Tied ones counted once."""
+        """How many parameters the model has, tied ones counted once."""
         return sum(unit.numel() for unit in (*self.blocks, self.root))
 
+    def hand_on(self, dtype: torch.dtype) -> nn.Module:
+        """Give the module away to be trained, so that nobody need build it again.
+
+        What has been traced stays known; nothing more can be traced.
+
+        Args:
+            dtype: its parameters are given back in.
+        """
+        model, self._model, self._modules = cast(self.model, dtype), None, []
+        return model
+
     def sequence_or(self, asked: int | None) -> int:
-        """The sequence to plan for; the model's positions, at most 4096, where none was asked for.
+        """Choose the sequence to plan for: what is asked for, else the model's positions.
+
+        At most 4096 where none is asked for.
 
         Raises:
-            PlanError: it is longer than the model has positions.
+            PlanError: the sequence is longer than the model has positions.
         """
         if asked is not None and (not isinstance(asked, int) or isinstance(asked, bool)):
             raise PlanError(f"A sequence is a whole number of tokens, got {asked!r}.")
@@ -137,7 +109,7 @@ class Anatomy:
         return asked
 
     def trace(self, micro_batch: int, sequence: int) -> Trace:
-        """Of one micro-step; made once.
+        """Trace one micro-step, once.
 
         From 5 on a micro-batch is extrapolated from those of 2 and 4: all sizes and FLOPs are a
         part that grows with it and one that does not. Unless their kernels differ, as those of a
@@ -148,7 +120,7 @@ class Anatomy:
         """
         key = (micro_batch, sequence)
         if key not in self._traces:
-            self._traces[key] = self._extrapolated(*key) or self._made(*key)
+            self._traces[key] = self._extrapolated(*key) or self._watched(*key)
         return self._traces[key]
 
     def _extrapolated(self, micro_batch: int, sequence: int) -> Trace | None:
@@ -160,55 +132,36 @@ class Anatomy:
         except ValueError:
             return None
 
-    def _made(self, micro_batch: int, sequence: int) -> Trace:
-        found = self._kept.get(micro_batch, sequence) if self._kept else None
-        if found is None:
-            try:
-                found = trace(
-                    self._model,
-                    self._modules,
-                    lambda: self._loss(self._model, micro_batch, sequence),
-                )
-            except PlanError:
-                raise
-            except Exception as error:  # whatever the model's own code raises
-                raise self._untraced(micro_batch, sequence, error) from error
-            if self._kept:
-                self._kept.put(micro_batch, sequence, found)
-        return found
+    def _watched(self, micro_batch: int, sequence: int) -> Trace:
+        """Return the trace that was kept, or run the model and keep its trace."""
+        stored = self._store.get(micro_batch, sequence) if self._store else None
+        if stored is not None:
+            return stored
+        model = self.model
+        try:
+            watched = trace(model, self._modules, lambda: self._loss(model, micro_batch, sequence))
+        except PlanError:
+            raise
+        except Exception as error:  # whatever the model's own code raises
+            raise self._untraced(micro_batch, sequence, error) from error
+        if self._store:
+            self._store.put(micro_batch, sequence, watched)
+        return watched
 
     def _untraced(self, micro_batch: int, sequence: int, error: Exception) -> PlanError:
-        said = str(error).splitlines()[0] if str(error) else ""
+        first_line = str(error).splitlines()[0] if str(error) else ""
         where = f"Micro-batch {micro_batch}, sequence {sequence}"
-        name = type(self._model).__name__
         return PlanError(
-            f"{name} does not run on the meta device, where tensors have no values.",
-            numbers=f"{where}: {type(error).__name__}: {said}",
+            f"{type(self.model).__name__} does not run on the meta device, where tensors have no "
+            "values.",
+            numbers=f"{where}: {type(error).__name__}: {first_line}",
             write="a model whose path does not depend on values, or another loss",
         )
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Parameters in the dtype that is computed in, as a unit has them when it is gathered."""
+    """Turn parameters into the dtype that is computed in, as a gathered unit has them."""
     for param in model.parameters():
         if param.is_floating_point():
             param.data = param.data.to(dtype)
     return model
-
-
-def units_of_model(model: nn.Module, blocks: Sequence[nn.Module]) -> tuple[tuple[Unit, ...], Unit]:
-    """Its blocks and its root; equal units are one object, so that work is done once."""
-    of_blocks = {id(p) for block in blocks for p in block.parameters()}
-    alike: dict[Unit, Unit] = {}
-    units = [_unit(block.parameters()) for block in blocks]
-    root = _unit(p for p in model.parameters() if id(p) not in of_blocks)
-    return tuple(alike.setdefault(unit, unit) for unit in units), root
-
-
-def _unit(parameters: Iterable[torch.Tensor]) -> Unit:
-    return Unit(tuple(_parameter(p) for p in parameters))
-
-
-def _parameter(param: torch.Tensor) -> Parameter:
-    rows = param.shape[0] if param.dim() else 1
-    return Parameter(rows, param.numel() // max(rows, 1), param.requires_grad)

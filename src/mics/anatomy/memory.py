@@ -27,8 +27,11 @@ from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Literal
 
-from mics.anatomy.anatomy import Anatomy, Unit
+from mics.anatomy.anatomy import Anatomy
+from mics.anatomy.sizes import UnitSize
 from mics.anatomy.trace import ROOT, Trace
+from mics.quantities import GIB
+from mics.recipe import Machine, Recipe
 
 Phase = Literal["loss", "block backward", "end of backward", "optimizer step"]
 PHASES: tuple[Phase, ...] = ("loss", "block backward", "end of backward", "optimizer step")
@@ -55,45 +58,13 @@ OPTIMIZERS = {
 }
 
 
-@dataclass(frozen=True)
-class Setup:
-    """How a step is run on each GPU.
-
-    Args:
-        partition: p.
-        checkpointing: recompute every block in backward.
-        optimizer: one of ``OPTIMIZERS``.
-        master_bytes: of a parameter and its gradient in the rank's shard.
-        compute_bytes: of a gathered parameter.
-        reduce_bytes: of a gradient that is being reduced.
-        prefetch: blocks gathered ahead.
-        reductions: buffers of a block that is being reduced: on the CPU two, as ranks exchange.
-        micro_steps: with more than one, gradients are alive from the second forward on.
-        staged: GPUs of a node, where collectives run in two stages: the message between nodes has a
-            buffer of its own, a unit's size over that; 0 where they do not.
-        communicators: groups a rank is in.
-        communicator_bytes: buffers of each.
-        runtime_bytes: what a GPU is missing before the first tensor is made.
-    """
-
-    partition: int
-    checkpointing: bool = False
-    optimizer: str = "adamw"
-    master_bytes: int = 4
-    compute_bytes: int = 2
-    reduce_bytes: int = 4
-    prefetch: int = 1
-    reductions: int = 1
-    micro_steps: int = 1
-    staged: int = 0
-    communicators: int = 0
-    communicator_bytes: int = 0
-    runtime_bytes: int = 0
+NOTHING_ELSE = Machine(runtime_gib=0.0, communicator_gib=0.0, fragmentation=1.0)
+"""A machine on which only tensors take memory."""
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes of one moment, by kind."""
+    """What is alive at one moment, bytes by kind."""
 
     parameters: int
     optimizer: int
@@ -107,30 +78,30 @@ class Need:
 
     @property
     def total(self) -> int:
-        """All kinds together."""
+        """Bytes of all kinds together."""
         return sum(vars(self).values())
 
 
 @dataclass(frozen=True)
 class Memory:
-    """The largest moment of every phase."""
+    """What a GPU needs at the largest moment of every phase."""
 
     phases: dict[Phase, Need] = field(default_factory=dict)
 
     @property
     def phase(self) -> Phase:
-        """The one that needs most."""
+        """The phase that needs most."""
         return max(self.phases, key=lambda phase: self.phases[phase].total)
 
     @property
     def peak(self) -> int:
-        """Bytes it needs."""
+        """Bytes that phase needs."""
         return self.phases[self.phase].total
 
 
 @dataclass(frozen=True)
 class _Level:
-    """What a moment of a micro-step keeps, on any number of GPUs; bytes."""
+    """What is kept at a moment of a micro-step, on any number of GPUs; bytes."""
 
     phase: Phase
     unit: int
@@ -139,37 +110,62 @@ class _Level:
     gradients: int  # whole ones, not yet reduced
 
 
-def memory(anatomy: Anatomy, trace: Trace, setup: Setup) -> Memory:
+def memory(
+    anatomy: Anatomy,
+    recipe: Recipe,
+    machine: Machine = NOTHING_ELSE,
+    *,
+    gpus: int = 0,
+    gpus_per_node: int = 0,
+) -> Memory:
     """Work out the peak.
 
     Args:
-        anatomy: sizes of the units.
-        trace: of one micro-step with the micro-batch and sequence in question.
-        setup: how it is run.
+        anatomy: sizes of the units, and a trace of a micro-step.
+        recipe: how the step is run.
+        machine: what it takes of a GPU beside tensors; nothing by default.
+        gpus: all that train, whose groups have buffers; 0 counts no groups.
+        gpus_per_node: k; 0 counts no second stage of a collective.
     """
-    states = _States(anatomy.blocks, anatomy.root, setup)
+    states = _States(anatomy.blocks, anatomy.root, recipe, machine, gpus, gpus_per_node)
+    trace = anatomy.trace(recipe.micro_batch, recipe.sequence)
     phases: dict[Phase, Need] = {"optimizer step": states.at_optimizer_step()}
-    for level in _levels(trace, setup.checkpointing):
+    for level in _levels(trace, recipe.checkpointing):
         need = states.at(level)
         if level.phase not in phases or need.total > phases[level.phase].total:
             phases[level.phase] = need
     return Memory({phase: phases[phase] for phase in PHASES if phase in phases})
 
 
-def states_and_blocks(blocks: Sequence[Unit], root: Unit, setup: Setup) -> Need:
-    """What is needed before anything is known of activations: model states and gathered blocks.
+def states_and_blocks(blocks: Sequence[UnitSize], root: UnitSize, recipe: Recipe) -> Need:
+    """Add up what is known before any activation is: model states and gathered blocks.
 
     Args:
         blocks: sizes of the blocks.
         root: size of what is outside of them.
-        setup: how a step is run.
+        recipe: how a step is run.
     """
-    states = _States(blocks, root, setup)
+    states = _States(blocks, root, recipe, NOTHING_ELSE)
     moments = [
-        states.at(_Level("block backward", number, 0, 0, unit.trained() * setup.compute_bytes))
+        states.at(_Level("block backward", number, 0, 0, unit.trained() * recipe.compute_bytes))
         for number, unit in enumerate(blocks)
     ]
     return max([*moments, states.at_optimizer_step()], key=lambda need: need.total)
+
+
+def with_fragmentation(need: Memory, machine: Machine) -> float:
+    """Work out the bytes the allocator asks for; buffers of groups are not its own."""
+    fixed = need.phases[need.phase].communicators
+    return (need.peak - fixed) * machine.fragmentation + fixed
+
+
+def num_groups(recipe: Recipe, gpus: int, gpus_per_node: int) -> int:
+    """Count the groups of ranks that a rank is in and that have more than one member.
+
+    The world is one; two stages need a group for each.
+    """
+    p = recipe.partition
+    return 1 + (p > 1) + (p < gpus) + 2 * recipe.two_stages(gpus_per_node)
 
 
 @lru_cache(maxsize=256)
@@ -212,45 +208,57 @@ def _forgotten(trace: Trace) -> list[int]:
 
 
 class _States:
-    """Model states and buffers of one setup."""
+    """Model states and buffers of one recipe."""
 
-    def __init__(self, blocks: Sequence[Unit], root: Unit, setup: Setup) -> None:
-        p, optimizer = setup.partition, OPTIMIZERS[setup.optimizer]
+    def __init__(
+        self,
+        blocks: Sequence[UnitSize],
+        root: UnitSize,
+        recipe: Recipe,
+        machine: Machine,
+        gpus: int = 0,
+        gpus_per_node: int = 0,
+    ) -> None:
+        p, optimizer = recipe.partition, OPTIMIZERS[recipe.optimizer]
         units = [*blocks, root]
         trained = sum(unit.trained(p) for unit in units) // p
-        self._prefetch, self._staged = setup.prefetch, setup.staged
-        self._gathered = [unit.numel(p) * setup.compute_bytes for unit in units]
-        buffers = setup.reduce_bytes * setup.reductions
+        self._prefetch = recipe.prefetch
+        # In two stages the message between nodes has a buffer of its own, a unit's size over this.
+        self._staged = gpus_per_node if recipe.two_stages(gpus_per_node) else 0
+        self._gathered = [unit.numel(p) * recipe.compute_bytes for unit in units]
+        buffers = recipe.reduce_bytes * machine.reductions
         reduced = [unit.trained(p) * buffers for unit in units]
         self._reduced = [size + self._buffer(size) for size in reduced]
-        self._whole = [unit.trained(p) * setup.compute_bytes for unit in units]
-        shards = [unit.trained(p) // p * setup.master_bytes for unit in units]
+        self._whole = [unit.trained(p) * recipe.compute_bytes for unit in units]
+        shards = [unit.trained(p) // p * recipe.master_bytes for unit in units]
         self._all_shards = sum(shards)
         # Backward reduces the last block first.
         behind = list(accumulate(reversed(shards[:-1]), initial=0))[::-1]
-        several = setup.micro_steps > 1
+        several = recipe.micro_steps > 1  # gradients are alive from the second forward on
         self._shards_at = [
             self._all_shards if several else behind[n + 1] for n in range(len(shards) - 1)
         ]
         self._shards_before = self._all_shards if several else 0
         self._shards_of_blocks = self._all_shards if several else behind[0]
         self._step = trained * optimizer.step_bytes
+        groups = num_groups(recipe, gpus, gpus_per_node) if gpus else 0
+        buffers_of_groups = groups * round(machine.communicator_gib * GIB)
         self._fixed = {
-            "parameters": sum(unit.numel(p) for unit in units) // p * setup.master_bytes,
+            "parameters": sum(unit.numel(p) for unit in units) // p * recipe.master_bytes,
             "optimizer": trained * optimizer.state_bytes,
-            "communicators": setup.communicators * setup.communicator_bytes + setup.runtime_bytes,
+            "communicators": buffers_of_groups + round(machine.runtime_gib * GIB),
         }
 
     def _buffer(self, size: int) -> int:
-        """Of the stage between nodes."""
+        """Size of the buffer of the stage between nodes."""
         return size // self._staged if self._staged else 0
 
     def at_optimizer_step(self) -> Need:
-        """When every gradient is reduced."""
+        """Add up the moment when every gradient is reduced."""
         return Need(**self._fixed, gradients=self._all_shards, communication_buffers=self._step)
 
     def at(self, level: _Level) -> Need:
-        """At a moment of the micro-step."""
+        """Add up a moment of the micro-step."""
         root = self._gathered[-1]
         if level.phase == "loss":
             ahead = self._gathered[-2:-1] if self._prefetch else []

@@ -37,17 +37,17 @@ class TraceCache:
         self._folder = at / "traces" / hashlib.sha256(known.encode()).hexdigest()[:24]
 
     def get(self, micro_batch: int, sequence: int) -> Trace | None:
-        """One that was kept, or ``None``."""
+        """Return a trace that was kept, or ``None``."""
         try:
             return _read(json.loads(self._file(micro_batch, sequence).read_text()))
         except (OSError, ValueError, KeyError, TypeError, IndexError):
             return None
 
-    def put(self, micro_batch: int, sequence: int, made: Trace) -> None:
-        """Keep one; a folder that cannot be written is no error."""
+    def put(self, micro_batch: int, sequence: int, trace: Trace) -> None:
+        """Keep a trace; a folder that cannot be written is no error."""
         file = self._file(micro_batch, sequence)
         try:
-            write_whole(file, json.dumps(_written(made)))
+            write_whole(file, json.dumps(_written(trace)))
         except OSError:
             return
 
@@ -55,16 +55,16 @@ class TraceCache:
         return self._folder / f"{micro_batch}x{sequence}.json"
 
 
-def _written(made: Trace) -> dict[str, Any]:
+def _written(trace: Trace) -> dict[str, Any]:
     lists: dict[tuple[Operator, ...], int] = {}
     segments = [
         [*(getattr(s, name) for name in _FIGURES), lists.setdefault(s.operators, len(lists))]
-        for s in made.segments
+        for s in trace.segments
     ]
     return {
         "kernels": [[[op.flops, op.num_bytes] for op in kernels] for kernels in lists],
         "segments": segments,
-        "block_inputs": made.block_inputs,
+        "block_inputs": trace.block_inputs,
     }
 
 

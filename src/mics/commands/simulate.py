@@ -16,12 +16,15 @@ from mics.errors import PlanError
 from mics.hardware.cluster import Cluster, Link, Node, extrapolated
 from mics.hardware.stacks import find_stack
 from mics.planning.parsing import parse_range
-from mics.planning.plan import GIB, Plan, Search, search, simulate_way
+from mics.planning.plan import Plan, Search, search
 from mics.planning.question import Question
 from mics.planning.scaling import strong_scaling, too_large, weak_scaling
 from mics.planning.subject import subject
 from mics.planning.validation import as_markdown, validate
-from mics.simulation.profiles import PROFILES, Engine
+from mics.planning.weighing import simulate_recipe
+from mics.quantities import GIB
+from mics.recipe import ON_GPUS, Recipe
+from mics.simulation.profiles import PROFILES, EngineName
 from mics.simulation.timeline import chrome_trace
 from mics.topology import possible_partitions
 
@@ -39,7 +42,7 @@ class Config(ClusterOptions):
     nodes: str = "2..64"
     """How many: a range, doubling, or one number."""
 
-    engines: tuple[Engine, ...] = (
+    engines: tuple[EngineName, ...] = (
         "mics",
         "hsdp every micro-step",
         "hsdp deferred",
@@ -77,7 +80,7 @@ class Config(ClusterOptions):
     stack: str = "eager"
     """How much of a GPU's rate the software reaches: eager, fused, mics-paper."""
 
-    sigma: float = 0.02
+    sigma: float = ON_GPUS.sigma
     """Spread of a micro-step's time over GPUs."""
 
     json: Path | None = None
@@ -113,14 +116,14 @@ def _validate(config: Config) -> int:
     """The table; 1 where a figure that was held out is missed."""
     refuse_others(config, "validate", "out")
     check_folders(config.out)
-    rows = validate(told=_told)
+    rows = validate(_say)
     table = as_markdown(rows)
     print(table, end="")
     if config.out is not None:
         config.out.write_text(table)
     missed = [row.name for row in rows if row.holds == "NO"]
     if missed:
-        _told(f"mics simulate: not held: {'; '.join(missed)}")
+        _say(f"mics simulate: not held: {'; '.join(missed)}")
     return 1 if missed else 0
 
 
@@ -128,29 +131,35 @@ def _simulate(config: Config) -> int:
     counts = _checked(config)
     node = _what_if(node_of(config), config)
     cluster = _smallest(config, node, counts)
-    _told(f"tracing {config.model}")
+    _say(f"tracing {config.model}")
     anatomy = subject(config.model)
-    question = Question(
-        sequence=anatomy.sequence_or(config.sequence),
+    recipe = Recipe(
+        1,
         micro_steps=config.micro_steps,
+        sequence=anatomy.sequence_or(config.sequence),
+        stack=config.stack,
+        pipelined=config.pipelined,
+    )
+    question = Question(
+        recipe,
         micro_batches=(config.micro_batch,),
         partitions=None if config.partition is None else (config.partition,),
         checkpointing=(config.checkpointing,),
-        stack=config.stack,
-        sigma=config.sigma,
-        pipelined=config.pipelined,
     )
     plan = _first(config, search(anatomy, cluster, question))
     scale = weak_scaling if config.scaling == "weak" else strong_scaling
-    curves = scale(plan, config.engines, counts, _told)
-    print(f"{config.model}: {anatomy.num_parameters:,} parameters; {plan.way}, sequence ", end="")
-    print(f"{question.sequence}, {config.micro_steps} micro-steps; {node.name}; {config.scaling}")
+    curves = scale(plan, config.engines, counts, _say)
+    print(
+        f"{config.model}: {anatomy.num_parameters:,} parameters; {plan.recipe}, sequence ", end=""
+    )
+    print(f"{recipe.sequence}, {config.micro_steps} micro-steps; {node.name}; {config.scaling}")
     print("\n".join(_table(curves, config)))
     stack = find_stack(config.stack)
     notes = [
         f"Software stack {stack.name}: {stack.calibrated}.",
         f"GPU: {node.gpu.source}." if node.gpu.source else "",
         extrapolated(node, counts[-1]),
+        _on_gloo(node, config),
         *too_large(plan, config.engines),
     ]
     print("\n".join(filter(None, notes)))
@@ -174,6 +183,7 @@ def _checked(config: Config) -> list[int]:
 
 
 def _what_if(node: Node, config: Config) -> Node:
+    """Change the link between nodes, and the spread over GPUs, as the options say."""
     for name in ("bandwidth", "latency"):
         if not 0 < getattr(config, name) < math.inf:
             raise PlanError(f"--{name} must be positive, got {getattr(config, name)}.")
@@ -185,8 +195,12 @@ def _what_if(node: Node, config: Config) -> Node:
             latency=link.latency * config.latency,
         )
 
-    all_reduce = changed(node.all_reduce) if node.all_reduce else None
-    return replace(node, inter=changed(node.inter), all_reduce=all_reduce)
+    return replace(
+        node,
+        inter=changed(node.inter),
+        all_reduce=changed(node.all_reduce) if node.all_reduce else None,
+        machine=replace(node.machine, sigma=config.sigma),
+    )
 
 
 def _smallest(config: Config, node: Node, counts: Sequence[int]) -> Cluster:
@@ -206,13 +220,22 @@ def _smallest(config: Config, node: Node, counts: Sequence[int]) -> Cluster:
 def _first(config: Config, found: Search) -> Plan:
     """The smallest partition that fits."""
     if found.plans:
-        return min(found.plans, key=lambda plan: (plan.way.partition, plan.seconds))
+        return min(found.plans, key=lambda plan: (plan.recipe.partition, plan.seconds))
     nearest = min(found.rejected, key=lambda one: one.needed)
     raise PlanError(
         f"{config.model} does not fit the smallest cluster of the range.",
-        numbers=f"{nearest.way} lacks {nearest.missing / GIB:.1f} GiB.",
+        numbers=f"{nearest.recipe} lacks {nearest.missing / GIB:.1f} GiB.",
         write="more --nodes, a smaller --micro-batch, or mics plan, which says what would fit",
     )
+
+
+def _on_gloo(node: Node, config: Config) -> str:
+    """Say how engines are simulated on links that were measured through Gloo."""
+    others = [engine for engine in config.engines if engine != "mics"]
+    if not node.gloo:
+        return ""
+    text = "Links were measured on CPUs: mics is simulated as it runs on Gloo"
+    return text + (f", {', '.join(others)} as on GPUs." if others else ".")
 
 
 def _table(curves: Mapping[str, Sequence[tuple[float, float]]], config: Config) -> list[str]:
@@ -239,10 +262,10 @@ def _files(config: Config, plan: Plan, curves: Mapping[str, Sequence[tuple[float
             "model": config.model,
             "node": plan.cluster.node.name,
             "scaling": config.scaling,
-            "partition": plan.way.partition,
-            "micro_batch": plan.way.micro_batch,
-            "micro_steps": plan.way.micro_steps,
-            "sequence": plan.question.sequence,
+            "partition": plan.recipe.partition,
+            "micro_batch": plan.recipe.micro_batch,
+            "micro_steps": plan.recipe.micro_steps,
+            "sequence": plan.recipe.sequence,
             "bandwidth": config.bandwidth,
             "latency": config.latency,
             "pipelined": config.pipelined,
@@ -255,11 +278,11 @@ def _files(config: Config, plan: Plan, curves: Mapping[str, Sequence[tuple[float
 
         draw_scaling(config.png, f"{config.model} on {plan.cluster.node.name}", curves)
     if config.trace is not None:
-        simulated = simulate_way(
-            config.engines[0], plan.anatomy, plan.cluster, plan.question, plan.way, timeline=True
+        simulated = simulate_recipe(
+            config.engines[0], plan.anatomy, plan.cluster, plan.recipe, timeline=True
         )
         config.trace.write_text(json.dumps(chrome_trace(simulated.step.timeline)))
 
 
-def _told(text: str) -> None:
+def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from mics.errors import PlanError
 from mics.quantities import GIB
+from mics.recipe import ON_GPUS, Machine
 
 MOST_NODES = 1 << 17
 
@@ -94,8 +95,11 @@ class Node:
         all_reduce: ``inter`` for all-reduces, where they were measured apart.
         price: US dollars per hour.
         measured_nodes: the most nodes of a measurement behind ``inter``; ``None`` where none is.
-        all_reduce_is_ring: whether an all-reduce is a ring of all ranks, as Gloo's; else it is a
-            tree of nodes (``network.py``).
+        gloo: ranks are on its CPUs and talk through Gloo: an all-reduce is a ring of all ranks,
+            else a tree of nodes (``network.py``), and a step runs in Gloo's order.
+        inside: how many times as long a stage inside the node takes in a step as alone, where ranks
+            compute, copy and sum on the same cores; 1 where nobody has measured it.
+        machine: what else is assumed of it.
     """
 
     name: str
@@ -107,7 +111,9 @@ class Node:
     price: float | None = None
     source: str = ""
     measured_nodes: int | None = None
-    all_reduce_is_ring: bool = False
+    gloo: bool = False
+    inside: float = 1.0
+    machine: Machine = ON_GPUS
 
     @property
     def most_nodes(self) -> int:

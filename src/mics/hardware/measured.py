@@ -13,6 +13,7 @@ from mics.errors import PlanError
 from mics.hardware.cluster import Gpu, Link, Node
 from mics.hardware.fit import Point, fit_links
 from mics.hardware.network import all_reduce_terms, gather_terms
+from mics.recipe import ON_GPUS, ON_HOSTS
 from mics.traffic import Form
 
 _BURST = 1.02
@@ -27,6 +28,10 @@ def measured_node(path: Path, gpu: Gpu) -> Node:
     over nodes have figures of their own. Where one node was measured nothing is known of the link
     between nodes.
 
+    Ranks that were measured on CPUs talked through Gloo, and are planned for so. There a stage
+    inside a node takes longer in a step than alone, as ranks compute on the same cores; a factor
+    that was found by comparing a run stands in the file as ``inside_in_a_step``.
+
     Args:
         path: the JSON that ``mics bench collectives`` wrote.
         gpu: the GPU that the node has.
@@ -39,7 +44,8 @@ def measured_node(path: Path, gpu: Gpu) -> Node:
         k = _count(document["gpus_per_node"])
         rows = [_checked(row, k) for row in document["measured"]]
         largest = max(row["ranks"] for row in rows)
-        on_gpus = document.get("device", "cpu") != "cpu"
+        gloo = document.get("device", "cpu") == "cpu"
+        inside = _positive(document.get("inside_in_a_step", 1.0))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PlanError(
             f"{path} is no result of mics bench collectives.",
@@ -61,19 +67,27 @@ def measured_node(path: Path, gpu: Gpu) -> Node:
     links = fit_links(_gathers(rows, k))
     inter = links.get("inter", Link(0.0, 0.0))
     intra = links.get("intra", inter)  # of nodes with one rank, of which no group is inside
-    node = Node(path.stem, gpu, k, intra, inter, source=str(path), measured_nodes=nodes)
+    node = Node(
+        path.stem,
+        gpu,
+        k,
+        intra,
+        inter,
+        source=str(path),
+        measured_nodes=nodes,
+        gloo=gloo,
+        inside=inside,
+        machine=ON_HOSTS if gloo else ON_GPUS,
+    )
     if nodes == 1:
         return node
-    ring = not on_gpus
-    reduced = fit_links(_all_reduces(rows, k, ring), intra)["inter"]
-    return replace(node, all_reduce=reduced, all_reduce_is_ring=ring)
+    return replace(node, all_reduce=fit_links(_all_reduces(rows, k, gloo), intra)["inter"])
 
 
 def _checked(row: Any, k: int) -> MeasuredRow:
     """A row with figures that are some."""
-    seconds, ranks = float(row["seconds"]["median"]), _count(row["ranks"])
-    if not 0 < seconds < math.inf:
-        raise ValueError(f"seconds {seconds}")
+    ranks = _count(row["ranks"])
+    _positive(row["seconds"]["median"])
     if ranks % k and k % ranks:
         raise ValueError(f"{ranks} ranks on nodes of {k}")
     named = {name: str(row[name]) for name in ("collective", "form")}
@@ -84,6 +98,13 @@ def _count(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{value!r} is no positive whole number")
     return value
+
+
+def _positive(value: Any) -> float:
+    number = float(value)
+    if not 0 < number < math.inf:
+        raise ValueError(f"{value!r} is no positive number")
+    return number
 
 
 def _gathers(rows: Sequence[MeasuredRow], k: int) -> list[Point]:

@@ -151,7 +151,7 @@ def all_reduce_seconds(
     """
     if ranks == 1:
         return 0.0
-    terms = all_reduce_terms(ranks, nodes, num_bytes, sharing, ring=node.all_reduce_is_ring)
+    terms = all_reduce_terms(ranks, nodes, num_bytes, sharing, ring=node.gloo)
     between = node.all_reduce or node.inter
     return terms.seconds(node.intra if nodes == 1 else between, node.intra)
 

@@ -1,116 +1,130 @@
-"""``mics.plan``: a model and a cluster in, plans out; ``mics.simulate``: a step of a plan."""
+"""The answer to a question: plans, what they cost, their limits, and their caveats."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Sequence
-from dataclasses import fields
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import overload
 
-import torch
-
-from mics.anatomy.anatomy import Anatomy, Loss
-from mics.anatomy.blocks import Blocks
-from mics.errors import PlanError
-from mics.hardware.cluster import Cluster as Cluster
+from mics.anatomy.anatomy import Anatomy
+from mics.anatomy.memory import NOT_MODELLED
+from mics.hardware.cluster import Cluster, extrapolated
+from mics.hardware.stacks import find_stack
+from mics.planning.cost import Price, Reliability, price_of
+from mics.planning.inverse import Limits, limits_around
 from mics.planning.nearest import check_any
-from mics.planning.parsing import parse_cluster
-from mics.planning.plan import Plan, search, simulate_way
+from mics.planning.plan import Plan, Rejected, search
 from mics.planning.question import Question
 from mics.planning.reasons import explained
-from mics.planning.subject import subject
-from mics.simulation.profiles import PROFILES, Engine
-from mics.simulation.step import Step
+from mics.planning.table import as_table
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+TOP = 10
+"""Lines of a table of plans."""
 
 
-def plan(
-    model: Any,
-    cluster: Cluster | str,
-    *,
-    sequence: int | None = None,
-    global_batch: int | None = None,
-    micro_steps: int | None = None,
-    micro_batches: Sequence[int] | None = None,
-    dtype: torch.dtype | None = None,
-    loss: Loss | None = None,
-    blocks: Blocks = None,
-    **options: Any,
-) -> list[Plan]:
-    """Every way to train a model on a cluster that fits, the fastest first, each with its reason.
-
-    Nothing runs and no weight is made. ``plan(...)[0].reason`` says why the first one won.
+@dataclass(frozen=True)
+class Plans(Sequence[Plan]):
+    """Every plan that fits, the fastest first; ``print(plans)`` is what ``mics plan`` prints.
 
     Args:
-        model: a preset ("bert-10b"), config.json, a transformers configuration, an ``nn.Module``,
-            or an ``Anatomy`` that was made before.
-        cluster: a ``Cluster``, or "p4d:8" for 8 nodes of the catalogue.
-        sequence: tokens of one sequence; the model's positions by default, at most 4096.
-        global_batch: sequences per step, from which the micro-steps follow.
-        micro_steps: s, instead; 4 by default.
-        micro_batches: to try; 1 to 32 by default.
-        dtype: what is computed in, and gathered; bf16 by default.
-        loss: ``loss(model, micro_batch, sequence)`` runs a module of one's own on inputs it makes
-            on the meta device; see ``subject``.
-        blocks: as in ``mics.shard``.
-        options: further fields of ``Question``.
-
-    Raises:
-        PlanError: nothing fits, an unknown node, nothing to try, or figures that cannot be.
-        ConfigError: an unknown model.
-        ShardError: a model without blocks.
+        plans: with their reasons.
+        rejected: recipes that do not fit.
+        anatomy: of the model.
+        cluster: they run on.
+        question: they answer.
     """
-    where = cluster if isinstance(cluster, Cluster) else parse_cluster(str(cluster))
-    known = [field.name for field in fields(Question)]
-    for name in options:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            raise PlanError(
-                f"plan has no option {name}" + (f"; did you mean {near[0]}?" if near else "."),
-                numbers=f"Options: {', '.join(known)}.",
-            )
-    if micro_batches is not None:
-        options["micro_batches"] = micro_batches
-    if dtype is not None and dtype not in _DTYPES:
-        told = ", ".join(map(str, _DTYPES))
-        raise PlanError(f"dtype must be one of {told}, got {dtype!r}.")
-    if isinstance(model, Anatomy):
-        if loss is not None or blocks is not None or dtype not in (None, model.dtype):
-            raise PlanError(
-                "An anatomy has its loss, its blocks and its dtype.",
-                write="plan(module, ..., loss=, blocks=, dtype=)",
-            )
-        anatomy = model
-    else:
-        anatomy = subject(model, dtype=dtype or torch.bfloat16, loss=loss, blocks=blocks)
-    options.setdefault("compute_bytes", anatomy.dtype.itemsize)
-    asked = anatomy.sequence_or(sequence)
-    question = Question(asked, global_batch, micro_steps, **options)
-    found = search(anatomy, where, question)
-    check_any(anatomy, where, question, found)
-    return list(explained(found))
 
+    plans: tuple[Plan, ...]
+    rejected: tuple[Rejected, ...] = field(repr=False)
+    anatomy: Anatomy = field(repr=False)
+    cluster: Cluster
+    question: Question
 
-def simulate(plan: Plan, engine: Engine = "mics", *, timeline: bool = False) -> Step:
-    """One step of a plan, by any engine.
+    @overload
+    def __getitem__(self, index: int) -> Plan: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Plan]: ...
+    def __getitem__(self, index: int | slice) -> Plan | Sequence[Plan]:
+        return self.plans[index]
 
-    Args:
-        plan: of ``mics.plan``.
-        engine: "mics", "fsdp2", "hsdp every micro-step", "hsdp deferred", "ddp", "zero2", "zero3",
-            "zero2 0.5.6" or "zero3 0.5.6".
-        timeline: keep every span.
+    def __len__(self) -> int:
+        return len(self.plans)
 
-    Raises:
-        PlanError: there is no such engine, or no plan.
-    """
-    if not isinstance(plan, Plan):
-        raise PlanError(f"simulate takes a plan, got {type(plan).__name__}.", write="plans[0]")
-    if engine not in PROFILES:
-        raise PlanError(
-            f"There is no engine {engine!r}.", numbers=f"Engines: {', '.join(PROFILES)}."
+    def __iter__(self) -> Iterator[Plan]:
+        return iter(self.plans)
+
+    def __str__(self) -> str:
+        return "\n".join([self.report(), *self.caveats()])
+
+    @property
+    def best(self) -> Plan:
+        """The fastest plan."""
+        return self.plans[0]
+
+    def price(self, tokens: float | None = None) -> Price:
+        """Price a step of the best plan, a billion tokens, and a run of ``tokens``."""
+        return price_of(self.cluster, self.best.seconds, self.best.tokens, tokens)
+
+    @cached_property
+    def limits(self) -> Limits:
+        """How far the best plan's recipe may be changed and still fits."""
+        return limits_around(self.anatomy, self.cluster, self.question, self.best.recipe)
+
+    def report(self, *, top: int = TOP, tokens: float | None = None) -> str:
+        """Write model, cluster and a table; why the best is best, its price and its limits.
+
+        Args:
+            top: lines of the table.
+            tokens: of a whole run, to be priced too.
+        """
+        stack = find_stack(self.question.recipe.stack)
+        tried = len(self.plans) + len(self.rejected)
+        return "\n".join(
+            [
+                f"{self.anatomy.name}: {self.anatomy.num_parameters:,} parameters, "
+                f"sequence {self.question.recipe.sequence}",
+                str(self.cluster),
+                f"software stack {stack.name}: {stack.calibrated}",
+                "",
+                as_table(self.plans[:top]),
+                "",
+                f"{len(self.plans)} of {tried} ways fit. Best: {self.best.reason}.",
+                str(self.price(tokens)),
+                str(self.limits),
+                "",
+            ]
         )
-    simulated = simulate_way(
-        engine, plan.anatomy, plan.cluster, plan.question, plan.way, timeline=timeline
-    )
-    return simulated.step
+
+    def caveats(self, swept: Sequence[Plan] = ()) -> list[str]:
+        """Say what a reader must know of the figures.
+
+        Args:
+            swept: plans of other numbers of nodes that are shown beside these.
+        """
+        largest = max(
+            (self.cluster, *(plan.cluster for plan in swept)), key=lambda cluster: cluster.nodes
+        )
+        node, gpu = largest.node, largest.node.gpu
+        machine = node.machine
+        lines = [
+            f"GPU: {gpu.source}." if gpu.source else "",
+            "" if gpu.bf16 else f"{gpu.name} multiplies 16 bits in fp16 only; mics train has bf16.",
+            f"Assumed: {machine.runtime_gib} GiB a GPU for its runtime, {machine.communicator_gib} "
+            f"GiB for each group it is in, {machine.fragmentation - 1:.0%} for fragmentation; "
+            f"{Reliability()}.",
+            f"Not modelled: {NOT_MODELLED}.",
+            extrapolated(node, largest.nodes),
+        ]
+        return [line for line in lines if line]
+
+
+def answer(anatomy: Anatomy, cluster: Cluster, question: Question) -> Plans:
+    """Try every recipe that is asked for, and explain those that fit.
+
+    Raises:
+        PlanError: nothing fits, or there is nothing to try.
+    """
+    found = search(anatomy, cluster, question)
+    check_any(anatomy, cluster, question, found)
+    return Plans(explained(found), found.rejected, anatomy, cluster, question)

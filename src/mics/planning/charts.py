@@ -6,8 +6,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
-from mics.planning.plan import GIB, Plan
-from mics.simulation.step import Span
+from mics.planning.plan import Plan
+from mics.quantities import GIB
+from mics.simulation.rank import Span
 
 COLOURS = (
     *("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677"),
@@ -19,20 +20,20 @@ _ROW = 26
 
 
 def memory_bars(plans: Sequence[Plan]) -> str:
-    """One bar per plan: the largest moment, by kind, against what a GPU has."""
+    """Draw one bar per plan: the largest moment, by kind, against what a GPU has."""
     capacity = plans[0].cluster.node.gpu.memory
     kinds = [kind for kind in vars(plans[0].need) if any(vars(p.need)[kind] for p in plans)]
     scale = (_WIDTH - _LEFT - 90) / capacity
     parts = []
     for row, plan in enumerate(plans):
         y, need, needed = row * _ROW, plan.need, plan.needed
-        label = str(plan.way).replace("micro-batch", "b =")
+        label = str(plan.recipe).replace("micro-batch", "b =")
         parts.append(_text(_LEFT - 8, y + 16, label, "end"))
         x = float(_LEFT)
         for colour, kind in zip(_colours(kinds), kinds, strict=True):
             size = vars(need)[kind]
-            told = f"{kind.replace('_', ' ')}: {size / GIB:.2f} GiB"
-            parts.append(_box(x, y + 3, size * scale, _ROW - 8, colour, told))
+            title = f"{kind.replace('_', ' ')}: {size / GIB:.2f} GiB"
+            parts.append(_box(x, y + 3, size * scale, _ROW - 8, colour, title))
             x += size * scale
         lost = needed - need.total
         parts.append(
@@ -49,7 +50,7 @@ def memory_bars(plans: Sequence[Plan]) -> str:
 
 
 def step_timeline(spans: Sequence[Span], start: float, end: float) -> str:
-    """Streams of one rank, one row each, between two moments (seconds)."""
+    """Draw the streams of one rank, one row each, between two moments (seconds)."""
     streams = list(dict.fromkeys(span.stream for span in spans))
     colours = dict(zip(streams, _colours(streams), strict=True))
     scale = (_WIDTH - _LEFT - 20) / (end - start)
@@ -58,10 +59,10 @@ def step_timeline(spans: Sequence[Span], start: float, end: float) -> str:
         if span.end < start or span.start > end:
             continue
         x, until = max(span.start, start), min(span.end, end)
-        told = f"{span.name}: {(span.end - span.start) * 1e3:.2f} ms at {span.start * 1e3:.1f} ms"
+        title = f"{span.name}: {(span.end - span.start) * 1e3:.2f} ms at {span.start * 1e3:.1f} ms"
         y = streams.index(span.stream) * _ROW + 3
         place = (_LEFT + (x - start) * scale, y, (until - x) * scale, _ROW - 8)
-        parts.append(_box(*place, colours[span.stream], told))
+        parts.append(_box(*place, colours[span.stream], title))
     height = len(streams) * _ROW + 26
     for tick in range(6):
         at = start + (end - start) * tick / 5
@@ -71,7 +72,7 @@ def step_timeline(spans: Sequence[Span], start: float, end: float) -> str:
 
 
 def curves(series: Mapping[str, Sequence[tuple[float, float]]], x_name: str, y_name: str) -> str:
-    """Lines over a logarithmic x axis.
+    """Draw lines over a logarithmic x axis.
 
     Args:
         series: points by name.
@@ -101,7 +102,7 @@ def curves(series: Mapping[str, Sequence[tuple[float, float]]], x_name: str, y_n
 
 
 def pareto(plans: Sequence[Plan]) -> str:
-    """Plans as points: tokens per second, and dollars per billion tokens; the best ones marked."""
+    """Draw plans as points of tokens per second and dollars per billion tokens, the best marked."""
     points = [
         (plan.tokens_per_second, price, plan)
         for plan in plans
@@ -121,15 +122,15 @@ def pareto(plans: Sequence[Plan]) -> str:
     for x, y, plan in points:
         a, b = place(x, y)
         colour = COLOURS[4] if plan in best else COLOURS[6]
-        told = f"{plan.cluster.nodes} nodes, {plan.way}: {x:,.0f} tokens/s, ${y:,.0f}"
-        parts.append(_dot(a, b, colour, told))
+        title = f"{plan.cluster.nodes} nodes, {plan.recipe}: {x:,.0f} tokens/s, ${y:,.0f}"
+        parts.append(_dot(a, b, colour, title))
     names = ["no other is faster and cheaper", "others"]
     legend, end = _legend(names, [COLOURS[4], COLOURS[6]], 320)
     return _svg(end + 10, [*parts, legend], "Speed against price")
 
 
 def pareto_set(plans: Sequence[Plan]) -> list[Plan]:
-    """Those to which no other plan is both faster and cheaper."""
+    """Pick those to which no other plan is both faster and cheaper."""
     priced = [plan for plan in plans if plan.dollars_per_billion_tokens is not None]
     chosen: list[Plan] = []
     cheapest = float("inf")
@@ -171,7 +172,7 @@ def _colours(names: Sequence[str]) -> list[str]:
 
 
 def _legend(names: Sequence[str], colours: Sequence[str], y: float) -> tuple[str, float]:
-    """Drawn, in as many rows as it takes, and where the last one is."""
+    """Draw it in as many rows as it takes, and say where the last one is."""
     parts, x = [], 10.0
     for name, colour in zip(names, colours, strict=True):
         width = 30 + 6.6 * len(name)
@@ -183,7 +184,7 @@ def _legend(names: Sequence[str], colours: Sequence[str], y: float) -> tuple[str
 
 
 def _round_up(value: float) -> float:
-    """To a number whose quarters are round ones."""
+    """Round up to a number whose quarters are round ones."""
     size = 10.0 ** math.floor(math.log10(value))
     return next(size * m for m in (1, 1.2, 1.6, 2, 2.4, 3.2, 4, 6, 8, 10) if size * m >= value)
 
@@ -196,17 +197,17 @@ def _svg(height: float, parts: Sequence[str], name: str) -> str:
     )
 
 
-def _box(x: float, y: float, width: float, height: float, colour: str, told: str) -> str:
+def _box(x: float, y: float, width: float, height: float, colour: str, title: str) -> str:
     return (
         f'<rect x="{x:.2f}" y="{y:.1f}" width="{max(width, 0):.2f}" height="{height:.1f}" '
-        f'fill="{colour}"><title>{escape(told)}</title></rect>'
+        f'fill="{colour}"><title>{escape(title)}</title></rect>'
     )
 
 
-def _dot(x: float, y: float, colour: str, told: str) -> str:
+def _dot(x: float, y: float, colour: str, title: str) -> str:
     return (
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="{colour}">'
-        f"<title>{escape(told)}</title></circle>"
+        f"<title>{escape(title)}</title></circle>"
     )
 
 

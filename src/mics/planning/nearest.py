@@ -10,13 +10,15 @@ from mics.errors import PlanError
 from mics.hardware.cluster import Cluster
 from mics.planning.inverse import (
     fewest_nodes,
-    fits,
-    frugal_ways,
+    frugal_recipes,
     longest_sequence,
     with_partition,
 )
-from mics.planning.plan import GIB, Search, Way, micro_steps_of, needed_by
+from mics.planning.plan import Search
 from mics.planning.question import Question
+from mics.planning.weighing import fits, needed_by
+from mics.quantities import GIB
+from mics.recipe import Recipe
 from mics.topology import possible_partitions
 
 
@@ -28,7 +30,8 @@ class _Change:
     needed: float
 
 
-Tried = Iterator[tuple[str, Question, Way]]
+Tried = Iterator[tuple[str, Recipe]]
+"""What to write, and the recipe it makes."""
 
 
 def check_any(anatomy: Anatomy, cluster: Cluster, question: Question, search: Search) -> None:
@@ -42,12 +45,12 @@ def check_any(anatomy: Anatomy, cluster: Cluster, question: Question, search: Se
     nearest = min(search.rejected, key=lambda one: one.needed)
     changes = [
         change
-        for change in _changes(anatomy, cluster, question, nearest.way)
+        for change in _changes(anatomy, cluster, question, nearest.recipe)
         if change.needed < nearest.needed
     ]
     saved = [f"{c.text} saves {(nearest.needed - c.needed) / GIB:.1f}" for c in changes]
     raise PlanError(
-        f"Nothing fits: {nearest.way} on {cluster} needs {nearest.missing / GIB:.1f} GiB more.",
+        f"Nothing fits: {nearest.recipe} on {cluster} needs {nearest.missing / GIB:.1f} GiB more.",
         numbers=f"It needs {nearest.needed / GIB:.1f} of {nearest.capacity / GIB:.1f} GiB"
         + (f"; {', '.join(saved)}." if saved else "."),
         write=_instead(anatomy, cluster, question, changes),
@@ -57,7 +60,7 @@ def check_any(anatomy: Anatomy, cluster: Cluster, question: Question, search: Se
 def _instead(
     anatomy: Anatomy, cluster: Cluster, question: Question, changes: Sequence[_Change]
 ) -> str:
-    """What is enough: one change, several, more nodes, or else."""
+    """Say what is enough: one change, several, more nodes, or else."""
     capacity, k = cluster.node.gpu.memory, cluster.node.gpus_per_node
     enough = [change.text for change in changes if change.needed <= capacity]
     if enough:
@@ -69,71 +72,73 @@ def _instead(
         nodes = fewest_nodes(anatomy, cluster, asked)
         if nodes is not None:
             return _on(anatomy, replace(cluster, nodes=nodes), asked, question)
-    ways = [Way(p, 1, 1, True) for p in possible_partitions(cluster.nodes, k)]
-    needs = [needed_by(anatomy, cluster, free, way) for way in ways]
-    needed, way = min(zip(needs, ways, strict=True), key=lambda pair: pair[0])
-    sequence = longest_sequence(anatomy, cluster, free, way, limit=question.sequence)
+    least = replace(question.recipe, micro_batch=1, micro_steps=1, checkpointing=True, form="flat")
+    recipes = [replace(least, partition=p) for p in possible_partitions(cluster.nodes, k)]
+    needs = [needed_by(anatomy, cluster, recipe) for recipe in recipes]
+    needed, recipe = min(zip(needs, recipes, strict=True), key=lambda pair: pair[0])
+    sequence = longest_sequence(anatomy, cluster, recipe, limit=recipe.sequence)
     if sequence is not None:
-        return f"sequence {sequence} with {way}"
-    return f"a smaller model, or GPUs with {needed / GIB:.1f} GiB ({way})"
+        return f"sequence {sequence} with {recipe}"
+    return f"a smaller model, or GPUs with {needed / GIB:.1f} GiB ({recipe})"
 
 
 def _on(anatomy: Anatomy, cluster: Cluster, asked: Question, question: Question) -> str:
-    """Something that fits on so many nodes, in full."""
-    way = next(w for w in frugal_ways(cluster, asked) if fits(anatomy, cluster, asked, w))
-    text = f"nodes {cluster.nodes} with {way}"
+    """Name something that fits on so many nodes, in full."""
+    recipe = next(r for r in frugal_recipes(cluster, asked) if fits(anatomy, cluster, r))
+    text = f"nodes {cluster.nodes} with {recipe}"
     if question.global_batch is not None and asked.global_batch is None:
-        text += f", global batch a multiple of {cluster.gpus * way.micro_batch}"
+        text += f", global batch a multiple of {cluster.gpus * recipe.micro_batch}"
     return text
 
 
-def _changes(anatomy: Anatomy, cluster: Cluster, question: Question, way: Way) -> Iterator[_Change]:
-    """Each as small as is enough, or as large as it can be."""
+def _changes(
+    anatomy: Anatomy, cluster: Cluster, question: Question, recipe: Recipe
+) -> Iterator[_Change]:
+    """Try every kind of change, each as small as is enough, or as large as it can be."""
     capacity = cluster.node.gpu.memory
 
     def first_enough(tried: Tried) -> _Change | None:
         change = None
-        for text, asked, other in tried:
-            change = _Change(text, needed_by(anatomy, cluster, asked, other))
+        for text, other in tried:
+            change = _Change(text, needed_by(anatomy, cluster, other))
             if change.needed <= capacity:
                 break
         return change
 
     for kind in (_partitions, _micro_batches, _checkpointing, _sequences, _optimizers):
-        found = first_enough(kind(cluster, question, way))
-        if found is not None:
-            yield found
+        change = first_enough(kind(cluster, question, recipe))
+        if change is not None:
+            yield change
 
 
-def _partitions(cluster: Cluster, question: Question, way: Way) -> Tried:
+def _partitions(cluster: Cluster, question: Question, recipe: Recipe) -> Tried:
     k = cluster.node.gpus_per_node
     for p in possible_partitions(cluster.nodes, k):
-        if p > way.partition:
-            yield f"partition {p}", question, with_partition(way, p, k)
+        if p > recipe.partition:
+            yield f"partition {p}", with_partition(recipe, p, k)
 
 
-def _micro_batches(cluster: Cluster, question: Question, way: Way) -> Tried:
-    batch = way.micro_batch // 2
+def _micro_batches(cluster: Cluster, question: Question, recipe: Recipe) -> Tried:
+    batch = recipe.micro_batch // 2
     while batch:
-        steps = micro_steps_of(cluster, question, batch)
+        steps = question.micro_steps(cluster, batch)
         if steps:
-            other = replace(way, micro_batch=batch, micro_steps=steps)
-            yield f"micro-batch {batch}", question, other
+            yield f"micro-batch {batch}", replace(recipe, micro_batch=batch, micro_steps=steps)
         batch //= 2
 
 
-def _checkpointing(cluster: Cluster, question: Question, way: Way) -> Tried:
-    if not way.checkpointing:
-        yield "checkpointing", question, replace(way, checkpointing=True)
+def _checkpointing(cluster: Cluster, question: Question, recipe: Recipe) -> Tried:
+    if not recipe.checkpointing:
+        yield "checkpointing", replace(recipe, checkpointing=True)
 
 
-def _sequences(cluster: Cluster, question: Question, way: Way) -> Tried:
-    sequence = question.sequence // 2
+def _sequences(cluster: Cluster, question: Question, recipe: Recipe) -> Tried:
+    sequence = recipe.sequence // 2
     while sequence >= 128:
-        yield f"sequence {sequence}", replace(question, sequence=sequence), way
+        yield f"sequence {sequence}", replace(recipe, sequence=sequence)
         sequence //= 2
 
 
-def _optimizers(cluster: Cluster, question: Question, way: Way) -> Tried:
-    if question.optimizer == "adamw":
-        yield "optimizer adamw-fused", replace(question, optimizer="adamw-fused"), way
+def _optimizers(cluster: Cluster, question: Question, recipe: Recipe) -> Tried:
+    if recipe.optimizer == "adamw":
+        yield "optimizer adamw-fused", replace(recipe, optimizer="adamw-fused")

@@ -9,8 +9,9 @@ from mics.anatomy.memory import NOT_MODELLED
 from mics.hardware.cluster import extrapolated
 from mics.hardware.stacks import find_stack
 from mics.planning.charts import curves, memory_bars, pareto, step_timeline
-from mics.planning.plan import Plan, best_of_partitions, simulate_way
+from mics.planning.plan import Plan, best_of_partitions
 from mics.planning.table import COLUMNS, cells
+from mics.planning.weighing import simulate_recipe
 from mics.version import __version__
 
 _STYLE = """
@@ -33,7 +34,7 @@ def page(
     swept: Sequence[Plan],
     scaling: Mapping[str, Sequence[tuple[float, float]]],
 ) -> str:
-    """The page.
+    """Write the page.
 
     Args:
         title: model and cluster.
@@ -42,13 +43,11 @@ def page(
         scaling: tokens per second over GPUs, by engine.
     """
     best = plans[0]
-    simulated = simulate_way(
-        "mics", best.anatomy, best.cluster, best.question, best.way, timeline=True
-    )
+    simulated = simulate_recipe("mics", best.anatomy, best.cluster, best.recipe, timeline=True)
     spans = simulated.step.timeline
     computed = [span for span in spans if span.stream == "compute"]
-    first = computed[: len(computed) // best.way.micro_steps]
-    stack = find_stack(best.question.stack)
+    first = computed[: len(computed) // best.recipe.micro_steps]
+    stack = find_stack(best.recipe.stack)
     sections = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="reason">{escape(best.reason)}</p>',

@@ -10,14 +10,15 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from mics.planning.charts import COLOURS
-from mics.planning.plan import GIB, Plan, best_of_partitions
+from mics.planning.plan import Plan, best_of_partitions
+from mics.quantities import GIB
 
 Curves = Mapping[str, Sequence[tuple[float, float]]]
 _LOOK: Any = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
 
 
 def draw(picture: Path, title: str, plans: Sequence[Plan], scaling: Curves) -> None:
-    """Memory of the best plan of every partition, and what a GPU keeps of its speed."""
+    """Draw memory of the best plan of every partition, and what a GPU keeps of its speed."""
     with matplotlib.rc_context(_LOOK):
         figure = Figure(figsize=(9, 8), layout="constrained", dpi=120)
         figure.suptitle(title)
@@ -28,7 +29,7 @@ def draw(picture: Path, title: str, plans: Sequence[Plan], scaling: Curves) -> N
 
 
 def draw_scaling(picture: Path, title: str, curves: Curves) -> None:
-    """Tokens per second over GPUs, and speed per GPU against the fewest."""
+    """Draw tokens per second over GPUs, and speed per GPU against the fewest."""
     with matplotlib.rc_context(_LOOK):
         figure = Figure(figsize=(9, 7), layout="constrained", dpi=120)
         figure.suptitle(title)
@@ -66,7 +67,7 @@ def _memory(axes: Any, plans: Sequence[Plan]) -> None:
     )
     axes.set_xlim(right=1.02 * plans[0].cluster.node.gpu.memory / GIB)
     axes.axvline(plans[0].cluster.node.gpu.memory / GIB, color="#cc3311", label="a GPU's memory")
-    axes.set_yticks(range(len(plans)), [str(plan.way) for plan in plans])
+    axes.set_yticks(range(len(plans)), [str(plan.recipe) for plan in plans])
     axes.invert_yaxis()
     axes.set_xlabel("GiB")
     axes.legend(frameon=False, fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.18))

@@ -1,126 +1,128 @@
-"""What a plan is asked for, checked."""
+"""What a plan is asked for, checked: a recipe, and what to try in its place."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from mics.anatomy.memory import OPTIMIZERS
 from mics.errors import PlanError
+from mics.hardware.cluster import Cluster
 from mics.hardware.stacks import find_stack
+from mics.recipe import Recipe, check_one_of, check_whole
+from mics.topology import possible_partitions
+from mics.traffic import Form
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
-MICRO_STEPS = 4
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked for.
+    """Which recipes are tried.
 
     Args:
-        sequence: tokens of one sequence.
+        recipe: what all of them have in common; the lists below take the place of its partition,
+            micro-batch, checkpointing and form.
         global_batch: sequences per step, from which the micro-steps follow.
-        micro_steps: s, instead of a global batch; 4 by default.
         micro_batches: to try.
         partitions: to try; every legal one by default.
         checkpointing: to try.
-        optimizer: see ``anatomy.memory.OPTIMIZERS``.
-        compute_bytes: of a gathered parameter.
-        reduce_bytes: of a gradient on the wire in hop 1.
-        prefetch: blocks gathered ahead.
-        reductions: see ``anatomy.memory.Setup``.
-        stack: of software, see ``hardware.stacks``.
-        fragmentation: what the allocator asks for over what is alive.
-        runtime_gib: of a GPU that are gone before the first tensor is made.
-        communicator_gib: buffers of each group of ranks.
-        sigma: spread of a micro-step over GPUs, see ``simulation.step.straggling``.
-        pipelined: see ``simulation.engines.Run``.
+        forms: to try where a partition group spans nodes.
 
     Raises:
         PlanError: a figure that cannot be, or an unknown optimizer or software stack.
     """
 
-    sequence: int
+    recipe: Recipe
     global_batch: int | None = None
-    micro_steps: int | None = None
     micro_batches: Sequence[int] = MICRO_BATCHES
     partitions: Sequence[int] | None = None
     checkpointing: Sequence[bool] = (False, True)
-    optimizer: str = "adamw"
-    compute_bytes: int = 2
-    reduce_bytes: int = 4
-    prefetch: int = 1
-    reductions: int = 1
-    stack: str = "eager"
-    fragmentation: float = 1.05
-    runtime_gib: float = 0.8
-    communicator_gib: float = 0.35
-    sigma: float = 0.02
-    pipelined: bool = False
+    forms: Sequence[Form] = ("flat", "hierarchical")
 
     def __post_init__(self) -> None:
-        self._check_lists()
-        self._check_figures()
-        self._check_names()
-
-    def _check_lists(self) -> None:
-        for name in ("micro_batches", "partitions", "checkpointing"):
+        given = [name for name in _LISTS if getattr(self, name) is not None]
+        for name in given:
             several = getattr(self, name)
-            if several is None:
-                continue
             if not isinstance(several, Sequence):
                 raise PlanError(f"{name} is what to try, got {several!r}.", write=f"[{several!r}]")
             if not several:
                 raise PlanError(f"There is nothing to try: {name} is empty.")
+        if self.global_batch is not None:
+            check_whole(self, 1, "global_batch")
+        check_whole(self, 1, *(name for name in given if name in _COUNTS))
+        check_one_of(self, (False, True), "checkpointing")
+        check_one_of(self, ("flat", "hierarchical"), "forms")
+        self._check_recipe()
 
-    def _check_figures(self) -> None:
-        for least, kind, names in _FIGURES:
-            for name in names:
-                given = getattr(self, name)
-                for value in given if isinstance(given, Sequence) else [given]:
-                    if value is not None and not _is_figure(value, kind, least):
-                        raise PlanError(f"{name} must be {_SAID[kind]} {least}, got {value!r}.")
-        if self.global_batch is not None and self.micro_steps is not None:
+    def _check_recipe(self) -> None:
+        """Check what is known of dtypes, optimizers and stacks here, and not to a recipe."""
+        check_one_of(self.recipe, (2, 4), "compute_bytes", "reduce_bytes")
+        optimizer = self.recipe.optimizer
+        if not isinstance(optimizer, str) or optimizer not in OPTIMIZERS:
             raise PlanError(
-                "micro_steps follow from global_batch; both were given.",
-                numbers=f"global_batch {self.global_batch}, micro_steps {self.micro_steps}.",
-                write="one of them",
-            )
-
-    def _check_names(self) -> None:
-        for name, allowed in _CHOICES.items():
-            given = getattr(self, name)
-            if not all(
-                type(value) is type(allowed[0]) and value in allowed
-                for value in (given if isinstance(given, tuple | list) else [given])
-            ):
-                told = " or ".join(map(str, allowed))
-                raise PlanError(f"{name} must be {told}, got {given!r}.")
-        if not isinstance(self.optimizer, str) or self.optimizer not in OPTIMIZERS:
-            raise PlanError(
-                f"There is no optimizer {self.optimizer!r}.",
+                f"There is no optimizer {optimizer!r}.",
                 numbers=f"Optimizers: {', '.join(OPTIMIZERS)}.",
             )
-        find_stack(self.stack)
+        find_stack(self.recipe.stack)
+
+    def recipes(self, cluster: Cluster) -> Iterator[Recipe]:
+        """Every legal recipe, those of smaller partitions first.
+
+        Raises:
+            PlanError: there is none: a partition that is not legal, or a global batch that no
+                micro-batch divides.
+        """
+        partitions = self._legal_partitions(cluster)
+        steps = {b: self.micro_steps(cluster, b) for b in self.micro_batches}
+        if not any(steps.values()):
+            raise PlanError(
+                f"No micro-batch divides a global batch of {self.global_batch} sequences.",
+                numbers=f"{cluster.gpus} GPUs; tried {' '.join(map(str, self.micro_batches))}.",
+                write=f"--global-batch {self._nearest_batch(cluster)}",
+            )
+        for p in partitions:
+            for micro_batch, micro_steps in steps.items():
+                if not micro_steps:
+                    continue
+                for checkpointing in dict.fromkeys(self.checkpointing):
+                    for form in forms_of(p, cluster.node.gpus_per_node, self.forms):
+                        yield replace(
+                            self.recipe,
+                            partition=p,
+                            micro_batch=micro_batch,
+                            micro_steps=micro_steps,
+                            checkpointing=checkpointing,
+                            form=form,
+                        )
+
+    def micro_steps(self, cluster: Cluster, micro_batch: int) -> int:
+        """Count the micro-steps that go with a micro-batch; 0 where the global batch has none."""
+        if self.global_batch is None:
+            return self.recipe.micro_steps
+        steps, rest = divmod(self.global_batch, cluster.gpus * micro_batch)
+        return 0 if rest else steps
+
+    def _legal_partitions(self, cluster: Cluster) -> list[int]:
+        legal = possible_partitions(cluster.nodes, cluster.node.gpus_per_node)
+        partitions = list(dict.fromkeys(self.partitions or legal))
+        for p in partitions:
+            if p not in legal:
+                raise PlanError(
+                    f"partition {p} is not possible with {cluster}.",
+                    numbers=f"Possible: {' '.join(map(str, legal))}.",
+                )
+        return partitions
+
+    def _nearest_batch(self, cluster: Cluster) -> int:
+        least = cluster.gpus * min(self.micro_batches)
+        return max(1, round((self.global_batch or 0) / least)) * least
 
 
-_FIGURES: tuple[tuple[int, type, tuple[str, ...]], ...] = (
-    (1, int, ("sequence", "global_batch", "micro_steps", "micro_batches", "partitions")),
-    (1, int, ("compute_bytes", "reduce_bytes", "reductions")),
-    (0, int, ("prefetch",)),
-    (1, float, ("fragmentation",)),
-    (0, float, ("runtime_gib", "communicator_gib", "sigma")),
-)
-_CHOICES: dict[str, tuple[object, ...]] = {
-    "checkpointing": (False, True),
-    "pipelined": (False, True),
-    "compute_bytes": (2, 4),
-    "reduce_bytes": (2, 4),
-}
-_SAID = {int: "a whole number, at least", float: "a number, at least"}
+_LISTS = ("micro_batches", "partitions", "checkpointing", "forms")
+_COUNTS = ("micro_batches", "partitions")
 
 
-def _is_figure(value: object, kind: type, least: int) -> bool:
-    number = isinstance(value, int | kind) and not isinstance(value, bool)
-    return number and isinstance(value, int | float) and least <= value < math.inf
+def forms_of(partition: int, gpus_per_node: int, forms: Sequence[Form]) -> Sequence[Form]:
+    """List the forms that a partition's collectives may have: flat alone on one node."""
+    return forms if partition > gpus_per_node > 1 else ("flat",)

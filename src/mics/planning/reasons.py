@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from mics.planning.plan import GIB, Plan, Rejected, Search, Way, with_reason
+from mics.planning.plan import Plan, Rejected, Search, with_reason
+from mics.quantities import GIB
+from mics.recipe import Recipe
 
 
 def explained(search: Search) -> tuple[Plan, ...]:
-    """All plans with their reasons."""
+    """Give every plan its reason."""
     return tuple(with_reason(plan, explain(plan, search)) for plan in search.plans)
 
 
 def explain(plan: Plan, search: Search) -> str:
-    """One plan against the next smaller and the next larger partition.
+    """Set a plan against the next smaller and the next larger partition.
 
     A neighbour is run as the plan is; where it does not fit so, the sentence says what it lacks,
     and how it would do as it fits.
     """
-    p = plan.way.partition
-    sizes = {w.partition for w in _ways(search)}
+    p = plan.recipe.partition
+    sizes = {recipe.partition for recipe in _recipes(search)}
     smaller = max((q for q in sizes if q < p), default=None)
     larger = min((q for q in sizes if q > p), default=None)
     parts = [f"p = {p}: {_fits(plan, search)}, {_bound(plan)}"]
@@ -27,21 +29,21 @@ def explain(plan: Plan, search: Search) -> str:
     return "; ".join(parts)
 
 
-def _ways(search: Search) -> Iterator[Way]:
-    yield from (plan.way for plan in search.plans)
-    yield from (one.way for one in search.rejected)
+def _recipes(search: Search) -> Iterator[Recipe]:
+    yield from (plan.recipe for plan in search.plans)
+    yield from (one.recipe for one in search.rejected)
 
 
 def _fits(plan: Plan, search: Search) -> str:
-    p, way = plan.way.partition, plan.way
+    recipe, p = plan.recipe, plan.recipe.partition
     memory = f"{plan.needed / GIB:.1f} of {plan.cluster.node.gpu.memory / GIB:.4g} GiB"
-    smaller = [other for other in search.plans if other.way.partition < p]
-    if not any(w.partition < p for w in _ways(search)):
+    smaller = [other for other in search.plans if other.recipe.partition < p]
+    if not any(other.partition < p for other in _recipes(search)):
         return memory
     if not smaller:
         return f"smallest that fits ({memory})"
-    if not any(_same(other.way, way) for other in smaller):
-        return f"smallest that fits with {way.setting} ({memory})"
+    if not any(_same(other.recipe, recipe) for other in smaller):
+        return f"smallest that fits with {recipe.setting} ({memory})"
     return memory
 
 
@@ -55,21 +57,23 @@ def _bound(plan: Plan) -> str:
 
 
 def _against(plan: Plan, q: int, search: Search) -> str:
-    fitting = [other for other in search.plans if other.way.partition == q]
-    alike = _fastest(other for other in fitting if _same(other.way, plan.way))
+    fitting = [other for other in search.plans if other.recipe.partition == q]
+    alike = _fastest(other for other in fitting if _same(other.recipe, plan.recipe))
     if alike is not None:
         return f"{q} would {_compared(plan, alike)}"
-    refused = [one for one in search.rejected if one.way.partition == q]
-    lacking = min((one for one in refused if _same(one.way, plan.way)), key=_needed, default=None)
+    refused = [one for one in search.rejected if one.recipe.partition == q]
+    lacking = min(
+        (one for one in refused if _same(one.recipe, plan.recipe)), key=_needed, default=None
+    )
     text = "" if lacking is None else f"{q} lacks {lacking.missing / GIB:.1f} GiB"
     best = _fastest(fitting)
     if best is not None:
-        other = f"with {best.way.setting} it would" if text else f"{best.way} would"
+        other = f"with {best.recipe.setting} it would" if text else f"{best.recipe} would"
         return ", ".join(filter(None, (text, f"{other} {_compared(plan, best)}")))
     frugal = min(refused, key=_needed)
-    if lacking is None or _same(frugal.way, plan.way):
-        return f"{q} lacks {frugal.missing / GIB:.1f} GiB with {frugal.way.setting}"
-    return f"{text}, and {frugal.missing / GIB:.1f} even with {frugal.way.setting}"
+    if lacking is None or _same(frugal.recipe, plan.recipe):
+        return f"{q} lacks {frugal.missing / GIB:.1f} GiB with {frugal.recipe.setting}"
+    return f"{text}, and {frugal.missing / GIB:.1f} even with {frugal.recipe.setting}"
 
 
 def _compared(plan: Plan, other: Plan) -> str:
@@ -79,7 +83,7 @@ def _compared(plan: Plan, other: Plan) -> str:
     # With a part of a node the ledger counts hop 2 as a ring of all ranks, which is not what the
     # time of a tree follows from: such bytes explain nothing.
     k = plan.cluster.node.gpus_per_node
-    if not ours or not theirs or min(plan.way.partition, other.way.partition) < k:
+    if not ours or not theirs or min(plan.recipe.partition, other.recipe.partition) < k:
         return speed
     moves = theirs / ours
     moved = (
@@ -90,7 +94,7 @@ def _compared(plan: Plan, other: Plan) -> str:
     return f"{moved} and {speed}"
 
 
-def _same(one: Way, other: Way) -> bool:
+def _same(one: Recipe, other: Recipe) -> bool:
     return (one.micro_batch, one.micro_steps, one.checkpointing) == (
         other.micro_batch,
         other.micro_steps,

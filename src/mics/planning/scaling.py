@@ -5,38 +5,40 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from mics.planning.plan import GIB, Plan, needed_by, simulate_way
-from mics.simulation.profiles import Engine
+from mics.planning.plan import Plan
+from mics.planning.weighing import needed_by, simulate_recipe
+from mics.quantities import GIB
+from mics.simulation.profiles import EngineName
 from mics.topology import possible_partitions
 
-ENGINES: tuple[Engine, ...] = ("mics", "hsdp every micro-step", "fsdp2")
+ENGINES: tuple[EngineName, ...] = ("mics", "hsdp every micro-step", "fsdp2")
 
 
 Curves = dict[str, list[tuple[float, float]]]
-Told = Callable[[str], None]
+Say = Callable[[str], None]
 
 
 def weak_scaling(
     plan: Plan,
-    engines: Sequence[Engine],
+    engines: Sequence[EngineName],
     nodes: Sequence[int] | None = None,
-    told: Told = lambda _: None,
+    say: Say = lambda _: None,
 ) -> Curves:
-    """Tokens per second over GPUs; every GPU keeps the plan's micro-batch and micro-steps.
+    """Simulate more and more GPUs, each of which keeps the plan's micro-batch and micro-steps.
 
     Args:
         plan: partition, micro-batch and so on.
         engines: which.
         nodes: how many; by default doubling from the fewest the partition allows to 64, at least.
-        told: which numbers of nodes are left out, and why: the partition does not divide them.
+        say: is told which numbers of nodes are left out, and why.
     """
-    steps = plan.way.micro_steps
+    steps = plan.recipe.micro_steps
     asked = _doubling(plan) if nodes is None else nodes
-    return _curves(plan, engines, ((count, steps) for count in asked), told)
+    return _curves(plan, engines, ((count, steps) for count in asked), say)
 
 
 def strong_scaling(
-    plan: Plan, engines: Sequence[Engine], nodes: Sequence[int], told: Told = lambda _: None
+    plan: Plan, engines: Sequence[EngineName], nodes: Sequence[int], say: Say = lambda _: None
 ) -> Curves:
     """The same global batch on more GPUs: fewer micro-steps each.
 
@@ -44,9 +46,9 @@ def strong_scaling(
         plan: partition, micro-batch and so on.
         engines: which.
         nodes: how many.
-        told: which numbers of nodes are left out, and why: they do not divide the batch.
+        say: is told which numbers of nodes are left out, and why.
     """
-    whole = plan.way.micro_steps * plan.cluster.nodes
+    whole = plan.recipe.micro_steps * plan.cluster.nodes
 
     def shared() -> Iterator[tuple[int, int]]:
         for count in nodes:
@@ -54,42 +56,43 @@ def strong_scaling(
             if steps and not rest:
                 yield count, steps
             else:
-                told(f"{count} nodes are left out: {whole} micro-batches of a node do not divide")
+                say(f"{count} nodes are left out: {whole} micro-batches of a node do not divide")
 
-    return _curves(plan, engines, shared(), told)
+    return _curves(plan, engines, shared(), say)
 
 
 def _curves(
-    plan: Plan, engines: Sequence[Engine], points: Iterable[tuple[int, int]], told: Told
+    plan: Plan, engines: Sequence[EngineName], points: Iterable[tuple[int, int]], say: Say
 ) -> Curves:
-    """Of numbers of nodes with micro-steps."""
-    found: Curves = {engine: [] for engine in engines}
+    """Simulate numbers of nodes, each with its micro-steps."""
+    curves: Curves = {engine: [] for engine in engines}
     for count, steps in points:
         if count > plan.cluster.node.most_nodes:
-            told(f"{count} nodes are left out: the link between them was never measured")
+            say(f"{count} nodes are left out: the link between them was never measured")
             continue
         cluster = replace(plan.cluster, nodes=count)
-        if plan.way.partition not in possible_partitions(count, cluster.node.gpus_per_node):
-            told(f"{count} nodes are left out: partition {plan.way.partition} does not divide them")
+        p = plan.recipe.partition
+        if p not in possible_partitions(count, cluster.node.gpus_per_node):
+            say(f"{count} nodes are left out: partition {p} does not divide them")
             continue
-        way = replace(plan.way, micro_steps=steps)
-        tokens = way.micro_batch * steps * cluster.gpus * plan.question.sequence
+        recipe = replace(plan.recipe, micro_steps=steps)
+        tokens = recipe.micro_batch * steps * cluster.gpus * recipe.sequence
         for engine in engines:
-            simulated = simulate_way(engine, plan.anatomy, cluster, plan.question, way)
-            found[engine].append((cluster.gpus, tokens / simulated.seconds))
-    return found
+            simulated = simulate_recipe(engine, plan.anatomy, cluster, recipe)
+            curves[engine].append((cluster.gpus, tokens / simulated.seconds))
+    return curves
 
 
-def too_large(plan: Plan, engines: Sequence[Engine]) -> list[str]:
-    """What to know of engines that keep whole parameters, where a GPU could not hold them."""
+def too_large(plan: Plan, engines: Sequence[EngineName]) -> list[str]:
+    """Say of engines that keep whole parameters what a GPU could not hold."""
     gpu, gpus = plan.cluster.node.gpu, plan.cluster.gpus
-    needed: dict[Engine, float] = {}
+    needed: dict[EngineName, float] = {}
     if "ddp" in engines:
-        whole = replace(plan.way, partition=1, form="flat")
-        needed["ddp"] = needed_by(plan.anatomy, plan.cluster, plan.question, whole)
+        whole = replace(plan.recipe, partition=1, form="flat")
+        needed["ddp"] = needed_by(plan.anatomy, plan.cluster, whole)
     for engine in ("zero2", "zero2 0.5.6"):
         if engine in engines:  # whole parameters; gradients, masters and moments split
-            of_each = plan.question.compute_bytes + 16 / gpus
+            of_each = plan.recipe.compute_bytes + 16 / gpus
             needed[engine] = of_each * plan.anatomy.num_parameters
     return [
         f"{engine} would need {size / GIB:.2f} of {gpu.memory / GIB:.4g} GiB for "
@@ -100,7 +103,7 @@ def too_large(plan: Plan, engines: Sequence[Engine]) -> list[str]:
 
 
 def _doubling(plan: Plan) -> Iterator[int]:
-    count = max(1, plan.way.partition // plan.cluster.node.gpus_per_node)
+    count = max(1, plan.recipe.partition // plan.cluster.node.gpus_per_node)
     most = min(max(64, plan.cluster.nodes), plan.cluster.node.most_nodes)
     while count <= most:
         yield count

@@ -25,7 +25,9 @@ def subject(
     loss: Loss | None = None,
     vocabulary: int = _VOCABULARY,
 ) -> Anatomy:
-    """Sizes and traces of a model, of which no weight is made.
+    """Take a model apart without making a weight of it.
+
+    It is built on the meta device, once; ``Anatomy.hand_on`` gives it to who trains it.
 
     Args:
         model: a preset's name, a path to config.json, a hub name, a transformers configuration, or
@@ -64,8 +66,15 @@ def subject(
     attention = getattr(config, "_attn_implementation", None)
     identity = "\n".join([config.to_json_string(), f"{attention} {dtype} {torch.__version__}"])
     module = cast(build(config).train(), dtype)
-    kept = TraceCache(identity) if loss is None and blocks is None else None
-    return Anatomy(module, loss or language_model_loss, blocks, kept, positions=_positions(config))
+    store = TraceCache(identity) if loss is None and blocks is None else None
+    return Anatomy(
+        module,
+        loss or language_model_loss,
+        blocks,
+        store,
+        positions=_positions(config),
+        name=None if config is model else str(model),
+    )
 
 
 def _positions(config: Any) -> int | None:
@@ -75,14 +84,14 @@ def _positions(config: Any) -> int | None:
 
 
 def language_model_loss(model: Callable[..., Any], micro_batch: int, sequence: int) -> torch.Tensor:
-    """What transformers' language models give for ids and labels."""
+    """Run a language model of transformers' on ids and labels."""
     ids = torch.zeros(micro_batch, sequence, dtype=torch.long, device="meta")
     loss: torch.Tensor = model(input_ids=ids, labels=ids).loss
     return loss
 
 
 def _on_meta(model: nn.Module) -> nn.Module:
-    """A copy without values; ``model`` keeps its own."""
+    """Copy a model without values; ``model`` keeps its own."""
     memo: dict[int, Any] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
         if id(tensor) not in memo:

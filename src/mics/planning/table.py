@@ -1,11 +1,12 @@
-"""Plans as text and as JSON."""
+"""Plans as a table and as JSON."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from mics.planning.plan import GIB, Plan
+from mics.planning.plan import Plan
+from mics.quantities import GIB
 
 COLUMNS = (
     "p",
@@ -27,7 +28,7 @@ COLUMNS = (
 
 
 def as_table(plans: Sequence[Plan]) -> str:
-    """One line per plan."""
+    """Write one line per plan."""
     rows = [COLUMNS, *(cells(plan) for plan in plans)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
@@ -37,16 +38,16 @@ def as_table(plans: Sequence[Plan]) -> str:
 
 
 def cells(plan: Plan) -> tuple[str, ...]:
-    """A plan's line, one text per column."""
-    way, exposed = plan.way, plan.simulated.step.exposed
+    """Write a plan's line, one text per column."""
+    recipe, exposed = plan.recipe, plan.simulated.step.exposed
     price = plan.dollars_per_billion_tokens
     return (
-        str(way.partition),
-        str(plan.cluster.gpus // way.partition),
-        str(way.micro_batch),
-        str(way.micro_steps),
-        "full" if way.checkpointing else "none",
-        "two stages" if way.form == "hierarchical" else "flat",
+        str(recipe.partition),
+        str(plan.cluster.gpus // recipe.partition),
+        str(recipe.micro_batch),
+        str(recipe.micro_steps),
+        "full" if recipe.checkpointing else "none",
+        "two stages" if recipe.form == "hierarchical" else "flat",
         f"{plan.needed / GIB:.1f} GiB",
         f"{plan.seconds:.3f} s",
         f"{plan.tokens_per_second:,.0f}",
@@ -60,15 +61,15 @@ def cells(plan: Plan) -> tuple[str, ...]:
 
 
 def as_document(plan: Plan) -> dict[str, Any]:
-    """A plan for JSON; bytes and seconds."""
-    way, step = plan.way, plan.simulated.step
+    """Write a plan for JSON; bytes and seconds."""
+    recipe, step = plan.recipe, plan.simulated.step
     return {
         "nodes": plan.cluster.nodes,
         "node": plan.cluster.node.name,
-        "partition": way.partition,
-        "micro_batch": way.micro_batch,
-        "micro_steps": way.micro_steps,
-        "checkpointing": way.checkpointing,
+        "partition": recipe.partition,
+        "micro_batch": recipe.micro_batch,
+        "micro_steps": recipe.micro_steps,
+        "checkpointing": recipe.checkpointing,
         "all_gather": plan.simulated.form,
         "memory_bytes": plan.needed,
         "memory_by_phase": {phase: vars(need) for phase, need in plan.memory.phases.items()},

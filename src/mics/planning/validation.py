@@ -21,16 +21,15 @@ from mics.hardware.lookup import find_node, read_catalogue
 from mics.hardware.network import all_reduce_terms, gather_terms
 from mics.hardware.stacks import find_stack
 from mics.planning.subject import subject
+from mics.recipe import ON_GPUS, Recipe
 from mics.simulation.compute import times
-from mics.simulation.engines import Run, simulate_engine
-from mics.simulation.profiles import Engine
+from mics.simulation.engine_step import simulate_engine
+from mics.simulation.profiles import EngineName
 
 Holds = Literal["yes", "NO", "in the bracket", ""]
 
 SEEN = "held out, seen while modelling"
 STACK = "mics-paper"
-SIGMA = 0.02
-MICRO_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -59,21 +58,21 @@ class Row:
     assumed: str
 
 
-def validate(told: Callable[[str], None] = lambda _: None) -> list[Row]:
+def validate(say: Callable[[str], None] = lambda _: None) -> list[Row]:
     """Simulate every figure of ``catalogue/published.toml`` and fit the public measurements.
 
     Args:
-        told: which figure is being simulated; some take seconds.
+        say: is told which figure is being simulated; some take seconds.
     """
     rows = []
     for facts in read_catalogue("published")["figure"]:
-        told(facts["name"])
+        say(facts["name"])
         rows.append(_figure(facts))
     return [*rows, *_collectives()]
 
 
 def as_markdown(rows: Sequence[Row]) -> str:
-    """The committed table."""
+    """Write the table that is committed."""
     lines = [
         "| figure | published | simulated | error | used | holds |",
         "|---|---|---|---|---|---|",
@@ -88,7 +87,8 @@ def as_markdown(rows: Sequence[Row]) -> str:
     ]
     stack = find_stack(STACK)
     lines += ["", f"Stack {stack.name}: factor {stack.factor}, {stack.calibrated}."]
-    lines += [f"Spread of a micro-step over GPUs: {SIGMA:.0%}, at which FSDP trainers scale."]
+    spread = f"{ON_GPUS.sigma:.0%}"
+    lines += [f"Spread of a micro-step over GPUs: {spread}, at which FSDP trainers scale."]
     return "\n".join(lines) + "\n"
 
 
@@ -112,25 +112,25 @@ def _figure(facts: Mapping[str, Any]) -> Row:
 
 
 def _other_micro_batches(facts: Mapping[str, Any]) -> str:
-    """What an assumed micro-batch decides."""
+    """Say what an assumed micro-batch decides."""
     others = facts["other_micro_batches"]
-    found = [_tflops({**facts, "micro_batch": b}, facts["nodes"][0]) for b in others]
-    told = ", ".join(f"{value:.1f}" for value in found)
-    return f"With micro-batch {', '.join(map(str, others))}: {told} TFLOPS"
+    values = [_tflops({**facts, "micro_batch": b}, facts["nodes"][0]) for b in others]
+    rates = ", ".join(f"{value:.1f}" for value in values)
+    return f"With micro-batch {', '.join(map(str, others))}: {rates} TFLOPS"
 
 
 def _bracket(facts: Mapping[str, Any]) -> Row:
-    """At every number of nodes, from the mildest to the harshest assumption."""
+    """Simulate every number of nodes, from the mildest to the harshest assumption."""
     ends = list(zip(facts["host"], facts["hop"], strict=True))
-    found = {n: [_ratio(facts, n, host, hop * 1e-6) for host, hop in ends] for n in facts["nodes"]}
+    ratios = {n: [_ratio(facts, n, host, hop * 1e-6) for host, hop in ends] for n in facts["nodes"]}
     k = find_node(facts["node"]).gpus_per_node
     simulated = "; ".join(
-        f"{n * k} GPUs {low:.2f} to {high:.2f}" for n, (low, high) in found.items()
+        f"{n * k} GPUs {low:.2f} to {high:.2f}" for n, (low, high) in ratios.items()
     )
-    inside = any(low <= facts["published"] <= high for low, high in found.values())
-    beyond = all(low <= facts["published"] for low, _ in found.values())
+    inside = any(low <= facts["published"] <= high for low, high in ratios.values())
+    beyond = all(low <= facts["published"] for low, _ in ratios.values())
     holds: Holds = ("yes" if beyond else "in the bracket") if inside else "NO"
-    within = [str(n * k) for n, (low, high) in found.items() if low <= facts["published"] <= high]
+    within = [str(n * k) for n, (low, high) in ratios.items() if low <= facts["published"] <= high]
     where = f"The bracket holds it on {', '.join(within) or 'none of these numbers of'} GPUs"
     return _row(facts, f"up to {facts['published']} x", simulated, None, holds, where)
 
@@ -167,28 +167,38 @@ def _row(
 
 
 def _tflops(facts: Mapping[str, Any], nodes: int) -> float:
-    trace = _model(facts).trace(facts["micro_batch"], _sequence(facts))
-    flops = hardware_flops(trace, checkpointing=True)
+    recipe = _recipe(facts)
+    trace = _model(facts).trace(recipe.micro_batch, recipe.sequence)
+    flops = hardware_flops(trace, checkpointing=recipe.checkpointing)
     cluster = Cluster(find_node(facts["node"]), nodes)
-    return MICRO_STEPS * flops / _seconds(facts, facts["engine"], cluster) / 1e12
+    return recipe.micro_steps * flops / _seconds(facts, facts["engine"], cluster) / 1e12
 
 
 def _seconds(
-    facts: Mapping[str, Any], engine: Engine, cluster: Cluster, host: float | None = None
+    facts: Mapping[str, Any], engine: EngineName, cluster: Cluster, host: float | None = None
 ) -> float:
     anatomy = _model(facts)
-    made = times(
-        anatomy.trace(facts["micro_batch"], _sequence(facts)),
+    recipe = _recipe(facts)
+    computed = times(
+        anatomy.trace(recipe.micro_batch, recipe.sequence),
         cluster.node.gpu,
-        stack=find_stack(STACK).factor,
-        checkpointing=True,
+        stack=find_stack(recipe.stack).factor,
+        checkpointing=recipe.checkpointing,
     )
-    run = Run(MICRO_STEPS, facts["partition"], reduce_bytes=2, sync_bytes=2, sigma=SIGMA, host=host)
-    return simulate_engine(engine, anatomy, made, cluster, run).seconds
+    return simulate_engine(engine, anatomy, computed, cluster, recipe, host=host).seconds
 
 
-def _sequence(facts: Mapping[str, Any]) -> int:
-    return int(facts.get("sequence", 2048))
+def _recipe(facts: Mapping[str, Any]) -> Recipe:
+    """Write down how the published step was run, as far as it says."""
+    return Recipe(
+        facts["partition"],
+        facts["micro_batch"],
+        checkpointing=True,
+        sequence=int(facts.get("sequence", 2048)),
+        reduce_bytes=2,
+        optimizer="adamw-fused",
+        stack=STACK,
+    )
 
 
 def _model(facts: Mapping[str, Any]) -> Anatomy:
@@ -227,7 +237,8 @@ def _collectives() -> list[Row]:
 def _collective(
     name: str, facts: Mapping[str, Any], points: Mapping[int, list[Point]]
 ) -> list[Row]:
-    """Of all points, by the node of the catalogue or a fit; of the third number of nodes, ahead."""
+    """Compare all points with a node or a fit to them, and the third number of nodes with the
+    fit to the first two."""
     node, whole = find_node(facts["node"]), facts["collective"] == "all_reduce"
     every = [point for group in points.values() for point in group]
     if facts["shipped"]:
@@ -240,9 +251,9 @@ def _collective(
     ahead = _mean_error(points[third], known, node.intra)
 
     def row(what: str, among: Sequence[Point], error: float, used: str, within: float) -> Row:
-        told = f"mean error {error:.1%}"
+        text = f"mean error {error:.1%}"
         count, holds = f"{len(among)} points", _held(error <= within)
-        return Row(f"{name}, {what}", count, told, None, used, holds, facts["source"], "")
+        return Row(f"{name}, {what}", count, text, None, used, holds, facts["source"], "")
 
     fitted = f"fitted to {first} and {second} nodes, at {third}"
     return [
@@ -252,18 +263,18 @@ def _collective(
 
 
 def _measured(facts: Mapping[str, Any]) -> dict[int, list[Point]]:
-    """Points by number of nodes."""
+    """Read the measured points, by number of nodes."""
     k = find_node(facts["node"]).gpus_per_node
     whole = facts["collective"] == "all_reduce"
-    found: dict[int, list[Point]] = {}
+    points: dict[int, list[Point]] = {}
     for gpus, measured in facts["gigabytes_per_second"].items():
         n, nodes = int(gpus), int(gpus) // k
         for megabytes, busbw in zip(facts["megabytes"], measured, strict=True):
             size = megabytes * 1e6
             seconds = (2 if whole else 1) * size * (n - 1) / n / (busbw * 1e9)
             terms = (all_reduce_terms(n, nodes, size),) if whole else gather_terms(k, n, size)
-            found.setdefault(nodes, []).append(Point(terms, seconds))
-    return found
+            points.setdefault(nodes, []).append(Point(terms, seconds))
+    return points
 
 
 def _mean_error(points: Sequence[Point], link: Link, intra: Link) -> float:

@@ -14,9 +14,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor
 
 from mics import compat
-from mics.anatomy.anatomy import units_of_model
 from mics.anatomy.blocks import Blocks, find_blocks, units_of_block
-from mics.anatomy.memory import Setup, states_and_blocks
+from mics.anatomy.memory import states_and_blocks
+from mics.anatomy.sizes import units_of_model
 from mics.communication.backend import backend_of_mesh
 from mics.communication.forms import Collectives
 from mics.errors import ShardError
@@ -31,6 +31,7 @@ from mics.ranks.mesh import (
     start,
     world_group,
 )
+from mics.recipe import Recipe
 from mics.sharding.fully_shard import UnitOptions, shard_unit
 from mics.sharding.gather_ahead import gather_ahead
 from mics.sharding.materialise import Initialise, Materialiser
@@ -253,7 +254,7 @@ def _choose(
     sizes = units_of_model(model, blocks)
 
     def need(p: int) -> int:
-        return states_and_blocks(*sizes, _setup(model, policy, p)).total
+        return states_and_blocks(*sizes, _recipe(model, policy, p)).total
 
     return choose_partition(
         need,
@@ -264,12 +265,12 @@ def _choose(
     )
 
 
-def _setup(model: nn.Module, policy: MixedPrecisionPolicy, partition: int) -> Setup:
-    """What of the step is known before the first batch."""
+def _recipe(model: nn.Module, policy: MixedPrecisionPolicy, partition: int) -> Recipe:
+    """Write down what of a step is known before the first batch."""
     master = max((p.element_size() for p in model.parameters()), default=4)
     compute = policy.param_dtype.itemsize if policy.param_dtype else master
     reduce = policy.reduce_dtype.itemsize if policy.reduce_dtype else compute
-    return Setup(
+    return Recipe(
         partition, master_bytes=master, compute_bytes=compute, reduce_bytes=reduce, micro_steps=2
     )
 

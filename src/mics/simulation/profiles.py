@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from mics.simulation.step import Sync
+from mics.simulation.schedule import Sync
 
-Engine = Literal[
+EngineName = Literal[
     "mics",
     "fsdp2",
     "hsdp every micro-step",
@@ -53,7 +53,7 @@ class Profile:
     at_end: bool = False
 
 
-PROFILES: dict[Engine, Profile] = {
+PROFILES: dict[EngineName, Profile] = {
     "mics": Profile(
         "partition groups, the faster of flat and two stages, hop 2 once a step",
         "partition",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mics.simulation.step import Span
+from mics.simulation.rank import Span
 
 
 def chrome_trace(spans: Sequence[Span]) -> dict[str, object]:

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-import torch
-
 from mics.anatomy.anatomy import Anatomy
 from mics.anatomy.blocks import find_blocks
 from mics.anatomy.flops import model_flops
-from mics.anatomy.memory import NOT_MODELLED, Setup, memory
+from mics.anatomy.memory import NOT_MODELLED, memory
 from mics.hardware.cluster import Cluster
-from mics.hardware.lookup import find_node
 from mics.models.building import (
     build,
     check_fits,
@@ -29,10 +24,15 @@ from mics.quantities import count, size
 from mics.ranks.drawing import draw
 from mics.ranks.launcher import read_launch
 from mics.topology import Topology, possible_partitions
-from mics.training import optimisation
 from mics.training.batching import Batching, sequence_length, solve
 from mics.training.config import TrainConfig
-from mics.training.expectation import fastest
+from mics.training.expectation import (
+    cluster_of,
+    compute_dtype,
+    fastest,
+    question_of,
+    recipes_of,
+)
 from mics.training.launching import num_ranks
 from mics.training.settings import as_toml
 
@@ -40,7 +40,7 @@ _BYTE_IDS = 259  # bytes and the special ids
 
 
 def describe(config: TrainConfig) -> str:
-    """Configuration, model, batch, groups, and model states per GPU for every partition size.
+    """Show configuration, model, batch, groups, and memory per GPU for every partition size.
 
     Ranks and GPUs per node may be more than this machine has.
 
@@ -55,14 +55,16 @@ def describe(config: TrainConfig) -> str:
     positions = num_positions(shape)
     sequence = sequence_length(config.data.sequence, positions)
     check_fits(shape, sequence=sequence, vocabulary=0)
-    model = build(shape)
+    anatomy = subject(shape, dtype=compute_dtype(config))
     batch = solve(config.batch, ranks)
     wanted = config.parallel.partition
     topology = Topology.from_world(ranks, k, k if wanted == "auto" else wanted)
-    anatomy = subject(shape, dtype=torch.bfloat16 if _in_bf16(config) else torch.float32)
-    best = _fastest(config, anatomy, topology, sequence, batch)
+    cluster = cluster_of(config, ranks, k)
+    question = question_of(config, batch, sequence)
+    best = _fastest(config, anatomy, cluster, question)
     if best is not None:
-        topology = Topology(topology.nodes, k, best.way.partition)
+        topology = Topology(topology.nodes, k, best.recipe.partition)
+    model = anatomy.model
     lines = [
         as_toml(config),
         f"model   {config.model.name}: {type(model).__name__} ({task_of(shape)}), "
@@ -75,46 +77,29 @@ def describe(config: TrainConfig) -> str:
         draw(topology),
         *_choice(config, best),
         "",
-        *_memory(config, anatomy, topology, sequence, batch),
+        *_memory(config, anatomy, cluster, question, topology.partition),
     ]
     return "\n".join(lines)
 
 
-def _in_bf16(config: TrainConfig) -> bool:
-    return config.parallel.dtype == "bf16"
-
-
 def _fastest(
-    config: TrainConfig, anatomy: Anatomy, topology: Topology, sequence: int, batch: Batching
+    config: TrainConfig, anatomy: Anatomy, cluster: Cluster, question: Question
 ) -> Plan | None:
-    """What the run would take on the nodes that were named.
+    """Find what the run would take on the nodes that were named.
 
     Raises:
         PlanError: there are no such nodes, or nothing fits them.
     """
-    options = config.parallel
-    if options.node is None:
+    if config.parallel.node is None:
         return None
-    node = replace(find_node(options.node), gpus_per_node=topology.gpus_per_node)
-    question = Question(
-        sequence,
-        micro_steps=batch.micro_steps,
-        micro_batches=(batch.micro_batch,),
-        partitions=None if options.partition == "auto" else (options.partition,),
-        checkpointing=(options.activation_checkpointing,),
-        optimizer=optimisation.MEMORY,
-        compute_bytes=2 if _in_bf16(config) else 4,
-        stack="fused" if options.compile else "eager",
-    )
-    cluster = Cluster(node, topology.nodes)
-    best = fastest(anatomy, cluster, question, options.collectives)
+    best = fastest(anatomy, cluster, question)
     if best is None:
         check_any(anatomy, cluster, question, search(anatomy, cluster, question))
     return best
 
 
 def _choice(config: TrainConfig, best: Plan | None) -> list[str]:
-    """Which partition it is, and the time of a step, where that is known."""
+    """Say which partition it is, and how long a step takes, where that is known."""
     if best is not None:
         return [f"  {best.reason}", f"  a step would take {best.seconds:.3f} s"]
     if config.parallel.partition == "auto":
@@ -123,7 +108,7 @@ def _choice(config: TrainConfig, best: Plan | None) -> list[str]:
 
 
 def list_models() -> str:
-    """The presets, one per line."""
+    """List the presets, one per line."""
     rows = [f"{'name':<14}{'parameters':>12}{'layers':>8}{'hidden':>8}{'positions':>11}  about"]
     for name, preset in PRESETS.items():
         shape = load_config(name, vocabulary=_BYTE_IDS, separator=0)
@@ -136,7 +121,7 @@ def list_models() -> str:
 
 
 def _vocabulary(config: TrainConfig) -> int:
-    """Ids of a tokenizer that may not exist yet; only presets without a vocabulary ask."""
+    """Count the ids of a tokenizer that may not exist yet; presets without a vocabulary ask."""
     return config.data.vocabulary if config.data.tokenizer == "bpe" else _BYTE_IDS
 
 
@@ -151,33 +136,26 @@ def _work(anatomy: Anatomy, sequence: int, batch: Batching) -> str:
 
 
 def _memory(
-    config: TrainConfig, anatomy: Anatomy, topology: Topology, sequence: int, batch: Batching
+    config: TrainConfig, anatomy: Anatomy, cluster: Cluster, question: Question, chosen: int
 ) -> list[str]:
+    """Write the memory of a GPU for every partition size, tensors alone."""
     known = config.parallel.partition != "auto" or config.parallel.node is not None
-    trace = anatomy.trace(batch.micro_batch, sequence)
-    checkpointing = config.parallel.activation_checkpointing
+    checkpointing = "with" if config.parallel.activation_checkpointing else "without"
     lines = [
-        f"memory per GPU, micro-batch {batch.micro_batch}, "
-        f"{'with' if checkpointing else 'without'} activation checkpointing "
-        "(fp32 weights, gradients and Adam; `mics plan` for more)",
+        f"memory per GPU, micro-batch {question.micro_batches[0]}, {checkpointing} activation "
+        "checkpointing (fp32 weights, gradients and Adam; `mics plan` for more)",
         f"  {'partition':>9}{'replicas':>10}{'states':>14}{'gathered':>14}{'activations':>14}"
         f"{'together':>14}  largest in",
     ]
-    for p in possible_partitions(topology.nodes, topology.gpus_per_node):
-        setup = Setup(
-            p,
-            checkpointing,
-            optimisation.MEMORY,
-            compute_bytes=2 if _in_bf16(config) else 4,
-            micro_steps=batch.micro_steps,
-        )
-        found = memory(anatomy, trace, setup)
-        need = found.phases[found.phase]
+    for p in possible_partitions(cluster.nodes, cluster.node.gpus_per_node):
+        phases = memory(anatomy, recipes_of(question, cluster, p)[0])
+        need = phases.phases[phases.phase]
         states = need.parameters + need.optimizer + need.gradients
         gathered = need.unsharded_blocks + need.prefetched_blocks + need.communication_buffers
-        mark = "  <- chosen" if known and p == topology.partition else ""
+        mark = "  <- chosen" if known and p == chosen else ""
         lines.append(
-            f"  {p:>9}{topology.world // p:>10}{size(states):>14}{size(gathered):>14}"
-            f"{size(need.activations + need.logits):>14}{size(need.total):>14}  {found.phase}{mark}"
+            f"  {p:>9}{cluster.gpus // p:>10}{size(states):>14}{size(gathered):>14}"
+            f"{size(need.activations + need.logits):>14}{size(need.total):>14}  "
+            f"{phases.phase}{mark}"
         )
     return [*lines, f"  not modelled: {NOT_MODELLED}"]

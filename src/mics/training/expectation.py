@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 import torch.distributed as dist
-from transformers import PretrainedConfig
 
 from mics.anatomy.anatomy import Anatomy
 from mics.anatomy.flops import model_flops
 from mics.errors import PlanError
 from mics.hardware.cluster import Cluster, Gpu, Link, Node
 from mics.hardware.lookup import find_node
-from mics.planning.plan import GIB, Plan, Search, Way, needed_by, search, simulate_way, with_reason
+from mics.planning.plan import Plan, search
 from mics.planning.question import Question
-from mics.planning.reasons import explain
-from mics.planning.subject import subject
+from mics.planning.reasons import explained
+from mics.planning.weighing import needed_by, simulate_recipe
+from mics.quantities import GIB
 from mics.ranks.console import say
 from mics.ranks.device import on_accelerator
 from mics.ranks.launcher import read_launch
+from mics.recipe import ON_GPUS, ON_HOSTS, Machine, Recipe
 from mics.sharding.partition import PartitionChoice, choose_partition, device_memory
 from mics.traffic import Form
 from mics.training import optimisation
+from mics.training.batching import Batching
 from mics.training.config import TrainConfig
-
-Collectives = Literal["auto", "flat", "hierarchical"]
 
 _NOWHERE = Link(1.0, 0.0)
 
@@ -48,85 +47,94 @@ class Expectation:
     model_flops: int | None
 
 
-def forms_of(partition: int, k: int, collectives: Collectives) -> tuple[Form, ...]:
-    """Forms that a run's gathers may have: both, where it measures which is faster."""
-    if partition <= k or k == 1:
-        return ("flat",)
-    return ("flat", "hierarchical") if collectives == "auto" else (collectives,)
+def question_of(config: TrainConfig, batch: Batching, sequence: int) -> Question:
+    """Ask the planner what a run, or a dry run of it, asks.
 
-
-def fastest(
-    anatomy: Anatomy, cluster: Cluster, question: Question, collectives: Collectives
-) -> Plan | None:
-    """The best plan of those a run may follow, with its reason; ``None`` where none fits.
-
-    Args:
-        anatomy: of the model.
-        cluster: the run's.
-        question: its micro-batch, micro-steps and checkpointing.
-        collectives: its option.
-    """
-    found, k = search(anatomy, cluster, question), cluster.node.gpus_per_node
-    possible = [p for p in found.plans if p.way.form in forms_of(p.way.partition, k, collectives)]
-    if not possible:
-        return None
-    reason = explain(possible[0], Search(tuple(possible), found.rejected))
-    return with_reason(possible[0], reason)
-
-
-class Forecast:
-    """The planner's view of a run. Says the same on every rank.
+    Both forms are tried where the run will measure which is faster.
 
     Args:
         config: of the run.
-        shape: of the model.
-        micro_batch: sequences of a rank and micro-step.
-        micro_steps: of a step.
+        batch: sequences of a step.
         sequence: tokens of a sequence.
-        device: of the ranks.
+    """
+    options = config.parallel
+    forms: dict[str, tuple[Form, ...]] = {
+        "auto": ("flat", "hierarchical"),
+        "flat": ("flat",),
+        "hierarchical": ("hierarchical",),
+    }
+    recipe = Recipe(
+        1,
+        micro_steps=batch.micro_steps,
+        sequence=sequence,
+        compute_bytes=compute_dtype(config).itemsize,
+        optimizer=optimisation.MEMORY,
+        stack="fused" if options.compile else "eager",
+    )
+    return Question(
+        recipe,
+        micro_batches=(batch.micro_batch,),
+        partitions=None if options.partition == "auto" else (options.partition,),
+        checkpointing=(options.activation_checkpointing,),
+        forms=forms[options.collectives],
+    )
+
+
+def compute_dtype(config: TrainConfig) -> torch.dtype:
+    """Return the dtype that a run computes in."""
+    return torch.bfloat16 if config.parallel.dtype == "bf16" else torch.float32
+
+
+def cluster_of(
+    config: TrainConfig, ranks: int, gpus_per_node: int, machine: Machine = ON_GPUS
+) -> Cluster:
+    """Describe where a run trains: the node it names with its own number of GPUs, or one unknown.
 
     Raises:
         PlanError: ``parallel.node`` names no node of the catalogue.
     """
+    if config.parallel.node is not None:
+        node = replace(find_node(config.parallel.node), gpus_per_node=gpus_per_node)
+    else:
+        gpu = Gpu("this device", float(GIB), 1.0, None)
+        node = Node("here", gpu, gpus_per_node, _NOWHERE, _NOWHERE)
+    return Cluster(replace(node, machine=machine), max(ranks // gpus_per_node, 1))
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        shape: PretrainedConfig,
-        *,
-        micro_batch: int,
-        micro_steps: int,
-        sequence: int,
-        device: torch.device,
-    ) -> None:
-        world = dist.get_world_size()
-        launch = read_launch()
-        per_host = launch.ranks_per_node if launch else world
-        self._k = config.parallel.gpus_per_node or per_host
-        self._per_host, self._device, self._named = per_host, device, config.parallel.node
-        self._collectives = config.parallel.collectives
-        self._checkpointing = config.parallel.activation_checkpointing
-        self._micro_batch, self._micro_steps = micro_batch, micro_steps
-        self._bytes = 2 if config.parallel.dtype == "bf16" else 4
-        dtype = torch.bfloat16 if self._bytes == 2 else torch.float32
-        self._anatomy: Anatomy = subject(shape, dtype=dtype)
-        on_gpu = on_accelerator(device)
-        self._question = Question(
-            sequence,
-            micro_steps=micro_steps,
-            optimizer=optimisation.MEMORY,
-            compute_bytes=self._bytes,
-            reductions=1 if on_gpu else 2,
-            runtime_gib=0.8 if on_gpu else 0.0,
-            communicator_gib=0.35 if on_gpu else 0.0,
-            stack="fused" if config.parallel.compile else "eager",
-        )
-        self._nodes = max(world // self._k, 1)
-        self._node = self._described()
-        self._traced = self._try_trace()
+
+def recipes_of(question: Question, cluster: Cluster, partition: int) -> list[Recipe]:
+    """List how a run may run with a partition: one recipe, or two if it measures the forms."""
+    return list(replace(question, partitions=(partition,)).recipes(cluster))
+
+
+def fastest(anatomy: Anatomy, cluster: Cluster, question: Question) -> Plan | None:
+    """Find the best plan a run may follow, with its reason; ``None`` where none fits."""
+    return next(iter(explained(search(anatomy, cluster, question))), None)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The planner's view of a run, the same on every rank; ``forecast`` makes it.
+
+    Args:
+        anatomy: of the model.
+        cluster: the run's.
+        question: the run's.
+        device: of the ranks.
+        ranks_per_host: that share a host's memory.
+        timed: a node was named, whose times are known.
+        traced: the model runs without values.
+    """
+
+    anatomy: Anatomy
+    cluster: Cluster
+    question: Question
+    device: torch.device
+    ranks_per_host: int
+    timed: bool
+    traced: bool
 
     def choose(self) -> PartitionChoice | Literal["auto"]:
-        """The smallest partition whose memory is there; the fastest, where times are known.
+        """Choose the smallest partition whose memory is there; the fastest, where times are known.
 
         Collective.
 
@@ -136,69 +144,76 @@ class Forecast:
         Raises:
             ShardError: none fits.
         """
-        if not self._traced:
+        if not self.traced:
             return "auto"
-        memory = torch.tensor(device_memory(self._device, self._per_host), device=self._device)
+        memory = torch.tensor(device_memory(self.device, self.ranks_per_host), device=self.device)
         dist.all_reduce(memory, dist.ReduceOp.MIN)
-        fastest = self._fastest(int(memory)) if self._named is not None else None
-        return fastest or choose_partition(
-            self._need(), int(memory), nodes=self._nodes, gpus_per_node=self._k
+        if self.timed:
+            node = self.cluster.node
+            there = replace(node, gpu=replace(node.gpu, memory=float(memory)))
+            best = fastest(self.anatomy, replace(self.cluster, node=there), self.question)
+            if best is not None:
+                return PartitionChoice(best.recipe.partition, best.reason)
+        return choose_partition(
+            self._needed,
+            int(memory),
+            nodes=self.cluster.nodes,
+            gpus_per_node=self.cluster.node.gpus_per_node,
         )
 
     def expect(self, partition: int) -> Expectation:
-        """Memory and time with a partition."""
-        if not self._traced:
+        """Predict memory, of the form that needs more, and time, of the faster form."""
+        if not self.traced:
             return Expectation(None, None, None)
         seconds = None
-        if self._named is not None:
-            seconds = min(map(self._seconds, self._ways(partition)))
-        trace = self._anatomy.trace(self._micro_batch, self._question.sequence)
-        return Expectation(self._need()(partition), seconds, model_flops(trace))
+        if self.timed:
+            seconds = min(
+                simulate_recipe("mics", self.anatomy, self.cluster, recipe).seconds
+                for recipe in recipes_of(self.question, self.cluster, partition)
+            )
+        trace = self.anatomy.trace(self.question.micro_batches[0], self.question.recipe.sequence)
+        return Expectation(self._needed(partition), seconds, model_flops(trace))
 
-    def _fastest(self, memory: int) -> PartitionChoice | None:
-        """The best plan on the nodes that were named, with the memory that is there."""
-        node = replace(self._node, gpu=replace(self._node.gpu, memory=float(memory)))
-        where = Cluster(node, self._nodes)
-        question = replace(
-            self._question,
-            micro_batches=(self._micro_batch,),
-            checkpointing=(self._checkpointing,),
-        )
-        best = fastest(self._anatomy, where, question, self._collectives)
-        return None if best is None else PartitionChoice(best.way.partition, best.reason)
+    def _needed(self, partition: int) -> int:
+        recipes = recipes_of(self.question, self.cluster, partition)
+        return round(max(needed_by(self.anatomy, self.cluster, recipe) for recipe in recipes))
 
-    def _try_trace(self) -> bool:
-        """Whether the model runs without values; one whose path depends on them does not."""
-        try:
-            self._anatomy.trace(self._micro_batch, self._question.sequence)
-        except PlanError as error:
-            say(f"memory is not predicted: {error}")
-            return False
-        return True
 
-    def _need(self) -> Callable[[int], int]:
-        def need(partition: int) -> int:
-            where, asked = self._cluster(), self._question
-            ways = self._ways(partition)
-            return round(max(needed_by(self._anatomy, where, asked, way) for way in ways))
+def forecast(
+    config: TrainConfig, anatomy: Anatomy, batch: Batching, sequence: int, device: torch.device
+) -> Forecast:
+    """Look at a run as the planner does.
 
-        return need
+    Args:
+        config: of the run.
+        anatomy: of the model, in the dtype that is computed in.
+        batch: sequences of a step.
+        sequence: tokens of a sequence.
+        device: of the ranks.
 
-    def _seconds(self, way: Way) -> float:
-        return simulate_way("mics", self._anatomy, self._cluster(), self._question, way).seconds
+    Raises:
+        PlanError: ``parallel.node`` names no node of the catalogue.
+    """
+    launch = read_launch()
+    per_host = launch.ranks_per_node if launch else batch.ranks
+    machine = ON_GPUS if on_accelerator(device) else ON_HOSTS
+    k = config.parallel.gpus_per_node or per_host
+    return Forecast(
+        anatomy,
+        cluster_of(config, batch.ranks, k, machine),
+        question_of(config, batch, sequence),
+        device,
+        per_host,
+        timed=config.parallel.node is not None,
+        traced=_runs_without_values(anatomy, batch.micro_batch, sequence),
+    )
 
-    def _ways(self, partition: int) -> list[Way]:
-        """One, or two where the run will measure which form of its collectives is faster."""
-        rest = (self._micro_batch, self._micro_steps, self._checkpointing)
-        forms = forms_of(partition, self._k, self._collectives)
-        return [Way(partition, *rest, form) for form in forms]
 
-    def _cluster(self) -> Cluster:
-        return Cluster(self._node, self._nodes)
-
-    def _described(self) -> Node:
-        """What ``parallel.node`` names, with as many GPUs as a node of this run has."""
-        if self._named is not None:
-            return replace(find_node(self._named), gpus_per_node=self._k)
-        gpu = Gpu("this device", float(GIB), 1.0, None)
-        return Node("here", gpu, self._k, _NOWHERE, _NOWHERE)
+def _runs_without_values(anatomy: Anatomy, micro_batch: int, sequence: int) -> bool:
+    """Try to trace the model; one whose path depends on values cannot be."""
+    try:
+        anatomy.trace(micro_batch, sequence)
+    except PlanError as error:
+        say(f"memory is not predicted: {error}")
+        return False
+    return True

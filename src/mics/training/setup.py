@@ -17,7 +17,6 @@ from transformers import PretrainedConfig
 from mics.checkpoint import hold_folder
 from mics.interchange.weights import load_weights
 from mics.models.building import (
-    build,
     check_fits,
     check_mask,
     load_config,
@@ -25,6 +24,7 @@ from mics.models.building import (
     num_positions,
     task_of,
 )
+from mics.planning.subject import subject
 from mics.ranks.device import default_device_type
 from mics.ranks.mesh import start
 from mics.sharding.shard import shard
@@ -33,7 +33,7 @@ from mics.topology import Topology
 from mics.training.batching import Batching, sequence_length, solve
 from mics.training.config import TrainConfig
 from mics.training.data import Batch, Data, Tokenizer, prepare_data
-from mics.training.expectation import Expectation, Forecast
+from mics.training.expectation import Expectation, compute_dtype, forecast
 from mics.training.optimisation import make_optimizer
 from mics.training.rates import memory_bytes
 from mics.training.settings import as_toml
@@ -99,19 +99,13 @@ def set_up(config: TrainConfig) -> Iterator[Run]:
     batch = solve(config.batch, world)
     with hold_folder(config.run.folder):
         shape, data, sequence = _shape_and_data(config)
-        forecast = Forecast(
-            config,
-            shape,
-            micro_batch=batch.micro_batch,
-            micro_steps=batch.micro_steps,
-            sequence=sequence,
-            device=device,
-        )
+        anatomy = subject(shape, dtype=compute_dtype(config))
+        expected = forecast(config, anatomy, batch, sequence, device)
         wanted = config.parallel.partition
-        partition = forecast.choose() if wanted == "auto" else wanted
+        partition = expected.choose() if wanted == "auto" else wanted
         before = memory_bytes(device)
         torch.manual_seed(config.run.seed)  # of the weights
-        model = build(shape)
+        model = anatomy.hand_on(torch.float32)
         parameters = num_parameters(model)
         shard(
             model,
@@ -137,7 +131,7 @@ def set_up(config: TrainConfig) -> Iterator[Run]:
             topology=Topology.from_world(world, groups.gpus_per_node, groups.shard.size()),
             device=device,
             sequence=sequence,
-            expected=forecast.expect(groups.shard.size()),
+            expected=expected.expect(groups.shard.size()),
             memory_before=before,
             assets=_assets(config, shape, data.tokenizer),
         )

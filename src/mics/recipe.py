@@ -1,0 +1,149 @@
+"""How a step is run, and what is assumed of the machines that run it; integers, no torch.
+
+Every part that weighs, times, plans, trains or forecasts a step takes the same ``Recipe``, so no
+two of them can differ in what a step is, and every default stands here alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from mics.errors import PlanError
+from mics.traffic import Form
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a step is run.
+
+    Args:
+        partition: p, ranks that hold one replica together.
+        micro_batch: sequences of a rank and micro-step.
+        micro_steps: s, forward and backward passes of one step.
+        checkpointing: every block is computed again in backward.
+        form: of a collective over several nodes; "auto" is the faster one.
+        sequence: tokens of one sequence.
+        compute_bytes: of a parameter that is gathered and computed with.
+        reduce_bytes: of a gradient on the wire, in hop 1 and in hop 2.
+        master_bytes: of a parameter and its gradient in a rank's shard.
+        optimizer: one of ``anatomy.memory.OPTIMIZERS``.
+        prefetch: blocks gathered ahead.
+        pipelined: a gather's stage between nodes runs beside the stage inside nodes of the one
+            before. On Gloo it always does.
+        stack: of software, one of ``hardware.stacks``.
+
+    Raises:
+        PlanError: a figure that cannot be.
+    """
+
+    partition: int
+    micro_batch: int = 1
+    micro_steps: int = 4
+    checkpointing: bool = False
+    form: Form | Literal["auto"] = "auto"
+    sequence: int = 1
+    compute_bytes: int = 2
+    reduce_bytes: int = 4
+    master_bytes: int = 4
+    optimizer: str = "adamw"
+    prefetch: int = 1
+    pipelined: bool = False
+    stack: str = "eager"
+
+    def __post_init__(self) -> None:
+        check_whole(self, 1, "partition", "micro_batch", "micro_steps", "sequence")
+        check_whole(self, 1, "compute_bytes", "reduce_bytes", "master_bytes")
+        check_whole(self, 0, "prefetch")
+        check_one_of(self, (False, True), "checkpointing", "pipelined")
+        check_one_of(self, ("auto", "flat", "hierarchical"), "form")
+
+    def __str__(self) -> str:
+        return f"p = {self.partition}, {self.setting}"
+
+    @property
+    def setting(self) -> str:
+        """The micro-batch and what is computed again: a way to run any partition."""
+        extra = ", checkpointing" if self.checkpointing else ""
+        return f"micro-batch {self.micro_batch}{extra}"
+
+    def two_stages(self, gpus_per_node: int) -> bool:
+        """Whether collectives may run in two stages: the group spans nodes of several GPUs."""
+        return self.form != "flat" and self.partition > gpus_per_node > 1
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is assumed of a machine whose ranks run a step, beside its GPUs and links.
+
+    Args:
+        runtime_gib: memory of a GPU that is gone before the first tensor is made.
+        communicator_gib: buffers of each group of ranks a GPU is in.
+        fragmentation: memory the allocator asks for, over what is alive.
+        reductions: buffers of a unit that is being reduced; two where ranks exchange and sum.
+        sigma: spread of a micro-step's time over GPUs, as a share of it.
+
+    Raises:
+        PlanError: a figure that cannot be.
+    """
+
+    runtime_gib: float = 0.8
+    communicator_gib: float = 0.35
+    fragmentation: float = 1.05
+    reductions: int = 1
+    sigma: float = 0.02
+
+    def __post_init__(self) -> None:
+        check_number(self, 0, "runtime_gib", "communicator_gib", "sigma")
+        check_number(self, 1, "fragmentation")
+        check_whole(self, 1, "reductions")
+
+
+def check_whole(record: object, least: int, *names: str) -> None:
+    """Raise a PlanError unless these fields, or all items of those that are sequences, are counts.
+
+    Args:
+        record: dataclass with the fields.
+        least: the smallest count that is allowed.
+        names: of the fields.
+    """
+    for name, value in _figures(record, names):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise PlanError(f"{name} must be a whole number, at least {least}, got {value!r}.")
+
+
+def check_number(record: object, least: float, *names: str) -> None:
+    """Raise a PlanError unless these fields are finite numbers of at least so much."""
+    for name, value in _figures(record, names):
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            in_range = False
+        else:
+            in_range = least <= value < math.inf
+        if not in_range:
+            raise PlanError(f"{name} must be a number, at least {least}, got {value!r}.")
+
+
+def check_one_of(record: object, allowed: Sequence[object], *names: str) -> None:
+    """Raise a PlanError unless these fields, or all their items, are among what is allowed."""
+    kind = type(allowed[0])
+    for name in names:
+        if any(type(v) is not kind or v not in allowed for _, v in _figures(record, (name,))):
+            among = " or ".join(map(str, allowed))
+            raise PlanError(f"{name} must be {among}, got {getattr(record, name)!r}.")
+
+
+def _figures(record: object, names: Sequence[str]) -> list[tuple[str, object]]:
+    """Names and values; of a field that is a sequence, each of its items."""
+    figures: list[tuple[str, object]] = []
+    for name in names:
+        given = getattr(record, name)
+        several = isinstance(given, Sequence) and not isinstance(given, str)
+        figures += [(name, value) for value in (given if several else [given])]
+    return figures
+
+
+ON_GPUS = Machine()
+ON_HOSTS = Machine(runtime_gib=0.0, communicator_gib=0.0, reductions=2)
+"""Ranks on CPUs: Gloo keeps no buffers for a group, and mics exchanges instead of reducing."""
