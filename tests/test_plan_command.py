@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import mics
 from mics.__main__ import main
 from mics.planning.validation import Holds, Row
 
@@ -64,6 +65,37 @@ def test_mics_plan_prints_a_table_and_writes_files(
     assert page.seen.count("table") == 2
     assert "http" not in files["html"].read_text()  # needs nothing else
     assert files["png"].read_bytes().startswith(b"\x89PNG")
+
+
+def test_python_users_see_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(PLAN) == 0
+    plans = mics.plan("gpt2-tiny", "p4d:2", micro_batches=(1, 4))
+    assert f"{plans}\n" == capsys.readouterr().out
+    assert main([*PLAN, "--tokens", "300e9", "--reduce-dtype", "bf16", "--top", "2"]) == 0
+    out = capsys.readouterr().out
+    plans = mics.plan("gpt2-tiny", "p4d:2", micro_batches=(1, 4), reduce_bytes=2)
+    assert str(plans.price(300e9)) in out
+    assert str(plans.limits) in out
+    assert out.startswith(plans.report(top=2, tokens=300e9))
+    assert out.endswith("\n".join(plans.caveats()) + "\n")
+
+
+def test_plans_are_a_sequence_and_a_plan_reads_as_a_sentence() -> None:
+    plans = mics.plan("gpt2-tiny", "p4d:2", micro_batches=(1, 4))
+    assert list(plans) == list(plans[:]) == [plans[n] for n in range(len(plans))]
+    assert plans.best is plans[0]
+    best = plans[0]
+    assert str(best).splitlines() == [
+        f"{best.recipe} on 2 x p4d (16 x A100-40GB, 40.0 GiB each): {best.needed / 2**30:.1f} of "
+        f"40 GiB, a step of {best.seconds:.3f} s, {best.tokens_per_second:,.0f} tokens/s, "
+        f"MFU {best.mfu:.1%}",
+        best.reason,
+    ]
+    price = plans.price(300e9)
+    assert price.run == pytest.approx(300 * (price.billion_tokens or 0))
+    assert plans.price().run is None
+    assert plans.limits.partition == 1
+    assert (plans.limits.micro_batch or 0) > 4
 
 
 def test_a_sweep_leaves_out_what_does_not_go(capsys: pytest.CaptureFixture[str]) -> None:
