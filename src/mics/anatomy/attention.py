@@ -55,7 +55,7 @@ def _attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """Args as those of ``scaled_dot_product_attention``: query is (..., rows, width)."""
+    """Take the place of ``scaled_dot_product_attention``; query is (..., rows, width)."""
     products = 2 * query[..., 0].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
     # Blocks of scores that a causal mask hides are not computed.
     flops = products // 2 if is_causal else products

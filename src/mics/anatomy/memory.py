@@ -118,7 +118,7 @@ def memory(
     gpus: int = 0,
     gpus_per_node: int = 0,
 ) -> Memory:
-    """Work out the peak.
+    """Work out what a GPU needs at most, phase by phase.
 
     Args:
         anatomy: sizes of the units, and a trace of a micro-step.
@@ -195,7 +195,7 @@ def _each_level(trace: Trace, checkpointing: bool) -> Iterator[_Level]:
 
 
 def _forgotten(trace: Trace) -> list[int]:
-    """Bytes that checkpointing has freed when the first n blocks have run forward, for every n."""
+    """Count what checkpointing has freed when the first n blocks have run forward, for every n."""
     blocks = len(trace.block_inputs)
     before = [0] * (blocks + 1)  # alive when block n begins, n = blocks: when all are over
     for segment, following in pairwise(trace.segments):
@@ -250,7 +250,7 @@ class _States:
         }
 
     def _buffer(self, size: int) -> int:
-        """Size of the buffer of the stage between nodes."""
+        """Work out the buffer of the stage between nodes."""
         return size // self._staged if self._staged else 0
 
     def at_optimizer_step(self) -> Need:

@@ -20,7 +20,7 @@ _NAMED = re.compile(r"(^|_)(\w*mm|mv|addmv|dot|vdot|matmul|linear|conv\w*|attent
 
 
 def flops_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
-    """Of one call of an operator; 0 for one that multiplies no matrices.
+    """Count the FLOPs of one call of an operator; 0 where it multiplies no matrices.
 
     Raises:
         PlanError: it does, by its name, and nobody knows how many; or its factors differ in dtype,
@@ -55,7 +55,7 @@ def _check_dtypes(func: Any, args: tuple[Any, ...]) -> None:
 
 
 def _grouped(a: torch.Tensor, b: torch.Tensor, *_: Any) -> int:
-    """Rows, or columns, or what is summed over, is cut into groups: every number is used once."""
+    """Count a product that is cut into groups along one dim: every number is used once."""
     if a.dim() == 3 and b.dim() == 3:
         return 2 * a.shape[0] * a.shape[1] * a.shape[2] * b.shape[2]
     return 2 * a.shape[-2] * a.shape[-1] * b.shape[-1]

@@ -49,7 +49,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Trace:
-    """One micro-step.
+    """A micro-step, segment by segment.
 
     Args:
         segments: in the order of time.
@@ -64,18 +64,18 @@ class Trace:
     __hash__ = object.__hash__
 
     def flops(self, direction: Pass) -> int:
-        """Of all products."""
+        """Add up the FLOPs of all products of one pass."""
         return _flops(self, direction, False)
 
     @property
     def recomputed_flops(self) -> int:
-        """Of the blocks' forward, which checkpointing computes again."""
+        """FLOPs of the blocks' forward, which checkpointing computes again."""
         return _flops(self, "forward", True)
 
 
 @lru_cache(maxsize=256)
-def _flops(made: Trace, direction: Pass, blocks_only: bool) -> int:
-    chosen = [s for s in made.segments if s.direction == direction]
+def _flops(trace: Trace, direction: Pass, blocks_only: bool) -> int:
+    chosen = [s for s in trace.segments if s.direction == direction]
     return sum(
         op.flops
         for segment in chosen
@@ -85,7 +85,7 @@ def _flops(made: Trace, direction: Pass, blocks_only: bool) -> int:
 
 
 def between(first: Trace, second: Trace, share: float) -> Trace:
-    """The trace whose every figure lies that far from the first to the second, or beyond it.
+    """Make the trace whose every figure lies that far from the first to the second, or beyond.
 
     Sizes and FLOPs are linear in the micro-batch, and so is a peak as long as it is reached at the
     same moment.

@@ -23,7 +23,7 @@ _FIGURES = ("unit", "direction", "start", "peak", "gradients", "end")
 
 
 class TraceCache:
-    """Where traces of one model are kept.
+    """A folder where traces of one model are kept.
 
     Args:
         identity: everything a trace depends on but micro-batch, sequence and this library:

@@ -49,13 +49,13 @@ def trace(model: nn.Module, blocks: Sequence[nn.Module], loss: Callable[[], torc
         del value
         watch.leave()
     model.zero_grad(set_to_none=True)
-    made = Trace(tuple(watch.segments), tuple(watch.block_inputs))
-    _check_order(made)
-    return made
+    watched = Trace(tuple(watch.segments), tuple(watch.block_inputs))
+    _check_order(watched)
+    return watched
 
 
 def _check_loss(value: object) -> None:
-    """Whether there is something to minimise."""
+    """Check that there is something to minimise."""
     if not isinstance(value, torch.Tensor) or value.numel() != 1:
         shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
         raise PlanError(f"A loss is one number; this one is {shape}.", write=".sum() or .mean()")
@@ -63,14 +63,14 @@ def _check_loss(value: object) -> None:
         raise PlanError("Nothing is trained: the loss depends on no parameter with a gradient.")
 
 
-def _check_order(made: Trace) -> None:
-    """Memory and time are modelled for blocks that run once each, in their order."""
-    forward = [s.unit for s in made.segments if s.unit != ROOT and s.direction == "forward"]
+def _check_order(trace: Trace) -> None:
+    """Check that blocks run once each, in their order, as memory and time are modelled for."""
+    forward = [s.unit for s in trace.segments if s.unit != ROOT and s.direction == "forward"]
     if forward != sorted(set(forward)):
-        told = " ".join(map(str, forward[:12])) + (" ..." if len(forward) > 12 else "")
+        order = " ".join(map(str, forward[:12])) + (" ..." if len(forward) > 12 else "")
         raise PlanError(
             "Plans are for models whose blocks run once each, in the order they are registered.",
-            numbers=f"These ran as {told}.",
+            numbers=f"These ran as {order}.",
             write="blocks= of a class whose instances run so, or another order of registration",
         )
 
@@ -137,7 +137,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._open.operators.append(Operator(flops, sum(map(_bytes, tensors))))
 
     def enter(self, unit: int, direction: Pass) -> None:
-        """What follows is a unit's."""
+        """Say that what follows is a unit's."""
         self.leave()
         self._open = _Open(unit, direction, self._alive, self._alive)
 
@@ -169,7 +169,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
-        """Blocks say when their part of a pass begins and ends."""
+        """Let blocks say when their part of a pass begins and ends."""
         handles: list[Any] = [self._model.register_forward_pre_hook(_cast_inputs, with_kwargs=True)]
         handles += [
             param.register_post_accumulate_grad_hook(self._accumulated)  # type: ignore[no-untyped-call]
@@ -207,7 +207,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return entering
 
     def _over(self, number: int) -> None:
-        """The backward of a block is over; unless the block before has begun its own."""
+        """Close a block's backward, unless the block before has begun its own."""
         if self._open is not None and self._open.unit == number:
             self.enter(ROOT, "backward")
 
@@ -246,7 +246,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _cast_inputs(module: nn.Module, args: Any, kwargs: Any) -> Any:
-    """What enters a unit is in the dtype of its parameters (FSDP2's ``cast_forward_inputs``)."""
+    """Cast what enters a unit to its parameters' dtype (FSDP2's ``cast_forward_inputs``)."""
     dtypes = (param.dtype for param in module.parameters() if param.is_floating_point())
     dtype = next(dtypes, None)
 
@@ -258,7 +258,7 @@ def _cast_inputs(module: nn.Module, args: Any, kwargs: Any) -> Any:
 
 
 def _asked(value: torch.Tensor) -> bool:
-    """What a model gets that asks a tensor for its value.
+    """Answer a model that asks a tensor for its value.
 
     Models ask whether a mask hides anything, or sequences are packed: all(...) is true.
 
@@ -292,7 +292,7 @@ def _bytes(tensor: torch.Tensor) -> int:
 
 
 def _unknown(known: WeakIdKeyDictionary, tensor: torch.Tensor) -> bool:
-    """Whether its storage is new; it is known from now on."""
+    """Tell whether a tensor's storage is new; it is known from now on."""
     storage = tensor.untyped_storage()
     if storage in known:
         return False

@@ -16,7 +16,7 @@ _OTHERS = ("memory", "intra", "inter", "gpus_per_node")
 
 @dataclass(frozen=True)
 class ClusterOptions:
-    """One of: a node of the catalogue, three numbers, a measurement."""
+    """Options that describe a node: by name, by three numbers, or by a measurement."""
 
     node: str | None = None
     """A node of the catalogue (`mics plan --list`), or a .toml file of that form; default: p4d."""
@@ -41,7 +41,7 @@ class ClusterOptions:
 
 
 def node_of(options: ClusterOptions) -> Node:
-    """The node that the options describe.
+    """Find the node that the options describe.
 
     Raises:
         PlanError: an unknown node, two descriptions, half of one, or an option without effect.
@@ -79,7 +79,7 @@ def node_of(options: ClusterOptions) -> Node:
 
 
 def _refuse(options: ClusterOptions, where: str, *names: str) -> None:
-    """No option without effect."""
+    """Refuse an option that would have no effect."""
     given = [f"--{n.replace('_', '-')}" for n in names if getattr(options, n) is not None]
     if given:
         raise PlanError(

@@ -103,7 +103,7 @@ class Config(ClusterOptions):
 
 
 def run(config: Config) -> int:
-    """Plan.
+    """Plan, print and write what was asked for.
 
     Returns:
         0; 1 when nothing fits or something does not exist.

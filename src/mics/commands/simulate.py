@@ -101,7 +101,7 @@ class Config(ClusterOptions):
 
 
 def run(config: Config) -> int:
-    """Simulate.
+    """Simulate, print and write what was asked for.
 
     Returns:
         0; 1 when something does not exist or fit.
@@ -113,7 +113,7 @@ def run(config: Config) -> int:
 
 
 def _validate(config: Config) -> int:
-    """The table; 1 where a figure that was held out is missed."""
+    """Print the table; return 1 where a figure that was held out is missed."""
     refuse_others(config, "validate", "out")
     check_folders(config.out)
     rows = validate(_say)
@@ -168,7 +168,7 @@ def _simulate(config: Config) -> int:
 
 
 def _checked(config: Config) -> list[int]:
-    """Numbers of nodes, when all else makes sense."""
+    """Read the numbers of nodes, when all else makes sense."""
     if config.out is not None:
         raise PlanError(
             "--out is the file of --validate.", write="--json, --png or --trace for a simulation"
@@ -204,7 +204,7 @@ def _what_if(node: Node, config: Config) -> Node:
 
 
 def _smallest(config: Config, node: Node, counts: Sequence[int]) -> Cluster:
-    """The fewest nodes of the range that the partition goes with."""
+    """Find the fewest nodes of the range that the partition goes with."""
     k, p = node.gpus_per_node, config.partition
     for count in counts:
         if p is None or p in possible_partitions(count, k):
@@ -217,11 +217,11 @@ def _smallest(config: Config, node: Node, counts: Sequence[int]) -> Cluster:
     )
 
 
-def _first(config: Config, found: Search) -> Plan:
-    """The smallest partition that fits."""
-    if found.plans:
-        return min(found.plans, key=lambda plan: (plan.recipe.partition, plan.seconds))
-    nearest = min(found.rejected, key=lambda one: one.needed)
+def _first(config: Config, result: Search) -> Plan:
+    """Pick the smallest partition that fits."""
+    if result.plans:
+        return min(result.plans, key=lambda plan: (plan.recipe.partition, plan.seconds))
+    nearest = min(result.rejected, key=lambda one: one.needed)
     raise PlanError(
         f"{config.model} does not fit the smallest cluster of the range.",
         numbers=f"{nearest.recipe} lacks {nearest.missing / GIB:.1f} GiB.",

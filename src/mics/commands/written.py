@@ -10,10 +10,10 @@ from mics.errors import MicsError
 
 
 def check_folders(*files: Path | None) -> None:
-    """Before anything is computed: every file has a folder to go to.
+    """Check before anything is computed that every file has a folder to go to.
 
     Raises:
-        MicsError: it has none, or is one.
+        MicsError: a file has none, or is a folder.
     """
     for file in files:
         if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
@@ -25,7 +25,7 @@ def check_folders(*files: Path | None) -> None:
 
 
 def refuse_others(config: Any, switch: str, *with_it: str) -> None:
-    """No option beside one that makes the command do something else.
+    """Refuse options beside one that makes the command do something else.
 
     Args:
         config: dataclass of options.
@@ -33,7 +33,7 @@ def refuse_others(config: Any, switch: str, *with_it: str) -> None:
         with_it: those that belong to it.
 
     Raises:
-        MicsError: there is another.
+        MicsError: an option was given beside the switch.
     """
     changed = [
         f"--{field.name.replace('_', '-')}"

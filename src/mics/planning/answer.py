@@ -125,6 +125,6 @@ def answer(anatomy: Anatomy, cluster: Cluster, question: Question) -> Plans:
     Raises:
         PlanError: nothing fits, or there is nothing to try.
     """
-    found = search(anatomy, cluster, question)
-    check_any(anatomy, cluster, question, found)
-    return Plans(explained(found), found.rejected, anatomy, cluster, question)
+    result = search(anatomy, cluster, question)
+    check_any(anatomy, cluster, question, result)
+    return Plans(explained(result), result.rejected, anatomy, cluster, question)

@@ -98,7 +98,7 @@ def _only(options: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
-    """Refuse unknown ones, and micro-steps beside the batch they follow from."""
+    """Refuse unknown options, and micro-steps beside the batch they follow from."""
     known = ["sequence", *_OF_QUESTION, *_OF_RECIPE, *_OF_MACHINE]
     for name in options:
         if name not in known:

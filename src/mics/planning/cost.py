@@ -47,7 +47,7 @@ class Reliability:
         save: seconds a checkpoint holds the step up.
         every: seconds between two checkpoints.
 
-    But for the first these are assumptions, and told wherever a price is.
+    But for the first these are assumptions, and shown wherever a price is.
     """
 
     failures: float = 2.0e-5

@@ -8,7 +8,7 @@ from mics.hardware.lookup import find_node
 
 
 def parse_cluster(text: str) -> Cluster:
-    """ "p4d:8" or "p4d.24xlarge:8": 8 nodes of a kind.
+    """Read "p4d:8" or "p4d.24xlarge:8": 8 nodes of a kind.
 
     Raises:
         PlanError: another form, or an unknown node.
@@ -22,7 +22,7 @@ def parse_cluster(text: str) -> Cluster:
 
 
 def parse_range(text: str) -> list[int]:
-    """ "nodes=2..64" or "2..64": 2, 4, 8, ..., 64.
+    """Read "nodes=2..64" or "2..64": 2, 4, 8, ..., 64.
 
     Raises:
         PlanError: another form.
@@ -38,5 +38,5 @@ def parse_range(text: str) -> list[int]:
 
 
 def _is_count(text: str) -> bool:
-    """Whether it is a number in plain digits."""
+    """Tell whether a text is a number in plain digits."""
     return text.isascii() and text.isdigit()

@@ -120,7 +120,7 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Search:
-    """What came out: plans, the fastest first, and what did not fit."""
+    """The result of a search: plans, the fastest first, and what did not fit."""
 
     plans: tuple[Plan, ...]
     rejected: tuple[Rejected, ...]

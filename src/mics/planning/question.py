@@ -18,7 +18,7 @@ MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 
 @dataclass(frozen=True)
 class Question:
-    """Which recipes are tried.
+    """What is asked of the planner: which recipes are tried.
 
     Args:
         recipe: what all of them have in common; the lists below take the place of its partition,
@@ -56,7 +56,7 @@ class Question:
         self._check_recipe()
 
     def _check_recipe(self) -> None:
-        """Check what is known of dtypes, optimizers and stacks here, and not to a recipe."""
+        """Check the names and dtypes that a recipe leaves to who uses it."""
         check_one_of(self.recipe, (2, 4), "compute_bytes", "reduce_bytes")
         optimizer = self.recipe.optimizer
         if not isinstance(optimizer, str) or optimizer not in OPTIMIZERS:
@@ -67,7 +67,7 @@ class Question:
         find_stack(self.recipe.stack)
 
     def recipes(self, cluster: Cluster) -> Iterator[Recipe]:
-        """Every legal recipe, those of smaller partitions first.
+        """List every legal recipe, those of smaller partitions first.
 
         Raises:
             PlanError: there is none: a partition that is not legal, or a global batch that no

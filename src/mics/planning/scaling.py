@@ -40,7 +40,7 @@ def weak_scaling(
 def strong_scaling(
     plan: Plan, engines: Sequence[EngineName], nodes: Sequence[int], say: Say = lambda _: None
 ) -> Curves:
-    """The same global batch on more GPUs: fewer micro-steps each.
+    """Simulate the same global batch on more GPUs: fewer micro-steps each.
 
     Args:
         plan: partition, micro-batch and so on.

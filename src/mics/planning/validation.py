@@ -237,8 +237,7 @@ def _collectives() -> list[Row]:
 def _collective(
     name: str, facts: Mapping[str, Any], points: Mapping[int, list[Point]]
 ) -> list[Row]:
-    """Compare all points with a node or a fit to them, and the third number of nodes with the
-    fit to the first two."""
+    """Compare all points with a node or a fit, and the last ones with a fit to the others."""
     node, whole = find_node(facts["node"]), facts["collective"] == "all_reduce"
     every = [point for group in points.values() for point in group]
     if facts["shipped"]:

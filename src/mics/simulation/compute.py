@@ -43,13 +43,13 @@ class Times:
 
     @property
     def total(self) -> float:
-        """Of the micro-step."""
+        """Seconds of the whole micro-step."""
         return sum(self.forward) + sum(self.backward) + self.before + self.between + self.after
 
 
 @lru_cache(maxsize=256)
 def times(trace: Trace, gpu: Gpu, *, stack: float = 1.0, checkpointing: bool = False) -> Times:
-    """Of every segment of a trace.
+    """Work out how long every segment of a trace computes.
 
     Args:
         trace: of a micro-step.
@@ -60,17 +60,18 @@ def times(trace: Trace, gpu: Gpu, *, stack: float = 1.0, checkpointing: bool = F
     blocks = len(trace.block_inputs)
     forward, backward = [0.0] * blocks, [0.0] * blocks
     root = {"before": 0.0, "between": 0.0, "after": 0.0}
-    known: dict[int, float] = {}  # equal lists of operators are one object
+    of_operators: dict[int, float] = {}  # equal lists of operators are one object
     where = "before"
     for segment in trace.segments:
-        seconds = known.get(id(segment.operators))
+        seconds = of_operators.get(id(segment.operators))
         if seconds is None:
-            seconds = known[id(segment.operators)] = _seconds(segment.operators, gpu) / stack
+            seconds = _seconds(segment.operators, gpu) / stack
+            of_operators[id(segment.operators)] = seconds
         if segment.unit < 0:
             root[where] += seconds
         else:
-            spent = forward if segment.direction == "forward" else backward
-            spent[segment.unit] += seconds
+            of_pass = forward if segment.direction == "forward" else backward
+            of_pass[segment.unit] += seconds
             where = _behind(segment, blocks)
     if checkpointing:
         backward = [b + f for b, f in zip(backward, forward, strict=True)]
@@ -98,7 +99,7 @@ def _seconds(operators: Iterable[Operator], gpu: Gpu) -> float:
 
 
 def _efficiency(points: Sequence[tuple[float, float]], size: float) -> float:
-    """On the line through the points in logarithms; size over it never falls with size."""
+    """Read the line through the points in logarithms; size over it never falls with size."""
     if size <= points[0][0]:
         return points[0][1]
     for (low, least), (high, most) in pairwise(points):

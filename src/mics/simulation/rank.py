@@ -130,5 +130,5 @@ class Rank:
 
 @cache
 def _queue(stream: str, link: On) -> str:
-    """The stream of one stage, where stages run beside each other."""
+    """Name the queue of one stage, where stages run beside each other."""
     return f"{stream} {link}"

@@ -143,7 +143,7 @@ def _seconds(stages: Sequence[Stage]) -> float:
 
 
 def straggling(sigma: float, group: int, replicas: int, alone: int) -> float:
-    """How much longer a step takes because somebody is always late.
+    """Work out how many times as long a step takes because somebody is always late.
 
     A group that communicates in every block waits for its slowest all the time; replicas wait for
     each other at hop 2, and by then the micro-steps between two of them have averaged.
@@ -158,5 +158,5 @@ def straggling(sigma: float, group: int, replicas: int, alone: int) -> float:
 
 
 def _latest(n: int) -> float:
-    """Expected maximum of n normal numbers, in standard deviations (Blom, 1958)."""
+    """Expect the maximum of n normal numbers, in standard deviations (Blom, 1958)."""
     return 0.0 if n == 1 else NormalDist().inv_cdf((n - 0.375) / (n + 0.25))

@@ -8,7 +8,7 @@ from mics.simulation.rank import Span
 
 
 def chrome_trace(spans: Sequence[Span]) -> dict[str, object]:
-    """A timeline as Chrome's trace events (microseconds), which Perfetto reads too."""
+    """Write a timeline as Chrome's trace events (microseconds), which Perfetto reads too."""
     streams = list(dict.fromkeys(span.stream for span in spans))
     events: list[dict[str, object]] = [
         {"ph": "M", "pid": 0, "tid": n, "name": "thread_name", "args": {"name": stream}}
