@@ -78,17 +78,17 @@ def test_a_plan_never_takes_what_does_not_fit(bert: Anatomy, found: Search) -> N
     assert len(found.plans) + len(found.rejected) == len(list(QUESTION.recipes(small())))
     for plan in found.plans:
         assert plan.needed <= small().node.gpu.memory
-        assert fits(bert, small(), plan.recipe)
+        assert fits(bert, small(), plan.way)
     for one in found.rejected:
         assert one.missing > 0
-        assert not fits(bert, small(), one.recipe)
+        assert not fits(bert, small(), one.way)
 
 
 def test_the_fastest_comes_first(found: Search) -> None:
     speeds = [plan.tokens_per_second for plan in found.plans]
     assert speeds == sorted(speeds, reverse=True)
     best = found.plans[0]
-    assert best.tokens == best.recipe.micro_batch * 4 * 16 * 128
+    assert best.tokens == best.way.micro_batch * 4 * 16 * 128
     assert 0 < best.mfu <= best.hfu < 1
 
 
@@ -132,7 +132,7 @@ def test_a_reason_says_why_the_neighbours_lost(found: Search) -> None:
     plans = explained(found)
     reasons = " | ".join(plan.reason for plan in plans)
     best = plans[0]
-    assert best.reason.startswith(f"p = {best.recipe.partition}: ")
+    assert best.reason.startswith(f"p = {best.way.partition}: ")
     assert "of 4 GiB" in best.reason
     assert "x as long per token" in reasons
     assert "smallest that fits" in reasons
@@ -267,7 +267,7 @@ def test_the_optimizers_step_takes_what_it_moves(bert: Anatomy) -> None:
 
 def test_bytes_explain_nothing_where_they_are_not_what_time_follows_from(found: Search) -> None:
     for plan in explained(found):
-        smaller = plan.recipe.partition < small().node.gpus_per_node
+        smaller = plan.way.partition < small().node.gpus_per_node
         assert not (smaller and "bytes between nodes" in plan.reason)
     assert any("bytes between nodes" in plan.reason for plan in explained(found))
 
@@ -403,7 +403,7 @@ def test_a_global_batch_decides_the_micro_steps(bert: Anatomy) -> None:
         bert, small(), sequence=128, global_batch=128, runtime_gib=0.3, communicator_gib=0.05
     )
     for plan in plans:
-        assert plan.recipe.micro_batch * plan.recipe.micro_steps * 16 == 128
+        assert plan.way.micro_batch * plan.way.micro_steps * 16 == 128
     with pytest.raises(PlanError, match=r"divides a global batch of 100(.|\n)*--global-batch 96"):
         mics.plan(bert, small(), sequence=128, global_batch=100)
 
@@ -436,11 +436,11 @@ def test_a_module_of_ones_own_is_planned() -> None:
         return value
 
     plans = mics.plan(model, "p4d:2", sequence=64, loss=loss, blocks=Layer)
-    assert plans[0].recipe.partition in (1, 2, 4, 8, 16)
-    assert plans[0].recipe.compute_bytes == 2
+    assert plans[0].way.partition in (1, 2, 4, 8, 16)
+    assert plans[0].way.compute_bytes == 2
     whole = mics.plan(model, "p4d:2", sequence=64, loss=loss, dtype=torch.float32)
-    assert whole[0].recipe.compute_bytes == 4
-    gathers = [next(p for p in found if p.recipe.partition == 16) for found in (whole, plans)]
+    assert whole[0].way.compute_bytes == 4
+    gathers = [next(p for p in found if p.way.partition == 16) for found in (whole, plans)]
     assert gathers[0].inter_bytes > gathers[1].inter_bytes
     step = mics.simulate(plans[0], "fsdp2", timeline=True)
     assert step.timeline
@@ -491,7 +491,7 @@ def test_scaling_keeps_the_work_or_shares_it(found: Search) -> None:
 
 
 def test_engines_that_keep_everything_are_told_when_they_would_not_fit(found: Search) -> None:
-    plan = next(p for p in found.plans if p.recipe.partition == 16)
+    plan = next(p for p in found.plans if p.way.partition == 16)
     engines: tuple[EngineName, ...] = ("mics", "ddp", "zero2", "fsdp2")
     (ddp,) = too_large(dataclasses.replace(plan, cluster=small(4.0)), engines)
     assert re.match(r"ddp would need \d\.\d\d of 4 GiB for a step: it is simulated as if", ddp)

@@ -86,7 +86,7 @@ def test_plans_are_a_sequence_and_a_plan_reads_as_a_sentence() -> None:
     assert plans.best is plans[0]
     best = plans[0]
     assert str(best).splitlines() == [
-        f"{best.recipe} on 2 x p4d (16 x A100-40GB, 40.0 GiB each): {best.needed / 2**30:.1f} of "
+        f"{best.way} on 2 x p4d (16 x A100-40GB, 40.0 GiB each): {best.needed / 2**30:.1f} of "
         f"40 GiB, a step of {best.seconds:.3f} s, {best.tokens_per_second:,.0f} tokens/s, "
         f"MFU {best.mfu:.1%}",
         best.reason,

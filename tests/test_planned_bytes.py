@@ -69,9 +69,9 @@ def test_bytes_of_a_plan_are_the_ledgers_for_all_dtypes_forms_and_micro_steps(
         plans = search(anatomy, cluster(), question).plans
         assert len(plans) == (2 if partition > K else 1)
         for plan in plans:
-            form = plan.recipe.form
+            form = plan.way.form
             forms = {"all_gather": form, "reduce_scatter": form}
-            expected = by_the_ledgers_rule(anatomy, plan.recipe, traffic.mics, **forms)
+            expected = by_the_ledgers_rule(anatomy, plan.way, traffic.mics, **forms)
             assert plan.inter_bytes == int(expected), (compute, reduce, micro_steps, form)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from mics.planning.scaling import ENGINES, weak_scaling
 from mics.planning.subject import subject
 from mics.planning.sweep import sweep, sweep_table
 from mics.planning.table import as_document
+from mics.ranks.console import progress, show
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def run(config: Config) -> int:
     try:
         if config.list:
             refuse_others(config, "list")
-            print(catalogue())
+            show(catalogue())
             return 0
         return _plan(config)
     except OSError as error:  # of a file that an option names
@@ -145,15 +145,15 @@ def _plan(config: Config) -> int:
             write="--by time, or a price in a .toml file of your own",
         )
     find_stack(config.stack)
-    _say(f"tracing {config.model}")
+    progress(f"tracing {config.model}")
     anatomy = subject(config.model)
-    _say(f"simulating on {cluster}")
+    progress(f"simulating on {cluster}")
     plans = plan(anatomy, cluster, **options_of(config))
-    swept = sweep(plans.best, parse_range(config.sweep), _say) if config.sweep else []
-    print(plans.report(top=config.top, tokens=config.tokens))
+    swept = sweep(plans.best, parse_range(config.sweep), progress) if config.sweep else []
+    show(plans.report(top=config.top, tokens=config.tokens))
     if swept:
-        print(sweep_table(swept, config.by) + "\n")
-    print("\n".join(plans.caveats(swept)))
+        show(sweep_table(swept, config.by) + "\n")
+    show("\n".join(plans.caveats(swept)))
     _files(config, plans, swept)
     return 0
 
@@ -165,7 +165,7 @@ def _files(config: Config, plans: Plans, swept: Sequence[Plan]) -> None:
         document = {
             "model": config.model,
             "parameters": best.anatomy.num_parameters,
-            "sequence": best.recipe.sequence,
+            "sequence": best.way.sequence,
             "cluster": str(best.cluster),
             "stack": config.stack,
             "not_modelled": NOT_MODELLED,
@@ -175,10 +175,10 @@ def _files(config: Config, plans: Plans, swept: Sequence[Plan]) -> None:
         config.json.write_text(json.dumps(document, indent=1) + "\n")
     scaling = {}
     if config.html is not None or config.png is not None:
-        _say("simulating other engines")
+        progress("simulating other engines")
         scaling = weak_scaling(best, ENGINES)
     if config.html is not None:
-        around = swept or sweep(best, _around(best.cluster.nodes), _say)
+        around = swept or sweep(best, _around(best.cluster.nodes), progress)
         config.html.write_text(page(title, plans, around, scaling))
     if config.png is not None:
         from mics.planning.picture import draw
@@ -205,7 +205,3 @@ def _check(config: Config) -> None:
             write="--by cost --sweep nodes=2..64",
         )
     check_folders(config.json, config.png, config.html)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from mics.planning.subject import subject
 from mics.planning.validation import as_markdown, validate
 from mics.planning.weighing import simulate_recipe
 from mics.quantities import GIB
+from mics.ranks.console import progress, show
 from mics.recipe import ON_GPUS, Recipe
 from mics.simulation.profiles import PROFILES, EngineName
 from mics.simulation.timeline import chrome_trace
@@ -116,14 +116,14 @@ def _validate(config: Config) -> int:
     """Print the table; return 1 where a figure that was held out is missed."""
     refuse_others(config, "validate", "out")
     check_folders(config.out)
-    rows = validate(_say)
+    rows = validate(progress)
     table = as_markdown(rows)
-    print(table, end="")
+    show(table.removesuffix("\n"))
     if config.out is not None:
         config.out.write_text(table)
     missed = [row.name for row in rows if row.holds == "NO"]
     if missed:
-        _say(f"mics simulate: not held: {'; '.join(missed)}")
+        progress(f"mics simulate: not held: {'; '.join(missed)}")
     return 1 if missed else 0
 
 
@@ -131,7 +131,7 @@ def _simulate(config: Config) -> int:
     counts = _checked(config)
     node = _what_if(node_of(config), config)
     cluster = _smallest(config, node, counts)
-    _say(f"tracing {config.model}")
+    progress(f"tracing {config.model}")
     anatomy = subject(config.model)
     recipe = Recipe(
         1,
@@ -148,12 +148,12 @@ def _simulate(config: Config) -> int:
     )
     plan = _first(config, search(anatomy, cluster, question))
     scale = weak_scaling if config.scaling == "weak" else strong_scaling
-    curves = scale(plan, config.engines, counts, _say)
-    print(
-        f"{config.model}: {anatomy.num_parameters:,} parameters; {plan.recipe}, sequence ", end=""
+    curves = scale(plan, config.engines, counts, progress)
+    show(
+        f"{config.model}: {anatomy.num_parameters:,} parameters; {plan.way}, sequence "
+        f"{recipe.sequence}, {config.micro_steps} micro-steps; {node.name}; {config.scaling}"
     )
-    print(f"{recipe.sequence}, {config.micro_steps} micro-steps; {node.name}; {config.scaling}")
-    print("\n".join(_table(curves, config)))
+    show("\n".join(_table(curves, config)))
     stack = find_stack(config.stack)
     notes = [
         f"Software stack {stack.name}: {stack.calibrated}.",
@@ -162,7 +162,7 @@ def _simulate(config: Config) -> int:
         _on_gloo(node, config),
         *too_large(plan, config.engines),
     ]
-    print("\n".join(filter(None, notes)))
+    show("\n".join(filter(None, notes)))
     _files(config, plan, curves)
     return 0
 
@@ -220,11 +220,11 @@ def _smallest(config: Config, node: Node, counts: Sequence[int]) -> Cluster:
 def _first(config: Config, result: Search) -> Plan:
     """Pick the smallest partition that fits."""
     if result.plans:
-        return min(result.plans, key=lambda plan: (plan.recipe.partition, plan.seconds))
+        return min(result.plans, key=lambda plan: (plan.way.partition, plan.seconds))
     nearest = min(result.rejected, key=lambda one: one.needed)
     raise PlanError(
         f"{config.model} does not fit the smallest cluster of the range.",
-        numbers=f"{nearest.recipe} lacks {nearest.missing / GIB:.1f} GiB.",
+        numbers=f"{nearest.way} lacks {nearest.missing / GIB:.1f} GiB.",
         write="more --nodes, a smaller --micro-batch, or mics plan, which says what would fit",
     )
 
@@ -262,10 +262,10 @@ def _files(config: Config, plan: Plan, curves: Mapping[str, Sequence[tuple[float
             "model": config.model,
             "node": plan.cluster.node.name,
             "scaling": config.scaling,
-            "partition": plan.recipe.partition,
-            "micro_batch": plan.recipe.micro_batch,
-            "micro_steps": plan.recipe.micro_steps,
-            "sequence": plan.recipe.sequence,
+            "partition": plan.way.partition,
+            "micro_batch": plan.way.micro_batch,
+            "micro_steps": plan.way.micro_steps,
+            "sequence": plan.way.sequence,
             "bandwidth": config.bandwidth,
             "latency": config.latency,
             "pipelined": config.pipelined,
@@ -279,10 +279,6 @@ def _files(config: Config, plan: Plan, curves: Mapping[str, Sequence[tuple[float
         draw_scaling(config.png, f"{config.model} on {plan.cluster.node.name}", curves)
     if config.trace is not None:
         simulated = simulate_recipe(
-            config.engines[0], plan.anatomy, plan.cluster, plan.recipe, timeline=True
+            config.engines[0], plan.anatomy, plan.cluster, plan.way, timeline=True
         )
         config.trace.write_text(json.dumps(chrome_trace(simulated.step.timeline)))
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -22,7 +22,7 @@ MeasuredRow = Mapping[str, Any]
 
 
 def measured_node(path: Path, gpu: Gpu) -> Node:
-    """Latency and bandwidth of both links, fitted to the measured times.
+    """Describe a node by its links, whose figures are fitted to measured times.
 
     All-gathers, flat and in two stages, of groups of any size give both links at once; all-reduces
     over nodes have figures of their own. Where one node was measured nothing is known of the link
@@ -67,18 +67,9 @@ def measured_node(path: Path, gpu: Gpu) -> Node:
     links = fit_links(_gathers(rows, k))
     inter = links.get("inter", Link(0.0, 0.0))
     intra = links.get("intra", inter)  # of nodes with one rank, of which no group is inside
-    node = Node(
-        path.stem,
-        gpu,
-        k,
-        intra,
-        inter,
-        source=str(path),
-        measured_nodes=nodes,
-        gloo=gloo,
-        inside=inside,
-        machine=ON_HOSTS if gloo else ON_GPUS,
-    )
+    how: dict[str, Any] = {"gloo": gloo, "inside": inside}
+    how["machine"] = ON_HOSTS if gloo else ON_GPUS
+    node = Node(path.stem, gpu, k, intra, inter, source=str(path), measured_nodes=nodes, **how)
     if nodes == 1:
         return node
     return replace(node, all_reduce=fit_links(_all_reduces(rows, k, gloo), intra)["inter"])

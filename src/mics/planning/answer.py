@@ -69,7 +69,7 @@ class Plans(Sequence[Plan]):
     @cached_property
     def limits(self) -> Limits:
         """How far the best plan's recipe may be changed and still fits."""
-        return limits_around(self.anatomy, self.cluster, self.question, self.best.recipe)
+        return limits_around(self.anatomy, self.cluster, self.question, self.best.way)
 
     def report(self, *, top: int = TOP, tokens: float | None = None) -> str:
         """Write model, cluster and a table; why the best is best, its price and its limits.

@@ -134,4 +134,4 @@ def simulate(plan: Plan, engine: EngineName = "mics", *, timeline: bool = False)
         raise PlanError(
             f"There is no engine {engine!r}.", numbers=f"Engines: {', '.join(PROFILES)}."
         )
-    return simulate_recipe(engine, plan.anatomy, plan.cluster, plan.recipe, timeline=timeline).step
+    return simulate_recipe(engine, plan.anatomy, plan.cluster, plan.way, timeline=timeline).step

@@ -27,7 +27,7 @@ def memory_bars(plans: Sequence[Plan]) -> str:
     parts = []
     for row, plan in enumerate(plans):
         y, need, needed = row * _ROW, plan.need, plan.needed
-        label = str(plan.recipe).replace("micro-batch", "b =")
+        label = str(plan.way).replace("micro-batch", "b =")
         parts.append(_text(_LEFT - 8, y + 16, label, "end"))
         x = float(_LEFT)
         for colour, kind in zip(_colours(kinds), kinds, strict=True):
@@ -122,7 +122,7 @@ def pareto(plans: Sequence[Plan]) -> str:
     for x, y, plan in points:
         a, b = place(x, y)
         colour = COLOURS[4] if plan in best else COLOURS[6]
-        title = f"{plan.cluster.nodes} nodes, {plan.recipe}: {x:,.0f} tokens/s, ${y:,.0f}"
+        title = f"{plan.cluster.nodes} nodes, {plan.way}: {x:,.0f} tokens/s, ${y:,.0f}"
         parts.append(_dot(a, b, colour, title))
     names = ["no other is faster and cheaper", "others"]
     legend, end = _legend(names, [COLOURS[4], COLOURS[6]], 320)

@@ -45,12 +45,12 @@ def check_any(anatomy: Anatomy, cluster: Cluster, question: Question, search: Se
     nearest = min(search.rejected, key=lambda one: one.needed)
     changes = [
         change
-        for change in _changes(anatomy, cluster, question, nearest.recipe)
+        for change in _changes(anatomy, cluster, question, nearest.way)
         if change.needed < nearest.needed
     ]
     saved = [f"{c.text} saves {(nearest.needed - c.needed) / GIB:.1f}" for c in changes]
     raise PlanError(
-        f"Nothing fits: {nearest.recipe} on {cluster} needs {nearest.missing / GIB:.1f} GiB more.",
+        f"Nothing fits: {nearest.way} on {cluster} needs {nearest.missing / GIB:.1f} GiB more.",
         numbers=f"It needs {nearest.needed / GIB:.1f} of {nearest.capacity / GIB:.1f} GiB"
         + (f"; {', '.join(saved)}." if saved else "."),
         write=_instead(anatomy, cluster, question, changes),

@@ -43,11 +43,11 @@ def page(
         scaling: tokens per second over GPUs, by engine.
     """
     best = plans[0]
-    simulated = simulate_recipe("mics", best.anatomy, best.cluster, best.recipe, timeline=True)
+    simulated = simulate_recipe("mics", best.anatomy, best.cluster, best.way, timeline=True)
     spans = simulated.step.timeline
     computed = [span for span in spans if span.stream == "compute"]
-    first = computed[: len(computed) // best.recipe.micro_steps]
-    stack = find_stack(best.recipe.stack)
+    first = computed[: len(computed) // best.way.micro_steps]
+    stack = find_stack(best.way.stack)
     sections = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="reason">{escape(best.reason)}</p>',

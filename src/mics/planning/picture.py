@@ -67,7 +67,7 @@ def _memory(axes: Any, plans: Sequence[Plan]) -> None:
     )
     axes.set_xlim(right=1.02 * plans[0].cluster.node.gpu.memory / GIB)
     axes.axvline(plans[0].cluster.node.gpu.memory / GIB, color="#cc3311", label="a GPU's memory")
-    axes.set_yticks(range(len(plans)), [str(plan.recipe) for plan in plans])
+    axes.set_yticks(range(len(plans)), [str(plan.way) for plan in plans])
     axes.invert_yaxis()
     axes.set_xlabel("GiB")
     axes.legend(frameon=False, fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.18))

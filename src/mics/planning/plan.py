@@ -23,7 +23,7 @@ class Plan:
     """A recipe that fits, and what is predicted of it.
 
     Args:
-        recipe: how a step is run.
+        way: the recipe, how a step is run.
         cluster: it runs on.
         question: it answers.
         memory: the largest moments of a GPU.
@@ -34,7 +34,7 @@ class Plan:
         reason: why this one, a sentence.
     """
 
-    recipe: Recipe
+    way: Recipe
     cluster: Cluster
     question: Question
     memory: Memory = field(repr=False)
@@ -48,7 +48,7 @@ class Plan:
     def __str__(self) -> str:
         memory = f"{self.needed / GIB:.1f} of {self.cluster.node.gpu.memory / GIB:.4g} GiB"
         return (
-            f"{self.recipe} on {self.cluster}: {memory}, a step of {self.seconds:.3f} s, "
+            f"{self.way} on {self.cluster}: {memory}, a step of {self.seconds:.3f} s, "
             f"{self.tokens_per_second:,.0f} tokens/s, MFU {self.mfu:.1%}"
             + (f"\n{self.reason}" if self.reason else "")
         )
@@ -66,9 +66,8 @@ class Plan:
     @property
     def tokens(self) -> int:
         """How many tokens a step takes in, on all GPUs."""
-        recipe = self.recipe
-        sequences = recipe.micro_batch * recipe.micro_steps * self.cluster.gpus
-        return sequences * recipe.sequence
+        way = self.way
+        return way.micro_batch * way.micro_steps * self.cluster.gpus * way.sequence
 
     @property
     def tokens_per_second(self) -> float:
@@ -87,7 +86,7 @@ class Plan:
 
     @property
     def _peak(self) -> float:
-        return self.cluster.node.gpu.computing(self.recipe.compute_bytes).peak
+        return self.cluster.node.gpu.computing(self.way.compute_bytes).peak
 
     @property
     def dollars_per_billion_tokens(self) -> float | None:
@@ -101,14 +100,14 @@ class Plan:
     @cached_property
     def inter_bytes(self) -> int:
         """Bytes a node sends to others in a step."""
-        return int(inter_bytes("mics", self.anatomy, self.cluster, self.recipe))
+        return int(inter_bytes("mics", self.anatomy, self.cluster, self.way))
 
 
 @dataclass(frozen=True)
 class Rejected:
     """A recipe that does not fit, with the bytes it needs of a GPU and those there are."""
 
-    recipe: Recipe
+    way: Recipe
     needed: float
     capacity: float
 
@@ -130,7 +129,7 @@ def best_of_partitions(plans: Sequence[Plan]) -> list[Plan]:
     """Pick the first plan of every partition, smaller partitions first."""
     best: dict[int, Plan] = {}
     for plan in plans:
-        best.setdefault(plan.recipe.partition, plan)
+        best.setdefault(plan.way.partition, plan)
     return [best[p] for p in sorted(best)]
 
 
@@ -158,7 +157,7 @@ def search(anatomy: Anatomy, cluster: Cluster, question: Question) -> Search:
         computed = hardware_flops(trace, checkpointing=recipe.checkpointing)
         plans.append(
             Plan(
-                recipe=recipe,
+                way=recipe,
                 cluster=cluster,
                 question=question,
                 memory=need,

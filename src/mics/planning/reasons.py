@@ -20,7 +20,7 @@ def explain(plan: Plan, search: Search) -> str:
     A neighbour is run as the plan is; where it does not fit so, the sentence says what it lacks,
     and how it would do as it fits.
     """
-    p = plan.recipe.partition
+    p = plan.way.partition
     sizes = {recipe.partition for recipe in _recipes(search)}
     smaller = max((q for q in sizes if q < p), default=None)
     larger = min((q for q in sizes if q > p), default=None)
@@ -30,19 +30,19 @@ def explain(plan: Plan, search: Search) -> str:
 
 
 def _recipes(search: Search) -> Iterator[Recipe]:
-    yield from (plan.recipe for plan in search.plans)
-    yield from (one.recipe for one in search.rejected)
+    yield from (plan.way for plan in search.plans)
+    yield from (one.way for one in search.rejected)
 
 
 def _fits(plan: Plan, search: Search) -> str:
-    recipe, p = plan.recipe, plan.recipe.partition
+    recipe, p = plan.way, plan.way.partition
     memory = f"{plan.needed / GIB:.1f} of {plan.cluster.node.gpu.memory / GIB:.4g} GiB"
-    smaller = [other for other in search.plans if other.recipe.partition < p]
+    smaller = [other for other in search.plans if other.way.partition < p]
     if not any(other.partition < p for other in _recipes(search)):
         return memory
     if not smaller:
         return f"smallest that fits ({memory})"
-    if not any(_same(other.recipe, recipe) for other in smaller):
+    if not any(_same(other.way, recipe) for other in smaller):
         return f"smallest that fits with {recipe.setting} ({memory})"
     return memory
 
@@ -57,23 +57,21 @@ def _bound(plan: Plan) -> str:
 
 
 def _against(plan: Plan, q: int, search: Search) -> str:
-    fitting = [other for other in search.plans if other.recipe.partition == q]
-    alike = _fastest(other for other in fitting if _same(other.recipe, plan.recipe))
+    fitting = [other for other in search.plans if other.way.partition == q]
+    alike = _fastest(other for other in fitting if _same(other.way, plan.way))
     if alike is not None:
         return f"{q} would {_compared(plan, alike)}"
-    refused = [one for one in search.rejected if one.recipe.partition == q]
-    lacking = min(
-        (one for one in refused if _same(one.recipe, plan.recipe)), key=_needed, default=None
-    )
+    refused = [one for one in search.rejected if one.way.partition == q]
+    lacking = min((one for one in refused if _same(one.way, plan.way)), key=_needed, default=None)
     text = "" if lacking is None else f"{q} lacks {lacking.missing / GIB:.1f} GiB"
     best = _fastest(fitting)
     if best is not None:
-        other = f"with {best.recipe.setting} it would" if text else f"{best.recipe} would"
+        other = f"with {best.way.setting} it would" if text else f"{best.way} would"
         return ", ".join(filter(None, (text, f"{other} {_compared(plan, best)}")))
     frugal = min(refused, key=_needed)
-    if lacking is None or _same(frugal.recipe, plan.recipe):
-        return f"{q} lacks {frugal.missing / GIB:.1f} GiB with {frugal.recipe.setting}"
-    return f"{text}, and {frugal.missing / GIB:.1f} even with {frugal.recipe.setting}"
+    if lacking is None or _same(frugal.way, plan.way):
+        return f"{q} lacks {frugal.missing / GIB:.1f} GiB with {frugal.way.setting}"
+    return f"{text}, and {frugal.missing / GIB:.1f} even with {frugal.way.setting}"
 
 
 def _compared(plan: Plan, other: Plan) -> str:
@@ -83,7 +81,7 @@ def _compared(plan: Plan, other: Plan) -> str:
     # With a part of a node the ledger counts hop 2 as a ring of all ranks, which is not what the
     # time of a tree follows from: such bytes explain nothing.
     k = plan.cluster.node.gpus_per_node
-    if not ours or not theirs or min(plan.recipe.partition, other.recipe.partition) < k:
+    if not ours or not theirs or min(plan.way.partition, other.way.partition) < k:
         return speed
     moves = theirs / ours
     moved = (

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from mics.planning.plan import Plan
 from mics.planning.weighing import needed_by, simulate_recipe
 from mics.quantities import GIB
+from mics.ranks.console import Told
 from mics.simulation.profiles import EngineName
 from mics.topology import possible_partitions
 
@@ -15,14 +16,13 @@ ENGINES: tuple[EngineName, ...] = ("mics", "hsdp every micro-step", "fsdp2")
 
 
 Curves = dict[str, list[tuple[float, float]]]
-Say = Callable[[str], None]
 
 
 def weak_scaling(
     plan: Plan,
     engines: Sequence[EngineName],
     nodes: Sequence[int] | None = None,
-    say: Say = lambda _: None,
+    told: Told = lambda _: None,
 ) -> Curves:
     """Simulate more and more GPUs, each of which keeps the plan's micro-batch and micro-steps.
 
@@ -30,15 +30,15 @@ def weak_scaling(
         plan: partition, micro-batch and so on.
         engines: which.
         nodes: how many; by default doubling from the fewest the partition allows to 64, at least.
-        say: is told which numbers of nodes are left out, and why.
+        told: is told which numbers of nodes are left out, and why.
     """
-    steps = plan.recipe.micro_steps
+    steps = plan.way.micro_steps
     asked = _doubling(plan) if nodes is None else nodes
-    return _curves(plan, engines, ((count, steps) for count in asked), say)
+    return _curves(plan, engines, ((count, steps) for count in asked), told)
 
 
 def strong_scaling(
-    plan: Plan, engines: Sequence[EngineName], nodes: Sequence[int], say: Say = lambda _: None
+    plan: Plan, engines: Sequence[EngineName], nodes: Sequence[int], told: Told = lambda _: None
 ) -> Curves:
     """Simulate the same global batch on more GPUs: fewer micro-steps each.
 
@@ -46,9 +46,9 @@ def strong_scaling(
         plan: partition, micro-batch and so on.
         engines: which.
         nodes: how many.
-        say: is told which numbers of nodes are left out, and why.
+        told: is told which numbers of nodes are left out, and why.
     """
-    whole = plan.recipe.micro_steps * plan.cluster.nodes
+    whole = plan.way.micro_steps * plan.cluster.nodes
 
     def shared() -> Iterator[tuple[int, int]]:
         for count in nodes:
@@ -56,26 +56,26 @@ def strong_scaling(
             if steps and not rest:
                 yield count, steps
             else:
-                say(f"{count} nodes are left out: {whole} micro-batches of a node do not divide")
+                told(f"{count} nodes are left out: {whole} micro-batches of a node do not divide")
 
-    return _curves(plan, engines, shared(), say)
+    return _curves(plan, engines, shared(), told)
 
 
 def _curves(
-    plan: Plan, engines: Sequence[EngineName], points: Iterable[tuple[int, int]], say: Say
+    plan: Plan, engines: Sequence[EngineName], points: Iterable[tuple[int, int]], told: Told
 ) -> Curves:
     """Simulate numbers of nodes, each with its micro-steps."""
     curves: Curves = {engine: [] for engine in engines}
     for count, steps in points:
         if count > plan.cluster.node.most_nodes:
-            say(f"{count} nodes are left out: the link between them was never measured")
+            told(f"{count} nodes are left out: the link between them was never measured")
             continue
         cluster = replace(plan.cluster, nodes=count)
-        p = plan.recipe.partition
+        p = plan.way.partition
         if p not in possible_partitions(count, cluster.node.gpus_per_node):
-            say(f"{count} nodes are left out: partition {p} does not divide them")
+            told(f"{count} nodes are left out: partition {p} does not divide them")
             continue
-        recipe = replace(plan.recipe, micro_steps=steps)
+        recipe = replace(plan.way, micro_steps=steps)
         tokens = recipe.micro_batch * steps * cluster.gpus * recipe.sequence
         for engine in engines:
             simulated = simulate_recipe(engine, plan.anatomy, cluster, recipe)
@@ -88,11 +88,11 @@ def too_large(plan: Plan, engines: Sequence[EngineName]) -> list[str]:
     gpu, gpus = plan.cluster.node.gpu, plan.cluster.gpus
     needed: dict[EngineName, float] = {}
     if "ddp" in engines:
-        whole = replace(plan.recipe, partition=1, form="flat")
+        whole = replace(plan.way, partition=1, form="flat")
         needed["ddp"] = needed_by(plan.anatomy, plan.cluster, whole)
     for engine in ("zero2", "zero2 0.5.6"):
         if engine in engines:  # whole parameters; gradients, masters and moments split
-            of_each = plan.recipe.compute_bytes + 16 / gpus
+            of_each = plan.way.compute_bytes + 16 / gpus
             needed[engine] = of_each * plan.anatomy.num_parameters
     return [
         f"{engine} would need {size / GIB:.2f} of {gpu.memory / GIB:.4g} GiB for "
@@ -103,7 +103,7 @@ def too_large(plan: Plan, engines: Sequence[EngineName]) -> list[str]:
 
 
 def _doubling(plan: Plan) -> Iterator[int]:
-    count = max(1, plan.recipe.partition // plan.cluster.node.gpus_per_node)
+    count = max(1, plan.way.partition // plan.cluster.node.gpus_per_node)
     most = min(max(64, plan.cluster.nodes), plan.cluster.node.most_nodes)
     while count <= most:
         yield count

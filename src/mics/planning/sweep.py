@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -11,29 +11,30 @@ from mics.planning.cost import as_dollars
 from mics.planning.plan import Plan, search
 from mics.planning.reasons import explained
 from mics.planning.table import as_table
+from mics.ranks.console import Told
 
 
-def sweep(plan: Plan, counts: Sequence[int], say: Callable[[str], None]) -> list[Plan]:
+def sweep(plan: Plan, counts: Sequence[int], told: Told) -> list[Plan]:
     """Find the fastest plan on every number of nodes.
 
     Args:
         plan: its question is asked again.
         counts: numbers of nodes.
-        say: is told what is simulated, and which numbers are left out and why.
+        told: is told what is simulated, and which numbers are left out and why.
     """
     best = []
     for nodes in counts:
-        say(f"simulating on {nodes} nodes")
+        told(f"simulating on {nodes} nodes")
         try:
             other = replace(plan.cluster, nodes=nodes)
             plans = explained(search(plan.anatomy, other, plan.question))
         except PlanError as error:  # a partition or a global batch that does not go with so many
-            say(f"{nodes} nodes are left out: {error.what}")
+            told(f"{nodes} nodes are left out: {error.what}")
             continue
         if plans:
             best.append(plans[0])
         else:
-            say(f"{nodes} nodes are left out: nothing fits")
+            told(f"{nodes} nodes are left out: nothing fits")
     return best
 
 
@@ -53,6 +54,4 @@ def sweep_table(plans: Sequence[Plan], by: Literal["time", "cost"]) -> str:
         figure = f"{as_dollars(best.dollars_per_billion_tokens)} a billion tokens"
     else:
         return "\n".join([*lines, "Best by cost: n/a, failures leave no time for any step."])
-    return "\n".join(
-        [*lines, f"Best by {by}: {best.cluster.nodes} nodes, {best.recipe}, {figure}."]
-    )
+    return "\n".join([*lines, f"Best by {by}: {best.cluster.nodes} nodes, {best.way}, {figure}."])

@@ -39,7 +39,7 @@ def as_table(plans: Sequence[Plan]) -> str:
 
 def cells(plan: Plan) -> tuple[str, ...]:
     """Write a plan's line, one text per column."""
-    recipe, exposed = plan.recipe, plan.simulated.step.exposed
+    recipe, exposed = plan.way, plan.simulated.step.exposed
     price = plan.dollars_per_billion_tokens
     return (
         str(recipe.partition),
@@ -62,7 +62,7 @@ def cells(plan: Plan) -> tuple[str, ...]:
 
 def as_document(plan: Plan) -> dict[str, Any]:
     """Write a plan for JSON; bytes and seconds."""
-    recipe, step = plan.recipe, plan.simulated.step
+    recipe, step = plan.way, plan.simulated.step
     return {
         "nodes": plan.cluster.nodes,
         "node": plan.cluster.node.name,

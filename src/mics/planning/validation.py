@@ -6,7 +6,7 @@ but was looked at while the model was made is marked so: it is less than a predi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from mics.hardware.lookup import find_node, read_catalogue
 from mics.hardware.network import all_reduce_terms, gather_terms
 from mics.hardware.stacks import find_stack
 from mics.planning.subject import subject
+from mics.ranks.console import Told
 from mics.recipe import ON_GPUS, Recipe
 from mics.simulation.compute import times
 from mics.simulation.engine_step import simulate_engine
@@ -58,15 +59,15 @@ class Row:
     assumed: str
 
 
-def validate(say: Callable[[str], None] = lambda _: None) -> list[Row]:
+def validate(told: Told = lambda _: None) -> list[Row]:
     """Simulate every figure of ``catalogue/published.toml`` and fit the public measurements.
 
     Args:
-        say: is told which figure is being simulated; some take seconds.
+        told: is told which figure is being simulated; some take seconds.
     """
     rows = []
     for facts in read_catalogue("published")["figure"]:
-        say(facts["name"])
+        told(facts["name"])
         rows.append(_figure(facts))
     return [*rows, *_collectives()]
 

@@ -63,7 +63,7 @@ def describe(config: TrainConfig) -> str:
     question = question_of(config, batch, sequence)
     best = _fastest(config, anatomy, cluster, question)
     if best is not None:
-        topology = Topology(topology.nodes, k, best.recipe.partition)
+        topology = Topology(topology.nodes, k, best.way.partition)
     model = anatomy.model
     lines = [
         as_toml(config),

@@ -153,7 +153,7 @@ class Forecast:
             there = replace(node, gpu=replace(node.gpu, memory=float(memory)))
             best = fastest(self.anatomy, replace(self.cluster, node=there), self.question)
             if best is not None:
-                return PartitionChoice(best.recipe.partition, best.reason)
+                return PartitionChoice(best.way.partition, best.reason)
         return choose_partition(
             self._needed,
             int(memory),
