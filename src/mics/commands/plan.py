@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from mics.anatomy.memory import NOT_MODELLED
+from mics.commands.checks import check_folders, refuse_others
 from mics.commands.cluster_options import ClusterOptions, node_of
-from mics.commands.written import check_folders, refuse_others
 from mics.errors import PlanError
 from mics.hardware.catalogue_text import catalogue
 from mics.hardware.cluster import Cluster
@@ -27,15 +29,18 @@ from mics.planning.subject import subject
 from mics.planning.sweep import sweep, sweep_table
 from mics.planning.table import as_document
 from mics.ranks.console import progress, show
+from mics.recipe import Machine, Recipe
 
 
 @dataclass(frozen=True)
-class Config(ClusterOptions):
+class Config:
     """Simulate every legal way to train a model on a cluster; print those that fit, fastest first.
 
     Needs no GPU and makes no weight. A cluster is a node of the catalogue (`mics plan --list`), a
     file of your own, three numbers, or what `mics bench collectives --out` measured.
     """
+
+    where: Annotated[ClusterOptions, tyro.conf.arg(name="")] = field(default_factory=ClusterOptions)
 
     model: str = "bert-10b"
     """A preset (`mics train --models`), config.json, a folder with one, or a hub name."""
@@ -67,13 +72,13 @@ class Config(ClusterOptions):
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     """Of gradients on the wire, in hop 1 and in hop 2."""
 
-    prefetch: int = 1
+    prefetch: int = Recipe.prefetch
     """Blocks gathered ahead."""
 
-    stack: str = "eager"
+    stack: str = Recipe.stack
     """How much of a GPU's rate the software reaches: eager, fused, mics-paper."""
 
-    fragmentation: float = 1.05
+    fragmentation: float = Machine.fragmentation
     """What the allocator takes over what is alive."""
 
     tokens: float | None = None
@@ -138,7 +143,7 @@ def options_of(config: Config) -> dict[str, Any]:
 
 def _plan(config: Config) -> int:
     _check(config)
-    cluster = Cluster(node_of(config), config.nodes)
+    cluster = Cluster(node_of(config.where), config.nodes)
     if config.by == "cost" and cluster.node.price is None:
         raise PlanError(
             f"The price of {cluster.node.name} is not known.",

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+import tyro
+
+from mics.commands.checks import check_folders, refuse_others
 from mics.commands.cluster_options import ClusterOptions, node_of
-from mics.commands.written import check_folders, refuse_others
 from mics.errors import PlanError
 from mics.hardware.cluster import Cluster, Link, Node, extrapolated
 from mics.hardware.stacks import find_stack
@@ -23,18 +25,20 @@ from mics.planning.validation import as_markdown, validate
 from mics.planning.weighing import simulate_recipe
 from mics.quantities import GIB
 from mics.ranks.console import progress, show
-from mics.recipe import ON_GPUS, Recipe
+from mics.recipe import Machine, Recipe
 from mics.simulation.profiles import PROFILES, EngineName
 from mics.simulation.timeline import chrome_trace
 from mics.topology import possible_partitions
 
 
 @dataclass(frozen=True)
-class Config(ClusterOptions):
+class Config:
     """Simulate a step on growing clusters and compare engines. Needs no GPU, makes no weight.
 
     The partition is the smallest that fits unless --partition names one.
     """
+
+    where: Annotated[ClusterOptions, tyro.conf.arg(name="")] = field(default_factory=ClusterOptions)
 
     model: str = "bert-10b"
     """A preset (`mics train --models`), config.json, a folder with one, or a hub name."""
@@ -59,7 +63,7 @@ class Config(ClusterOptions):
     micro_batch: int = 8
     """Sequences of a GPU and micro-step."""
 
-    micro_steps: int = 4
+    micro_steps: int = Recipe.micro_steps
     """Per step; with --scaling strong those on the smallest cluster."""
 
     checkpointing: bool = True
@@ -77,10 +81,10 @@ class Config(ClusterOptions):
     pipelined: bool = False
     """What if the two stages of consecutive gathers ran beside each other (mics: on the CPU)."""
 
-    stack: str = "eager"
+    stack: str = Recipe.stack
     """How much of a GPU's rate the software reaches: eager, fused, mics-paper."""
 
-    sigma: float = ON_GPUS.sigma
+    sigma: float = Machine.sigma
     """Spread of a micro-step's time over GPUs."""
 
     json: Path | None = None
@@ -129,7 +133,7 @@ def _validate(config: Config) -> int:
 
 def _simulate(config: Config) -> int:
     counts = _checked(config)
-    node = _what_if(node_of(config), config)
+    node = _what_if(node_of(config.where), config)
     cluster = _smallest(config, node, counts)
     progress(f"tracing {config.model}")
     anatomy = subject(config.model)

@@ -1,8 +1,8 @@
-"""What a command is to write, and options beside which others mean nothing."""
+"""Checks of a command line: files that are to be written, and options that exclude others."""
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,19 @@ def refuse_others(config: Any, switch: str, *with_it: str) -> None:
     Raises:
         MicsError: an option was given beside the switch.
     """
-    changed = [
-        f"--{field.name.replace('_', '-')}"
-        for field in fields(config)
-        if field.name not in (switch, *with_it) and getattr(config, field.name) != field.default
-    ]
+    changed = [name for name in _changed(config) if name not in (switch, *with_it)]
     if changed:
-        raise MicsError(f"{' and '.join(changed)} would have no effect beside --{switch}.")
+        options = [f"--{name.replace('_', '-')}" for name in changed]
+        raise MicsError(f"{' and '.join(options)} would have no effect beside --{switch}.")
+
+
+def _changed(config: Any) -> list[str]:
+    """Name the options that are not what they are by default, those of nested tables too."""
+    names: list[str] = []
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if is_dataclass(value):
+            names += _changed(value)
+        elif value != field.default:
+            names.append(field.name)
+    return names
