@@ -20,20 +20,20 @@ class Recipe:
     """How a step is run.
 
     Args:
-        partition: p, ranks that hold one replica together.
-        micro_batch: sequences of a rank and micro-step.
-        micro_steps: s, forward and backward passes of one step.
-        checkpointing: every block is computed again in backward.
-        form: of a collective over several nodes; "auto" is the faster one.
-        sequence: tokens of one sequence.
-        compute_bytes: of a parameter that is gathered and computed with.
-        reduce_bytes: of a gradient on the wire, in hop 1 and in hop 2.
-        master_bytes: of a parameter and its gradient in a rank's shard.
+        partition: p, how many ranks hold one replica together.
+        micro_batch: how many sequences a rank takes in one micro-step.
+        micro_steps: s, how many micro-steps make a step.
+        checkpointing: whether every block's forward is computed again in backward.
+        form: of collectives over several nodes, flat or in two stages; "auto" is the faster.
+        sequence: how many tokens a sequence has.
+        compute_bytes: size of a number in a parameter that is gathered and computed with.
+        reduce_bytes: size of a number in a gradient on the wire, in hop 1 and in hop 2.
+        master_bytes: size of a number in a rank's shard of parameters and gradients.
         optimizer: one of ``anatomy.memory.OPTIMIZERS``.
-        prefetch: blocks gathered ahead.
-        pipelined: a gather's stage between nodes runs beside the stage inside nodes of the one
-            before. On Gloo it always does.
-        stack: of software, one of ``hardware.stacks``.
+        prefetch: how many blocks are gathered ahead.
+        pipelined: whether a gather's stage between nodes runs beside the stage inside nodes of the
+            gather before; on Gloo it always does.
+        stack: which software runs it, one of ``hardware.stacks``.
 
     Raises:
         PlanError: a figure that cannot be.
@@ -79,11 +79,11 @@ class Machine:
     """What is assumed of a machine whose ranks run a step, beside its GPUs and links.
 
     Args:
-        runtime_gib: memory of a GPU that is gone before the first tensor is made.
-        communicator_gib: buffers of each group of ranks a GPU is in.
-        fragmentation: memory the allocator asks for, over what is alive.
-        reductions: buffers of a unit that is being reduced; two where ranks exchange and sum.
-        sigma: spread of a micro-step's time over GPUs, as a share of it.
+        runtime_gib: GiB of a GPU that are gone before the first tensor is made.
+        communicator_gib: GiB of buffers for each group of ranks that a GPU is in.
+        fragmentation: how many times what is alive the allocator asks for.
+        reductions: how many buffers a unit has that is being reduced; two where ranks exchange.
+        sigma: spread of a micro-step's time over GPUs, as a share of that time.
 
     Raises:
         PlanError: a figure that cannot be.
