@@ -14,7 +14,7 @@ from ranks import errors_of_ranks, run_ranks
 
 from mics.checkpoint.appearing import AppearingFolder, appearing
 from mics.errors import DataError
-from mics.files import write_whole
+from mics.ranks.files import write_whole
 from mics.ranks.together import together
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mics.anatomy.trace import Operator, Segment, Trace
-from mics.files import write_whole
+from mics.ranks.files import write_whole
 from mics.version import __version__
 
 _COUNTED = 2

@@ -21,7 +21,6 @@ from typing import IO
 import torch
 import torch.distributed as dist
 
-import mics
 from mics.benching.deepspeed_child import Order
 from mics.errors import MicsError
 
@@ -103,7 +102,7 @@ class DeepSpeed:
 
 def _environment() -> dict[str, str]:
     """This rank's variables, for a process group of the children's own."""
-    source = str(Path(mics.__file__).parents[1])
+    source = str(Path(__file__).parents[2])
     kept = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC")}
     return kept | {
         "PYTHONPATH": os.pathsep.join([source, os.environ.get("PYTHONPATH", "")]),

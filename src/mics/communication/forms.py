@@ -24,11 +24,11 @@ from mics.communication.collectives import Decide
 from mics.communication.timing import time_in_turn
 from mics.communication.two_stages import hierarchical_all_gather, hierarchical_reduce_scatter
 from mics.errors import ShardError
-from mics.files import write_whole
 from mics.quantities import dtype_name, size
 from mics.ranks.agreement import gather_text
 from mics.ranks.console import say
 from mics.ranks.device import HOST, device_name, on_accelerator
+from mics.ranks.files import write_whole
 from mics.ranks.mesh import Groups, PerMesh, StageGroups, stage_groups
 from mics.topology import Ranks, nodes_of
 from mics.traffic import Collective, Form

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def bytes_sent() -> int | None:
-    """Since the interface exists, headers included; ``None`` where it cannot be told.
+    """Count bytes since the interface exists, headers included; ``None`` where it is not told.
 
     The interface is the one the backends are told to use (``GLOO_SOCKET_IFNAME``).
     """

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from mics.errors import LabError
-from mics.files import write_whole
+from mics.ranks.files import write_whole
 
 PREFIX = "mics-"
 FOLDER = "MICS_LAB_FOLDER"

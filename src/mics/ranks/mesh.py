@@ -1,4 +1,4 @@
-"""From a Topology to process groups: the ("replicate", "shard") mesh and the stage groups.
+"""A topology as process groups: the ("replicate", "shard") mesh and the stage groups.
 
 [Note: rank order]
 FSDP2 takes a parameter's shard index from ``group.rank()``, DTensor and the distributed checkpoint
