@@ -24,7 +24,7 @@ class Recipe:
         micro_batch: how many sequences a rank takes in one micro-step.
         micro_steps: s, how many micro-steps make a step.
         checkpointing: whether every block's forward is computed again in backward.
-        form: of collectives over several nodes, flat or in two stages; "auto" is the faster.
+        form: of collectives over several nodes, flat or hierarchical; "auto" is the faster.
         sequence: how many tokens a sequence has.
         compute_bytes: size of a number in a parameter that is gathered and computed with.
         reduce_bytes: size of a number in a gradient on the wire, in hop 1 and in hop 2.

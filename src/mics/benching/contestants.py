@@ -194,7 +194,7 @@ class _Engine:
 
 _ENGINES: dict[Name, _Engine] = {
     "mics": _Engine(
-        "mics: partition groups, two stages where they span nodes, hop 2 once a step",
+        "mics: partition groups, hierarchical where they span nodes, hop 2 once a step",
         _mics,
         _of_mics,
     ),

@@ -32,7 +32,7 @@ _SIZES = tuple(f"{2**n}KiB" for n in range(6, 17, 2))
 
 @dataclass(frozen=True)
 class Collectives:
-    """Time all-gather, reduce-scatter and all-reduce, flat and in two stages, beside the floor.
+    """Time all-gather, reduce-scatter and all-reduce, flat and hierarchical, beside the floor.
 
     What is faster in fp32 is kept in the profile that later runs choose by ($MICS_PROFILE); a lab's
     own profile ends with the lab, so measure in one that is up, or set the variable.

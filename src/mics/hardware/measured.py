@@ -24,7 +24,7 @@ MeasuredRow = Mapping[str, Any]
 def measured_node(path: Path, gpu: Gpu) -> Node:
     """Describe a node by its links, whose figures are fitted to measured times.
 
-    All-gathers, flat and in two stages, of groups of any size give both links at once; all-reduces
+    All-gathers, flat and hierarchical, of groups of any size give both links at once; all-reduces
     over nodes have figures of their own. Where one node was measured nothing is known of the link
     between nodes.
 

@@ -47,7 +47,7 @@ def cells(plan: Plan) -> tuple[str, ...]:
         str(recipe.micro_batch),
         str(recipe.micro_steps),
         "full" if recipe.checkpointing else "none",
-        "two stages" if recipe.form == "hierarchical" else "flat",
+        recipe.form,
         f"{plan.needed / GIB:.1f} GiB",
         f"{plan.seconds:.3f} s",
         f"{plan.tokens_per_second:,.0f}",

@@ -55,7 +55,7 @@ class Profile:
 
 PROFILES: dict[EngineName, Profile] = {
     "mics": Profile(
-        "partition groups, the faster of flat and two stages, hop 2 once a step",
+        "partition groups, the faster of flat and hierarchical, hop 2 once a step",
         "partition",
         two_stages=True,
     ),
