@@ -90,6 +90,48 @@ def test_the_next_writer_removes_what_a_dead_one_left_and_nothing_else(tmp_path:
     assert names_in(tmp_path) == ["step", "step.mine.tmp", "steps.01234567.tmp"]
 
 
+MAKERS = """
+import os, sys, time
+from pathlib import Path
+from mics.checkpoint.appearing import AppearingFolder
+children = []
+for _ in range(4):
+    pid = os.fork()
+    if pid == 0:
+        end = time.monotonic() + 1.5
+        while time.monotonic() < end:
+            AppearingFolder(Path(sys.argv[1])).discard()
+        os._exit(0)
+    children.append(pid)
+sys.exit(max(os.waitpid(pid, 0)[1] for pid in children) != 0)
+"""
+
+
+def test_writers_of_one_name_at_the_same_time_do_not_fail(tmp_path: Path) -> None:
+    program = [sys.executable, "-c", MAKERS, str(tmp_path / "step")]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert names_in(tmp_path) == []
+
+
+def test_a_folder_that_is_swept_before_it_is_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = Path.mkdir
+    made: list[Path] = []
+
+    def swept(self: Path, parents: bool = False) -> None:
+        make(self, parents=parents)
+        made.append(self)
+        if len(made) == 1:
+            self.rmdir()
+
+    monkeypatch.setattr(Path, "mkdir", swept)
+    with appearing(tmp_path / "step") as folder:
+        assert folder == made[1]
+    assert names_in(tmp_path) == ["step"]
+
+
 # -- one rank's error on all -----------------------------------------------------------------------
 
 
@@ -133,6 +175,18 @@ def test_one_ranks_error_is_raised_on_all(kind: type[Exception], words: str) -> 
     texts = errors_of_ranks(_one_fails, 3, kind)
     assert all(f"mics.errors.DataError: {words}" in text for text in texts)
     assert time.monotonic() - began < 60
+
+
+def _one_is_no_json() -> None:
+    def work() -> object:
+        return {1, 2} if dist.get_rank() == 1 else 0
+
+    together(work, _group(), kind=DataError, explain=_explain)
+
+
+def test_a_result_that_is_no_json_is_told_to_all() -> None:
+    texts = errors_of_ranks(_one_is_no_json, 3)
+    assert all("mics.errors.DataError: Explained.\n  Object of type set" in text for text in texts)
 
 
 def test_nothing_is_registered_at_exit_before_a_save_runs_beside_training() -> None:

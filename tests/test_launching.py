@@ -12,6 +12,8 @@ import pytest
 
 PROGRAM = """
 import os, signal, sys, time
+from pathlib import Path
+{before}
 from mics.errors import MicsError
 from mics.training.config import ParallelConfig, TrainConfig
 from mics.training.launching import run_on_ranks
@@ -26,8 +28,8 @@ sys.exit(run_on_ranks(work, TrainConfig(parallel=ParallelConfig(ranks=3))))
 """
 
 
-def start(body: str) -> subprocess.Popen[str]:
-    program = PROGRAM.format(body=body.strip().replace("\n", "\n    "))
+def start(body: str, before: str = "") -> subprocess.Popen[str]:
+    program = PROGRAM.format(before=before, body=body.strip().replace("\n", "\n    "))
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     return subprocess.Popen(
         [sys.executable, "-c", program],
@@ -166,3 +168,83 @@ def test_what_goes_wrong_after_a_signal_is_said() -> None:
     code, _, err = finish(process)
     assert code == 1
     assert err.endswith(": It broke.")
+
+
+PLANTING = """
+import pickle, tempfile
+import torch.multiprocessing.spawn as spawn
+public = tempfile.gettempdir()
+unlink = os.unlink
+class Planted:
+    def __reduce__(self): return (print, ("code of others",))
+def plant(path, **more):
+    unlink(path, **more)
+    if "errorfile" in str(path) and Path(path).parent == Path(public):
+        Path(path).write_bytes(pickle.dumps(Planted()))
+os.unlink = plant
+"""
+
+
+@pytest.mark.slow
+def test_what_others_put_into_the_public_temporary_folder_is_not_unpickled() -> None:
+    body = "if rank == 1:\n    os.kill(os.getpid(), 9)\ntime.sleep(60)"
+    code, out, err = finish(start(body, PLANTING))
+    assert (code, out) == (1, ["started"]), err
+    assert err.endswith("mics: rank 1 ended with exit code -9 and said nothing")
+
+
+@pytest.mark.slow
+def test_ranks_keep_the_public_temporary_folder() -> None:
+    body = "if tempfile.gettempdir() != public: raise MicsError(tempfile.gettempdir())"
+    code, _, err = finish(start(body, "import tempfile; public = tempfile.gettempdir()"))
+    assert code == 0, err
+
+
+FULL = """
+import mics.ranks.starting as starting
+def full(*_, **__): raise OSError("the disk is full")
+starting._report = full
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_cannot_report_says_why_itself() -> None:
+    code, _, err = finish(start("pass", FULL))
+    assert code == 1
+    assert "OSError: the disk is full" in err
+    assert "ProcessRaisedException" not in err
+    assert err.endswith("ended with exit code 1 and left no report")
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_before_it_has_a_group_says_why() -> None:
+    before = """
+import mics.ranks.starting as starting
+def broken(): raise RuntimeError("no loopback")
+starting.listen_on_loopback = broken
+"""
+    code, _, err = finish(start("pass", before))
+    assert code == 1
+    assert "ProcessRaisedException" not in err
+    assert err.endswith("RuntimeError: no loopback")
+
+
+@pytest.mark.slow
+def test_a_rank_that_calls_exit_gives_its_code() -> None:
+    code, _, err = finish(start("if rank == 1: sys.exit(2)\ntime.sleep(60)"))
+    assert (code, err) == (2, "")
+
+
+@pytest.mark.slow
+def test_a_signal_of_before_the_first_rank_ends_the_job() -> None:
+    before = """
+import mics.ranks.starting as starting
+start = starting.start_processes
+def late(*args, **more):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return start(*args, **more)
+starting.start_processes = late
+"""
+    code, _, err = finish(start("time.sleep(5)", before))
+    assert code == 1
+    assert err.endswith("mics: interrupted")

@@ -83,10 +83,13 @@ def _make(target: Path) -> tuple[Path, int]:
     while True:
         path = target.with_name(f"{target.name}.{secrets.token_hex(4)}{TEMPORARY}")
         path.mkdir(parents=True)
-        held = os.open(path, os.O_RDONLY)
+        try:
+            held = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:  # it was swept between the two lines
+            continue
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # it is being swept, which must not happen between the two lines
+        except BlockingIOError:  # it is being swept
             os.close(held)
             continue
         except OSError:  # a disk without locks; nothing is swept from it either

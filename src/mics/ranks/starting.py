@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import logging
-import multiprocessing
 import os
 import signal
 import socket
@@ -23,7 +23,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.multiprocessing.spawn import ProcessExitedException, start_processes
+from torch.multiprocessing.spawn import (
+    ProcessExitedException,
+    ProcessRaisedException,
+    start_processes,
+)
 
 from mics.errors import MicsError
 from mics.ranks.console import say
@@ -36,6 +40,7 @@ from mics.ranks.device import (
     use_local_device,
 )
 from mics.ranks.drawing import ranks_text
+from mics.ranks.files import write_whole
 from mics.ranks.launcher import Launch, export_torch_variables, listen_on_loopback
 
 LOCAL = "mics"
@@ -176,21 +181,23 @@ def run_local_ranks(
     """
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # of ranks it ends
     sys.stdout.flush()
-    with tempfile.TemporaryDirectory(prefix="mics-") as name, _passing_signals_on() as passed:
+    with tempfile.TemporaryDirectory(prefix="mics-") as name, _passing_signals_on() as signals:
         folder = Path(name)
-        context = start_processes(  # type: ignore[no-untyped-call]
-            _local_rank,
-            args=(ranks, folder, device_type, seconds, work, arguments),
-            nprocs=ranks,
-            join=False,
-            start_method="fork" if ranks_can_fork(device_type) else "spawn",
-        )
+        with _starting_in(folder):
+            context = start_processes(  # type: ignore[no-untyped-call]
+                _local_rank,
+                args=(ranks, folder, device_type, seconds, work, arguments),
+                nprocs=ranks,
+                join=False,
+                start_method="fork" if ranks_can_fork(device_type) else "spawn",
+            )
+        signals.pass_to(context.pids())
         silent = _first_to_die(context, folder)
         reports = [json.loads(file.read_text()) for file in folder.glob("*.json")]
     failed = [report for report in reports if "words" in report]
     if silent is None and not failed:
         return max((report["code"] for report in reports), default=0)
-    _say_why(silent, failed, interrupted=bool(passed))
+    _say_why(silent, failed, interrupted=bool(signals.passed))
     return 1
 
 
@@ -199,10 +206,29 @@ def _first_to_die(context: Any, folder: Path) -> str | None:
     try:
         while not context.join():
             pass
-    except ProcessExitedException as error:
+    except (ProcessExitedException, ProcessRaisedException) as error:
         if not _report_of(folder, error.error_index).exists():
-            return f"rank {error.error_index} ended with exit code {error.exit_code}"
+            if isinstance(error, ProcessRaisedException):
+                return f"rank {error.error_index}: {error.msg.strip()}"
+            silence = "said nothing" if error.exit_code < 0 else "left no report"
+            return f"rank {error.error_index} ended with exit code {error.exit_code} and {silence}"
     return None
+
+
+@contextmanager
+def _starting_in(folder: Path) -> Iterator[None]:
+    """What is started meanwhile has its error files in ``folder``, and its signals wait.
+
+    torch unpickles whatever stands under an error file's name, so others must not write there.
+    A rank that has a signal before it has set its handlers would lose it.
+    """
+    before, tempfile.tempdir = tempfile.tempdir, str(folder)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _say_why(silent: str | None, failed: list[dict[str, Any]], *, interrupted: bool) -> None:
@@ -211,7 +237,7 @@ def _say_why(silent: str | None, failed: list[dict[str, Any]], *, interrupted: b
         if not failed:
             say("interrupted")
     if silent is not None:
-        say(f"{silent} and said nothing")
+        say(silent)
     if failed:
         first = min(failed, key=lambda report: report["time"])
         if first["bug"] is not None:
@@ -235,64 +261,90 @@ def _local_rank(
     work: Work,
     arguments: tuple[Any, ...],
 ) -> None:
+    try:
+        _become(rank, ranks)
+        launch = Launch(LOCAL, rank, ranks, rank, ranks)
+        store = dist.FileStore(str(folder / "store"), ranks)  # type: ignore[attr-defined]
+        _make_group(store, launch, device_type, seconds)
+        code = work(launch, *arguments)
+        leave_groups()
+        _report(folder, rank, code=code)
+    except BaseException as error:
+        bug = None if isinstance(error, MicsError) else type(error).__name__
+        words = str(error) if bug is None else traceback.format_exc()
+        facts = {"time": time.time(), "bug": bug, "words": words}
+        code = 1
+        if isinstance(error, SystemExit) and isinstance(error.code, int):
+            code = error.code
+            facts = {"code": code}
+        try:
+            _report(folder, rank, **facts)
+            sys.stdout.flush()
+        except OSError:  # such as a full disk, which may be what the words are about
+            print(f"mics: rank {rank}: {words}", file=sys.stderr, flush=True)
+        finally:
+            os._exit(code)  # threads of a backend may be waiting for ranks that have gone
+
+
+def _become(rank: int, ranks: int) -> None:
+    """Take over from the process that started this one: signals, threads and environment."""
+    tempfile.tempdir = None
     for number in _PASSED_ON:  # SIGINT comes from the kernel too, when the parent dies
         if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
     listen_on_loopback()
-    launch = Launch(LOCAL, rank, ranks, rank, ranks)
     os.environ["MASTER_ADDR"] = "127.0.0.1"
     for name in ("RANK", "LOCAL_RANK"):
         os.environ[name] = str(rank)
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         os.environ[name] = str(ranks)
-    try:
-        store = dist.FileStore(str(folder / "store"), ranks)  # type: ignore[attr-defined]
-        _make_group(store, launch, device_type, seconds)
-        code = work(launch, *arguments)
-        leave_groups()
-    except BaseException as error:
-        bug = None if isinstance(error, MicsError) else type(error).__name__
-        words = str(error) if bug is None else traceback.format_exc()
-        _report(folder, rank, time=time.time(), bug=bug, words=words)
-        sys.stdout.flush()
-        os._exit(1)  # threads of a backend may be waiting for ranks that have gone
-    _report(folder, rank, code=code)
 
 
 def _report(folder: Path, rank: int, **facts: Any) -> None:
-    unnamed = folder / f"{rank}.part"  # a rank may be killed while it writes
-    unnamed.write_text(json.dumps({"rank": rank, **facts}))
-    unnamed.replace(_report_of(folder, rank))
+    write_whole(_report_of(folder, rank), json.dumps({"rank": rank, **facts}))
 
 
 def _report_of(folder: Path, rank: int) -> Path:
     return folder / f"{rank}.json"
 
 
+class _Signals:
+    """Signals on their way to the ranks; those of before the ranks' start wait for it."""
+
+    def __init__(self) -> None:
+        self.passed: list[int] = []
+        self._pids: list[int] = []
+
+    def come(self, number: int, frame: FrameType | None) -> None:
+        self.passed.append(number)
+        self._send(number)
+
+    def pass_to(self, pids: list[int]) -> None:
+        waiting = tuple(self.passed)
+        self._pids = pids
+        for number in waiting:
+            self._send(number)
+
+    def _send(self, number: int) -> None:
+        for pid in self._pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+
 @contextmanager
-def _passing_signals_on() -> Iterator[list[int]]:
-    """Hand the signals that would end this process to the ranks, which decide what to do.
-
-    Yields:
-        The signals that have been passed on.
-    """
-    passed: list[int] = []
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        passed.append(number)
-        for child in multiprocessing.active_children():
-            if child.pid is not None:
-                os.kill(child.pid, number)
-
+def _passing_signals_on() -> Iterator[_Signals]:
+    """Hand the signals that would end this process to the ranks, which decide what to do."""
+    signals = _Signals()
     before = {number: signal.getsignal(number) for number in _PASSED_ON}
     if before[signal.SIGHUP] is signal.SIG_IGN:  # nohup
         del before[signal.SIGHUP]
     for number in before:
-        signal.signal(number, pass_on)
+        signal.signal(number, signals.come)
     try:
-        yield passed
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -46,10 +46,12 @@ def together(
     cause: Exception | None = None
     try:
         result = None if work is None else work()
+        if group is not None:
+            json.dumps(result)  # what is no JSON must not end this rank alone, in the gathering
     except kind as error:
-        failure = error
+        result, failure = None, error
     except Exception as error:
-        failure, cause = explain(error), error
+        result, failure, cause = None, explain(error), error
     trouble = None if failure is None else [failure.what, failure.numbers, failure.write]
     gathered = gather_json({"result": result, "trouble": trouble}, group)
     for one in gathered:
