@@ -133,7 +133,7 @@ def shard_on_an_unknown() -> None:
 def test_an_unknown_backend_is_refused_by_name() -> None:
     for text in errors_of_ranks(shard_on_an_unknown, WORLD):
         assert "mics does not know how the backend 'fourth' behaves" in text
-        assert "known are gloo, nccl, xccl, hccl" in text
+        assert "known are gloo, nccl, xccl, hccl, fake" in text
         assert "communication/backend.py" in text
 
 

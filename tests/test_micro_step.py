@@ -12,6 +12,7 @@ import torch.distributed as dist
 from models import UnevenMLP
 from parity import quiet
 from ranks import errors_of_ranks, run_ranks
+from torch import nn
 
 import mics
 from mics.errors import MicroStepError, MicsWarning
@@ -256,6 +257,120 @@ def test_ranks_that_disagree_on_when_to_finish_are_all_told() -> None:
     for text in errors_of_ranks(_as_told, 4, lasts, True):
         assert "Ranks were given different numbers of micro-batches for one step" in text
         assert "After 2 micro-step(s) some ranks have more and others have not" in text
+
+
+@pytest.mark.parametrize("other", [[None, True], [False, True]])
+def test_ranks_that_say_it_in_different_ways_are_all_told(other: list[bool | None]) -> None:
+    """One would run hop 2 in the order of backward, the other in the order of the units."""
+
+    def mixed() -> None:
+        model = sharded(1)
+        afterwards = dist.get_rank() == 1
+        _step(model, [None, None] if afterwards else other)
+        if afterwards:
+            mics.finish_step(model)
+
+    for text in errors_of_ranks(mixed, 2):
+        assert "Some ranks say beforehand which micro-step is the last, and others do not" in text
+        assert "the same last= on every rank" in text
+
+
+def test_ranks_that_disagree_are_told_on_a_model_over_two_meshes() -> None:
+    def uneven() -> None:
+        parts = [UnevenMLP(), UnevenMLP()]
+        for part, partition in zip(parts, (2, 1), strict=True):
+            mesh = mics.init_mesh(partition=partition, gpus_per_node=2)
+            quiet(lambda part=part, mesh=mesh: mics.fully_shard(part, mesh=mesh))
+        both = nn.ModuleList(parts)
+        for i in mics.micro_steps(both, range(2 if dist.get_rank() < 2 else 1)):
+            sum(loss_of(part, part.example(i)) for part in parts).backward()  # type: ignore[union-attr]
+
+    for text in errors_of_ranks(uneven, 4):
+        assert "Ranks were given different numbers of micro-batches for one step" in text
+
+
+def test_tokens_on_some_ranks_only_are_an_error_on_all() -> None:
+    def some() -> None:
+        _step(sharded(), [True], tokens=4 if dist.get_rank() else None)
+
+    for text in errors_of_ranks(some, 2):
+        assert "Ranks normalise the gradients of one step in different ways" in text
+
+
+def test_another_module_around_the_same_parameters_is_refused_in_mid_step() -> None:
+    def refused() -> str:
+        model = sharded()
+        with mics.micro_step(nn.ModuleList([model]), last=False):
+            loss_of(model, model.example(0)).backward()
+        with (
+            pytest.raises(MicroStepError) as error,
+            mics.micro_step(nn.ModuleList([model]), last=True),
+        ):
+            pass
+        return str(error.value)
+
+    for text in run_ranks(refused, 2):
+        assert "A step of these parameters is open on another module" in text
+
+
+def test_a_state_dict_is_allowed_when_the_steps_gradients_were_dropped() -> None:
+    def saved() -> bool:
+        model = sharded()
+        _step(model, [False])
+        model.zero_grad()
+        return bool(model.state_dict())
+
+    assert all(run_ranks(saved, 2))
+
+
+def test_a_loop_that_is_kept_but_was_left_does_not_stand_in_the_way() -> None:
+    def gradient() -> float:
+        model = sharded()
+        kept = iter(mics.micro_steps(model, range(3)))
+        next(kept)
+        loss_of(model, model.example(0)).backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", MicsWarning)
+            _step(model, [True])
+        return model.out.bias.grad.full_tensor().sum().item()  # type: ignore[union-attr]
+
+    def alone() -> float:
+        model = sharded()
+        _step(model, [True])
+        return model.out.bias.grad.full_tensor().sum().item()  # type: ignore[union-attr]
+
+    assert run_ranks(gradient, 2) == run_ranks(alone, 2)
+
+
+def test_an_optimizer_is_refused_after_an_exception_in_the_last_one() -> None:
+    def refused() -> str:
+        model = sharded()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        _step(model, [False])
+        with pytest.raises(ZeroDivisionError), mics.micro_step(model, last=True):
+            raise ZeroDivisionError
+        with pytest.raises(MicroStepError) as error:
+            optimizer.step()
+        return str(error.value)
+
+    for text in run_ranks(refused, 2):
+        assert "optimizer.step() was called before the last" in text
+
+
+def test_a_step_that_is_left_leaves_the_question_of_another_model_open() -> None:
+    def told() -> str:
+        one, other = sharded(), sharded()
+        with (
+            pytest.raises(MicroStepError) as error,
+            mics.micro_step(one, last=dist.get_rank() == 0),
+            pytest.raises(ZeroDivisionError),
+            mics.micro_step(other, last=True),
+        ):
+            raise ZeroDivisionError
+        return str(error.value)
+
+    for text in run_ranks(told, 2):
+        assert "Ranks were given different numbers of micro-batches" in text
 
 
 def _misuses() -> dict[str, str]:

@@ -23,6 +23,7 @@ from mics import compat
 from mics.communication.all_to_all import Exchange
 from mics.communication.ledger import Timed
 from mics.errors import TopologyError
+from mics.ranks.device import on_accelerator
 from mics.ranks.mesh import Groups
 
 Program = Iterator[None]
@@ -137,13 +138,13 @@ class Gloo:
         under_way: list[Exchange] = []
 
         def call(async_op: bool) -> dist.Work | None:
-            begun = [Exchange(output, input, op, group) for output, input in pieces]
-            if async_op:
-                under_way.extend(begun)
-                return begun[-1].work
-            for exchange in begun:
-                exchange.finish()
-            return None
+            for output, input in pieces:
+                exchange = Exchange(output, input, op, group)
+                if async_op:
+                    under_way.append(exchange)
+                else:
+                    exchange.finish()  # before the next, which needs a buffer too
+            return under_way[-1].work if async_op else None
 
         yield from issue(span, call)
         for exchange in under_way:
@@ -191,6 +192,7 @@ BACKENDS: dict[str, Backend] = {
     "nccl": _STREAMS,
     "xccl": _STREAMS,
     "hccl": _STREAMS,
+    "fake": Gloo(),  # torch's stand-in for tests, whose collectives move nothing
 }
 """By the name that torch.distributed gives it. The one place where a backend is told."""
 
@@ -198,19 +200,25 @@ BACKENDS: dict[str, Backend] = {
 def backend_of(group: dist.ProcessGroup, device: torch.device) -> Backend:
     """The backend that serves a group's collectives on a device.
 
+    torch asks every backend of an accelerator to order its work on streams, so an unknown one is
+    taken for such; Gloo too, when it serves an accelerator's tensors.
+
     Raises:
-        TopologyError: mics does not know how it behaves.
+        TopologyError: mics does not know how a backend of the host behaves.
     """
     served = dist.get_backend_config(group)
     by_device = dict(entry.split(":") for entry in served.split(",") if ":" in entry)
     name = by_device.get(device.type, served)
-    if name not in BACKENDS:
+    known = BACKENDS.get(name)
+    if on_accelerator(device):
+        return _STREAMS if known is None or known.blocks else known
+    if known is None:
         raise TopologyError(
             f"mics does not know how the backend {name!r} behaves.",
             numbers=f"The process group serves {served}; known are {', '.join(BACKENDS)}.",
             write="a class and a line in communication/backend.py, or one of the known backends",
         )
-    return BACKENDS[name]
+    return known
 
 
 def backend_of_mesh(groups: Groups) -> Backend:

@@ -63,6 +63,9 @@ class AllGather:
         asked = Asked("all_gather", output_tensor, group)
         planned = plan(asked, self._groups, self._ledger, self._decide)
         program = partial(self._program, output_tensor, input_tensor, group, planned)
+        if async_op and planned.pair is None and not self._backend.blocks:
+            planned.span("flat")  # counted, and on a stream of the backend's own already
+            return compat.all_gather(output_tensor, input_tensor, group, async_op=True)
         if async_op:
             return self._backend.beside(program, output_tensor.device, "gathers")
         run(program(at_once))

@@ -35,6 +35,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from mics import compat
 from mics.communication.backend import Issue, Program, backend_of
@@ -88,7 +89,8 @@ class HopTwo:
         self._backend = backend_of(groups.replicas, groups.device)
         # Asked before this rank waits for the others: do they take part in this all-reduce at all?
         self._same_steps = same_steps_of(groups) if self._backend.blocks else None
-        self._hooked: dict[int, nn.Parameter] = {}  # position in the group -> hooked parameter
+        # By position in the group: the hooked parameter, and the hook's handle.
+        self._hooked: dict[int, tuple[nn.Parameter, RemovableHandle]] = {}
         self._num_trainable = 0
         self._pass = _Pass()
         self._unsynced = False  # .grad holds something no other replica has seen
@@ -178,12 +180,12 @@ class HopTwo:
         params = compat.sharded_params(self.group)
         self._num_trainable = sum(param.requires_grad for param in params)
         for position, param in enumerate(params):
-            ours = self._hooked.get(position) is param
+            ours = position in self._hooked and self._hooked[position][0] is param
             if compat.num_gradient_hooks(param) > ours:
                 raise _other_hook_error(self.group, self._replicas.size())
             if param.requires_grad and compat.num_gradient_hooks(param) == 0:
-                param.register_post_accumulate_grad_hook(self._after_accumulation)  # type: ignore[no-untyped-call]
-                self._hooked[position] = param
+                handle = param.register_post_accumulate_grad_hook(self._after_accumulation)  # type: ignore[no-untyped-call]
+                self._hooked[position] = param, handle
 
     def _after_accumulation(self, param: torch.Tensor) -> None:
         seen = self._pass

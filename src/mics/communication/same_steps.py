@@ -8,11 +8,23 @@ of their own, and are compared before anybody waits for a hop 2 that others do n
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 import torch.distributed as dist
 
 from mics.errors import MicroStepError
 from mics.ranks.mesh import Groups, PerMesh
+
+Said = Literal["beforehand", "on arrival", "afterwards"]
+"""When a rank says whether another micro-step comes: see [Note: who knows the last micro-step, and
+when] in ``open_step.py``. All ranks say it at the same moment, or their hop 2 would cross.
+"""
+
+Normalise = Literal["micro_steps", "tokens"] | None
+"""What the gradients of a step are divided by: the number of micro-steps, of tokens, or nothing."""
+
+_NORMALISE = (None, "micro_steps", "tokens")
 
 
 class SameSteps:
@@ -25,17 +37,18 @@ class SameSteps:
     def __init__(self, groups: Groups) -> None:
         self._ranks = groups.whole.mesh.flatten().tolist()  # not groups, which would keep itself
         self._group: dist.ProcessGroup | None = None
-        self._open: _Question | None = None
+        self._open: dict[int, _Question] = {}  # of every step that is open, by its owner
 
-    def ask(self, ran: int, *, more: bool) -> None:
-        """Say whether a micro-step follows the first ``ran`` of a step.
+    def ask(self, owner: object, ran: int, *, more: bool, said: Said, normalise: Normalise) -> None:
+        """Say whether a micro-step follows the first ``ran`` of a step; ``check`` has the answer.
 
-        The answer to the question before is compared first.
-
-        Raises:
-            MicroStepError: as ``check``.
+        Args:
+            owner: the step that asks; it has one question at a time.
+            ran: micro-steps of the step that have ended by then.
+            more: whether another one comes.
+            said: when this is said.
+            normalise: what the step's gradients are divided by.
         """
-        self.check()
         if self._group is None:
             self._group = dist.new_group(
                 self._ranks,
@@ -44,21 +57,21 @@ class SameSteps:
                 group_desc="mics_control",
             )
             assert self._group is not None
-        self._open = _Question(ran, more, self._group)
+        self._open[id(owner)] = _Question(ran, more, said, normalise, self._group)
 
     def check(self) -> None:
-        """Compare the answers to the question that is open, if one is.
+        """Compare the answers to all questions that are open.
 
         Raises:
             MicroStepError: on every rank, when they differ.
         """
-        question, self._open = self._open, None
-        if question is not None:
-            question.check()
+        while self._open:
+            owner = next(iter(self._open))
+            self._open.pop(owner).check()
 
-    def forget(self) -> None:
+    def forget(self, owner: object) -> None:
         """Drop the open question of a step that was left."""
-        self._open = None
+        self._open.pop(id(owner), None)
 
 
 same_steps_of = PerMesh(SameSteps)
@@ -68,18 +81,26 @@ same_steps_of = PerMesh(SameSteps)
 class _Question:
     """One question, under way."""
 
-    def __init__(self, ran: int, more: bool, group: dist.ProcessGroup) -> None:
+    def __init__(
+        self, ran: int, more: bool, said: Said, normalise: Normalise, group: dist.ProcessGroup
+    ) -> None:
         self._ran = ran
         self._more = more
-        self._most = torch.tensor([more, not more, ran, -ran], dtype=torch.int32)
+        self._said = said
+        self._normalise = normalise
+        kind, divides = get_args(Said).index(said), _NORMALISE.index(normalise)
+        facts = [more, not more, ran, -ran, kind, -kind, divides, -divides]
+        self._most = torch.tensor(facts, dtype=torch.int32)
         work = dist.all_reduce(self._most, dist.ReduceOp.MAX, group=group, async_op=True)
         assert work is not None
         self._work = work
 
     def check(self) -> None:
         self._work.wait()
-        some_go_on, some_end, most, minus_least = self._most.tolist()
-        if most == -minus_least and not (some_go_on and some_end):
+        some_go_on, some_end, most, minus_least, *rest = self._most.tolist()
+        same_moment, same_division = rest[0] == -rest[1], rest[2] == -rest[3]
+        differ = some_go_on and some_end
+        if most == -minus_least and not differ and same_moment and same_division:
             return
         ran = f"{self._ran} micro-step(s)"
         if most != -minus_least:
@@ -88,6 +109,18 @@ class _Question:
                 numbers=f"Rank {dist.get_rank()} has run {ran}; the ranks have run {-minus_least} "
                 f"to {most}.",
                 write="the same number of batches on every rank; pad the last one, or drop it",
+            )
+        if not differ and not same_division:
+            raise MicroStepError(
+                "Ranks normalise the gradients of one step in different ways.",
+                numbers=f"Rank {dist.get_rank()} divides by {self._normalise or 'nothing'}.",
+                write="the same normalise= on every rank, and tokens= on all of them or on none",
+            )
+        if not differ:
+            raise MicroStepError(
+                "Some ranks say beforehand which micro-step is the last, and others do not.",
+                numbers=f"After {ran} rank {dist.get_rank()} said it {self._said}.",
+                write="the same last= on every rank, and finish_step on all of them or on none",
             )
         raise MicroStepError(
             "Ranks were given different numbers of micro-batches for one step.",

@@ -44,9 +44,9 @@ class Plans(Sequence[Plan]):
     @overload
     def __getitem__(self, index: int) -> Plan: ...
     @overload
-    def __getitem__(self, index: slice) -> Sequence[Plan]: ...
-    def __getitem__(self, index: int | slice) -> Plan | Sequence[Plan]:
-        return self.plans[index]
+    def __getitem__(self, index: slice) -> list[Plan]: ...
+    def __getitem__(self, index: int | slice) -> Plan | list[Plan]:
+        return list(self.plans[index]) if isinstance(index, slice) else self.plans[index]
 
     def __len__(self) -> int:
         return len(self.plans)

@@ -139,7 +139,7 @@ def micro_step(
         )
     kind: Literal["micro_steps", "tokens"] | None = "tokens" if tokens is not None else normalise
     step = open_step(model)
-    if step is None or step.was_left:
+    if step is None or step.was_left or step.in_loop:
         step = OpenStep(model, normalise=kind, in_loop=False)
     step.check_normalise(kind)
     with step.micro_step(model, last=last, tokens=tokens):

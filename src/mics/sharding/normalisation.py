@@ -36,7 +36,7 @@ def _ranks_averaged(unit: Unit) -> float:
 def _total(tokens: Sequence[int | torch.Tensor], unit: Unit) -> torch.Tensor:
     """Tokens of all micro-steps of all ranks, at least 1; no host synchronisation."""
     device = unit.groups.device
-    counts = [torch.as_tensor(n, device=device).to(torch.float64) for n in tokens]
+    counts = [torch.as_tensor(n, device=device).to(torch.float64).reshape(()) for n in tokens]
     total = torch.stack(counts).sum()
     for group in unit.groups.axes:
         dist.all_reduce(total, group=group)

@@ -4,8 +4,10 @@
 Hop 2 runs beside the backward of the last micro-step, so that has to be known when it begins. Each
 rank tells the others then, and the answers travel while it computes (``same_steps.py``). A trainer
 that learns only afterwards says ``last=None``: no micro-step runs hop 2, ``finish`` does. Then
-nobody knows at the beginning of a micro-step whether the others run it too, so they are waited for:
-a message of a few bytes per micro-step.
+nobody knows at the beginning of a micro-step whether the others run it too, so they are waited
+for: a message of a few bytes per micro-step. All ranks say it in the same way: ``finish`` starts
+hop 2 in the order of the units, a backward pass in the reverse, and a communicator must see one
+order.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ import contextlib
 import warnings
 import weakref
 from collections.abc import Iterator
-from typing import Literal
 
 import torch
 from torch import nn
@@ -23,12 +24,10 @@ from torch.distributed.fsdp import FSDPModule
 from mics import compat
 from mics.communication.guard import guard
 from mics.communication.hop_two import HopTwo
-from mics.communication.same_steps import same_steps_of
+from mics.communication.same_steps import Normalise, Said, same_steps_of
 from mics.errors import MicroStepError, MicsWarning
 from mics.sharding.normalisation import divide_by_micro_steps, divide_by_tokens
 from mics.sharding.units import Unit, units_of
-
-Normalise = Literal["micro_steps", "tokens"] | None
 
 _ATTRIBUTE = "_mics_open_step"
 
@@ -50,22 +49,28 @@ class OpenStep:
         units = units_of(model)
         refuse_unreduced(units)
         _abandon(model, units)
+        for unit in units:
+            _refuse_other_module(unit.step)
         for module in _sharded_modules(model):
             module.reshard()  # what an evaluation left gathered may be older than the shards
         self._units = units
         self._params = [p for unit in units for p in compat.sharded_params(unit.group)]
-        self._same_steps = same_steps_of(units[0].groups)
+        # One of every mesh: a hop 2 asks the one of its own before it waits.
+        self._same_steps = list(dict.fromkeys(same_steps_of(unit.groups) for unit in units))
         self._normalise = normalise
-        self._in_loop = in_loop
+        self.in_loop = in_loop
         self.index = 0  # micro-steps that have ended
         self._last: bool | None = False  # what was said of the latest one
         self._running = False
         self._ended = False
+        self._raised = False
         self._tokens: list[int | torch.Tensor] = []
         self._has_gradients = False
         self._left: list[weakref.ref[torch.Tensor] | None] | None = None
         self._state_dict_hook = model.register_state_dict_pre_hook(self._refuse_state_dict)  # type: ignore[no-untyped-call]
         model.__dict__[_ATTRIBUTE] = self
+        for unit in units:
+            unit.belong_to(self)
         guard(self)
 
     @contextlib.contextmanager
@@ -90,12 +95,14 @@ class OpenStep:
             yield
             self._running = False
             self._refuse_another(model)
-            self._same_steps.check()
+            self._check()
             self.index += 1
             self._has_gradients = any(p.grad is not None for p in self._params)
             if last:
                 self._end(model)
-        except BaseException:
+        except BaseException as error:
+            # A break after the last backward leaves complete gradients, an exception may not.
+            self._raised = not isinstance(error, GeneratorExit)
             self.leave(model)
             raise
 
@@ -113,8 +120,8 @@ class OpenStep:
                 write="with mics.micro_step(model, last=None) for micro-steps that may be the last",
             )
         try:
-            self._same_steps.ask(self.index, more=False)
-            self._same_steps.check()
+            self._ask(self.index, more=False, said="afterwards")
+            self._check()
             self._end(model)
         except BaseException:
             self.leave(model)
@@ -126,7 +133,8 @@ class OpenStep:
             return
         self._running = False
         if open_step(model) is self:  # else another one uses these by now
-            self._same_steps.forget()
+            for questions in self._same_steps:
+                questions.forget(self)
             set_all_reduce(model, True)
         if self._left is None:
             self._close()
@@ -157,7 +165,7 @@ class OpenStep:
             return False
         if not self._owes(stepped):
             return True
-        if self._in_loop:
+        if self.in_loop:
             where = "the loop over mics.micro_steps(...) had ended"
             instead = "optimizer.step() after the loop, without break"
         else:
@@ -181,12 +189,20 @@ class OpenStep:
                 write="one mics.micro_step(...) after the other",
             )
         if self._last is None:  # see [Note: who knows the last micro-step, and when]
-            self._same_steps.ask(self.index, more=True)
-            self._same_steps.check()
+            self._ask(self.index, more=True, said="on arrival")
+            self._check()
         self._running, self._last = True, last
         set_all_reduce(model, bool(last))
         if last is not None:
-            self._same_steps.ask(self.index + 1, more=not last)
+            self._ask(self.index + 1, more=not last, said="beforehand")
+
+    def _ask(self, ran: int, *, more: bool, said: Said) -> None:
+        for questions in self._same_steps:
+            questions.ask(self, ran, more=more, said=said, normalise=self._normalise)
+
+    def _check(self) -> None:
+        for questions in self._same_steps:
+            questions.check()
 
     def _end(self, model: nn.Module) -> None:
         # Only after a last micro-step without a backward, or one not known to be the last, is
@@ -201,6 +217,8 @@ class OpenStep:
         elif self._normalise == "tokens":
             divide_by_tokens(self._units, self._tokens)
         self._ended = True
+        for unit in self._units:
+            unit.belong_to(None)
         del model.__dict__[_ATTRIBUTE]
         set_all_reduce(model, True)
         self._state_dict_hook.remove()
@@ -211,7 +229,7 @@ class OpenStep:
 
     def _owes(self, stepped: set[int]) -> bool:
         """Whether an optimizer of these parameters would use gradients that are not finished."""
-        if self._last and self._normalise is None:
+        if self._last and self._normalise is None and not self._raised:
             return False
         mine = [(i, p.grad) for i, p in enumerate(self._params) if id(p) in stepped]
         if self._left is None:
@@ -229,7 +247,9 @@ class OpenStep:
             )
 
     def _refuse_state_dict(self, *_: object) -> None:
-        after = "the loop over mics.micro_steps(...)" if self._in_loop else "the last micro-step"
+        if self.was_left:
+            return
+        after = "the loop over mics.micro_steps(...)" if self.in_loop else "the last micro-step"
         raise MicroStepError(
             "state_dict() was called between micro-steps: the gradients accumulated so far are in "
             "no state dict, so a run resumed from it would lose them.",
@@ -242,6 +262,16 @@ def open_step(model: nn.Module) -> OpenStep | None:
     """The step of a model that has begun and not ended, if there is one."""
     step: OpenStep | None = model.__dict__.get(_ATTRIBUTE)
     return step
+
+
+def _refuse_other_module(step: object) -> None:
+    """Refuse a step of units that belong to the open step of another module."""
+    if isinstance(step, OpenStep) and not step.was_left:
+        raise MicroStepError(
+            "A step of these parameters is open on another module.",
+            numbers=f"{step.index} micro-step(s) of it have ended.",
+            write="the same module object in every micro_step, micro_steps and finish_step",
+        )
 
 
 def _abandon(model: nn.Module, units: list[Unit]) -> None:

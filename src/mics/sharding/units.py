@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from mics import compat
 from mics.communication.backend import backend_of_mesh
@@ -67,8 +68,21 @@ class Unit:
             self.landing,
         )
         compat.set_comms(group, self.all_gather, self.reduce_scatter)
-        self.forward_hook = module.register_forward_pre_hook(outside_graphs(self._before_forward))
+        self.forward_hook: RemovableHandle | None = None
+        if self.hop_two is not None or self.landing is not None:
+            told = outside_graphs(self._before_forward)
+            self.forward_hook = module.register_forward_pre_hook(told)
+        self._step: object = None
         units_on(module).append(self)
+
+    @property
+    def step(self) -> object:
+        """The open step that will finish the unit's gradients, ``None`` if there is none."""
+        return self._step
+
+    def belong_to(self, step: object) -> None:
+        """Remember an open step, which then lasts as long as what it guards; ``None`` ends it."""
+        self._step = step
 
     def _before_forward(self) -> None:
         if self.hop_two is not None:
