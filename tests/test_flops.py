@@ -20,6 +20,7 @@ from mics.models.building import load_config
 from mics.planning.plan import Plan, search
 from mics.planning.question import Question
 from mics.planning.subject import subject
+from mics.recipe import Recipe
 from mics.training import meter as meter_module
 from mics.training import rates
 from mics.training.config import (
@@ -114,8 +115,7 @@ def planned(run: Run) -> Plan:
     """The plan of a run's settings on one p4d with two GPUs."""
     node = dataclasses.replace(find_node("p4d"), gpus_per_node=2)
     question = Question(
-        run.sequence,
-        micro_steps=run.batch.micro_steps,
+        Recipe(1, micro_steps=run.batch.micro_steps, sequence=run.sequence),
         micro_batches=(run.batch.micro_batch,),
         partitions=(2,),
         checkpointing=(False,),

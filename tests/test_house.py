@@ -43,7 +43,7 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
     "inheritance": {
         "commands/bench.py:Dilated": "options that two commands share",
         "commands/bench.py:Train": "options that two commands share",
-        "commands/lab.py:Run": "options that two commands share",
+        "commands/lab.py:RunInLab": "options that two commands share",
         "commands/lab.py:Up": "options that two commands share",
     },
     "docstrings": {},

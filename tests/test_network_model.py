@@ -177,6 +177,19 @@ def test_a_node_is_read_from_a_measurement(tmp_path: Path, device: str) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("backend", "gloo"), [("gloo", True), ("third", False), ("undefined", True), (None, True)]
+)
+def test_a_profile_is_gloos_by_its_backend_before_its_device(
+    tmp_path: Path, backend: str | None, gloo: bool
+) -> None:
+    path = bench_file(
+        tmp_path / "links.json", dataclasses.replace(MANY, gloo=True), (2, 4, 8), "cpu"
+    )
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"backend": backend}))
+    assert measured_node(path, find_gpu("H100")).gloo is gloo
+
+
 def test_one_number_of_ranks_shows_no_more_than_that(tmp_path: Path) -> None:
     """What a message takes whatever its size is then latency: too slow ahead, never too good."""
     found = measured_node(bench_file(tmp_path / "links.json", MANY, (8,)), find_gpu("H100"))

@@ -1,7 +1,7 @@
 """How a step is run, and what is assumed of the machines that run it; integers, no torch.
 
 Every part that weighs, times, plans, trains or forecasts a step takes the same ``Recipe``, so no
-two of them can differ in what a step is, and every default stands here alone.
+two of them can differ in what a step is. The verbs take their defaults from it.
 """
 
 from __future__ import annotations

@@ -176,7 +176,7 @@ def _with_no_sync(model: Any, batches: list[Any]) -> MicroSteps:
 
 
 @dataclass(frozen=True)
-class _Engine:
+class _InProcess:
     """One engine of this process.
 
     Args:
@@ -192,28 +192,28 @@ class _Engine:
     optimizes: bool = True
 
 
-_ENGINES: dict[Name, _Engine] = {
-    "mics": _Engine(
+_ENGINES: dict[Name, _InProcess] = {
+    "mics": _InProcess(
         "mics: partition groups, hierarchical where they span nodes, hop 2 once a step",
         _mics,
         _of_mics,
     ),
-    "mics p=1": _Engine(
+    "mics p=1": _InProcess(
         "mics with a whole replica on every rank, what it chooses where that fits",
         partial(_mics, partition=1),
         _of_mics,
     ),
-    "fsdp2": _Engine("FSDP2 full shard over all ranks", _fsdp2, _of_a_loop),
-    "hsdp every micro-step": _Engine(
+    "fsdp2": _InProcess("FSDP2 full shard over all ranks", _fsdp2, _of_a_loop),
+    "hsdp every micro-step": _InProcess(
         "FSDP2 HSDP, an all-reduce over the replicas every micro-step", _hsdp, _of_a_loop
     ),
-    "hsdp deferred": _Engine(
+    "hsdp deferred": _InProcess(
         "FSDP2 HSDP, the all-reduce on the last micro-step only", _hsdp, _with_the_all_reduce_last
     ),
-    "ddp": _Engine(
+    "ddp": _InProcess(
         "DDP, the all-reduce on the last micro-step only (no_sync)", _ddp, _with_no_sync
     ),
-    "computation": _Engine(
+    "computation": _InProcess(
         "forward and backward of every micro-step and nothing else: a floor, no engine",
         _alone,
         _of_a_loop,

@@ -46,7 +46,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Run(Shape):
+class RunInLab(Shape):
     """Run a command on every rank of a lab that is there for that time only.
 
     The command follows `--`: a Python script and its arguments, `mics <verb>`, or any program. Rank
@@ -120,7 +120,7 @@ class Clean:
 
 
 Config = (
-    Annotated[Run, tyro.conf.subcommand("run")]
+    Annotated[RunInLab, tyro.conf.subcommand("run")]
     | Annotated[Up, tyro.conf.subcommand("up")]
     | Annotated[Down, tyro.conf.subcommand("down")]
     | Annotated[Status, tyro.conf.subcommand("status")]
@@ -141,8 +141,8 @@ def run(config: Config) -> int:
         LabError: something is wrong with the lab.
     """
     check_system()
-    if isinstance(config, Run | Exec) and not config.command:
-        verb = "run" if isinstance(config, Run) else "exec"
+    if isinstance(config, RunInLab | Exec) and not config.command:
+        verb = "run" if isinstance(config, RunInLab) else "exec"
         progress(f"mics lab {verb}: no command; write it after `--`")
         return 2
     return _as_root(config) if os.geteuid() == 0 else _as_user(config)
@@ -150,7 +150,7 @@ def run(config: Config) -> int:
 
 def _as_root(config: Config) -> int:
     match config:
-        case Run():
+        case RunInLab():
             return _run(config)
         case Exec():
             return _exec(config)
@@ -178,7 +178,7 @@ def _as_user(config: Config) -> int:
     words = sys.argv[2:]
     unprivileged.check_user()
     match config:
-        case Run() | Up():
+        case RunInLab() | Up():
             lifetime.clean_unprivileged()  # from within nobody else's processes can be seen
             unprivileged.start_again_in_new(words)
         case Down() | Exec() | Cut() | Restore():
@@ -192,7 +192,7 @@ def _as_user(config: Config) -> int:
     return 0
 
 
-def _run(config: Run) -> int:
+def _run(config: RunInLab) -> int:
     with lifetime.lab_for(config.lab()) as lab:
         progress(
             f"lab {lab.name}: {lab.nodes} nodes x {lab.gpus_per_node} ranks, {lab.link} each way; "

@@ -44,7 +44,7 @@ def measured_node(path: Path, gpu: Gpu) -> Node:
         k = _count(document["gpus_per_node"])
         rows = [_checked(row, k) for row in document["measured"]]
         largest = max(row["ranks"] for row in rows)
-        gloo = document.get("device", "cpu") == "cpu"
+        gloo = _on_gloo(document)
         inside = _positive(document.get("inside_in_a_step", 1.0))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PlanError(
@@ -73,6 +73,14 @@ def measured_node(path: Path, gpu: Gpu) -> Node:
     if nodes == 1:
         return node
     return replace(node, all_reduce=fit_links(_all_reduces(rows, k, gloo), intra)["inter"])
+
+
+def _on_gloo(document: dict[str, Any]) -> bool:
+    """Whether Gloo moved what was measured; by the device, where torch named no backend."""
+    backend = document.get("backend")
+    if backend in (None, "undefined"):
+        return bool(document.get("device", "cpu") == "cpu")
+    return backend == "gloo"
 
 
 def _checked(row: Any, k: int) -> MeasuredRow:
