@@ -17,8 +17,9 @@ from mics.errors import MicroStepError
 from mics.ranks.mesh import Groups, PerMesh
 
 Said = Literal["beforehand", "on arrival", "afterwards"]
-"""When a rank says whether another micro-step comes: see [Note: who knows the last micro-step, and
-when] in ``open_step.py``. All ranks say it at the same moment, or their hop 2 would cross.
+"""When ranks say so, see [Note: who knows the last micro-step, and when] in ``open_step.py``.
+
+All ranks say it at the same moment, or their hop 2 would cross.
 """
 
 Normalise = Literal["micro_steps", "tokens"] | None

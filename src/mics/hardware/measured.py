@@ -80,7 +80,7 @@ def _on_gloo(document: dict[str, Any]) -> bool:
     backend = document.get("backend")
     if backend in (None, "undefined"):
         return bool(document.get("device", "cpu") == "cpu")
-    return backend == "gloo"
+    return bool(backend == "gloo")
 
 
 def _checked(row: Any, k: int) -> MeasuredRow:
