@@ -42,11 +42,6 @@ class Place:
     gpus_per_node: int
     link: str | None
 
-    @property
-    def link_bits(self) -> float | None:
-        """Bits per second of a node's slow link."""
-        return bits_of(self.link)
-
     def check(self, partitions: Sequence[int]) -> None:
         """Check that the ranks can be divided so, all of it before anything is measured.
 

@@ -210,7 +210,7 @@ def _compare(
     facts |= {name: asdict(value) for name, value in what.items()}
     facts |= {"steps": config.steps, "losses agree": same, "notes": notes}
     write_results(config.out, facts | {"engines": [asdict(one) for one in compared]})
-    _draw(config.out, compared, f"{title}\n{layout}", link_bits)
+    _draw(config.out, compared, f"{title}\n{where}", link_bits)
     return 0 if same else 1
 
 

@@ -76,7 +76,7 @@ class Backend(Protocol):
         """Reduce-scatter several pieces as one stage.
 
         Args:
-            pieces: outputs and inputs; all are issued before the first is waited for.
+            pieces: outputs and inputs.
             op: AVG, SUM or PREMUL_SUM.
             group: its ranks share a node, or sit on a node each.
             span: times the stage.
