@@ -109,11 +109,7 @@ def param_groups(module: nn.Module) -> list[Any]:
     """
     if not isinstance(module, FSDPModule):
         return []
-    state = module._get_fsdp_state()
-    if hasattr(state, "_fsdp_param_groups"):
-        return list(state._fsdp_param_groups)
-    group = getattr(state, "_fsdp_param_group", None)
-    return [] if group is None else [group]
+    return list(_groups_of_state(module._get_fsdp_state()))
 
 
 def modules_of(group: Any) -> tuple[nn.Module, ...]:

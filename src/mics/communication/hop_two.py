@@ -45,6 +45,7 @@ from mics.communication.landing import Landing
 from mics.communication.ledger import Ledger
 from mics.communication.same_steps import same_steps_of
 from mics.errors import MicroStepError, MicsWarning
+from mics.quantities import MIB
 from mics.ranks.mesh import Groups, ranks_of
 from mics.traffic import StageMessage
 
@@ -338,7 +339,7 @@ def _warn_once_about_repeats(replicas: int, shard_bytes: int) -> None:
     if _warned_about_repeats:
         return
     _warned_about_repeats = True
-    cost = 2 * (replicas - 1) * shard_bytes / replicas / 2**20
+    cost = 2 * (replicas - 1) * shard_bytes / replicas / MIB
     warnings.warn(
         "Gradients are accumulated without mics.micro_steps: hop 2 runs on every backward instead "
         f"of once a step. Each extra run sends {cost:.2f} MiB per rank for the first group alone. "

@@ -26,6 +26,7 @@ from mics.communication.guard import guard
 from mics.communication.hop_two import HopTwo
 from mics.communication.same_steps import Normalise, Said, same_steps_of
 from mics.errors import MicroStepError, MicsWarning
+from mics.quantities import MIB
 from mics.sharding.normalisation import divide_by_micro_steps, divide_by_tokens
 from mics.sharding.units import Unit, units_of
 
@@ -322,7 +323,7 @@ def refuse_unreduced(units: list[Unit]) -> None:
     raise MicroStepError(
         "set_requires_gradient_sync(False) is in force: it keeps whole gradients on every rank "
         "instead of shards, which is the memory MiCS saves.",
-        numbers=f"{len(unreduced)} group(s), {size / 2**20:.2f} MiB of unsharded gradients.",
+        numbers=f"{len(unreduced)} group(s), {size / MIB:.2f} MiB of unsharded gradients.",
         write="model.set_requires_gradient_sync(True); micro_steps defers hop 2 by itself",
     )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Protocol, TextIO
 
 import torch.distributed as dist
@@ -35,12 +34,7 @@ class Reporter(Protocol):
     def __enter__(self) -> Reporter:
         """Begin."""
 
-    def __exit__(
-        self,
-        error: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Hand over what is still buffered, and leave the terminal as it was."""
 
     def step(self, record: StepRecord) -> None:
@@ -71,12 +65,7 @@ class _Silence:
     def __enter__(self) -> Reporter:
         return self
 
-    def __exit__(
-        self,
-        error: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         pass
 
     def step(self, record: StepRecord) -> None:
@@ -117,12 +106,7 @@ class _Speaker:
     def __enter__(self) -> Reporter:
         return self
 
-    def __exit__(
-        self,
-        error: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._display.close()
         if self._lost:
             alarm(f"{self._lost} entries of {self._folder / METRICS} could not be written.")
