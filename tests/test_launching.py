@@ -48,7 +48,11 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, list[str], str]:
 @pytest.mark.slow
 def test_ranks_are_told_who_they_are_and_the_largest_code_is_returned() -> None:
     code, out, err = finish(
-        start('print(rank, os.environ["WORLD_SIZE"], os.environ["MASTER_ADDR"])\nreturn rank')
+        start(
+            # One write: three ranks share the pipe, and an unbuffered print writes each word.
+            'e = os.environ\nprint(f"{rank} {e[\'WORLD_SIZE\']} {e[\'MASTER_ADDR\']}\\n", end="")\n'
+            "return rank"
+        )
     )
     assert code == 2, err
     assert sorted(out[1:]) == ["0 3 127.0.0.1", "1 3 127.0.0.1", "2 3 127.0.0.1"]
