@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import random
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any
@@ -160,6 +161,31 @@ def test_somebody_is_always_late() -> None:
     assert straggling(0.02, 1, 1, 1) == 1.0
     assert straggling(0.02, 8, 1, 1) == pytest.approx(1 + 0.02 * 1.4236, rel=2e-3)  # tables: 1.4236
     assert straggling(0.02, 8, 64, 4) < straggling(0.02, 512, 1, 4)  # averages over micro-steps
+
+
+def test_lateness_counts_once_however_gpus_are_divided() -> None:
+    """With one micro-step all wait for the latest GPU of all; with more, small groups win."""
+    sizes = [2**n for n in range(11)]
+    alone = [straggling(0.02, p, 1024 // p, 1) for p in sizes]
+    assert alone == pytest.approx([straggling(0.02, 1024, 1, 1)] * len(sizes))
+    for micro_steps in (2, 4, 64):
+        late = [straggling(0.02, p, 1024 // p, micro_steps) for p in sizes]
+        assert late == sorted(late)
+        assert late[0] < late[-1]
+
+
+@pytest.mark.parametrize("p", [1, 8, 64])
+def test_lateness_is_what_drawn_gpus_are_late(p: int) -> None:
+    """Draw every micro-step of 64 GPUs, 4 micro-steps a step, and wait as the groups do."""
+    draw, steps = random.Random(1), 400
+    late = 0.0
+    for _ in range(steps):
+        of_replicas = [
+            sum(max(draw.gauss(0, 1) for _ in range(p)) for _ in range(4)) / 4
+            for _ in range(64 // p)
+        ]
+        late += max(of_replicas) / steps
+    assert straggling(1.0, p, 64 // p, 4) - 1 == pytest.approx(late, rel=0.05)
 
 
 # -- computation ---------------------------------------------------------------------------------

@@ -145,8 +145,11 @@ def _seconds(stages: Sequence[Stage]) -> float:
 def straggling(sigma: float, group: int, replicas: int, alone: int) -> float:
     """Work out how many times as long a step takes because somebody is always late.
 
-    A group that communicates in every block waits for its slowest all the time; replicas wait for
-    each other at hop 2, and by then the micro-steps between two of them have averaged.
+    A group that communicates in every block waits for its slowest all the time. Replicas wait for
+    each other at hop 2, and by then the micro-steps between two of them have averaged. What a group
+    waits for inside of it is no lateness of its replica a second time: with one micro-step the
+    latest of all replicas is the latest of all GPUs, however they are divided. So replicas add only
+    what the latest of all GPUs has over the latest of one group, averaged.
 
     Args:
         sigma: spread of a micro-step's time over GPUs, as a share of it.
@@ -154,7 +157,8 @@ def straggling(sigma: float, group: int, replicas: int, alone: int) -> float:
         replicas: groups that wait for each other at hop 2.
         alone: micro-steps from one hop 2 to the next.
     """
-    return 1 + sigma * (_latest(group) + _latest(replicas) / math.sqrt(alone))
+    within = _latest(group)
+    return 1 + sigma * (within + (_latest(group * replicas) - within) / math.sqrt(alone))
 
 
 def _latest(n: int) -> float:
