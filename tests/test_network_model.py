@@ -13,7 +13,7 @@ import pytest
 
 from mics.errors import PlanError
 from mics.hardware.catalogue_text import catalogue
-from mics.hardware.cluster import Cluster, Gpu, Link, Node
+from mics.hardware.cluster import GIVEN, Cluster, Gpu, Link, Node
 from mics.hardware.fit import Point, fit_links
 from mics.hardware.lookup import described, find_gpu, find_node, gpus, nodes
 from mics.hardware.measured import measured_node
@@ -310,7 +310,19 @@ def test_a_node_of_ones_own(tmp_path: Path) -> None:
     link = node.inter
     assert (link.bandwidth, link.latency, link.fixed) == pytest.approx((180 * GB, 20e-6, 5e-6))
     path.write_text(path.read_text().replace('"H100"', '"ours"'))
-    assert find_node(str(path)).gpu.memory == 96 * 2**30
+    assert find_node(str(path)).gpu.memory == 95 * 2**30
+    path.write_text(path.read_text().replace("usable = 95", "usable = 97"))
+    with pytest.raises(PlanError, match=r"usable of ours is more than its memory(.|\n)*97 of 96"):
+        find_node(str(path))
+
+
+def test_no_card_gives_all_the_memory_it_is_sold_with() -> None:
+    """What torch reports as an H100's total capacity is 79.11 GiB; plans count with no more."""
+    assert find_gpu("H100").memory == 79.11 * 2**30
+    for gpu in gpus().values():
+        assert gpu.sold is not None
+        assert GIVEN * gpu.sold <= gpu.memory < gpu.sold
+        assert "usable" in gpu.source or gpu.memory == GIVEN * gpu.sold
 
 
 OURS = """[ours]
@@ -359,7 +371,7 @@ def test_a_file_that_describes_no_node_is_refused(tmp_path: Path, text: str, wor
 
 def test_three_numbers_describe_a_node() -> None:
     node = described(memory_gib=48, intra_gb_s=200, inter_gb_s=25, gpus_per_node=4)
-    assert node.gpu.memory == 48 * 2**30
+    assert (node.gpu.sold, node.gpu.memory) == (48 * 2**30, GIVEN * 48 * 2**30)
     assert node.inter.bandwidth == 25 * GB
     assert math.isclose(node.inter.latency, find_node("p4d").inter.latency)
     assert "computes like A100-40GB, as none was named" in node.gpu.source

@@ -29,6 +29,7 @@ from mics.planning.inverse import (
 from mics.planning.parsing import parse_range
 from mics.planning.plan import Plan, Search, search
 from mics.planning.question import Question
+from mics.planning.ranking import STEP_ERROR
 from mics.planning.reasons import explained
 from mics.planning.scaling import strong_scaling, too_large, weak_scaling
 from mics.planning.subject import subject
@@ -84,12 +85,30 @@ def test_a_plan_never_takes_what_does_not_fit(bert: Anatomy, found: Search) -> N
         assert not fits(bert, small(), one.way)
 
 
-def test_the_fastest_comes_first(found: Search) -> None:
+def test_equal_plans_come_first_the_smallest_partition_ahead_then_the_fastest(
+    found: Search,
+) -> None:
     speeds = [plan.tokens_per_second for plan in found.plans]
-    assert speeds == sorted(speeds, reverse=True)
+    equal = [speed for speed in speeds if max(speeds) / speed <= 1 + STEP_ERROR]
+    assert found.equal == found.plans[: len(equal)]
+    assert 1 < len(equal) < len(speeds)
+    sizes = [(plan.way.partition, plan.seconds) for plan in found.equal]
+    assert sizes == sorted(sizes)
+    assert speeds[len(equal) :] == sorted(speeds[len(equal) :], reverse=True)
     best = found.plans[0]
-    assert best.tokens == best.way.micro_batch * 4 * 16 * 128
+    assert best.tokens == best.sequences * 128
     assert 0 < best.mfu <= best.hfu < 1
+
+
+def test_all_plans_of_a_search_do_the_same_work(bert: Anatomy, found: Search) -> None:
+    """The micro-steps are those of the fastest micro-batch; the others take more or fewer."""
+    (work,) = {plan.sequences for plan in found.plans}
+    assert work == 16 * 4 * 8  # 16 GPUs, 4 micro-steps of micro-batch 8
+    assert {(p.way.micro_batch, p.way.micro_steps) for p in found.plans} >= {(4, 8), (8, 4)}
+    assert found.left_out == ()
+    odd = search(bert, small(), dataclasses.replace(QUESTION, micro_batches=(3, 8)))
+    assert {plan.sequences for plan in odd.plans} == {work}
+    assert odd.left_out == (3,)
 
 
 @pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
@@ -220,6 +239,9 @@ def test_a_step_of_a_plan_takes_what_the_plan_says(found: Search) -> None:
         mics.simulate([plan])  # type: ignore[arg-type]
     assert mics.simulate(plan).seconds == plan.seconds
     assert mics.simulate(plan).late > 0
+    plans = mics.plan("gpt2-tiny", "p4d:2", micro_batches=[1])
+    assert mics.simulate(plans) == mics.simulate(plans.best)  # as the answer of plan stands
+    assert mics.simulate(plans, "ddp") == mics.simulate(plans[0], "ddp")
 
 
 def test_a_longest_sequence_may_be_the_models_own(bert: Anatomy) -> None:
@@ -464,7 +486,7 @@ def test_failures_cost() -> None:
 
 def test_a_pareto_set_has_no_plan_another_beats_in_both(found: Search) -> None:
     chosen = pareto_set(found.plans)
-    assert chosen[0] is found.plans[0]
+    assert chosen[0] is max(found.plans, key=lambda plan: plan.tokens_per_second)
     for plan in found.plans:
         for best in chosen:
             assert not (

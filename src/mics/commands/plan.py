@@ -22,8 +22,9 @@ from mics.planning.answer import TOP, Plans
 from mics.planning.api import plan
 from mics.planning.page import page
 from mics.planning.parsing import parse_range
-from mics.planning.plan import Plan
+from mics.planning.plan import Plan, equal_plans
 from mics.planning.question import MICRO_BATCHES
+from mics.planning.ranking import error_on
 from mics.planning.scaling import ENGINES, weak_scaling
 from mics.planning.subject import subject
 from mics.planning.sweep import sweep, sweep_table
@@ -34,7 +35,7 @@ from mics.recipe import Machine, Recipe
 
 @dataclass(frozen=True)
 class Config:
-    """Simulate every legal way to train a model on a cluster; print those that fit, fastest first.
+    """Simulate every legal way to train a model on a cluster; print those that fit, the best first.
 
     Needs no GPU and makes no weight. A cluster is a node of the catalogue (`mics plan --list`), a
     file of your own, three numbers, or what `mics bench collectives --out` measured.
@@ -52,7 +53,8 @@ class Config:
     """Tokens of one sequence; the model's positions by default, at most 4096."""
 
     global_batch: int | None = None
-    """Sequences per step, from which the micro-steps follow."""
+    """Sequences per step, from which the micro-steps follow; by default those of the fastest way,
+    with --micro-steps. Every way does the same work."""
 
     micro_steps: int | None = None
     """Per step, instead of --global-batch; 4 by default."""
@@ -155,40 +157,60 @@ def _plan(config: Config) -> int:
     progress(f"simulating on {cluster}")
     plans = plan(anatomy, cluster, **options_of(config))
     swept = sweep(plans.best, parse_range(config.sweep), progress) if config.sweep else []
-    show(plans.report(top=config.top, tokens=config.tokens))
+    lines = [plans.report(top=config.top, tokens=config.tokens)]
     if swept:
-        show(sweep_table(swept, config.by) + "\n")
-    show("\n".join(plans.caveats(swept)))
+        lines.append(sweep_table(swept, config.by) + "\n")
+    lines.append("\n".join(plans.caveats(swept)))
     _files(config, plans, swept)
+    show("\n".join(lines))  # last: what can fail has been done
     return 0
 
 
+def _document(config: Config, plans: Plans, swept: Sequence[Plan]) -> dict[str, Any]:
+    """Write down for machines what is printed for people."""
+    best = plans.best
+    return {
+        "model": config.model,
+        "parameters": best.anatomy.num_parameters,
+        "sequence": best.way.sequence,
+        "cluster": str(best.cluster),
+        "stack": config.stack,
+        "global_batch": best.sequences,
+        "micro_batches_left_out": list(plans.left_out),
+        "step_error": error_on(best.cluster.node),
+        "equally_fast": len(equal_plans(plans)),
+        "ways_that_fit": len(plans),
+        "ways_tried": len(plans) + len(plans.rejected),
+        "price": vars(plans.price(config.tokens)),
+        "limits": vars(plans.limits),
+        "caveats": plans.caveats(swept),
+        "not_modelled": NOT_MODELLED,
+        "plans": [as_document(one) for one in plans],
+        "sweep": [as_document(one) for one in swept],
+    }
+
+
 def _files(config: Config, plans: Plans, swept: Sequence[Plan]) -> None:
+    """Make what the files hold, all of it before the first is written."""
     best = plans.best
     title = f"{config.model} on {best.cluster}"
+    texts: list[tuple[Path, str]] = []
     if config.json is not None:
-        document = {
-            "model": config.model,
-            "parameters": best.anatomy.num_parameters,
-            "sequence": best.way.sequence,
-            "cluster": str(best.cluster),
-            "stack": config.stack,
-            "not_modelled": NOT_MODELLED,
-            "plans": [as_document(one) for one in plans],
-            "sweep": [as_document(one) for one in swept],
-        }
-        config.json.write_text(json.dumps(document, indent=1) + "\n")
+        document = json.dumps(_document(config, plans, swept), indent=1, allow_nan=False)
+        texts.append((config.json, document + "\n"))
     scaling = {}
     if config.html is not None or config.png is not None:
         progress("simulating other engines")
         scaling = weak_scaling(best, ENGINES)
     if config.html is not None:
         around = swept or sweep(best, _around(best.cluster.nodes), progress)
-        config.html.write_text(page(title, plans, around, scaling))
+        texts.append((config.html, page(title, plans, around, scaling)))
     if config.png is not None:
         from mics.planning.picture import draw
 
         draw(config.png, title, plans, scaling)
+    for file, text in texts:
+        file.write_text(text)
 
 
 def _around(nodes: int) -> list[int]:

@@ -122,9 +122,9 @@ def _validate(config: Config) -> int:
     check_folders(config.out)
     rows = validate(progress)
     table = as_markdown(rows)
-    show(table.removesuffix("\n"))
     if config.out is not None:
         config.out.write_text(table)
+    show(table.removesuffix("\n"))
     missed = [row.name for row in rows if row.holds == "NO"]
     if missed:
         progress(f"mics simulate: not held: {'; '.join(missed)}")
@@ -153,21 +153,19 @@ def _simulate(config: Config) -> int:
     plan = _first(config, search(anatomy, cluster, question))
     scale = weak_scaling if config.scaling == "weak" else strong_scaling
     curves = scale(plan, config.engines, counts, progress)
-    show(
-        f"{config.model}: {anatomy.num_parameters:,} parameters; {plan.way}, sequence "
-        f"{recipe.sequence}, {config.micro_steps} micro-steps; {node.name}; {config.scaling}"
-    )
-    show("\n".join(_table(curves, config)))
     stack = find_stack(config.stack)
-    notes = [
+    lines = [
+        f"{config.model}: {anatomy.num_parameters:,} parameters; {plan.way}, sequence "
+        f"{recipe.sequence}, {config.micro_steps} micro-steps; {node.name}; {config.scaling}",
+        *_table(curves, config),
         f"Software stack {stack.name}: {stack.calibrated}.",
         f"GPU: {node.gpu.source}." if node.gpu.source else "",
         extrapolated(node, counts[-1]),
         _on_gloo(node, config),
         *too_large(plan, config.engines),
     ]
-    show("\n".join(filter(None, notes)))
     _files(config, plan, curves)
+    show("\n".join(filter(None, lines)))  # last: what can fail has been done
     return 0
 
 

@@ -12,13 +12,14 @@ def catalogue() -> str:
     """GPUs, nodes and software stacks; what nobody published is "n/a"."""
     lines = [
         f"GPUs ({dated('gpus')})",
-        f"  {'name':<12}{'memory':>10}{'peak':>14}{'achieved':>14}{'its memory':>13}",
+        f"  {'name':<12}{'memory':>10}{'usable':>14}{'peak':>14}{'achieved':>14}{'its memory':>13}",
     ]
     for gpu in gpus().values():
         achieved = "n/a (1)" if gpu.achieved is None else f"{gpu.achieved / 1e12:.1f} TFLOPS"
         rate = "n/a" if gpu.bandwidth is None else f"{gpu.bandwidth / 1e9:,.0f} GB/s"
         lines.append(
-            f"  {gpu.name:<12}{gpu.memory / GIB:>6.0f} GiB{gpu.peak / 1e12:>7.0f} TFLOPS"
+            f"  {gpu.name:<12}{(gpu.sold or gpu.memory) / GIB:>6.0f} GiB"
+            f"{gpu.memory / GIB:>10.2f} GiB{gpu.peak / 1e12:>7.0f} TFLOPS"
             f"{achieved:>14}{rate:>13}"
         )
         lines.append(f"    {gpu.source}")
@@ -52,7 +53,8 @@ _FORM = (
     "  inter = { bandwidth = 180, latency = 20 }",
     "",
     "  [gpus.ours]                                   # only for a GPU that is not listed",
-    "  memory = 96                                   # GiB",
+    "  memory = 96                                   # GiB it is sold with",
+    "  usable = 95                                   # GiB torch reports; may be left out",
     "  peak = 500                                    # TFLOPS, 16 bits",
     "  bandwidth = 4000                              # GB/s",
 )

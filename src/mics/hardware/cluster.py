@@ -17,6 +17,10 @@ MOST_NODES = 1 << 17
 UNMEASURED = 0.8
 """The share of its peak a GPU is taken to reach where nobody measured its largest product."""
 
+GIVEN = 0.987
+"""The share of the memory a GPU is sold with that its driver gives, where nobody has seen it: the
+least of the catalogue's."""
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -24,7 +28,7 @@ class Gpu:
 
     Args:
         name: its name in the catalogue.
-        memory: how much it has, in bytes.
+        memory: how much of it the driver gives, in bytes: what torch calls its total capacity.
         peak: FLOPs per second of dense products in 16 bits.
         bandwidth: what its memory reads or writes, in bytes per second.
         achieved: FLOPs per second of the largest product that anybody measured.
@@ -32,6 +36,7 @@ class Gpu:
         bf16: whether it multiplies in bf16; else it does in fp16 only.
         peak_fp32: FLOPs per second of products in fp32, not rounded to TF32.
         torch_names: what torch calls it, without the vendor's name.
+        sold: the memory it is sold with, in bytes; ``None`` where ``memory`` is all that is known.
     """
 
     name: str
@@ -43,6 +48,7 @@ class Gpu:
     bf16: bool = True
     peak_fp32: float | None = None
     torch_names: tuple[str, ...] = ()
+    sold: float | None = None
 
     def computing(self, num_bytes: int) -> Gpu:
         """The same GPU with the rates of products in a dtype of so many bytes.
@@ -152,7 +158,7 @@ class Cluster:
     def __str__(self) -> str:
         return (
             f"{self.nodes} x {self.node.name} ({self.gpus} x {self.node.gpu.name}, "
-            f"{self.node.gpu.memory / GIB:.1f} GiB each)"
+            f"{self.node.gpu.memory / GIB:.4g} GiB each)"
         )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mics.errors import PlanError
-from mics.hardware.cluster import Gpu, Link, Node
+from mics.hardware.cluster import GIVEN, Gpu, Link, Node
 from mics.quantities import GIB
 
 _MOST = 1 << 17
@@ -29,6 +29,7 @@ _NODE_KEYS = {
 _LINK_KEYS = {"line", "bandwidth", "latency", "falls", "fixed"}
 _GPU_KEYS = {
     "memory",
+    "usable",
     "peak",
     "achieved",
     "bandwidth",
@@ -117,9 +118,16 @@ def gpu_of(name: str, facts: Any) -> Gpu:
     fp32, bf16 = _positive(name, facts, "peak_fp32"), facts.get("bf16", True)
     if not isinstance(bf16, bool):
         raise PlanError(f"bf16 of {name} must be true or false, got {bf16!r}.")
+    sold = _positive(name, facts, "memory") or 0.0
+    usable = _positive(name, facts, "usable")
+    if usable is not None and usable > sold:
+        raise PlanError(
+            f"usable of {name} is more than its memory.", numbers=f"{usable:g} of {sold:g} GiB."
+        )
     return Gpu(
         name=name,
-        memory=(_positive(name, facts, "memory") or 0.0) * GIB,
+        memory=(sold * GIVEN if usable is None else usable) * GIB,
+        sold=sold * GIB,
         peak=(_positive(name, facts, "peak") or 0.0) * 1e12,
         bandwidth=None if bandwidth is None else bandwidth * 1e9,
         achieved=None if achieved is None else achieved * 1e12,

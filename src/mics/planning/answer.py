@@ -9,15 +9,17 @@ from typing import overload
 
 from mics.anatomy.anatomy import Anatomy
 from mics.anatomy.memory import NOT_MODELLED
-from mics.hardware.cluster import Cluster, extrapolated
+from mics.hardware.cluster import Cluster, Gpu, extrapolated
 from mics.hardware.stacks import find_stack
 from mics.planning.cost import Price, Reliability, price_of
 from mics.planning.inverse import Limits, limits_around
 from mics.planning.nearest import check_any
-from mics.planning.plan import Plan, Rejected, search
+from mics.planning.plan import Plan, Rejected, equal_plans, search
 from mics.planning.question import Question
+from mics.planning.ranking import error_on
 from mics.planning.reasons import explained
 from mics.planning.table import as_table
+from mics.quantities import GIB
 
 TOP = 10
 """Lines of a table of plans."""
@@ -25,11 +27,15 @@ TOP = 10
 
 @dataclass(frozen=True)
 class Plans(Sequence[Plan]):
-    """Every plan that fits, the fastest first; ``print(plans)`` is what ``mics plan`` prints.
+    """Every plan that fits, the best first; ``print(plans)`` is what ``mics plan`` prints.
+
+    All do the same work in a step. Those that are as fast as the fastest, within the model's error,
+    come first, the smallest partition ahead; the others follow by time.
 
     Args:
         plans: with their reasons.
         rejected: recipes that do not fit.
+        left_out: micro-batches that do not divide that work.
         anatomy: of the model.
         cluster: they run on.
         question: they answer.
@@ -40,6 +46,7 @@ class Plans(Sequence[Plan]):
     anatomy: Anatomy = field(repr=False)
     cluster: Cluster
     question: Question
+    left_out: tuple[int, ...] = ()
 
     @overload
     def __getitem__(self, index: int) -> Plan: ...
@@ -59,7 +66,7 @@ class Plans(Sequence[Plan]):
 
     @property
     def best(self) -> Plan:
-        """The fastest plan."""
+        """The plan to take: of the equally fast ones that with the smallest partition."""
         return self.plans[0]
 
     def price(self, tokens: float | None = None) -> Price:
@@ -86,8 +93,10 @@ class Plans(Sequence[Plan]):
                 f"sequence {self.question.recipe.sequence}",
                 str(self.cluster),
                 f"software stack {stack.name}: {stack.calibrated}",
+                self._work(),
                 "",
                 as_table(self.plans[:top]),
+                *self._notes(top),
                 "",
                 f"{len(self.plans)} of {tried} ways fit. Best: {self.best.reason}.",
                 str(self.price(tokens)),
@@ -95,6 +104,38 @@ class Plans(Sequence[Plan]):
                 "",
             ]
         )
+
+    def _work(self) -> str:
+        """Say what every row does in a step."""
+        text = f"every row: a step of {self.best.sequences:,} sequences"
+        if self.question.global_batch is None:
+            steps, micro_batch = self.question.recipe.micro_steps, self._anchor
+            several = "s" if steps > 1 else ""
+            text += f", {steps} micro-step{several} of micro-batch {micro_batch} on each GPU"
+        if self.left_out:
+            text += f"; micro-batch {' '.join(map(str, self.left_out))} does not divide it"
+        return text
+
+    @property
+    def _anchor(self) -> int:
+        """The micro-batch whose micro-steps are those of the question."""
+        return self.best.sequences // self.cluster.gpus // self.question.recipe.micro_steps
+
+    def _notes(self, top: int) -> list[str]:
+        """Say which rows are equal, and which are plain full sharding."""
+        notes, equal = [], len(equal_plans(self.plans))
+        if equal > 1:
+            error = error_on(self.cluster.node)
+            notes.append(
+                f"The first {equal} are equally fast: within {error:.1%}, the error of a predicted "
+                "step. The smallest partition comes first."
+            )
+        if any(plan.is_full_sharding for plan in self.plans[:top]):
+            notes.append(
+                f"p = {self.cluster.gpus} is plain full sharding (FSDP2, ZeRO-3): one replica, no "
+                "hop 2."
+            )
+        return notes
 
     def caveats(self, swept: Sequence[Plan] = ()) -> list[str]:
         """Say what a reader must know of the figures.
@@ -110,6 +151,7 @@ class Plans(Sequence[Plan]):
         lines = [
             f"GPU: {gpu.source}." if gpu.source else "",
             "" if gpu.bf16 else f"{gpu.name} multiplies 16 bits in fp16 only; mics train has bf16.",
+            _given(gpu),
             f"Assumed: {machine.runtime_gib} GiB a GPU for its runtime, {machine.communicator_gib} "
             f"GiB for each group it is in, {machine.fragmentation - 1:.0%} for fragmentation; "
             f"{Reliability()}.",
@@ -117,6 +159,16 @@ class Plans(Sequence[Plan]):
             extrapolated(node, largest.nodes),
         ]
         return [line for line in lines if line]
+
+
+def _given(gpu: Gpu) -> str:
+    """Say how much of its memory a GPU's driver gives, where that is not what it is sold with."""
+    if gpu.sold is None:
+        return ""
+    return (
+        f"Memory: the driver gives {gpu.memory / GIB:.2f} of the {gpu.sold / GIB:g} GiB of "
+        f"{gpu.name}; plans use no more."
+    )
 
 
 def answer(anatomy: Anatomy, cluster: Cluster, question: Question) -> Plans:
@@ -127,4 +179,4 @@ def answer(anatomy: Anatomy, cluster: Cluster, question: Question) -> Plans:
     """
     result = search(anatomy, cluster, question)
     check_any(anatomy, cluster, question, result)
-    return Plans(explained(result), result.rejected, anatomy, cluster, question)
+    return Plans(explained(result), result.rejected, anatomy, cluster, question, result.left_out)

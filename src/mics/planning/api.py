@@ -36,10 +36,11 @@ def plan(
     blocks: Blocks = None,
     **options: Any,
 ) -> Plans:
-    """Find every way to train a model on a cluster that fits, the fastest first.
+    """Find every way to train a model on a cluster that fits, the best first.
 
     Nothing runs and no weight is made. ``print(plan(...))`` shows what ``mics plan`` shows;
-    ``plan(...)[0].reason`` says why the first one won.
+    ``plan(...)[0].reason`` says why the first one won. All do the same work in a step; of those
+    that are equally fast, within the model's error, the smallest partition comes first.
 
     Args:
         model: a preset ("bert-10b"), config.json, a transformers configuration, an ``nn.Module``,
@@ -116,11 +117,11 @@ def _check_options(options: Mapping[str, Any]) -> None:
         )
 
 
-def simulate(plan: Plan, engine: EngineName = "mics", *, timeline: bool = False) -> Step:
+def simulate(plan: Plan | Plans, engine: EngineName = "mics", *, timeline: bool = False) -> Step:
     """Simulate one step of a plan, by any engine.
 
     Args:
-        plan: of ``mics.plan``.
+        plan: one of ``mics.plan``, or all it answered, of which the best is taken.
         engine: "mics", "fsdp2", "hsdp every micro-step", "hsdp deferred", "ddp", "zero2", "zero3",
             "zero2 0.5.6" or "zero3 0.5.6".
         timeline: keep every span.
@@ -128,10 +129,16 @@ def simulate(plan: Plan, engine: EngineName = "mics", *, timeline: bool = False)
     Raises:
         PlanError: there is no such engine, or no plan.
     """
-    if not isinstance(plan, Plan):
-        raise PlanError(f"simulate takes a plan, got {type(plan).__name__}.", write="plans[0]")
+    chosen = plan.best if isinstance(plan, Plans) else plan
+    if not isinstance(chosen, Plan):
+        raise PlanError(
+            f"simulate takes a plan, got {type(plan).__name__}.",
+            write="simulate(plan(model, cluster)), or one of its plans: simulate(plans[0])",
+        )
     if engine not in PROFILES:
         raise PlanError(
             f"There is no engine {engine!r}.", numbers=f"Engines: {', '.join(PROFILES)}."
         )
-    return simulate_recipe(engine, plan.anatomy, plan.cluster, plan.way, timeline=timeline).step
+    return simulate_recipe(
+        engine, chosen.anatomy, chosen.cluster, chosen.way, timeline=timeline
+    ).step

@@ -1,4 +1,4 @@
-"""Every recipe for a model on a cluster, simulated; those that fit, the fastest first."""
+"""Every recipe for a model on a cluster, simulated; those that fit, the best first."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from mics.anatomy.memory import Memory, Need, with_fragmentation
 from mics.hardware.cluster import Cluster
 from mics.planning.cost import dollars
 from mics.planning.question import Question
+from mics.planning.ranking import count_equal, error_on, in_order
 from mics.planning.weighing import memory_on, simulate_recipe
 from mics.quantities import GIB
 from mics.recipe import Recipe
@@ -64,10 +65,19 @@ class Plan:
         return self.simulated.seconds
 
     @property
+    def sequences(self) -> int:
+        """How many sequences a step takes in, on all GPUs: the global batch."""
+        return self.way.micro_batch * self.way.micro_steps * self.cluster.gpus
+
+    @property
     def tokens(self) -> int:
         """How many tokens a step takes in, on all GPUs."""
-        way = self.way
-        return way.micro_batch * way.micro_steps * self.cluster.gpus * way.sequence
+        return self.sequences * self.way.sequence
+
+    @property
+    def is_full_sharding(self) -> bool:
+        """Whether one replica spans several GPUs, all of them: plain FSDP2, or ZeRO-3."""
+        return self.way.partition == self.cluster.gpus > 1
 
     @property
     def tokens_per_second(self) -> float:
@@ -119,10 +129,29 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Search:
-    """The result of a search: plans, the fastest first, and what did not fit."""
+    """The result of a search.
+
+    Args:
+        plans: that fit, the best first: as ``ranking.py`` orders them, all of the same work.
+        rejected: what did not fit.
+        left_out: micro-batches that do not divide the work of the others.
+    """
 
     plans: tuple[Plan, ...]
     rejected: tuple[Rejected, ...]
+    left_out: tuple[int, ...] = ()
+
+    @property
+    def equal(self) -> tuple[Plan, ...]:
+        """The plans that are as fast as the fastest, within the model's error."""
+        return equal_plans(self.plans)
+
+
+def equal_plans(plans: Sequence[Plan]) -> tuple[Plan, ...]:
+    """Pick of ranked plans those that are as fast as the fastest, within the model's error."""
+    if not plans:
+        return ()
+    return tuple(plans[: count_equal(map(_cost, plans), error_on(plans[0].cluster.node))])
 
 
 def best_of_partitions(plans: Sequence[Plan]) -> list[Plan]:
@@ -134,7 +163,12 @@ def best_of_partitions(plans: Sequence[Plan]) -> list[Plan]:
 
 
 def search(anatomy: Anatomy, cluster: Cluster, question: Question) -> Search:
-    """Try every recipe.
+    """Try every recipe; where nobody says how much work a step is, let all do the same.
+
+    A step of more sequences hides more of hop 2, so recipes are compared on one global batch. If
+    none was asked for it is the one of the recipe that takes least time per sequence: its
+    micro-batch with the micro-steps of the question. The others take as many micro-steps as that
+    needs.
 
     Args:
         anatomy: of the model.
@@ -145,6 +179,22 @@ def search(anatomy: Anatomy, cluster: Cluster, question: Question) -> Search:
         PlanError: there is nothing to try: a partition that is not legal, or a global batch that no
             micro-batch divides.
     """
+    plans, rejected = _tried(anatomy, cluster, question)
+    left_out: tuple[int, ...] = ()
+    if plans and len({plan.sequences for plan in plans}) > 1:
+        fastest = min(plans, key=_cost)
+        question = replace(question, global_batch=fastest.sequences)
+        tried = dict.fromkeys(question.micro_batches)
+        left_out = tuple(b for b in tried if not question.micro_steps(cluster, b))
+        plans, rejected = _tried(anatomy, cluster, question)
+    ordered = in_order(plans, _cost, lambda plan: plan.way.partition, error_on(cluster.node))
+    return Search(tuple(ordered), tuple(rejected), left_out)
+
+
+def _tried(
+    anatomy: Anatomy, cluster: Cluster, question: Question
+) -> tuple[list[Plan], list[Rejected]]:
+    """Weigh and simulate every recipe of a question."""
     plans: list[Plan] = []
     rejected: list[Rejected] = []
     for recipe in question.recipes(cluster):
@@ -168,8 +218,12 @@ def search(anatomy: Anatomy, cluster: Cluster, question: Question) -> Search:
                 anatomy=anatomy,
             )
         )
-    plans.sort(key=lambda plan: -plan.tokens_per_second)
-    return Search(tuple(plans), tuple(rejected))
+    return plans, rejected
+
+
+def _cost(plan: Plan) -> float:
+    """Seconds per token."""
+    return plan.seconds / plan.tokens
 
 
 def with_reason(plan: Plan, reason: str) -> Plan:

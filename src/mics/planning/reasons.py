@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from mics.planning.plan import Plan, Rejected, Search, with_reason
+from mics.planning.ranking import error_on
 from mics.quantities import GIB
 from mics.recipe import Recipe
 
@@ -17,16 +18,31 @@ def explained(search: Search) -> tuple[Plan, ...]:
 def explain(plan: Plan, search: Search) -> str:
     """Set a plan against the next smaller and the next larger partition.
 
-    A neighbour is run as the plan is; where it does not fit so, the sentence says what it lacks,
-    and how it would do as it fits.
+    Of the first plan it is said that it is not the fastest one, where it is not. A neighbour is run
+    as the plan is; where it does not fit so, the sentence says what it lacks, and how it would do
+    as it fits.
     """
     p = plan.way.partition
     sizes = {recipe.partition for recipe in _recipes(search)}
     smaller = max((q for q in sizes if q < p), default=None)
     larger = min((q for q in sizes if q > p), default=None)
-    parts = [f"p = {p}: {_fits(plan, search)}, {_bound(plan)}"]
+    whole = " (plain full sharding, one replica)" if plan.is_full_sharding else ""
+    parts = [f"p = {p}{whole}: {_fits(plan, search)}, {_bound(plan)}"]
+    parts += _chosen(plan, search)
     parts += [_against(plan, q, search) for q in (smaller, larger) if q is not None]
     return "; ".join(parts)
+
+
+def _chosen(plan: Plan, search: Search) -> Iterator[str]:
+    """Say that the first plan is one of several equal ones, the smallest partition of them."""
+    fastest = _fastest(search.plans)
+    if plan is search.plans[0] and fastest is not None and fastest is not plan:
+        slower = plan.seconds / fastest.seconds - 1
+        error = error_on(plan.cluster.node)
+        yield (
+            f"{fastest.way} is {slower:.1%} faster, less than the error of a predicted step, "
+            f"{error:.1%}: equal, so the smallest partition"
+        )
 
 
 def _recipes(search: Search) -> Iterator[Recipe]:
