@@ -184,9 +184,19 @@ def test_a_dilation_that_cannot_be_is_refused(change: dict[str, Any], words: str
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["train", "--partition", "1", "--steps", "0"], "--steps must be at least 1"),
-        (["collectives", "--repeats", "0"], "--repeats must be at least 1"),
+        (
+            ["train", "--partition", "1", "--steps", "0"],
+            "--steps must be a whole number from 1",
+        ),
+        (
+            ["collectives", "--repeats", "0"],
+            "--repeats must be a whole number from 1",
+        ),
         (["collectives", "--sizes", "0KiB"], "'0KiB' is no size"),
+        (
+            ["collectives", "--sizes", "9999999999GiB"],
+            "at most 1,024 GiB, got 9999999999GiB",
+        ),
     ],
 )
 def test_mics_bench_refuses_what_makes_no_sense(

@@ -322,7 +322,7 @@ def test_options_without_sense_exit_2(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main(["doctor", "--ranks", "0"]) == 2
-    assert "--ranks must be more than 0" in capsys.readouterr().err
+    assert "--ranks must be a whole number from 1 to 4,096, got 0" in capsys.readouterr().err
     assert main(["doctor", "--device", "abacus"]) == 2
     assert "--device abacus is not on this machine" in capsys.readouterr().err
     monkeypatch.setenv("RANK", "0")

@@ -397,6 +397,11 @@ def test_no_nodes_are_enough_for_some(bert: Anatomy) -> None:
         ({"global_batch": -16}, "global_batch must be a whole number, at least 1, got -16"),
         ({"fragmentation": -1.0}, "fragmentation must be a number, at least 1, got -1.0"),
         ({"fragmentation": float("nan")}, "fragmentation must be a number, at least 1, got nan"),
+        ({"micro_batches": [99999999999]}, "micro_batches must be at most 65,536, got 99999999999"),
+        ({"micro_steps": 10**20}, "micro_steps must be at most 1,048,576, got 1000"),
+        ({"global_batch": 10**30}, "global_batch must be at most 4,294,967,296, got 1000"),
+        ({"prefetch": 10**9}, "prefetch must be at most 1,024, got 1000000000"),
+        ({"fragmentation": 1e300}, "fragmentation must be at most 10.0, got 1e[+]300"),
         ({"prefetch": -1}, "prefetch must be a whole number, at least 0"),
         ({"sigma": -0.1}, "sigma must be a number, at least 0"),
         ({"runtime_gib": float("inf")}, "runtime_gib must be a number, at least 0, got inf"),
@@ -525,6 +530,6 @@ def test_engines_that_keep_everything_are_told_when_they_would_not_fit(found: Se
 def test_a_range_doubles() -> None:
     assert parse_range("nodes=2..64") == [2, 4, 8, 16, 32, 64]
     assert parse_range("3..13") == [3, 6, 12]
-    for text in ("2", "4..2", "0..4", "a..b", "nodes=2-4", "\u00b2..4"):
+    for text in ("2", "4..2", "0..4", "a..b", "nodes=2-4", "\u00b2..4", f"1..{'9' * 5000}"):
         with pytest.raises(PlanError, match="is no range"):
             parse_range(text)

@@ -6,7 +6,9 @@ reads it knows which option to name in the error.
 
 from __future__ import annotations
 
+import math
 import re
+from dataclasses import dataclass
 from fractions import Fraction
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
@@ -14,6 +16,29 @@ KIB, MIB, GIB = 2**10, 2**20, 2**30
 _BINARY = {"GiB": GIB, "MiB": MIB, "KiB": KIB, "B": 1}
 _DECIMAL = {"GB": 10**9, "MB": 10**6}
 _BITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}
+
+
+@dataclass(frozen=True)
+class Within:
+    """The numbers that an option may have, beside its type: ``Annotated[int, Within(1, 9)]``.
+
+    Args:
+        least: the smallest.
+        most: the largest.
+    """
+
+    least: float
+    most: float
+
+    def __contains__(self, value: float) -> bool:
+        return self.least <= value <= self.most  # never of what is no number
+
+    def __str__(self) -> str:
+        return f"from {_plain(self.least)} to {_plain(self.most)}"
+
+
+def _plain(number: float) -> str:
+    return f"{number:,}" if isinstance(number, int) else f"{number:,g}"
 
 
 # -- as text ---------------------------------------------------------------------------------------
@@ -87,7 +112,7 @@ def dtype_name(dtype: object) -> str:
 def parse_size(text: str, *, units: tuple[str, ...]) -> int | None:
     """Read bytes: 64KiB, 5GB. ``None`` unless it is a whole number of one of the units."""
     known = {unit.upper(): scale for unit, scale in (_BINARY | _DECIMAL).items() if unit in units}
-    match = re.fullmatch(r"([1-9]\d*)\s*([a-z]+)", text.strip(), re.IGNORECASE)
+    match = re.fullmatch(r"([1-9]\d{0,17})\s*([a-z]+)", text.strip(), re.IGNORECASE)
     if match is None or match[2].upper() not in known:
         return None
     return int(match[1]) * known[match[2].upper()]
@@ -96,12 +121,12 @@ def parse_size(text: str, *, units: tuple[str, ...]) -> int | None:
 def parse_rate(text: str) -> float | None:
     """Read the bits per second of a link, as ``tc`` writes them: 200mbit, 1.5gbit."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmg]?)bit", text, re.IGNORECASE)
-    if match is None or float(match[1]) == 0:
-        return None
-    return float(match[1]) * _BITS[match[2].lower()]
+    bits = 0.0 if match is None else float(match[1]) * _BITS[match[2].lower()]
+    return bits if 0 < bits < math.inf else None
 
 
 def parse_milliseconds(text: str) -> float | None:
     """Read a latency: 0.5ms."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)ms", text)
-    return float(match[1]) if match else None
+    milliseconds = float(match[1]) if match else math.inf
+    return milliseconds if milliseconds < math.inf else None

@@ -14,6 +14,29 @@ from typing import Literal
 from mics.errors import PlanError
 from mics.traffic import Form
 
+MOST_RANKS = 1 << 27
+MOST_MICRO_BATCH = 1 << 16
+MOST_MICRO_STEPS = 1 << 20
+MOST_BATCH = 1 << 32
+MOST_SEQUENCE = 1 << 24
+MOST_AHEAD = 1 << 10
+MOST_FRAGMENTATION = 10.0
+MOST_SIGMA = 10.0
+
+MOST = {
+    "partition": MOST_RANKS,
+    "partitions": MOST_RANKS,
+    "micro_batch": MOST_MICRO_BATCH,
+    "micro_batches": MOST_MICRO_BATCH,
+    "micro_steps": MOST_MICRO_STEPS,
+    "global_batch": MOST_BATCH,
+    "sequence": MOST_SEQUENCE,
+    "prefetch": MOST_AHEAD,
+    "fragmentation": MOST_FRAGMENTATION,
+    "sigma": MOST_SIGMA,
+}
+"""The largest figure of each name: far above what anybody runs, and small enough to be weighed."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -104,6 +127,8 @@ class Machine:
 def check_whole(record: object, least: int, *names: str) -> None:
     """Raise a PlanError unless these fields, or all items of those that are sequences, are counts.
 
+    None may be above what ``MOST`` says of its name.
+
     Args:
         record: dataclass with the fields.
         least: the smallest count that is allowed.
@@ -112,10 +137,11 @@ def check_whole(record: object, least: int, *names: str) -> None:
     for name, value in _figures(record, names):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise PlanError(f"{name} must be a whole number, at least {least}, got {value!r}.")
+        _check_most(name, value)
 
 
 def check_number(record: object, least: float, *names: str) -> None:
-    """Raise a PlanError unless these fields are finite numbers of at least so much."""
+    """Raise a PlanError unless these fields are numbers of at least so much, at most ``MOST``."""
     for name, value in _figures(record, names):
         if not isinstance(value, int | float) or isinstance(value, bool):
             in_range = False
@@ -123,6 +149,13 @@ def check_number(record: object, least: float, *names: str) -> None:
             in_range = least <= value < math.inf
         if not in_range:
             raise PlanError(f"{name} must be a number, at least {least}, got {value!r}.")
+        _check_most(name, value)
+
+
+def _check_most(name: str, value: object) -> None:
+    most = MOST.get(name, math.inf)
+    if isinstance(value, int | float) and value > most:
+        raise PlanError(f"{name} must be at most {most:,}, got {value!r}.")
 
 
 def check_one_of(record: object, allowed: Sequence[object], *names: str) -> None:

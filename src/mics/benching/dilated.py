@@ -23,7 +23,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import transformers
@@ -34,6 +34,8 @@ from mics.errors import MicsError
 from mics.hardware.lookup import find_node
 from mics.models.presets import PRESETS
 from mics.planning.subject import subject
+from mics.quantities import Within
+from mics.recipe import MOST_MICRO_BATCH, MOST_MICRO_STEPS, MOST_SEQUENCE
 
 NODES = 8
 """How many nodes the cluster's link is taken to join: with more of them a p3dn's carries less."""
@@ -80,11 +82,11 @@ class Dilation:
 
     model: str = "bert-10b"
     cluster: Literal["p3dn", "p4d"] = "p3dn"
-    micro_batch: int = 8
-    sequence: int = 512
-    micro_steps: int = 4
-    blocks: int = 6
-    block_bytes: int = 2**21
+    micro_batch: Annotated[int, Within(1, MOST_MICRO_BATCH)] = 8
+    sequence: Annotated[int, Within(1, MOST_SEQUENCE)] = 512
+    micro_steps: Annotated[int, Within(1, MOST_MICRO_STEPS)] = 4
+    blocks: Annotated[int, Within(1, 1 << 10)] = 6
+    block_bytes: Annotated[int, Within(1, 1 << 40)] = 2**21
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from mics.benching.deepspeed_parent import RELEASES, DeepSpeed
 from mics.benching.dilated import Dilation, Stretched
 from mics.benching.side_by_side import Stepping
 from mics.benching.workloads import Workload
-from mics.errors import MicsError
 from mics.lab.network import bits_per_second
 from mics.ranks.console import speaks
 from mics.ranks.mesh import start
@@ -129,16 +128,6 @@ def write_results(path: Path | None, document: dict[str, Any]) -> None:
     if path is not None and speaks():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(document, indent=1) + "\n")
-
-
-def at_least_one(name: str, value: int) -> None:
-    """Check an option that counts something.
-
-    Raises:
-        MicsError: it is less than one.
-    """
-    if value < 1:
-        raise MicsError(f"--{name} must be at least 1, got {value}.")
 
 
 def _without_out(words: Sequence[str]) -> list[str]:

@@ -6,11 +6,14 @@ import random
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from mics.quantities import Within
+from mics.recipe import MOST_MICRO_BATCH, MOST_MICRO_STEPS
 
 _MASKED = 0.15
 _MASK_ID = 256
@@ -31,11 +34,11 @@ class Workload:
     """
 
     kind: Literal["gpt", "bert"] = "gpt"
-    hidden: int = 256
-    layers: int = 6
-    rows: int = 2
-    length: int = 64
-    micro_steps: int = 4
+    hidden: Annotated[int, Within(1, 1 << 16)] = 256
+    layers: Annotated[int, Within(1, 1 << 10)] = 6
+    rows: Annotated[int, Within(1, MOST_MICRO_BATCH)] = 2
+    length: Annotated[int, Within(1, 1 << 16)] = 64
+    micro_steps: Annotated[int, Within(1, MOST_MICRO_STEPS)] = 4
 
     def model(self) -> Any:
         """The model with the same weights every time, without dropout."""

@@ -12,7 +12,7 @@ from mics.benching.collectives import keep_choices, measure_collectives
 from mics.benching.contestants import NAMES, Layout, Name
 from mics.benching.deepspeed_parent import RELEASES, check_environments
 from mics.benching.dilated import Dilation, Stretched
-from mics.benching.session import at_least_one, bits_of, engine_of, link_of, meet, write_results
+from mics.benching.session import bits_of, engine_of, link_of, meet, write_results
 from mics.benching.side_by_side import Compared, agree, compare
 from mics.benching.tables import (
     collectives_heading,
@@ -21,13 +21,18 @@ from mics.benching.tables import (
     notes_on,
 )
 from mics.benching.workloads import Workload
+from mics.commands.numbers import check_numbers
 from mics.errors import MicsError
-from mics.quantities import parse_size
+from mics.quantities import Within, parse_size
 from mics.ranks.console import progress, show, speaks
 from mics.ranks.mesh import groups_of, init_mesh
 from mics.ranks.starting import leave_groups
+from mics.recipe import MOST_RANKS
 
 _SIZES = tuple(f"{2**n}KiB" for n in range(6, 17, 2))
+
+
+_LARGEST = 2**40
 
 
 @dataclass(frozen=True)
@@ -41,16 +46,16 @@ class Collectives:
     `mics lab run --nodes 2 --gpus-per-node 4 -- mics bench collectives`.
     """
 
-    partition: tuple[int, ...] = ()
+    partition: Annotated[tuple[int, ...], Within(1, MOST_RANKS)] = ()
     """Ranks of the measured groups; by default those of a node, of 2, 4, 8, ... nodes, and all."""
 
-    gpus_per_node: int | None = None
+    gpus_per_node: Annotated[int | None, Within(1, MOST_RANKS)] = None
     """Ranks joined by the fast link; what the launcher says by default."""
 
     sizes: tuple[str, ...] = _SIZES
     """Sizes of the gathered message: 64KiB, 8MiB, ..."""
 
-    repeats: int = 5
+    repeats: Annotated[int, Within(1, 1_000_000)] = 5
     """Calls of each; the median is shown, with quartiles."""
 
     link: str | None = None
@@ -62,17 +67,17 @@ class Collectives:
 
 @dataclass(frozen=True)
 class _Comparison:
-    partition: int
+    partition: Annotated[int, Within(1, MOST_RANKS)]
     """Ranks per partition group, for mics and HSDP."""
 
-    gpus_per_node: int | None = None
+    gpus_per_node: Annotated[int | None, Within(1, MOST_RANKS)] = None
     """Ranks joined by the fast link; what the launcher says by default."""
 
     engines: tuple[Name, ...] = tuple(NAMES)
     """Which engines; the first one is what the others are compared with. DeepSpeed's need
     `make bench-environments`."""
 
-    steps: int = 5
+    steps: Annotated[int, Within(1, 1_000_000)] = 5
     """Steps of each that count; one more warms up."""
 
     collectives: Literal["auto", "flat", "hierarchical"] = "auto"
@@ -125,6 +130,7 @@ def run(config: Config) -> int:
     Raises:
         MicsError: something does not fit.
     """
+    check_numbers(config)
     match config:
         case Collectives():
             code = _collectives(config)
@@ -140,7 +146,6 @@ def _collectives(config: Collectives) -> int:
     link = link_of(config.link)
     link_bits = bits_of(link)
     sizes = [_size(text) for text in config.sizes]
-    at_least_one("repeats", config.repeats)
     place = meet(config.gpus_per_node, link)
     partitions = config.partition or place.group_sizes()
     place.check(partitions)
@@ -185,7 +190,6 @@ def _compare(
 ) -> int:
     link = link_of(config.link)
     link_bits = bits_of(link)
-    at_least_one("steps", config.steps)
     place = meet(config.gpus_per_node, link)
     place.check([config.partition])  # for every engine, mics among them or not
     check_environments([name for name in config.engines if name in RELEASES])
@@ -229,4 +233,6 @@ def _size(text: str) -> int:
     num_bytes = parse_size(text, units=("KiB", "MiB", "GiB"))
     if num_bytes is None:
         raise MicsError(f"{text!r} is no size.", write="--sizes 64KiB 8MiB")
+    if num_bytes > _LARGEST:
+        raise MicsError(f"A message has at most 1,024 GiB, got {text}.", write="--sizes 64KiB 8MiB")
     return num_bytes

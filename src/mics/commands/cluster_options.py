@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from mics.errors import PlanError
 from mics.hardware.cluster import Node
 from mics.hardware.lookup import described, find_gpu, find_node
 from mics.hardware.measured import measured_node
+from mics.quantities import Within
 
 DEFAULT = "p4d"
 _OTHERS = ("memory", "intra", "inter", "gpus_per_node")
@@ -21,17 +23,17 @@ class ClusterOptions:
     node: str | None = None
     """A node of the catalogue (`mics plan --list`), or a .toml file of that form; default: p4d."""
 
-    memory: float | None = None
+    memory: Annotated[float | None, Within(0.01, 2048)] = None
     """Instead of --node: GiB a GPU is sold with, of which 98.7 % are counted on; with --intra and
     --inter."""
 
-    intra: float | None = None
+    intra: Annotated[float | None, Within(1e-3, 4000)] = None
     """GB/s of a ring inside the node."""
 
-    inter: float | None = None
+    inter: Annotated[float | None, Within(1e-3, 1e6)] = None
     """GB/s of a node to others."""
 
-    gpus_per_node: int | None = None
+    gpus_per_node: Annotated[int | None, Within(1, 1024)] = None
     """With --memory; 8 by default."""
 
     profile: Path | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from mics.commands.numbers import out_of_bounds
 from mics.doctor.examination import examine_here, examine_launched
 from mics.doctor.facts import Problem
 from mics.doctor.options import Config, nonsense
@@ -25,7 +26,7 @@ def run(config: Config) -> int:
     """
     try:
         launch = read_launch()
-        words = nonsense(config, launch)
+        words = out_of_bounds(config) or nonsense(config, launch)
         if words is not None:
             progress(f"mics doctor: {words}")
             return 2

@@ -12,10 +12,12 @@ from typing import Annotated
 
 import tyro
 
+from mics.commands.numbers import check_numbers
 from mics.lab import lifetime, network, running, state, unprivileged
 from mics.lab.state import Lab
 from mics.lab.status import status
 from mics.lab.system import check_system
+from mics.quantities import Within
 from mics.ranks.console import progress, show
 
 
@@ -23,10 +25,10 @@ from mics.ranks.console import progress, show
 class Shape:
     """What a lab is made of."""
 
-    nodes: int = 2
+    nodes: Annotated[int, Within(1, 250)] = 2
     """Nodes, a network namespace each."""
 
-    gpus_per_node: int = 2
+    gpus_per_node: Annotated[int, Within(1, 64)] = 2
     """Ranks per node (processes; no GPU is needed)."""
 
     link: str = "200mbit"
@@ -140,6 +142,7 @@ def run(config: Config) -> int:
     Raises:
         LabError: something is wrong with the lab.
     """
+    check_numbers(config)
     check_system()
     if isinstance(config, RunInLab | Exec) and not config.command:
         verb = "run" if isinstance(config, RunInLab) else "exec"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +13,10 @@ import tyro
 from mics.anatomy.memory import NOT_MODELLED
 from mics.commands.checks import check_folders, refuse_others
 from mics.commands.cluster_options import ClusterOptions, node_of
+from mics.commands.numbers import check_numbers
 from mics.errors import PlanError
 from mics.hardware.catalogue_text import catalogue
-from mics.hardware.cluster import Cluster
+from mics.hardware.cluster import MOST_NODES, Cluster
 from mics.hardware.stacks import find_stack
 from mics.planning.answer import TOP, Plans
 from mics.planning.api import plan
@@ -29,8 +29,19 @@ from mics.planning.scaling import ENGINES, weak_scaling
 from mics.planning.subject import subject
 from mics.planning.sweep import sweep, sweep_table
 from mics.planning.table import as_document
+from mics.quantities import Within
 from mics.ranks.console import progress, show
-from mics.recipe import Machine, Recipe
+from mics.recipe import (
+    MOST_AHEAD,
+    MOST_BATCH,
+    MOST_FRAGMENTATION,
+    MOST_MICRO_BATCH,
+    MOST_MICRO_STEPS,
+    MOST_RANKS,
+    MOST_SEQUENCE,
+    Machine,
+    Recipe,
+)
 
 
 @dataclass(frozen=True)
@@ -46,23 +57,23 @@ class Config:
     model: str = "bert-10b"
     """A preset (`mics train --models`), config.json, a folder with one, or a hub name."""
 
-    nodes: int = 8
+    nodes: Annotated[int, Within(1, MOST_NODES)] = 8
     """How many."""
 
-    sequence: int | None = None
+    sequence: Annotated[int | None, Within(1, MOST_SEQUENCE)] = None
     """Tokens of one sequence; the model's positions by default, at most 4096."""
 
-    global_batch: int | None = None
+    global_batch: Annotated[int | None, Within(1, MOST_BATCH)] = None
     """Sequences per step, from which the micro-steps follow; by default those of the fastest way,
     with --micro-steps. Every way does the same work."""
 
-    micro_steps: int | None = None
+    micro_steps: Annotated[int | None, Within(1, MOST_MICRO_STEPS)] = None
     """Per step, instead of --global-batch; 4 by default."""
 
-    micro_batch: tuple[int, ...] = MICRO_BATCHES
+    micro_batch: Annotated[tuple[int, ...], Within(1, MOST_MICRO_BATCH)] = MICRO_BATCHES
     """Which to try."""
 
-    partition: tuple[int, ...] = ()
+    partition: Annotated[tuple[int, ...], Within(1, MOST_RANKS)] = ()
     """Which to try; every legal one by default."""
 
     checkpointing: Literal["both", "none", "full"] = "both"
@@ -74,16 +85,16 @@ class Config:
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     """Of gradients on the wire, in hop 1 and in hop 2."""
 
-    prefetch: int = Recipe.prefetch
+    prefetch: Annotated[int, Within(0, MOST_AHEAD)] = Recipe.prefetch
     """Blocks gathered ahead."""
 
     stack: str = Recipe.stack
     """How much of a GPU's rate the software reaches: eager, fused, mics-paper."""
 
-    fragmentation: float = Machine.fragmentation
+    fragmentation: Annotated[float, Within(1, MOST_FRAGMENTATION)] = Machine.fragmentation
     """What the allocator takes over what is alive."""
 
-    tokens: float | None = None
+    tokens: Annotated[float | None, Within(1, 1e18)] = None
     """Of the whole run (300e9): how long it takes and what it costs, failures included."""
 
     sweep: str | None = None
@@ -93,7 +104,7 @@ class Config:
     """Which number of nodes of a sweep is best: tokens per second, or dollars per token. On one
     number of nodes both rank alike."""
 
-    top: int = TOP
+    top: Annotated[int, Within(1, 1_000_000)] = TOP
     """Lines of the table."""
 
     json: Path | None = None
@@ -115,6 +126,7 @@ def run(config: Config) -> int:
     Returns:
         0; 1 when nothing fits or something does not exist.
     """
+    check_numbers(config)
     try:
         if config.list:
             refuse_others(config, "list")
@@ -220,10 +232,6 @@ def _around(nodes: int) -> list[int]:
 
 def _check(config: Config) -> None:
     """Check what is asked of the command itself; ``plan`` checks the rest."""
-    if config.top < 1:
-        raise PlanError(f"--top must be at least 1, got {config.top}.")
-    if config.tokens is not None and not 0 < config.tokens < math.inf:
-        raise PlanError(f"--tokens must be positive, got {config.tokens}.", write="--tokens 300e9")
     if config.sweep is not None:
         parse_range(config.sweep)
     elif config.by == "cost":

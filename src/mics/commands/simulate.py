@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import tyro
 
 from mics.commands.checks import check_folders, refuse_others
 from mics.commands.cluster_options import ClusterOptions, node_of
+from mics.commands.numbers import check_numbers
 from mics.errors import PlanError
 from mics.hardware.cluster import Cluster, Link, Node, extrapolated
 from mics.hardware.stacks import find_stack
@@ -23,12 +23,22 @@ from mics.planning.scaling import strong_scaling, too_large, weak_scaling
 from mics.planning.subject import subject
 from mics.planning.validation import as_markdown, validate
 from mics.planning.weighing import simulate_recipe
-from mics.quantities import GIB
+from mics.quantities import GIB, Within
 from mics.ranks.console import progress, show
-from mics.recipe import Machine, Recipe
+from mics.recipe import (
+    MOST_MICRO_BATCH,
+    MOST_MICRO_STEPS,
+    MOST_RANKS,
+    MOST_SEQUENCE,
+    MOST_SIGMA,
+    Machine,
+    Recipe,
+)
 from mics.simulation.profiles import PROFILES, EngineName
 from mics.simulation.timeline import chrome_trace
 from mics.topology import possible_partitions
+
+_TIMES = Within(1e-6, 1e6)
 
 
 @dataclass(frozen=True)
@@ -54,16 +64,16 @@ class Config:
     )
     """Which; the first is what the others are compared with."""
 
-    partition: int | None = None
+    partition: Annotated[int | None, Within(1, MOST_RANKS)] = None
     """p; the smallest that fits by default."""
 
-    sequence: int | None = None
+    sequence: Annotated[int | None, Within(1, MOST_SEQUENCE)] = None
     """Tokens of one sequence; the model's positions by default, at most 4096."""
 
-    micro_batch: int = 8
+    micro_batch: Annotated[int, Within(1, MOST_MICRO_BATCH)] = 8
     """Sequences of a GPU and micro-step."""
 
-    micro_steps: int = Recipe.micro_steps
+    micro_steps: Annotated[int, Within(1, MOST_MICRO_STEPS)] = Recipe.micro_steps
     """Per step; with --scaling strong those on the smallest cluster."""
 
     checkpointing: bool = True
@@ -72,10 +82,10 @@ class Config:
     scaling: Literal["weak", "strong"] = "weak"
     """Every GPU keeps its work, or all GPUs share the work of the smallest cluster."""
 
-    bandwidth: float = 1.0
+    bandwidth: Annotated[float, _TIMES] = 1.0
     """What if links between nodes carried so many times as much."""
 
-    latency: float = 1.0
+    latency: Annotated[float, _TIMES] = 1.0
     """What if a hop between nodes took so many times as long."""
 
     pipelined: bool = False
@@ -84,7 +94,7 @@ class Config:
     stack: str = Recipe.stack
     """How much of a GPU's rate the software reaches: eager, fused, mics-paper."""
 
-    sigma: float = Machine.sigma
+    sigma: Annotated[float, Within(0, MOST_SIGMA)] = Machine.sigma
     """Spread of a micro-step's time over GPUs."""
 
     json: Path | None = None
@@ -110,6 +120,7 @@ def run(config: Config) -> int:
     Returns:
         0; 1 when something does not exist or fit.
     """
+    check_numbers(config)
     try:
         return _validate(config) if config.validate else _simulate(config)
     except OSError as error:  # of a file that an option names
@@ -186,9 +197,6 @@ def _checked(config: Config) -> list[int]:
 
 def _what_if(node: Node, config: Config) -> Node:
     """Change the link between nodes, and the spread over GPUs, as the options say."""
-    for name in ("bandwidth", "latency"):
-        if not 0 < getattr(config, name) < math.inf:
-            raise PlanError(f"--{name} must be positive, got {getattr(config, name)}.")
 
     def changed(link: Link) -> Link:
         return replace(

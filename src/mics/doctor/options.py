@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+from mics.quantities import Within
 from mics.ranks.device import default_device_type
 from mics.ranks.launcher import Launch
+from mics.recipe import MOST_RANKS
 
 
 @dataclass(frozen=True)
@@ -16,19 +18,19 @@ class Config:
     Under torchrun, Slurm or MPI every rank takes part; otherwise ranks are started here.
     """
 
-    ranks: int | None = None
+    ranks: Annotated[int | None, Within(1, 4096)] = None
     """Ranks to start here, where no launcher has: one per accelerator by default, or 1."""
 
-    gpus_per_node: int | None = None
+    gpus_per_node: Annotated[int | None, Within(1, MOST_RANKS)] = None
     """Ranks joined by the fast link; what the launcher says by default. Smaller simulates nodes."""
 
-    partition: int | Literal["auto"] = "auto"
+    partition: Annotated[int | Literal["auto"], Within(1, MOST_RANKS)] = "auto"
     """Ranks that together hold one replica of the model states; a whole node by default."""
 
     device: str = "auto"
     """"cpu", "cuda", ...; by default the accelerator, if every rank can have one."""
 
-    timeout: float = 60.0
+    timeout: Annotated[float, Within(0.001, 86_400)] = 60.0
     """Seconds to wait for a rank that does not answer."""
 
     json: bool = False
@@ -39,10 +41,6 @@ def nonsense(config: Config, launch: Launch | None) -> str | None:
     """Say which options make no sense here; ``None`` if all do."""
     if config.ranks is not None and launch is not None:
         return f"leave out --ranks: {launch.source} has started {launch.world} ranks already."
-    for name in ("ranks", "gpus_per_node", "timeout"):
-        value = getattr(config, name)
-        if value is not None and value <= 0:
-            return f"--{name.replace('_', '-')} must be more than 0, got {value}."
     accelerator = default_device_type()
     if config.device not in ("auto", "cpu", accelerator):
         possible = " or ".join(dict.fromkeys(["cpu", accelerator]))

@@ -10,7 +10,7 @@ from mics.anatomy.anatomy import Anatomy
 from mics.hardware.cluster import Cluster
 from mics.planning.question import Question
 from mics.planning.weighing import fits
-from mics.recipe import Recipe
+from mics.recipe import MOST_MICRO_BATCH, Recipe
 from mics.topology import possible_partitions
 
 MOST = 2048
@@ -88,8 +88,8 @@ def largest_micro_batch(
         return fits(anatomy, cluster, tried)
 
     if question.global_batch is None:
-        return _largest(fitting, 1 << 16)
-    of_each = question.global_batch // cluster.gpus
+        return _largest(fitting, MOST_MICRO_BATCH)
+    of_each = min(question.global_batch // cluster.gpus, MOST_MICRO_BATCH)
     dividing = (b for b in range(of_each, 0, -1) if question.micro_steps(cluster, b))
     return next(filter(fitting, dividing), None)
 

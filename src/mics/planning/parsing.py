@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mics.errors import PlanError
-from mics.hardware.cluster import Cluster
+from mics.hardware.cluster import MOST_NODES, Cluster
 from mics.hardware.lookup import find_node
 
 
@@ -30,6 +30,8 @@ def parse_range(text: str) -> list[int]:
     low, dots, high = text.removeprefix("nodes=").partition("..")
     if not dots or not _is_count(low) or not _is_count(high) or not 0 < int(low) <= int(high):
         raise PlanError(f"{text!r} is no range.", write="nodes=2..64 (doubling)")
+    if int(high) > MOST_NODES:
+        raise PlanError(f"A cluster has 1 to {MOST_NODES:,} nodes, got {text}.")
     counts, count = [], int(low)
     while count <= int(high):
         counts.append(count)
@@ -38,5 +40,5 @@ def parse_range(text: str) -> list[int]:
 
 
 def _is_count(text: str) -> bool:
-    """Tell whether a text is a number in plain digits."""
-    return text.isascii() and text.isdigit()
+    """Tell whether a text is a number in plain digits that an integer of 64 bits holds."""
+    return text.isascii() and text.isdigit() and len(text) <= 18
