@@ -72,5 +72,8 @@ def __getattr__(name: str) -> Any:
     if name == "traffic":
         return importlib.import_module("mics.traffic")
     if name in _HOME:
-        return getattr(importlib.import_module(_HOME[name]), name)
+        from mics.errors import naming_extras
+
+        with naming_extras(f"mics.{name}"):
+            return getattr(importlib.import_module(_HOME[name]), name)
     raise AttributeError(f"module 'mics' has no attribute {name!r}")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mics.commands import VERBS
-from mics.errors import MicsError
+from mics.errors import MicsError, naming_extras
 from mics.ranks.launcher import is_first_rank, read_launch
 from mics.version import __version__
 
@@ -47,21 +47,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run_verb(name: str, options: list[str]) -> int:
     import tyro
 
-    verb = importlib.import_module(f"mics.commands.{_module(name)}")
+    try:
+        with naming_extras(f"mics {name}"):
+            verb = importlib.import_module(f"mics.commands.{_module(name)}")
+    except MicsError as error:
+        return _refuse(str(error))
     keywords: dict[str, Any] = {
         "prog": f"mics {name}",
         "console_outputs": is_first_rank(),
         "config": (tyro.conf.FlagCreatePairsOff,),
     }
     try:
-        if hasattr(verb, "parse"):
-            config = verb.parse(options, **keywords)
-        else:
-            config = tyro.cli(verb.Config, args=options, **keywords)
+        with naming_extras(f"mics {name}"):
+            if hasattr(verb, "parse"):
+                config = verb.parse(options, **keywords)
+            else:
+                config = tyro.cli(verb.Config, args=options, **keywords)
     except MicsError as error:
         return _refuse(str(error))
     try:
-        code: int = verb.run(config)
+        with naming_extras(f"mics {name}"):
+            code: int = verb.run(config)
     except KeyboardInterrupt:
         _complain("mics: interrupted")
         return 1

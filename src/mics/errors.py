@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class MicsError(Exception):
     """Base of every error mics raises on purpose.
@@ -58,6 +61,49 @@ class LabError(MicsError):
 
 class PlanError(MicsError, ValueError):
     """A model and a cluster for which there is no plan, or an unknown part of either."""
+
+
+class MissingError(MicsError, ImportError):
+    """A package that is not installed, and the extra that brings it."""
+
+
+EXTRAS = {
+    "cli": ("tyro", "rich"),
+    "train": (
+        "datasets",
+        "matplotlib",
+        "numpy",
+        "pydantic",
+        "safetensors",
+        "tensorboard",
+        "tokenizers",
+        "transformers",
+    ),
+}
+"""What each extra of pyproject.toml brings, by the names that are imported; train brings cli."""
+
+
+@contextmanager
+def naming_extras(what: str) -> Iterator[None]:
+    """Say which extra to install where a package of one is missing.
+
+    Args:
+        what: needs the package: mics.plan, mics bench.
+
+    Raises:
+        MissingError: a package of an extra cannot be found.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        extra = next((extra for extra, brings in EXTRAS.items() if package in brings), None)
+        if extra is None or isinstance(error, MissingError):
+            raise
+        raise MissingError(
+            f"{what} needs {package}, which is not installed.",
+            write=f"pip install 'torch-mics[{extra}]'",
+        ) from error
 
 
 class MicsWarning(UserWarning):

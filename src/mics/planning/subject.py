@@ -12,7 +12,7 @@ from torch import nn
 from mics.anatomy.anatomy import Anatomy, Loss, cast
 from mics.anatomy.blocks import Blocks
 from mics.anatomy.trace_cache import TraceCache
-from mics.errors import PlanError
+from mics.errors import PlanError, naming_extras
 
 _VOCABULARY = 32768  # of presets that take their tokenizer's
 
@@ -57,8 +57,8 @@ def subject(
             blocks,
             positions=_positions(config) if loss is None else None,
         )
-    from mics.models.building import build, load_config
-
+    with naming_extras("A model by its name"):
+        from mics.models.building import build, load_config
     config = model
     if not hasattr(config, "to_json_string"):
         config = load_config(str(model), vocabulary=vocabulary, separator=0)
