@@ -113,9 +113,14 @@ def test_a_run_a_dry_run_and_a_plan_of_the_same_settings_ask_the_same_question(
     )
     questions: list[Question] = []
 
+    taken: list[int] = []
+
     def seen(anatomy: Any, cluster: Any, question: Question) -> Any:
         questions.append(question)
-        return fastest(anatomy, cluster, question)
+        best = fastest(anatomy, cluster, question)
+        assert best is not None
+        taken.append(best.way.partition)
+        return best
 
     monkeypatch.setattr(dry_run, "fastest", seen)
     dry_run.describe(config)
@@ -126,6 +131,7 @@ def test_a_run_a_dry_run_and_a_plan_of_the_same_settings_ask_the_same_question(
     how = {"micro_steps": 2, "micro_batches": (4,), "checkpointing": (False,)} | forms | asked
     plans = mics.plan("gpt2-tiny", "p4d:2", sequence=128, optimizer="adamw-fused", **how)
     assert questions == [plans.question] * 2
+    assert taken == [plans.best.way.partition]
 
 
 @contextmanager

@@ -301,6 +301,35 @@ def test_an_unknown_node_names_the_nearest() -> None:
         find_stack("turbo")
 
 
+def test_names_are_found_whatever_their_case() -> None:
+    assert find_node("P4D") == find_node("P4d.24xLarge") == find_node("p4d")
+    assert find_gpu("h100") == find_gpu("H100")
+    assert find_stack("Eager") == find_stack("eager")
+    with pytest.raises(PlanError, match=r"no GPU 'h10o'(.|\n)*did you mean 'H100'"):
+        find_gpu("h10o")
+
+
+@pytest.mark.parametrize(
+    ("intra", "inter", "k", "words"),
+    [
+        (300, 3200, 8, "inter .* a node of 8 GPUs sends: 3200 GB/s(.|\n)*800 GB/s, 6400 Gbit/s"),
+        (300, 3200, 8, "Write: 400 GB/s, if 3200 are Gbit/s"),
+        (300, 400, 1, "a node of 1 GPUs sends: 400 GB/s(.|\n)*Write: 50 GB/s, if 400 are Gbit/s"),
+        (7200, 400, 8, "intra .* a GPU sends inside a node: 7200 GB/s(.|\n)*Write: 900 GB/s"),
+    ],
+)
+def test_bits_for_bytes_are_refused(
+    intra: float, inter: float, k: int, words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(PlanError, match=words):
+        described(memory_gib=80, intra_gb_s=intra, inter_gb_s=inter, gpus_per_node=k)
+    path = tmp_path / "ours.toml"
+    text = OURS.replace("350", str(intra)).replace("180", str(inter)).replace("= 8", f"= {k}")
+    path.write_text(text)
+    with pytest.raises(PlanError, match=words):
+        find_node(str(path))
+
+
 def test_a_node_of_ones_own(tmp_path: Path) -> None:
     form = catalogue().split("a .toml file:\n")[1]
     path = tmp_path / "ours.toml"
@@ -357,6 +386,12 @@ inter = { bandwidth = 180, latency = 20 }
         ("[gpus]\nmine = 5\n" + OURS, "gpus.mine must be a table"),
         ("[gpus.mine]\nmemory = 0\npeak = 1\n" + OURS, "memory of mine must be positive"),
         ("[gpus.mine]\nmemory = 8\npeak = 0\n" + OURS, "peak of mine must be positive"),
+        ("[gpus.h100]\nmemory = 8\npeak = 1\n" + OURS, "has the name of another GPU, H100"),
+        (
+            "[gpus.a]\nmemory = 8\npeak = 1\n[gpus.A]\nmemory = 9\npeak = 1\n" + OURS,
+            "gpus.a of .* has the name of another GPU, a",
+        ),
+        (OURS + "price = 0", "price of ours must be positive, got 0"),
         (OURS.replace("latency = 20", "latency = 20, fals = 0.1"), "unknown fals"),
     ],
 )

@@ -17,7 +17,7 @@ from mics.errors import PlanError
 from mics.hardware.cluster import Cluster, Gpu, Link, Node
 from mics.hardware.lookup import find_node
 from mics.planning.charts import pareto_set
-from mics.planning.cost import Reliability, dollars, goodput, wall_seconds
+from mics.planning.cost import Reliability, as_dollars, dollars, goodput, wall_seconds
 from mics.planning.inverse import (
     STEP,
     fewest_nodes,
@@ -398,7 +398,7 @@ def test_no_nodes_are_enough_for_some(bert: Anatomy) -> None:
         ({"fragmentation": -1.0}, "fragmentation must be a number, at least 1, got -1.0"),
         ({"fragmentation": float("nan")}, "fragmentation must be a number, at least 1, got nan"),
         ({"micro_batches": [99999999999]}, "micro_batches must be at most 65,536, got 99999999999"),
-        ({"micro_steps": 10**20}, "micro_steps must be at most 1,048,576, got 1000"),
+        ({"micro_steps": 10**20}, "micro_steps must be at most 4,294,967,296, got 1000"),
         ({"global_batch": 10**30}, "global_batch must be at most 4,294,967,296, got 1000"),
         ({"prefetch": 10**9}, "prefetch must be at most 1,024, got 1000000000"),
         ({"fragmentation": 1e300}, "fragmentation must be at most 10.0, got 1e[+]300"),
@@ -487,6 +487,12 @@ def test_failures_cost() -> None:
     hopeless = Cluster(find_node("p4d"), 100_000)
     assert dollars(hopeless, 3600) is None
     assert wall_seconds(hopeless, 3600) is None
+    assert [as_dollars(x) for x in (None, 0.000123, 0.5, 2000)] == [
+        "n/a",
+        "$0.00012",
+        "$0.50",
+        "$2,000",
+    ]
 
 
 def test_a_pareto_set_has_no_plan_another_beats_in_both(found: Search) -> None:

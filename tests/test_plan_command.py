@@ -80,6 +80,48 @@ def test_python_users_see_what_the_command_prints(capsys: pytest.CaptureFixture[
     assert out.endswith("\n".join(plans.caveats()) + "\n")
 
 
+@pytest.mark.parametrize("verb", [PLAN, ["simulate", "--model", "gpt2-tiny", "--nodes", "1"]])
+def test_what_fails_at_its_end_has_printed_nothing(
+    verb: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*verb, "--json", "/dev/full"]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "/dev/full cannot be written.\n  No space left on device." in err
+
+
+def test_json_says_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "plan.json"
+    assert main([*PLAN, "--checkpointing", "none", "--json", str(path)]) == 0
+    out = capsys.readouterr().out
+    document = json.loads(path.read_text())
+    rows = [line.split() for line in out.splitlines()]
+    head = next(number for number, row in enumerate(rows) if row[:2] == ["p", "replicas"])
+    for row, one in zip(rows[head + 1 :], document["plans"][:10], strict=False):
+        assert row[:6] == [
+            str(one["partition"]),
+            str(16 // one["partition"]),
+            str(one["micro_batch"]),
+            str(one["micro_steps"]),
+            "none",
+            one["all_gather"],
+        ]
+        assert row[6] == f"{one['memory_bytes'] / 2**30:.1f}"
+        assert row[8] == f"{one['step_seconds']:.3f}"
+        assert row[10] == f"{one['tokens_per_second']:,.0f}"
+        assert one["global_batch"] == document["global_batch"]
+        assert one["plain_full_sharding"] == (one["partition"] == 16)
+    assert f"a step of {document['global_batch']:,} sequences" in out
+    assert f"{document['ways_that_fit']} of {document['ways_tried']} ways fit" in out
+    assert document["step_error"] == 0.03
+    for caveat in document["caveats"]:
+        assert caveat in out
+    assert f"partition down to {document['limits']['partition']}," in out
+    assert main([*PLAN, "--checkpointing", "none", "--json", str(path)]) == 0
+    assert json.loads(path.read_text()) == document
+    assert capsys.readouterr().out == out
+
+
 def test_plans_are_a_sequence_and_a_plan_reads_as_a_sentence() -> None:
     plans = mics.plan("gpt2-tiny", "p4d:2", micro_batches=(1, 4))
     assert list(plans) == list(plans[:]) == [plans[n] for n in range(len(plans))]
@@ -91,6 +133,18 @@ def test_plans_are_a_sequence_and_a_plan_reads_as_a_sentence() -> None:
         f"MFU {best.mfu:.1%}",
         best.reason,
     ]
+    assert repr(plans) == (
+        f"<{len(plans)} plans of gpt2-tiny on 2 x p4d (16 x A100-40GB, 39.5 GiB each), the best: "
+        f"{best.way}>"
+    )
+    step = mics.simulate(plans)
+    assert str(step).splitlines()[0] == f"a step of {step.seconds:.4g} s"
+    shares = [float(line.split()[-1].rstrip("%")) for line in str(step).splitlines()[1:]]
+    assert sum(shares) == pytest.approx(100, abs=0.3)
+    assert (
+        "Links of p4d: a ring inside a node carries 230.8 GB/s, a node sends others 42.5 GB/s (340 "
+        "Gbit/s)." in str(plans)
+    )
     price = plans.price(300e9)
     assert price.run == pytest.approx(300 * (price.billion_tokens or 0))
     assert plans.price().run is None
@@ -246,6 +300,7 @@ def test_mics_simulate_takes_three_numbers(capsys: pytest.CaptureFixture[str]) -
         (["--sigma", "-1"], "--sigma must be a number from 0 to 10, got -1"),
         (["--node", "p4d", "--profile", "x.json"], "--profile would have no effect"),
         (["--trace", "nowhere/trace.json"], "There is no nowhere"),
+        (["--trace", "a", "--micro-steps", "2000"], "at most 1,024 micro-steps, got 2,000"),
         (["--node", "p6-b300"], "never measured"),
     ],
 )

@@ -28,7 +28,7 @@ MOST = {
     "partitions": MOST_RANKS,
     "micro_batch": MOST_MICRO_BATCH,
     "micro_batches": MOST_MICRO_BATCH,
-    "micro_steps": MOST_MICRO_STEPS,
+    "micro_steps": MOST_BATCH,  # those of a global batch are more than anybody writes
     "global_batch": MOST_BATCH,
     "sequence": MOST_SEQUENCE,
     "prefetch": MOST_AHEAD,

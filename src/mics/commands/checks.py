@@ -24,6 +24,18 @@ def check_folders(*files: Path | None) -> None:
             )
 
 
+def write_text(file: Path, text: str) -> None:
+    """Write a file that an option names.
+
+    Raises:
+        MicsError: it cannot be written; names it.
+    """
+    try:
+        file.write_text(text)
+    except OSError as error:
+        raise MicsError(f"{file} cannot be written.", numbers=f"{error.strerror}.") from None
+
+
 def refuse_others(config: Any, switch: str, *with_it: str) -> None:
     """Refuse options beside one that makes the command do something else.
 

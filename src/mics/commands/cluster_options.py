@@ -27,11 +27,11 @@ class ClusterOptions:
     """Instead of --node: GiB a GPU is sold with, of which 98.7 % are counted on; with --intra and
     --inter."""
 
-    intra: Annotated[float | None, Within(1e-3, 4000)] = None
+    intra: Annotated[float | None, Within(1e-3, 1e6)] = None
     """GB/s of a ring inside the node."""
 
     inter: Annotated[float | None, Within(1e-3, 1e6)] = None
-    """GB/s of a node to others."""
+    """GB/s of a node to others: an eighth of its Gbit/s."""
 
     gpus_per_node: Annotated[int | None, Within(1, 1024)] = None
     """With --memory; 8 by default."""

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from mics.anatomy.memory import NOT_MODELLED
-from mics.commands.checks import check_folders, refuse_others
+from mics.commands.checks import check_folders, refuse_others, write_text
 from mics.commands.cluster_options import ClusterOptions, node_of
 from mics.commands.numbers import check_numbers
 from mics.errors import PlanError
@@ -222,7 +222,7 @@ def _files(config: Config, plans: Plans, swept: Sequence[Plan]) -> None:
 
         draw(config.png, title, plans, scaling)
     for file, text in texts:
-        file.write_text(text)
+        write_text(file, text)
 
 
 def _around(nodes: int) -> list[int]:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from mics.commands.checks import check_folders, refuse_others
+from mics.commands.checks import check_folders, refuse_others, write_text
 from mics.commands.cluster_options import ClusterOptions, node_of
 from mics.commands.numbers import check_numbers
 from mics.errors import PlanError
@@ -39,6 +39,7 @@ from mics.simulation.timeline import chrome_trace
 from mics.topology import possible_partitions
 
 _TIMES = Within(1e-6, 1e6)
+_MOST_TRACED = 1024
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def _validate(config: Config) -> int:
     rows = validate(progress)
     table = as_markdown(rows)
     if config.out is not None:
-        config.out.write_text(table)
+        write_text(config.out, table)
     show(table.removesuffix("\n"))
     missed = [row.name for row in rows if row.holds == "NO"]
     if missed:
@@ -190,6 +191,11 @@ def _checked(config: Config) -> list[int]:
         raise PlanError(f"--engines names one twice: {', '.join(config.engines)}.")
     if not config.engines:
         raise PlanError("There is nothing to simulate: --engines names none.")
+    if config.trace is not None and config.micro_steps > _MOST_TRACED:
+        raise PlanError(
+            f"A timeline holds at most {_MOST_TRACED:,} micro-steps, got {config.micro_steps:,}.",
+            write="--trace without --micro-steps",
+        )
     check_folders(config.json, config.png, config.trace)
     one = "" if ".." in config.nodes else f"..{config.nodes}"
     return parse_range(f"{config.nodes}{one}")
@@ -282,7 +288,7 @@ def _files(config: Config, plan: Plan, curves: Mapping[str, Sequence[tuple[float
             "stack": config.stack,
             "tokens_per_second_by_gpus": curves,
         }
-        config.json.write_text(json.dumps(document, indent=1) + "\n")
+        write_text(config.json, json.dumps(document, indent=1, allow_nan=False) + "\n")
     if config.png is not None:
         from mics.planning.picture import draw_scaling
 
@@ -291,4 +297,4 @@ def _files(config: Config, plan: Plan, curves: Mapping[str, Sequence[tuple[float
         simulated = simulate_recipe(
             config.engines[0], plan.anatomy, plan.cluster, plan.way, timeline=True
         )
-        config.trace.write_text(json.dumps(chrome_trace(simulated.step.timeline)))
+        write_text(config.trace, json.dumps(chrome_trace(simulated.step.timeline)))

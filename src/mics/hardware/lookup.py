@@ -14,7 +14,7 @@ from typing import Any
 
 from mics.errors import PlanError
 from mics.hardware.cluster import GIVEN, Gpu, Node
-from mics.hardware.tables import gpu_of, node_of
+from mics.hardware.tables import check_rates, gpu_of, node_of
 from mics.quantities import GIB
 
 
@@ -43,9 +43,10 @@ def find_node(name: str) -> Node:
         return _from_file(Path(name))
     known = nodes()
     instances = {str(facts["instance"]): key for key, facts in _tables("nodes").items()}
-    short = instances.get(name, name)
-    if short in known:
-        return known[short]
+    short = instances.get(name.lower(), name)
+    own = spelt(short, known)
+    if own is not None:
+        return known[own]
     write = "one of them, or a .toml file of your own (mics plan --list shows one)"
     raise _unknown("node", name, short, known, write)
 
@@ -57,8 +58,9 @@ def find_gpu(name: str) -> Gpu:
         PlanError: there is none; names the nearest.
     """
     known = gpus()
-    if name in known:
-        return known[name]
+    own = spelt(name, known)
+    if own is not None:
+        return known[own]
     raise _unknown("GPU", name, name, known, "one of them")
 
 
@@ -72,8 +74,14 @@ def gpu_that_torch_calls(name: str) -> Gpu | None:
     return next((gpu for gpu in gpus().values() if bare in gpu.torch_names), None)
 
 
+def spelt(name: str, known: Collection[str]) -> str | None:
+    """Find a name among those that are known, whatever the case of its letters."""
+    return next((one for one in known if one.lower() == name.lower()), None)
+
+
 def _unknown(kind: str, name: str, short: str, known: Collection[str], write: str) -> PlanError:
-    near = difflib.get_close_matches(short, known, 1)
+    lower = {one.lower(): one for one in known}
+    near = [lower[one] for one in difflib.get_close_matches(short.lower(), lower, 1)]
     return PlanError(
         f"There is no {kind} {name!r} in the catalogue"
         + (f"; did you mean {near[0]!r}?" if near else "."),
@@ -100,12 +108,13 @@ def described(
         gpu: the GPU that its own are as fast as; an A100 of 40 GB by default.
 
     Raises:
-        PlanError: a number is not positive, or not finite.
+        PlanError: a number is not positive, not finite, or a rate that no link has.
     """
     given = {"memory": memory_gib, "intra": intra_gb_s, "inter": inter_gb_s}
     for name, value in (given | {"gpus_per_node": gpus_per_node}).items():
         if not 0 < value < math.inf:
             raise PlanError(f"{name} must be positive, got {value}.")
+    check_rates("a described node", intra_gb_s, inter_gb_s, gpus_per_node)
     like = find_node("p4d")
     rates = gpu or like.gpu
     assumed = "" if gpu else ", as none was named"
@@ -137,6 +146,13 @@ def _from_file(path: Path) -> Node:
     if not isinstance(described, dict):
         raise PlanError(f"gpus of {path} must be a table.", write="[gpus.<name>]")
     own = {name: gpu_of(name, table) for name, table in described.items()}
+    for name in own:
+        listed = spelt(name, gpus())
+        if listed is not None or sum(one.lower() == name.lower() for one in own) > 1:
+            raise PlanError(
+                f"gpus.{name} of {path} has the name of another GPU, {listed or name}.",
+                write="a name of its own",
+            )
     tables = {name: table for name, table in facts.items() if isinstance(table, dict)}
     if len(tables) != 1:
         raise PlanError(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from mics.errors import PlanError
-from mics.hardware.lookup import read_catalogue
+from mics.hardware.lookup import read_catalogue, spelt
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,11 @@ def find_stack(name: str) -> Stack:
         PlanError: there is none.
     """
     known = stacks()
-    if name not in known:
+    own = spelt(name, known)
+    if own is None:
         raise PlanError(
             f"There is no software stack {name!r}.",
             numbers=f"Stacks: {', '.join(known)}.",
             write="one of them",
         )
-    return known[name]
+    return known[own]

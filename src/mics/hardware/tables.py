@@ -14,6 +14,8 @@ from mics.hardware.cluster import GIVEN, Gpu, Link, Node
 from mics.quantities import GIB
 
 _MOST = 1 << 17
+_MOST_INTRA = 1800.0  # GB/s of a GPU, one way: NVLink 6
+_MOST_INTER = 100.0  # GB/s of a GPU: an interface of 800 Gbit/s for each
 _NODE_KEYS = {
     "instance",
     "gpu",
@@ -61,19 +63,47 @@ def node_of(name: str, facts: Mapping[str, Any], known: Mapping[str, Gpu]) -> No
         )
     fixed = _number(name, facts, "fixed") or 0.0
     all_reduce, measured = facts.get("all_reduce"), "measured_nodes" in facts
+    k = _count(name, facts, "gpus_per_node")
+    intra = _link(f"intra of {name}", facts["intra"], fixed)
+    inter = _link(f"inter of {name}", facts["inter"], fixed)
+    check_rates(name, intra.bandwidth / 1e9, max(inter.bandwidth, inter.line or 0.0) / 1e9, k)
     return Node(
         name=name,
         gpu=known[gpu],
-        gpus_per_node=_count(name, facts, "gpus_per_node"),
-        intra=_link(f"intra of {name}", facts["intra"], fixed),
-        inter=_link(f"inter of {name}", facts["inter"], fixed),
+        gpus_per_node=k,
+        intra=intra,
+        inter=inter,
         all_reduce=None
         if all_reduce is None
         else _link(f"all_reduce of {name}", all_reduce, fixed),
-        price=_number(name, facts, "price"),
+        price=_positive(name, facts, "price"),  # what is not known is left out, not 0
         source=_text(name, facts, "source"),
         measured_nodes=_count(name, facts, "measured_nodes") if measured else None,
     )
+
+
+def check_rates(of: str, intra: float, inter: float, gpus_per_node: int) -> None:
+    """Refuse rates that no link has: most are bits where bytes are meant.
+
+    Args:
+        of: the node, for people.
+        intra: GB/s of a ring inside the node.
+        inter: GB/s of a node to others.
+        gpus_per_node: GPUs that share the latter.
+
+    Raises:
+        PlanError: a rate is above what is sold.
+    """
+    for name, rate, most, what in (
+        ("intra", intra, _MOST_INTRA, "a GPU sends inside a node"),
+        ("inter", inter, _MOST_INTER * gpus_per_node, f"a node of {gpus_per_node} GPUs sends"),
+    ):
+        if rate > most:
+            raise PlanError(
+                f"{name} of {of} is more than {what}: {rate:g} GB/s.",
+                numbers=f"The most that is sold is {most:g} GB/s, {8 * most:g} Gbit/s.",
+                write=f"{rate / 8:g} GB/s, if {rate:g} are Gbit/s",
+            )
 
 
 def _link(of: str, facts: Any, fixed: float) -> Link:

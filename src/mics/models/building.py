@@ -164,7 +164,7 @@ def _saved_config(name: str) -> PretrainedConfig:
             )
         path = file
     elif name.count("/") != 1:
-        near = difflib.get_close_matches(name, PRESETS, 1)
+        near = difflib.get_close_matches(name.lower(), PRESETS, 1)
         raise ConfigError(
             f"There is no model {name!r}" + (f"; did you mean {near[0]!r}?" if near else "."),
             numbers=f"Presets: {', '.join(PRESETS)}.",

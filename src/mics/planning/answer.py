@@ -9,7 +9,7 @@ from typing import overload
 
 from mics.anatomy.anatomy import Anatomy
 from mics.anatomy.memory import NOT_MODELLED
-from mics.hardware.cluster import Cluster, Gpu, extrapolated
+from mics.hardware.cluster import Cluster, Gpu, Node, extrapolated
 from mics.hardware.stacks import find_stack
 from mics.planning.cost import Price, Reliability, price_of
 from mics.planning.inverse import Limits, limits_around
@@ -25,7 +25,7 @@ TOP = 10
 """Lines of a table of plans."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plans(Sequence[Plan]):
     """Every plan that fits, the best first; ``print(plans)`` is what ``mics plan`` prints.
 
@@ -63,6 +63,10 @@ class Plans(Sequence[Plan]):
 
     def __str__(self) -> str:
         return "\n".join([self.report(), *self.caveats()])
+
+    def __repr__(self) -> str:
+        best = f"the best: {self.best.way}" if self.plans else "none fits"
+        return f"<{len(self)} plans of {self.anatomy.name} on {self.cluster}, {best}>"
 
     @property
     def best(self) -> Plan:
@@ -156,9 +160,20 @@ class Plans(Sequence[Plan]):
             f"GiB for each group it is in, {machine.fragmentation - 1:.0%} for fragmentation; "
             f"{Reliability()}.",
             f"Not modelled: {NOT_MODELLED}.",
+            _links(node),
             extrapolated(node, largest.nodes),
         ]
         return [line for line in lines if line]
+
+
+def _links(node: Node) -> str:
+    """Say what is reckoned with, in bytes and in bits: the two are easily confused."""
+    between = node.inter.bandwidth / 1e9
+    outside = f"{between:g} GB/s ({8 * between:g} Gbit/s)" if between else "n/a"
+    return (
+        f"Links of {node.name}: a ring inside a node carries {node.intra.bandwidth / 1e9:g} GB/s, "
+        f"a node sends others {outside}."
+    )
 
 
 def _given(gpu: Gpu) -> str:

@@ -112,4 +112,6 @@ def as_dollars(value: float | None) -> str:
     """Write a price; cents only where they count."""
     if value is None:
         return "n/a"
+    if value < 0.01:
+        return f"${value:.2g}"
     return f"${value:,.2f}" if value < 100 else f"${value:,.0f}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from html import escape
 
 from mics.anatomy.memory import NOT_MODELLED
@@ -43,10 +44,12 @@ def page(
         scaling: tokens per second over GPUs, by engine.
     """
     best = plans[0]
-    simulated = simulate_recipe("mics", best.anatomy, best.cluster, best.way, timeline=True)
+    # Two micro-steps show the first, however many there are.
+    way = replace(best.way, micro_steps=min(best.way.micro_steps, 2))
+    simulated = simulate_recipe("mics", best.anatomy, best.cluster, way, timeline=True)
     spans = simulated.step.timeline
     computed = [span for span in spans if span.stream == "compute"]
-    first = computed[: len(computed) // best.way.micro_steps]
+    first = computed[: len(computed) // way.micro_steps]
     stack = find_stack(best.way.stack)
     sections = [
         f"<h1>{escape(title)}</h1>",

@@ -56,7 +56,7 @@ def cells(plan: Plan) -> tuple[str, ...]:
         f"{exposed[1] / plan.seconds:.1%}",
         f"{exposed[2] / plan.seconds:.1%}",
         f"{plan.inter_bytes / 1e9:,.1f} GB",
-        "n/a" if price is None else f"{price:,.0f}",
+        "n/a" if price is None else f"{price:,.0f}" if price >= 1 else f"{price:.2g}",
     )
 
 

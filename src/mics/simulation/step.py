@@ -41,6 +41,21 @@ class Step:
     timeline: tuple[Span, ...] = field(default=(), repr=False)
     late: float = 0.0
 
+    def __str__(self) -> str:
+        parts = {
+            "computation": self.compute,
+            "waiting for hop 1": self.exposed[1],
+            "waiting for hop 2": self.exposed[2],
+            "optimizer step": self.exposed[0],
+            "waiting for the latest GPU": self.late,
+        }
+        lines = [f"a step of {self.seconds:.4g} s"]
+        lines += [
+            f"  {name:<28}{value:>10.4g} s{value / self.seconds:>8.1%}"
+            for name, value in parts.items()
+        ]
+        return "\n".join(lines)
+
 
 def simulate(
     blocks: Sequence[UnitSeconds],
