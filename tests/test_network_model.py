@@ -251,6 +251,7 @@ def document(row: str, k: float = 2) -> str:
         document(ROW.replace("1.0", "NaN")),
         '{"gpus_per_node": 2, "measured": [{"seconds": {"median": 0}, "ranks": 2, '
         '"message_bytes": 8}]}',
+        "[" * 100_000,
     ],
 )
 def test_a_file_that_is_no_measurement_is_refused(tmp_path: Path, text: str) -> None:
@@ -258,6 +259,21 @@ def test_a_file_that_is_no_measurement_is_refused(tmp_path: Path, text: str) -> 
     path.write_text(text)
     with pytest.raises(PlanError, match=r"no result of mics bench collectives"):
         measured_node(path, find_gpu("H100"))
+
+
+def test_files_that_do_not_end_are_not_read(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"no result of mics bench(.|\n)*not a file of at most"):
+        measured_node(Path("/dev/zero"), find_gpu("H100"))
+    endless, large = tmp_path / "endless.toml", tmp_path / "large.toml"
+    endless.symlink_to("/dev/zero")
+    with pytest.raises(PlanError, match=r"There is no .*endless\.toml"):
+        find_node(str(endless))
+    with large.open("w") as file:
+        file.truncate(2**40)
+    with pytest.raises(PlanError, match=r"large\.toml is too large for a node"):
+        find_node(str(large))
+    with pytest.raises(PlanError, match=r"no result of mics bench(.|\n)*not a file of at most"):
+        measured_node(large, find_gpu("H100"))
 
 
 @pytest.mark.parametrize("collective", ["all_gather", "all_reduce"])
@@ -366,6 +382,7 @@ inter = { bandwidth = 180, latency = 20 }
     ("text", "words"),
     [
         ("nodes = [", "is no TOML"),
+        ("nodes = " + "[" * 100_000, "is no TOML"),
         ("a = 1", "must describe one node"),
         ('[ours]\ngpu = "H100"', "ours lacks gpus_per_node, inter, intra"),
         (OURS.replace("H100", "H1000"), "a GPU that is not known, 'H1000'"),

@@ -109,6 +109,10 @@ def test_all_plans_of_a_search_do_the_same_work(bert: Anatomy, found: Search) ->
     odd = search(bert, small(), dataclasses.replace(QUESTION, micro_batches=(3, 8)))
     assert {plan.sequences for plan in odd.plans} == {work}
     assert odd.left_out == (3,)
+    asked = dataclasses.replace(QUESTION, micro_batches=(3, 8), global_batch=work)
+    assert search(bert, small(), asked).left_out == (3,)
+    said = mics.plan("gpt2-tiny", "p4d:1", global_batch=64, micro_batches=[3, 8]).report()
+    assert "every row: a step of 64 sequences; micro-batch 3 does not divide it\n" in said
 
 
 @pytest.mark.parametrize("optimizer", list(OPTIMIZERS))

@@ -67,6 +67,7 @@ def test_what_is_no_size_in_these_units_is_none(text: str) -> None:
 def test_rates_and_latencies_are_read_as_tc_means_them() -> None:
     assert [parse_rate(text) for text in ("200mbit", "1.5Gbit", "9bit")] == [2e8, 1.5e9, 9.0]
     assert [parse_rate(text) for text in ("0mbit", "200", "200mb", "-1mbit")] == [None] * 4
+    assert [parse_rate(text) for text in (f"{'9' * 30}gbit", f"{'9' * 400}bit")] == [None] * 2
     assert [parse_milliseconds(text) for text in ("0.5ms", "0ms", "1s", "ms")] == [
         0.5,
         0.0,

@@ -15,6 +15,7 @@ KIB, MIB, GIB = 2**10, 2**20, 2**30
 
 _BINARY = {"GiB": GIB, "MiB": MIB, "KiB": KIB, "B": 1}
 _DECIMAL = {"GB": 10**9, "MB": 10**6}
+_MOST_BITS = 1e13  # ten of the fastest links that are sold
 _BITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}
 
 
@@ -122,7 +123,7 @@ def parse_rate(text: str) -> float | None:
     """Read the bits per second of a link, as ``tc`` writes them: 200mbit, 1.5gbit."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmg]?)bit", text, re.IGNORECASE)
     bits = 0.0 if match is None else float(match[1]) * _BITS[match[2].lower()]
-    return bits if 0 < bits < math.inf else None
+    return bits if 0 < bits <= _MOST_BITS else None
 
 
 def parse_milliseconds(text: str) -> float | None:

@@ -17,6 +17,8 @@ from mics.hardware.cluster import GIVEN, Gpu, Node
 from mics.hardware.tables import check_rates, gpu_of, node_of
 from mics.quantities import GIB
 
+_MOST_BYTES = 2**20  # of a file that describes a node
+
 
 def nodes() -> dict[str, Node]:
     """All nodes of the catalogue by name."""
@@ -136,11 +138,14 @@ def described(
 
 
 def _from_file(path: Path) -> Node:
-    if not path.is_file():
-        raise PlanError(f"There is no {path}.", write="a .toml file with one node")
+    if not path.is_file() or path.stat().st_size > _MOST_BYTES:
+        raise PlanError(
+            f"There is no {path}." if not path.is_file() else f"{path} is too large for a node.",
+            write="a .toml file with one node",
+        )
     try:
         facts = tomllib.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PlanError(f"{path} is no TOML.", numbers=str(error)) from None
     described = facts.pop("gpus", {})
     if not isinstance(described, dict):

@@ -17,6 +17,7 @@ from mics.recipe import ON_GPUS, ON_HOSTS
 from mics.traffic import Form
 
 _BURST = 1.02
+_MOST_BYTES = 2**26  # of a file that mics bench wrote
 
 MeasuredRow = Mapping[str, Any]
 
@@ -40,13 +41,13 @@ def measured_node(path: Path, gpu: Gpu) -> Node:
         PlanError: it is no such file, or holds too few sizes.
     """
     try:
-        document = json.loads(path.read_text())
+        document = json.loads(_small(path))
         k = _count(document["gpus_per_node"])
         rows = [_checked(row, k) for row in document["measured"]]
         largest = max(row["ranks"] for row in rows)
         gloo = _on_gloo(document)
         inside = _positive(document.get("inside_in_a_step", 1.0))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise PlanError(
             f"{path} is no result of mics bench collectives.",
             numbers=f"{type(error).__name__}: {error}",
@@ -73,6 +74,13 @@ def measured_node(path: Path, gpu: Gpu) -> Node:
     if nodes == 1:
         return node
     return replace(node, all_reduce=fit_links(_all_reduces(rows, k, gloo), intra)["inter"])
+
+
+def _small(path: Path) -> str:
+    """Read a file that ends, and soon."""
+    if path.exists() and (not path.is_file() or path.stat().st_size > _MOST_BYTES):
+        raise ValueError(f"not a file of at most {_MOST_BYTES:,} bytes")
+    return path.read_text()
 
 
 def _on_gloo(document: dict[str, Any]) -> bool:

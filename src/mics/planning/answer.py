@@ -35,7 +35,7 @@ class Plans(Sequence[Plan]):
     Args:
         plans: with their reasons.
         rejected: recipes that do not fit.
-        left_out: micro-batches that do not divide that work.
+        left_out: micro-batches that do not divide a step's work.
         anatomy: of the model.
         cluster: they run on.
         question: they answer.

@@ -134,7 +134,7 @@ class Search:
     Args:
         plans: that fit, the best first: as ``ranking.py`` orders them, all of the same work.
         rejected: what did not fit.
-        left_out: micro-batches that do not divide the work of the others.
+        left_out: micro-batches that do not divide the work of a step.
     """
 
     plans: tuple[Plan, ...]
@@ -180,13 +180,12 @@ def search(anatomy: Anatomy, cluster: Cluster, question: Question) -> Search:
             micro-batch divides.
     """
     plans, rejected = _tried(anatomy, cluster, question)
-    left_out: tuple[int, ...] = ()
     if plans and len({plan.sequences for plan in plans}) > 1:
         fastest = min(plans, key=_cost)
         question = replace(question, global_batch=fastest.sequences)
-        tried = dict.fromkeys(question.micro_batches)
-        left_out = tuple(b for b in tried if not question.micro_steps(cluster, b))
         plans, rejected = _tried(anatomy, cluster, question)
+    tried = dict.fromkeys(question.micro_batches)
+    left_out = tuple(b for b in tried if not question.micro_steps(cluster, b))
     ordered = in_order(plans, _cost, lambda plan: plan.way.partition, error_on(cluster.node))
     return Search(tuple(ordered), tuple(rejected), left_out)
 
