@@ -92,9 +92,7 @@ def test_a_plan_says_what_is_equal_and_what_is_plain_full_sharding(llama: Anatom
         f"The first {len(equal)} are equally fast: within 3.0%, the error of a predicted step. The "
         "smallest partition comes first." in text
     )
-    assert (
-        "every row: a step of 2,048 sequences, 1 micro-steps of micro-batch 2 on each GPU" in text
-    )
+    assert "every row: a step of 2,048 sequences, 1 micro-step of micro-batch 2 on each GPU" in text
     assert "p = 1024 is plain full sharding (FSDP2, ZeRO-3): one replica, no hop 2." in text
     assert "Memory: the driver gives 79.25 of the 80 GiB of A100-80GB; plans use no more." in text
     whole = next(plan for plan in plans if plan.way.partition == 1024)
