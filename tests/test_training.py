@@ -521,6 +521,18 @@ def test_throughput_counts_every_token_of_a_masked_model_and_not_the_masked_ones
     assert lines(config)[-1]["tokens"] < 4 * 8 * 16 / 2, "those predicted"
 
 
+def test_a_masked_model_that_is_asked_nothing_has_no_loss(
+    tmp_path: Path, corpus: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data = {"masked": 1e-9}  # no token of these is chosen
+    config = settings(tmp_path, corpus, kind="bert", data=data, evaluation={"every": 2})
+    run_ranks(train, 2, config)
+    assert [e["loss"] for e in lines(config) + lines(config, "evaluation")] == [None] * 6
+    out = capfd.readouterr().out
+    assert out.count("loss n/a  lr") == 4
+    assert out.count(": loss n/a") == 2
+
+
 def _bytes_per_token(config: TrainConfig) -> float:
     meta = json.loads(next((config.run.folder / "data").glob("*/meta.json")).read_text())["facts"]
     return float(meta["text_bytes"]["train"] / meta["tokens"]["train"])
