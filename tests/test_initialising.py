@@ -64,6 +64,7 @@ class Plain(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(64, 32, padding_idx=3)
         self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.batch_norm = nn.BatchNorm1d(32)
         self.head = nn.Linear(32, 64)
 
 
@@ -159,6 +160,29 @@ def test_padding_of_tied_embeddings_is_zero() -> None:
         assert float(embeddings.detach().std()) == pytest.approx(0.5, rel=0.1)
 
 
+class Whole(Plain):
+    """``_init_weights`` knows the whole model, and is left to whoever gives the values."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if module is self:
+            nn.init.zeros_(self.head.weight)
+
+
+class Reaching(Plain):
+    def _init_weights(self, module: nn.Module) -> None:
+        if module is self:
+            nn.init.zeros_(self.blocks[1].up.weight)  # type: ignore[union-attr, arg-type]
+
+
+def test_what_an_owner_sets_of_the_whole_model_is_set_unless_it_is_in_another_unit() -> None:
+    model = from_meta(Whole)
+    assert model.head.weight.count_nonzero() == 0
+    assert model.blocks[0].up.weight.std() > 0
+    said = refusal(Reaching)
+    assert "blocks.1.up.weight has its values already, and Reaching around it sets them" in said
+    assert "By _init_weights of Reaching." in said
+
+
 def _zeroed(make: Callable[[], Any], zero: Callable[[Any], object]) -> Callable[[], Any]:
     def zeroed() -> Any:
         model = make()
@@ -180,6 +204,10 @@ ELSEWHERE = {
     "a parameter put in the place of another": (
         _zeroed(Plain, lambda m: setattr(m.head, "weight", nn.Parameter(torch.zeros(64, 32)))),
         "head.weight was set 0 time(s)",
+    ),
+    "a buffer of torch's": (
+        _zeroed(Plain, lambda m: m.batch_norm.running_var.fill_(0.5)),
+        "batch_norm.running_var was set 2 time(s)",
     ),
     "a scale by depth, after _init_weights": (
         _zeroed(Applied, lambda m: nn.init.normal_(m.blocks[0].down.weight, std=0.01)),

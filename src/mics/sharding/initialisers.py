@@ -8,6 +8,7 @@ somebody did is told by [Note: writes].
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -75,6 +76,14 @@ class Owners:
         owner = self._of.get(module)
         return None if owner is None else self._owners[owner]
 
+    def embeds(self, module: nn.Module) -> bool:
+        """Whether it is an embedding, so that its values are those of whoever is tied to it."""
+        if isinstance(module, nn.Embedding):
+            return True
+        owner = self._of.get(module)
+        inputs = getattr(owner, "get_input_embeddings", None)
+        return inputs is not None and inputs() is module
+
     def has_added(self, layer: nn.Module, fresh: set[int]) -> bool:
         """Whether ``layer`` is an adapter's, and what it added is among the fresh parameters."""
         return layer in self._adapters and any(
@@ -117,7 +126,7 @@ class Owners:
         if module in self._of:
             return
         self._settings.update(_settings_of(module))
-        initialises = callable(getattr(type(module), "_init_weights", None))
+        initialises = _takes_a_module(getattr(type(module), "_init_weights", None))
         if initialises and (owner is None or _is_transformers(module)):
             owner = module
         self._of[module] = owner
@@ -207,6 +216,17 @@ def _is_adapter(module: nn.Module) -> bool:
     """Whether it is a layer with LoRA matrices of peft around it; other kinds hold no modules."""
     has_reset = callable(getattr(type(module), "reset_lora_parameters", None))
     return has_reset and isinstance(getattr(module, "lora_A", None), nn.ModuleDict)
+
+
+def _takes_a_module(function: Any) -> bool:
+    """Whether it can be called for one module; others go through all by themselves."""
+    if not callable(function):
+        return False
+    try:
+        inspect.signature(function).bind(None, None)
+    except TypeError:
+        return False
+    return True
 
 
 def _is_transformers(module: nn.Module) -> bool:

@@ -63,24 +63,60 @@ class Materialiser:
         # Tied parameters share a unit, so ties need not be remembered (and values kept) longer.
         made: dict[nn.Parameter, nn.Parameter] = {}
         real = {t for module in modules for t in _own(module) if not t.is_meta}
+        untied = self._untie(modules)
         for module in modules:
             self._allocate(module, made, writes)
         versions = {t: compat.times_written(t) for m in modules for t in _own(m) if t not in real}
-        fresh = {id(param) for param in made.values()}
+        fresh = {id(t) for t in versions}
         devices = [self._device.index] if on_accelerator(self._device) else []
         with torch.random.fork_rng(devices, device_type=self._device.type if devices else "cuda"):
             # A parent may refine what its children set (GPT-2 scales its residual projections).
             for module in _children_first(unit):
                 whole = module in modules or _consists_of(module, fresh)
-                if self._initialise is not None and whole:
-                    self._seeded(module, self._initialise)
-                elif self._initialise is None and whole:
+                if self._initialise is not None:
+                    if whole:
+                        self._seeded(module, self._initialise)
+                    continue
+                if whole:
                     self._by_owner(module, versions, writes)
-                if self._initialise is None and self._owners.has_added(module, fresh):
+                elif any(id(param) in fresh for param in module.parameters()):
+                    self._by_owner_of_part(module, fresh, writes)
+                if self._owners.has_added(module, fresh):
                     self._by_adapter(module, writes)
+        for module, name, param in untied:
+            setattr(module, name, made[param])
         for module in modules:
             self._check(module, versions, unit, writes)
         return True
+
+    def _untie(self, modules: list[nn.Module]) -> list[tuple[nn.Module, str, nn.Parameter]]:
+        """Give those tied to an embedding a parameter of their own while they are initialised.
+
+        transformers ties afterwards, so that the embedding's values are what stays.
+
+        Returns:
+            Module, name, and the embedding's parameter on the meta device.
+        """
+        if self._initialise is not None:
+            return []
+        owned = [m for m in modules if (o := self._owners.of(m)) is not None and not o.applied]
+        embedded = {
+            param
+            for module in owned
+            if self._owners.embeds(module)
+            for param in module.parameters(recurse=False)
+            if param.is_meta
+        }
+        untied = [
+            (module, name, param)
+            for module in owned
+            if not self._owners.embeds(module)
+            for name, param in module.named_parameters(recurse=False)
+            if param in embedded
+        ]
+        for module, name, param in untied:
+            setattr(module, name, nn.Parameter(torch.empty_like(param)))
+        return untied
 
     def _allocate(
         self, module: nn.Module, made: dict[nn.Parameter, nn.Parameter], writes: Writes
@@ -99,6 +135,7 @@ class Materialiser:
                 persistent = compat.is_persistent(module, name)
                 value = _unset(torch.empty_like(buffer, device=self._device))
                 module.register_buffer(name, value, persistent=persistent)
+                writes.watch(value, built=buffer, holder=module)
 
     def _by_owner(
         self, module: nn.Module, versions: Mapping[torch.Tensor, int], writes: Writes
@@ -114,9 +151,28 @@ class Materialiser:
             # What the owner leaves alone keeps what the module set when it was built.
             self._seeded(module, reset)
             self._seeded(module, owner.initialise)
-        if not owner.applied:  # else ties were made before or after it: it wrote them by itself
-            for embedding in writes.embeddings_tied_to(module):
-                self._seeded(embedding, owner.initialise)
+
+    def _by_owner_of_part(self, module: nn.Module, fresh: set[int], writes: Writes) -> None:
+        """A module around other units may set values of this one, and must not set theirs.
+
+        Raises:
+            ShardError: it does.
+        """
+        owner = self._owners.of(module)
+        if owner is None:
+            return
+        others = [(n, p) for n, p in module.named_parameters() if id(p) not in fresh]
+        times = [compat.times_written(param) for _, param in others]
+        with writes.counted(module):
+            self._seeded(module, owner.initialise)
+        for (name, param), before in zip(others, times, strict=True):
+            if compat.times_written(param) != before:
+                kind = type(module).__name__
+                raise ShardError(
+                    f"{name} has its values already, and {kind} around it sets them once more.",
+                    numbers=f"By _init_weights of {type(owner.module).__name__}.",
+                    write=WRITE.format(kind=kind),
+                )
 
     def _by_adapter(self, layer: nn.Module, writes: Writes) -> None:
         def finish(layer: nn.Module) -> None:

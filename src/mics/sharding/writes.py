@@ -17,12 +17,12 @@ import torch
 from torch import nn
 
 from mics import compat
-from mics.sharding.initialisers import Owners, is_torchs
+from mics.sharding.initialisers import Owners, is_torchs, tensors_of
 
 
 @dataclass
 class _Watched:
-    """A parameter that is given its values.
+    """A parameter or buffer that is given its values.
 
     ``times`` is how often construction wrote it, ``built`` how often torch.nn's own modules do;
     ``counts`` how often the initialisers had after each call, ``writers`` who they are.
@@ -43,7 +43,7 @@ class Writes:
         self._watched: dict[torch.Tensor, _Watched] = {}
 
     def watch(self, param: torch.Tensor, *, built: torch.Tensor, holder: nn.Module) -> None:
-        """Watch a parameter of ``holder`` that takes the place of ``built``, on the meta device."""
+        """Watch a tensor of ``holder`` that takes the place of ``built``, on the meta device."""
         if param not in self._watched:
             times = compat.times_written(built)
             self._watched[param] = _Watched(times, self._owners.built(built))
@@ -52,7 +52,7 @@ class Writes:
     @contextmanager
     def counted(self, module: nn.Module) -> Iterator[None]:
         """Count what is written below ``module`` meanwhile."""
-        below = [param for param in module.parameters() if param in self._watched]
+        below = [t for m in module.modules() for _, t in tensors_of(m) if t in self._watched]
         before = [compat.times_written(param) for param in below]
         yield
         for param, times in zip(below, before, strict=True):
@@ -60,18 +60,6 @@ class Writes:
                 watched = self._watched[param]
                 watched.counts.append(watched.counts[-1] + written)
                 watched.writers.append(module)
-
-    def embeddings_tied_to(self, module: nn.Module) -> list[nn.Module]:
-        """Embeddings that ``module`` shares a parameter with: what they set is what stays."""
-        if isinstance(module, nn.Embedding):
-            return []
-        return [
-            holder
-            for param in module.parameters(recurse=False)
-            if param in self._watched
-            for holder in self._watched[param].holders
-            if isinstance(holder, nn.Embedding)
-        ]
 
     def objection(self, param: torch.Tensor, unit: nn.Module) -> str | None:
         """Say why the values of a parameter are not those it was built with, where they are not."""
@@ -109,8 +97,8 @@ class Writes:
 
     def _lost(self, holder: nn.Module) -> bool:
         """Whether nothing of a module was ever written, because it is a copy."""
-        own = holder.parameters(recurse=False)
-        return all(self._watched[param].times == 0 for param in own if param in self._watched)
+        own = [self._watched[t] for _, t in tensors_of(holder) if t in self._watched]
+        return all(watched.times == 0 for watched in own)
 
 
 def _after_own(watched: _Watched) -> list[int]:
