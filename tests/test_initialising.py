@@ -168,6 +168,15 @@ class Whole(Plain):
             nn.init.zeros_(self.head.weight)
 
 
+def test_values_that_were_there_from_the_beginning_are_left_alone() -> None:
+    def make() -> Whole:
+        model = Whole()
+        model.head.weight = nn.Parameter(torch.ones(64, 32, device="cpu"))
+        return model
+
+    assert torch.equal(from_meta(make).head.weight, torch.ones(64, 32))
+
+
 class Reaching(Plain):
     def _init_weights(self, module: nn.Module) -> None:
         if module is self:

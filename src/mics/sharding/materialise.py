@@ -44,6 +44,7 @@ class Materialiser:
         self._seed = seed
         self._initialise = initialise
         self._owners = Owners(model)
+        self._real = {name for name, param in model.named_parameters() if not param.is_meta}
 
     @torch.no_grad()
     def materialise(self, unit: nn.Module) -> bool:
@@ -62,7 +63,7 @@ class Materialiser:
         writes = Writes(self._owners)
         # Tied parameters share a unit, so ties need not be remembered (and values kept) longer.
         made: dict[nn.Parameter, nn.Parameter] = {}
-        real = {t for module in modules for t in _own(module) if not t.is_meta}
+        real = {t: t.clone() for module in modules for t in _own(module) if not t.is_meta}
         untied = self._untie(modules)
         for module in modules:
             self._allocate(module, made, writes)
@@ -83,6 +84,9 @@ class Materialiser:
                     self._by_owner_of_part(module, fresh, writes)
                 if self._owners.has_added(module, fresh):
                     self._by_adapter(module, writes)
+        for tensor, value in real.items():  # that were there from the beginning
+            if self._initialise is None and not isinstance(tensor, DTensor):
+                tensor.copy_(value)
         for module, name, param in untied:
             setattr(module, name, made[param])
         for module in modules:
@@ -155,11 +159,14 @@ class Materialiser:
     def _by_owner_of_part(self, module: nn.Module, fresh: set[int], writes: Writes) -> None:
         """A module around other units may set values of this one, and must not set theirs.
 
+        It is not asked where it would meet values that were there from the beginning.
+
         Raises:
             ShardError: it does.
         """
         owner = self._owners.of(module)
-        if owner is None:
+        path = f"{name}." if (name := self._names.get(module)) else ""
+        if owner is None or any(path + n in self._real for n, _ in module.named_parameters()):
             return
         others = [(n, p) for n, p in module.named_parameters() if id(p) not in fresh]
         times = [compat.times_written(param) for _, param in others]
