@@ -12,7 +12,7 @@ import pytest
 
 from mics.quantities import count, size
 from mics.training.config import LogConfig
-from mics.training.display import open_display, step_line
+from mics.training.display import evaluation_line, open_display, step_line
 from mics.training.plot import plot_run, read_metrics
 from mics.training.record import EvaluationRecord, StepRecord
 from mics.training.trackers import open_trackers
@@ -61,6 +61,24 @@ def test_numbers_that_are_not_finite_become_null() -> None:
     entry = json.loads(a_step(loss=float("nan"), norm=float("inf")).as_json())
     assert entry["loss"] is None
     assert entry["norm"] is None
+
+
+def test_a_loss_of_nothing_is_not_zero_anywhere(tmp_path: Path) -> None:
+    step = a_step(loss=None, bits_per_byte=None)
+    held_out = EvaluationRecord(3, None, None)
+    assert "loss n/a  lr" in step_line(step, 9)
+    assert evaluation_line(held_out) == "held out after step 3: loss n/a"
+    lines = [step.as_json(), held_out.as_json()]
+    assert [json.loads(line)["loss"] for line in lines] == [None, None]
+    assert "train/loss" not in step.as_scalars()
+    assert held_out.as_scalars() == {}
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text("\n".join([a_step(2, bits_per_byte=None).as_json(), *lines]) + "\n")
+    assert plot_run(metrics, tmp_path / "plot.png", "a masked model")
+    live = open_display("on", steps=9, first=1, every=1)
+    live.step(step)
+    live.evaluation(held_out)
+    live.close()
 
 
 def test_lines_come_every_so_often_but_a_skipped_step_always(

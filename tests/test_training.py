@@ -521,6 +521,37 @@ def test_throughput_counts_every_token_of_a_masked_model_and_not_the_masked_ones
     assert lines(config)[-1]["tokens"] < 4 * 8 * 16 / 2, "those predicted"
 
 
+def test_generation_settings_of_the_model_stay_with_its_checkpoints(
+    tmp_path: Path, corpus: Path
+) -> None:
+    """From the folder that the model is named by, and on from a checkpoint that has them."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    Path(model_file(tmp_path, "gpt2")).rename(folder / "config.json")
+    (folder / "generation_config.json").write_text('{"temperature": 0.5}')
+    first = settings(tmp_path, corpus, model={"name": str(folder)})
+    run_ranks(train, 2, first)
+    begun = first.run.folder / "step-00000004"
+    more = {"folder": tmp_path / "more", "steps": 5, "resume": begun}
+    second = settings(tmp_path, corpus, run=more)  # a config.json alone
+    run_ranks(train, 2, second)
+    for checkpoint in (begun, tmp_path / "more" / "step-00000005"):
+        file = checkpoint / "assets" / "model" / "generation_config.json"
+        assert json.loads(file.read_text()) == {"temperature": 0.5}
+
+
+def test_a_masked_model_that_is_asked_nothing_has_no_loss(
+    tmp_path: Path, corpus: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data = {"masked": 1e-9}  # no token of these is chosen
+    config = settings(tmp_path, corpus, kind="bert", data=data, evaluation={"every": 2})
+    run_ranks(train, 2, config)
+    assert [e["loss"] for e in lines(config) + lines(config, "evaluation")] == [None] * 6
+    out = capfd.readouterr().out
+    assert out.count("loss n/a  lr") == 4
+    assert out.count(": loss n/a") == 2
+
+
 def _bytes_per_token(config: TrainConfig) -> float:
     meta = json.loads(next((config.run.folder / "data").glob("*/meta.json")).read_text())["facts"]
     return float(meta["text_bytes"]["train"] / meta["tokens"]["train"])

@@ -14,7 +14,8 @@ OPTIMIZER = "optimizer/"
 ASSETS = "assets/"
 """Names of assets are those of files too, in the checkpoint's folder."""
 
-MODEL_CONFIG = f"{ASSETS}model/config.json"
+MODEL_FILES = f"{ASSETS}model/"
+MODEL_CONFIG = f"{MODEL_FILES}config.json"
 TOKENIZER = f"{ASSETS}tokenizer/"
 
 Value = TypeVar("Value")

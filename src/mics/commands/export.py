@@ -32,22 +32,23 @@ class Config:
     """Most bytes in one file: 500MB, 5GB, ..."""
 
     check: bool = False
-    """Load the result with transformers and compare its logits with the checkpoint's."""
+    """Load the result with transformers; compare logits and small files with the checkpoint's."""
 
 
 def run(config: Config) -> int:
     """Export, and compare if asked.
 
     Returns:
-        0; 1 when logits differ that should not.
+        0; 1 when logits or small files differ that should not.
 
     Raises:
         CheckpointError: there is no such checkpoint, it is damaged, or the folder exists.
     """
-    from mics.interchange.comparing import largest_difference
+    from mics.interchange.comparing import differing_files, largest_difference
     from mics.interchange.dtypes import FLOATS
     from mics.interchange.exporting import export
-    from mics.ranks.console import show
+    from mics.models.small_files import usual_that_lack
+    from mics.ranks.console import alarm, show
     from mics.ranks.progress_bar import TextProgress
 
     dtype = FLOATS[config.dtype]
@@ -63,13 +64,20 @@ def run(config: Config) -> int:
         f"{exported.checkpoint} -> {exported.folder}: {exported.num_tensors} tensors, "
         f"{exported.num_bytes:,} bytes; {', '.join(exported.files)}"
     )
+    if lacking := usual_that_lack(exported.files):
+        show(f"the checkpoint does not have: {', '.join(lacking)}")
+    if exported.not_finite:
+        alarm(f"These weights hold NaN or infinity: {', '.join(exported.not_finite)}.")
     if not config.check:
         return 0
+    differing = differing_files(exported)
+    verdict = f"{', '.join(differing)} differ or are not there" if differing else "equal"
+    show(f"small files of the folder and of the checkpoint: {verdict}")
     difference = largest_difference(exported, dtype)
     exact = config.dtype in ("as-is", "fp32")
     verdict = "equal" if difference == 0 else f"differ by at most {difference:.3g}"
     show(f"logits of transformers and of the checkpoint: {verdict}")
-    return 1 if exact and difference != 0 else 0
+    return 1 if differing or (exact and difference != 0) else 0
 
 
 def _bytes(text: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -11,10 +12,42 @@ from mics.checkpoint.contents import contents_of
 from mics.checkpoint.layout import MODEL_CONFIG
 from mics.checkpoint.manifest import read_manifest
 from mics.checkpoint.reading import read_tensors
-from mics.interchange.exporting import Exported
+from mics.interchange.exporting import Exported, exported_files
 from mics.models.building import build, load_config, num_positions, task_of
+from mics.models.small_files import CONFIG, read_small
 
 _SEQUENCES, _LENGTH = 2, 32
+_CHANGED = ("dtype", "torch_dtype", "auto_map")  # in config.json, by an export
+
+
+def differing_files(exported: Exported) -> list[str]:
+    """Small files of the checkpoint that the export lacks, or has with another content.
+
+    JSON is compared by its values, but for what an export changes in ``config.json``.
+    """
+    manifest = read_manifest(exported.checkpoint)
+    config = {CONFIG: read_small(exported.checkpoint / MODEL_CONFIG)}
+    wanted = config | exported_files(exported.checkpoint, manifest)
+    return [name for name, data in wanted.items() if not _same(exported.folder / name, data)]
+
+
+def _same(path: Path, wanted: bytes) -> bool:
+    if not path.is_file():
+        return False
+    found = read_small(path)
+    if path.suffix != ".json":
+        return found == wanted
+    return _value(found, path.name) == _value(wanted, path.name)
+
+
+def _value(data: bytes, name: str) -> object:
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return data
+    if name != CONFIG or not isinstance(value, dict):
+        return value
+    return {key: each for key, each in value.items() if key not in _CHANGED}
 
 
 def largest_difference(exported: Exported, dtype: torch.dtype | None) -> float:
@@ -45,7 +78,9 @@ def _load_plain(folder: Path, dtype: torch.dtype | None) -> nn.Module:
     config = load_config(str(folder), vocabulary=1, separator=0)
     disable_progress_bar()  # type: ignore[no-untyped-call]
     auto = AutoModelForMaskedLM if task_of(config) == "masked" else AutoModelForCausalLM
-    model: nn.Module = auto.from_pretrained(str(folder), dtype=dtype or "auto")
+    model: nn.Module = auto.from_pretrained(
+        str(folder), dtype=dtype or "auto", trust_remote_code=False
+    )
     return model.eval()
 
 

@@ -11,12 +11,28 @@ import torch
 
 from mics.checkpoint.disk import write_bytes
 from mics.checkpoint.folder import newest_intact
-from mics.checkpoint.layout import ASSETS, MODEL, MODEL_CONFIG, TOKENIZER, of_kind
+from mics.checkpoint.layout import (
+    ASSETS,
+    MODEL,
+    MODEL_CONFIG,
+    MODEL_FILES,
+    TOKENIZER,
+    of_kind,
+)
 from mics.checkpoint.manifest import MANIFEST, Entry, Manifest
 from mics.checkpoint.verifying import verified_manifest
 from mics.errors import CheckpointError
 from mics.interchange.new_folder import check_new, new_folder
 from mics.interchange.stream import TensorReader, write_stream
+from mics.models.small_files import (
+    CONFIG,
+    OF_MODELS,
+    OF_TOKENIZERS,
+    is_named,
+    read_small,
+    read_table,
+    without_code,
+)
 from mics.quantities import dtype_name
 from mics.ranks.console import ShowBytes
 
@@ -30,6 +46,7 @@ class Exported:
     num_tensors: int
     num_bytes: int
     files: list[str]
+    not_finite: list[str]
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -53,7 +70,7 @@ def find_checkpoint(path: Path) -> Path:
 def export(
     path: Path, out: Path, *, dtype: torch.dtype | None, shard_bytes: int, told: ShowBytes
 ) -> Exported:
-    """Write ``config.json``, the tokenizer and the weights of a checkpoint to a new folder.
+    """Write weights, ``config.json`` and what else transformers loads to a new folder.
 
     Every file of the checkpoint is verified first. No more than one tensor is in memory. The
     folder appears under its name when it is complete.
@@ -90,8 +107,16 @@ def _write(
     dtype: torch.dtype | None,
     shard_bytes: int,
     told: ShowBytes,
-) -> tuple[int, int, list[str]]:
+) -> tuple[int, int, list[str], list[str]]:
     entries = of_kind(MODEL, manifest.tensors)
+    floats = [each for each in entries.values() if each.torch_dtype.is_floating_point]
+    if not floats:
+        raise CheckpointError(
+            f"{checkpoint} holds no floating-point weights.",
+            numbers=f"Its {len(entries)} tensors are "
+            f"{', '.join(sorted({each.dtype for each in entries.values()})) or 'none'}.",
+            write="the checkpoint of a model before it was quantised",
+        )
     dtypes = {name: dtype_of(entry, dtype) for name, entry in entries.items()}
     sizes = {
         name: e.num_bytes // e.torch_dtype.itemsize * dtypes[name].itemsize
@@ -105,23 +130,40 @@ def _write(
         else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         for number in range(1, len(shards) + 1)
     ]
+    not_finite: list[str] = []
     for file, names in zip(files, shards, strict=True):
-        write_stream(out / file, [(n, dtypes[n], entries[n].shape) for n in names], value_of)
+        tensors = [(n, dtypes[n], entries[n].shape) for n in names]
+        not_finite += sorted(write_stream(out / file, tensors, value_of)[1])
     if len(shards) > 1:
         where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": where}
         write_bytes(out / "model.safetensors.index.json", json.dumps(index, indent=2).encode())
-    config: dict[str, Any] = json.loads((checkpoint / MODEL_CONFIG).read_text())
-    # transformers loads weights in the dtype that it reads here, whatever they are stored in.
-    config.pop("torch_dtype", None)  # its name before transformers 5
-    floats = [each for each in dtypes.values() if each.is_floating_point]
-    config["dtype"] = dtype_name(floats[0])
-    write_bytes(out / "config.json", json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")
-    for name in manifest.files:
-        if name.startswith(TOKENIZER):
-            target = out / name.removeprefix(TOKENIZER)
-            write_bytes(target, (checkpoint / name).read_bytes())
-    return len(entries), total, sorted(file.name for file in out.iterdir())
+    config = exported_config(checkpoint, dtype_name(dtype_of(floats[0], dtype)))
+    write_bytes(out / CONFIG, json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")
+    for name, data in exported_files(checkpoint, manifest).items():
+        write_bytes(out / name, data)
+    return len(entries), total, sorted(file.name for file in out.iterdir()), not_finite
+
+
+def exported_config(checkpoint: Path, dtype: str) -> dict[str, Any]:
+    """The configuration of a checkpoint as it is exported.
+
+    transformers loads weights in the dtype that it reads there, whatever they are stored in.
+    """
+    config = read_table(checkpoint / MODEL_CONFIG)
+    for name in ("torch_dtype", "auto_map"):  # the name before transformers 5; and code
+        config.pop(name, None)
+    return config | {"dtype": dtype}
+
+
+def exported_files(checkpoint: Path, manifest: Manifest) -> dict[str, bytes]:
+    """The small files of a checkpoint that transformers loads, by the names it knows them by."""
+    found: dict[str, bytes] = {}
+    for kind, known in ((MODEL_FILES, OF_MODELS), (TOKENIZER, OF_TOKENIZERS)):
+        for name in of_kind(kind, manifest.files):
+            if is_named(name, known):
+                found[name] = without_code(name, read_small(checkpoint / (kind + name)))
+    return found
 
 
 def dtype_of(entry: Entry, wanted: torch.dtype | None) -> torch.dtype:

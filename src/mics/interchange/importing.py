@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from mics.checkpoint.contents import contents_of
 from mics.checkpoint.disk import write_bytes, write_manifest
-from mics.checkpoint.layout import MODEL, MODEL_CONFIG, TOKENIZER, chunk_key, file_of
+from mics.checkpoint.layout import (
+    MODEL,
+    MODEL_CONFIG,
+    MODEL_FILES,
+    TOKENIZER,
+    chunk_key,
+    file_of,
+)
 from mics.checkpoint.manifest import Entry, FileFacts, Manifest, whole_entry
 from mics.interchange.exporting import dtype_of
 from mics.interchange.new_folder import check_new, new_folder
@@ -17,24 +25,42 @@ from mics.interchange.pretrained import read_entries
 from mics.interchange.stream import TensorReader, write_stream
 from mics.interchange.weights import match_weights
 from mics.models.building import build, load_config
+from mics.models.small_files import (
+    CONFIG,
+    OF_MODELS,
+    OF_TOKENIZERS,
+    left_behind,
+    read_small,
+    small_files,
+    usual_that_lack,
+    without_code,
+)
 from mics.quantities import dtype_name
 from mics.ranks.console import ShowBytes
 
-_CONFIG = "config.json"
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-)
+
+@dataclass(frozen=True)
+class Imported:
+    """What was not taken as it is.
+
+    ``unused`` are tensors that the model has no place for, ``not_finite`` those with NaN or
+    infinity; ``code`` is what names or is code and stays behind, ``lacking`` are small files that
+    most folders have.
+    """
+
+    unused: list[str]
+    not_finite: list[str]
+    code: list[str]
+    lacking: list[str]
 
 
 def import_folder(
     folder: Path, out: Path, *, dtype: torch.dtype | None, told: ShowBytes
-) -> list[str]:
+) -> Imported:
     """Write a checkpoint (weights only, step 0) from ``config.json`` and safetensors.
+
+    What transformers loads beside the weights comes along: tokenizer, chat templates, generation
+    configuration, processors.
 
     Args:
         folder: what transformers' ``save_pretrained`` wrote.
@@ -42,12 +68,10 @@ def import_folder(
         dtype: the dtype of floating-point tensors; ``None`` keeps theirs.
         told: is called as the work goes on.
 
-    Returns:
-        Names of tensors that the model has no place for, which were left out.
-
     Raises:
         CheckpointError: the folder lacks parameters, has pickled weights only, or ``out`` exists.
-        ConfigError: its ``config.json`` cannot be read.
+        ConfigError: its ``config.json`` or another small file cannot be read, or is not of a
+            language model.
     """
     check_new(out)
     entries = read_entries(folder)
@@ -55,12 +79,10 @@ def import_folder(
     contents = contents_of(model, None)
     found, unused = match_weights(folder, entries, model, contents)
     weights = {MODEL + name: entry for name, entry in found.items()}
+    code, files = left_behind(folder), _files(folder)
     with new_folder(out) as making:
-        tensors, facts = _write_tensors(folder, weights, making, dtype, told)
-        files = {file_of(0): facts, MODEL_CONFIG: _copy(folder / _CONFIG, making / MODEL_CONFIG)}
-        for name in _TOKENIZER_FILES:
-            if (folder / name).is_file():
-                files[TOKENIZER + name] = _copy(folder / name, making / TOKENIZER / name)
+        tensors, facts, not_finite = _write_tensors(folder, weights, making, dtype, told)
+        written = {name: write_bytes(making / name, data) for name, data in files.items()}
         manifest = Manifest(
             world=1,
             partition=1,
@@ -68,10 +90,23 @@ def import_folder(
             aliases=contents.aliases,
             values={},
             extra={"step": 0, "position": 0, "tokens": 0, "data": f"imported from {folder.name}"},
-            files=files,
+            files={file_of(0): facts, **written},
         )
         write_manifest(making, manifest)
-    return sorted(unused)
+    return Imported(sorted(unused), not_finite, code, usual_that_lack(_plain_names(files)))
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    """The small files of a folder by the names that they get in the checkpoint."""
+    config = without_code(CONFIG, read_small(folder / CONFIG))
+    files = {MODEL_CONFIG: config}
+    for kind, names in ((MODEL_FILES, OF_MODELS), (TOKENIZER, OF_TOKENIZERS)):
+        files |= {kind + name: data for name, data in small_files(folder, names).items()}
+    return files
+
+
+def _plain_names(files: Mapping[str, bytes]) -> list[str]:
+    return [name.removeprefix(MODEL_FILES).removeprefix(TOKENIZER) for name in files]
 
 
 def _write_tensors(
@@ -80,8 +115,12 @@ def _write_tensors(
     making: Path,
     dtype: torch.dtype | None,
     told: ShowBytes,
-) -> tuple[dict[str, Entry], FileFacts]:
-    """All of them into one file; their entries in the checkpoint, and what the file must be."""
+) -> tuple[dict[str, Entry], FileFacts, list[str]]:
+    """All of them into one file.
+
+    Returns:
+        Their entries in the checkpoint, what the file must be, and who is not finite.
+    """
     keys = {name: chunk_key(name, (0,) * len(entry.shape)) for name, entry in entries.items()}
     written = {
         name: whole_entry(dtype_name(dtype_of(entry, dtype)), entry.shape, file_of(0), keys[name])
@@ -89,13 +128,10 @@ def _write_tensors(
     }
     by_key = {keys[name]: entry for name, entry in entries.items()}
     sizes = {key: entry.num_bytes for key, entry in by_key.items()}
-    facts = write_stream(
+    facts, bad = write_stream(
         making / file_of(0),
         [(keys[name], entry.torch_dtype, entry.shape) for name, entry in written.items()],
         TensorReader(folder, by_key, sizes, told),
     )
-    return written, facts
-
-
-def _copy(source: Path, target: Path) -> FileFacts:
-    return write_bytes(target, source.read_bytes())
+    not_finite = [name.removeprefix(MODEL) for name in entries if keys[name] in bad]
+    return written, facts, not_finite

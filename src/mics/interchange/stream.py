@@ -70,11 +70,11 @@ def write_stream(
     path: Path,
     tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]],
     value_of: Callable[[str], torch.Tensor],
-) -> FileFacts:
+) -> tuple[FileFacts, set[str]]:
     """Write ``tensors`` (name, dtype, shape); ``value_of`` gives them one after the other.
 
     Returns:
-        Size and checksum of the file.
+        Size and checksum of the file, and the names of tensors with NaN or infinity, as written.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -88,6 +88,7 @@ def write_stream(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors are aligned
     digest = hashlib.sha256()
+    not_finite: set[str] = set()
     with path.open("wb") as file:
         for part in (len(text).to_bytes(8, "little"), text):
             digest.update(part)
@@ -95,8 +96,10 @@ def write_stream(
         for name, dtype, shape in tensors:
             value = value_of(name).to(dtype).contiguous()
             assert tuple(value.shape) == shape
+            if not value.isfinite().all():
+                not_finite.add(name)
             data: Any = value.reshape(-1).view(torch.uint8).numpy()
             digest.update(data)
             file.write(data)
     sync(path)
-    return FileFacts(8 + len(text) + end, digest.hexdigest())
+    return FileFacts(8 + len(text) + end, digest.hexdigest()), not_finite

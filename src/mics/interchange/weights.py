@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from safetensors import safe_open
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from mics.checkpoint.contents import Contents, contents_of
 from mics.checkpoint.layout import MODEL, of_kind
@@ -14,9 +18,11 @@ from mics.checkpoint.manifest import Entry
 from mics.checkpoint.reading import read_tensors
 from mics.errors import CheckpointError
 from mics.interchange.pretrained import read_entries
-from mics.ranks.console import say
+from mics.ranks.console import alarm, say
+from mics.ranks.device import communication_device, default_device_type
 
 _MOST_NAMED = 3
+_ROWS = 4096  # of a tied parameter that are compared at once
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
@@ -36,7 +42,9 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     found, unused = match_weights(folder, read_entries(folder), model, contents)
     if unused:
         say(f"{len(unused)} tensor(s) of {folder} have no place in the model{_named(unused)}")
-    read_tensors(folder, found, of_kind(MODEL, contents.tensors))
+    tensors = of_kind(MODEL, contents.tensors)
+    read_tensors(folder, found, tensors)
+    say_not_finite(folder, _not_finite(tensors))
 
 
 def match_weights(
@@ -54,7 +62,8 @@ def match_weights(
         The entries by the model's names, and the names that the model has no place for.
 
     Raises:
-        CheckpointError: parameters are missing there, or have other shapes.
+        CheckpointError: parameters are missing there, have other shapes or whole numbers instead
+            of floating-point ones, or tied ones differ.
     """
     wanted = of_kind(MODEL, contents.tensors)
     ties = {
@@ -63,6 +72,7 @@ def match_weights(
     prefix = str(getattr(model, "base_model_prefix", ""))
     found = _match_names(entries, set(wanted), ties, prefix)
     _check_complete(folder, wanted, found)
+    _check_ties(folder, entries, ties, found)
     unused = set(entries) - {entry.chunks[0].key for entry in found.values()} - set(ties)
     return found, unused
 
@@ -116,6 +126,75 @@ def _check_complete(
             numbers=f"{len(shapes)} of {len(wanted)}: {'; '.join(shapes[:_MOST_NAMED])}.",
             write="--model.name of the model that these weights are of, and its tokenizer",
         )
+
+    others = [
+        f"{name} is {found[name].dtype}"
+        for name, tensor in sorted(wanted.items())
+        if tensor.dtype.is_floating_point != found[name].torch_dtype.is_floating_point
+    ]
+    if others:
+        raise CheckpointError(
+            f"{folder} holds whole numbers where the model has floating-point ones, or the other "
+            "way round.",
+            numbers=f"{len(others)} of {len(wanted)}: {'; '.join(others[:_MOST_NAMED])}.",
+            write="the weights of the model before it was quantised",
+        )
+
+
+def _check_ties(
+    folder: Path,
+    entries: Mapping[str, Entry],
+    ties: Mapping[str, str],
+    found: Mapping[str, Entry],
+) -> None:
+    """Check that tied parameters that stand there twice are the same, slice by slice.
+
+    Raises:
+        CheckpointError: they differ; the model would take one for the other.
+    """
+    for name, first in ties.items():
+        second = entries.get(name)
+        if second is None or second.chunks[0] == found[first].chunks[0]:
+            continue
+        if not _equal(folder, found[first], second):
+            raise CheckpointError(
+                f"{first} and {name} are one parameter in the model, and differ in {folder}.",
+                write='"tie_word_embeddings": false in its config.json, where they are two',
+            )
+
+
+def _equal(folder: Path, one: Entry, other: Entry) -> bool:
+    if one.shape != other.shape:
+        return False
+    with ExitStack() as opened:
+        slices = [
+            opened.enter_context(safe_open(folder / e.chunks[0].file, framework="pt")).get_slice(
+                e.chunks[0].key
+            )
+            for e in (one, other)
+        ]
+        rows = one.shape[0] if one.shape else 0
+        return all(
+            torch.equal(*(part[at : at + _ROWS] for part in slices)) for at in range(0, rows, _ROWS)
+        )
+
+
+def say_not_finite(folder: Path, names: set[str]) -> None:
+    """Say which tensors of a folder hold values that are no numbers, if any."""
+    if names:
+        alarm(f"{len(names)} tensor(s) of {folder} hold NaN or infinity{_named(names)}.")
+
+
+def _not_finite(tensors: Mapping[str, torch.Tensor]) -> set[str]:
+    """Names of tensors that are not finite on some rank. Collective, where there are ranks."""
+    local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors.values()]
+    if not local:
+        return set()
+    bad = torch.stack([(~t.detach().isfinite()).any().to(torch.int32).cpu() for t in local])
+    if dist.is_initialized():
+        bad = bad.to(communication_device(default_device_type()))
+        dist.all_reduce(bad, dist.ReduceOp.MAX)
+    return {name for name, each in zip(tensors, bad.tolist(), strict=True) if each}
 
 
 def _named(names: set[str]) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,6 +17,7 @@ from transformers import (
 )
 
 from mics.errors import ConfigError
+from mics.models.configurations import check_language_alone, read_configuration
 from mics.models.presets import PRESETS
 
 Task = Literal["causal", "masked"]
@@ -47,7 +46,7 @@ def load_config(name: str, *, vocabulary: int, separator: int) -> PretrainedConf
             own["bos_token_id"] = own["eos_token_id"] = separator
         config: PretrainedConfig = AutoConfig.for_model(preset.model_type, **own)
     else:
-        config = _saved_config(name)
+        config = read_configuration(name)
     return config
 
 
@@ -83,12 +82,25 @@ def build(config: PretrainedConfig, *, device: str = "meta") -> nn.Module:
     """The model in fp32, by default on the meta device, without memory for a single weight.
 
     ``config`` is told which class it became, for those who load what is saved.
+
+    Raises:
+        ConfigError: transformers cannot build a language model of it.
     """
+    check_language_alone(config)
     auto: Any = AutoModelForMaskedLM if task_of(config) == "masked" else AutoModelForCausalLM
     for_training = copy.deepcopy(config)
     for_training.use_cache = False  # a cache is for generation; in training it only costs memory
-    with torch.device(device):
-        model: nn.Module = auto.from_config(for_training, dtype=torch.float32)
+    try:
+        with torch.device(device):
+            model: nn.Module = auto.from_config(
+                for_training, dtype=torch.float32, trust_remote_code=False
+            )
+    except Exception as error:  # whatever sizes that do not fit make transformers do
+        raise ConfigError(
+            f"transformers cannot build a {config.model_type} of this configuration.",
+            numbers=f"{type(error).__name__}: {error}".split("\n")[0],
+            write="sizes that fit each other in the model's config.json",
+        ) from None
     config.architectures = [type(model).__name__]
     return model
 
@@ -151,33 +163,3 @@ def check_mask(config: PretrainedConfig, mask: int | None) -> None:
 def num_parameters(model: nn.Module) -> int:
     """Parameters, tied ones counted once."""
     return sum(param.numel() for param in model.parameters())
-
-
-def _saved_config(name: str) -> PretrainedConfig:
-    path = Path(name).expanduser()
-    if path.is_dir() or path.suffix == ".json":
-        file = path / "config.json" if path.is_dir() else path
-        if not file.is_file():
-            raise ConfigError(
-                f"There is no {file}.",
-                write="<config.json>, or a folder that holds one",
-            )
-        path = file
-    elif name.count("/") != 1:
-        near = difflib.get_close_matches(name.lower(), PRESETS, 1)
-        raise ConfigError(
-            f"There is no model {name!r}" + (f"; did you mean {near[0]!r}?" if near else "."),
-            numbers=f"Presets: {', '.join(PRESETS)}.",
-            write="<preset, config.json, folder or hub name such as owner/model>",
-        )
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(
-            str(path) if path.exists() else name, trust_remote_code=False
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"transformers cannot read the configuration of {name!r}.",
-            numbers=str(error).split("\n")[0],
-            write="<preset, config.json, folder or hub name>",
-        ) from None
-    return config

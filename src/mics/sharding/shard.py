@@ -34,7 +34,8 @@ from mics.ranks.mesh import (
 from mics.recipe import Recipe
 from mics.sharding.fully_shard import UnitOptions, shard_unit
 from mics.sharding.gather_ahead import gather_ahead
-from mics.sharding.materialise import Initialise, Materialiser
+from mics.sharding.initialisers import Initialise
+from mics.sharding.materialise import Materialiser
 from mics.sharding.partition import FOR_STATES, PartitionChoice, choose_partition, device_memory
 from mics.sharding.same_model import check_same_model, on_meta
 from mics.sharding.same_start import same_start
@@ -78,8 +79,9 @@ def shard(
         mp_policy: as FSDP2's; by default bf16 computation and fp32 reduction.
         offload_policy: as FSDP2's.
         ignored_params: as FSDP2's.
-        initialise: sets the values of one module that was on the meta device; by default
-            transformers' ``_init_weights`` or the module's ``reset_parameters``.
+        initialise: sets the values of one module that was on the meta device. By default who set
+            them when the model was built: transformers' ``_init_weights``, an adapter of peft, or
+            the module's ``reset_parameters``; values that somebody else set are refused.
         activation_checkpointing: recompute each block in backward instead of keeping activations.
         compile: ``torch.compile`` each block; a mapping is passed on as its keywords.
         collectives: "auto" measures flat against hierarchical once; or force one of them.

@@ -85,7 +85,7 @@ class _LiveDisplay:
     def evaluation(self, record: EvaluationRecord) -> None:
         bits = record.bits_per_byte
         unit = "" if bits is None else f", {bits:.3f} bits/byte"
-        self._held_out = f"{record.loss:.4f}{unit} (step {record.step})"
+        self._held_out = f"{_loss(record)}{unit} (step {record.step})"
         self.say(evaluation_line(record))
 
     def say(self, words: str) -> None:
@@ -97,7 +97,7 @@ class _LiveDisplay:
     def _table(self, record: StepRecord) -> Table:
         bits = record.bits_per_byte
         rows = [
-            ("loss", f"{record.loss:.4f}" + ("" if bits is None else f", {bits:.3f} bits/byte")),
+            ("loss", _loss(record) + ("" if bits is None else f", {bits:.3f} bits/byte")),
             ("held out", self._held_out),
             ("learning rate", f"{record.learning_rate:.2e}"),
             ("gradient norm", f"{record.norm:.3f}"),
@@ -136,7 +136,7 @@ def step_line(record: StepRecord, steps: int) -> str:
         "" if record.bytes_on_wire is None else f", on node 0's wire {size(record.bytes_on_wire)}"
     )
     return (
-        f"step {record.step:>{len(str(steps))}}/{steps}{skipped}  loss {record.loss:.4f}{bits}"
+        f"step {record.step:>{len(str(steps))}}/{steps}{skipped}  loss {_loss(record)}{bits}"
         f"  lr {record.learning_rate:.1e}  norm {record.norm:.2f}"
         f"  {record.tokens_per_second:,.0f} tok/s ({record.tokens_per_second_per_gpu:,.0f}/GPU)"
         f"  MFU {percent(record.mfu)}  mem {size(record.memory_bytes)}"
@@ -151,4 +151,9 @@ def step_line(record: StepRecord, steps: int) -> str:
 def evaluation_line(record: EvaluationRecord) -> str:
     """Write an evaluation as one line."""
     bits = f"  {record.bits_per_byte:.3f} bits/byte" if record.bits_per_byte is not None else ""
-    return f"held out after step {record.step}: loss {record.loss:.4f}{bits}"
+    return f"held out after step {record.step}: loss {_loss(record)}{bits}"
+
+
+def _loss(record: StepRecord | EvaluationRecord) -> str:
+    """Nats per predicted token; nobody can say where no token was to be predicted."""
+    return "n/a" if record.loss is None else f"{record.loss:.4f}"

@@ -21,7 +21,7 @@ def evaluate(
     gathers its parameters together; sequences beyond the last one count nothing.
 
     Returns:
-        ``None`` when there is nothing held out.
+        ``None`` when there is nothing held out, or nothing to be predicted in it.
     """
     wanted = min(sequences, held_out.num_sequences)
     if wanted == 0:

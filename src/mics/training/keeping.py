@@ -17,9 +17,10 @@ from mics.checkpoint import (
     step_folder,
     step_of,
 )
-from mics.checkpoint.layout import ASSETS, OPTIMIZER
+from mics.checkpoint.layout import ASSETS, MODEL_FILES, OPTIMIZER
 from mics.checkpoint.manifest import read_manifest
 from mics.errors import CheckpointError, ConfigError
+from mics.models.small_files import OF_MODELS, small_files
 from mics.ranks.console import alarm, say
 from mics.training.progress import Progress
 from mics.training.setup import Run
@@ -57,6 +58,8 @@ class Keeper:
         elif dist.get_rank() == 0:
             for aside in set_aside_newer(self._folder, found):
                 say(f"set aside as {aside}")
+        for name, data in small_files(found / MODEL_FILES, OF_MODELS).items():
+            self._run.assets.setdefault(f"model/{name}", data)
         if not _has_optimizer(found):  # imported weights
             load(found, model=self._run.model)
             say(f"starts from the weights of {found}; it has no optimizer state")

@@ -84,17 +84,17 @@ def _meter(run: Run) -> Meter:
 
 
 def _evaluate(run: Run, step: int) -> EvaluationRecord | None:
-    held_out = run.data.held_out
+    held_out, sequences = run.data.held_out, run.config.evaluation.sequences
+    if min(held_out.num_sequences, sequences) == 0:
+        return None
     loss = evaluate(
         run.model,
         held_out,
-        sequences=run.config.evaluation.sequences,
+        sequences=sequences,
         micro_batch=run.batch.micro_batch,
         device=run.device,
     )
-    if loss is None:
-        return None
-    bits = None if run.masked else bits_per_byte(loss, held_out.bytes_per_token)
+    bits = None if run.masked or loss is None else bits_per_byte(loss, held_out.bytes_per_token)
     return EvaluationRecord(step, loss, bits)
 
 

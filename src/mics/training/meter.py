@@ -90,7 +90,7 @@ class Meter:
         if self._flops is not None and self._peak_flops is not None:
             used = utilisation(self._flops, seconds, self._peak_flops)
         bits = None
-        if self._bytes_per_token is not None:
+        if self._bytes_per_token is not None and outcome.loss is not None:
             bits = bits_per_byte(outcome.loss, self._bytes_per_token)
         return StepRecord(
             step=at.step,

@@ -13,7 +13,7 @@ class StepRecord:
     """What one step came to. ``None`` is not measured, or unknown for this hardware."""
 
     step: int
-    loss: float  # nats per predicted token
+    loss: float | None  # nats per predicted token; None where none was to be predicted
     bits_per_byte: float | None  # causal models only
     learning_rate: float
     norm: float  # of the whole gradient, before clipping
@@ -52,7 +52,7 @@ class EvaluationRecord:
     """The loss on held-out text after a step."""
 
     step: int
-    loss: float
+    loss: float | None
     bits_per_byte: float | None
 
     def as_json(self) -> str:

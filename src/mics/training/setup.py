@@ -24,6 +24,7 @@ from mics.models.building import (
     num_positions,
     task_of,
 )
+from mics.models.small_files import OF_MODELS, small_files
 from mics.planning.subject import subject
 from mics.ranks.device import default_device_type
 from mics.ranks.mesh import start
@@ -166,6 +167,9 @@ def _precision(dtype: str) -> MixedPrecisionPolicy:
 def _assets(config: TrainConfig, shape: PretrainedConfig, tokenizer: Tokenizer) -> dict[str, bytes]:
     """What makes a checkpoint a model that others can use."""
     assets = {"config.toml": as_toml(config).encode()}
+    for folder in (Path(config.model.name).expanduser(), config.model.weights):
+        if folder is not None and folder.is_dir():
+            assets |= {f"model/{n}": data for n, data in small_files(folder, OF_MODELS).items()}
     with tempfile.TemporaryDirectory() as scratch:
         shape.save_pretrained(str(Path(scratch) / "model"))
         tokenizer.save(Path(scratch) / "tokenizer")

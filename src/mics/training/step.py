@@ -23,13 +23,14 @@ Counter = Callable[[], Mapping[str, float]]
 class Outcome:
     """What one step did; the same on every rank.
 
-    ``loss`` is the mean over all predicted tokens of all micro-steps and ranks, in nats. ``taken``
+    ``loss`` is the mean over all predicted tokens of all micro-steps and ranks, in nats; ``None``
+    where no token was to be predicted, as may be in a small batch of a masked model. ``taken``
     is False when loss or norm was not finite and every rank left the weights as they were.
     ``stop`` says that some rank was asked to stop. ``sums`` is what the caller had summed over the
     ranks, by its names.
     """
 
-    loss: float
+    loss: float | None
     targets: int
     norm: float
     learning_rate: float
@@ -78,10 +79,10 @@ def take_step(
     counted = count()
     mine = {"targets": float(targets), "stops": float(stop), **counted}
     sums = _sum_over_ranks({"loss": total}, mine, same={"norm": norm})
-    mean = sums["loss"] / max(sums["targets"], 1)
+    mean = sums["loss"] / sums["targets"] if sums["targets"] else None
     rate = learning_rate(config, step, steps)
     # Loss and norm are the same numbers on all ranks, so is this verdict.
-    taken = math.isfinite(mean) and math.isfinite(sums["norm"])
+    taken = math.isfinite(sums["loss"]) and math.isfinite(sums["norm"])
     if taken:
         set_learning_rate(optimizer, rate)
         optimizer.step()
