@@ -13,6 +13,7 @@ from mics.errors import PlanError
 from mics.hardware.cluster import Gpu, Link, Node
 from mics.hardware.fit import Point, fit_links
 from mics.hardware.network import all_reduce_terms, gather_terms
+from mics.ranks.files import read_small
 from mics.recipe import ON_GPUS, ON_HOSTS
 from mics.traffic import Form
 
@@ -40,7 +41,7 @@ def measured_node(path: Path, gpu: Gpu) -> Node:
         PlanError: it is no such file, or holds too few sizes.
     """
     try:
-        document = json.loads(path.read_text())
+        document = json.loads(read_small(path))
         k = _count(document["gpus_per_node"])
         rows = [_checked(row, k) for row in document["measured"]]
         largest = max(row["ranks"] for row in rows)

@@ -23,7 +23,10 @@ def write_whole(path: Path, text: str) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def read_small(path: Path, most: int) -> bytes:
+_SMALL_BYTES = 1 << 28
+
+
+def read_small(path: Path, most: int = _SMALL_BYTES) -> bytes:
     """The bytes of a regular file that is said to be small, wherever links lead.
 
     A device, a pipe or a socket is refused before it is read, because it may never end.
