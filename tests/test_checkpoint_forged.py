@@ -29,8 +29,12 @@ from mics.checkpoint.manifest import (
     Manifest,
     read_manifest,
 )
+from mics.hardware.lookup import gpus
+from mics.hardware.measured import measured_node
 from mics.interchange.exporting import find_checkpoint
 from mics.ranks.files import read_small
+from mics.training.data.cache import read_meta
+from mics.training.settings import read_settings
 
 W = "optimizer/param_groups.0.weight."
 S = "optimizer/state.0.weight."
@@ -77,6 +81,19 @@ FORGED: dict[str, tuple[Callable[[Any], object], str]] = {
     "a list of rates": (every("lr", [0.1]), "It is [0.1] there"),
     "a rate that is a yes": (every("lr", True), "It is True there"),
     "no rate": (every("lr", None), "It is None there"),
+    "a rate of many": (
+        lambda t: (
+            [t["values"].pop(name) for name in list(t["values"]) if name.endswith(".lr")],
+            t["tensors"].update(
+                {
+                    name.replace(".eps", ".lr"): t["tensors"]["model/0.bias"]
+                    for name in t["values"]
+                    if name.endswith(".eps")
+                }
+            ),
+        ),
+        "0.001 here",
+    ),
     "a negative rate": (every("lr", -1.0), "It is -1.0 there"),
     "one beta": (every("betas", {"tuple": [0.9]}), NEVER),
     "betas in words": (every("betas", {"tuple": ["a", "b"]}), NEVER),
@@ -235,6 +252,18 @@ def test_a_small_file_is_read_up_to_its_limit(tmp_path: Path) -> None:
         read_small(file, 4)
     with pytest.raises(OSError, match="it is no regular file"):
         read_small(tmp_path, 4)
+
+
+def test_other_small_files_that_never_end_are_refused_at_once(
+    tmp_path: Path, in_time: None
+) -> None:
+    endless = Path("/dev/zero")
+    with pytest.raises(mics.MicsError, match="cannot be read: it is no regular file"):
+        read_settings(endless)
+    with pytest.raises(mics.MicsError, match="it is no regular file"):
+        measured_node(endless, next(iter(gpus().values())))
+    (tmp_path / "meta.json").symlink_to(endless)
+    assert read_meta(tmp_path) is None
 
 
 def grid(rows: int, columns: int, files: int) -> Manifest:

@@ -345,7 +345,7 @@ def test_a_refused_load_leaves_everything_as_it_was(tmp_path: Path) -> None:
 def as_it_was(table: Any) -> None:
     """A manifest as versions before this one wrote it: no forms, nested state under dots."""
     for entry in table["tensors"].values():
-        del entry["form"]
+        entry.pop("form")
     for name in [n for n in table["values"] if "empty_groups" in n]:
         del table["values"][name]
 

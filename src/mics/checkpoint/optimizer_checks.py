@@ -51,7 +51,7 @@ def _fits(there: Any, here: Any) -> bool:
         return there is None or isinstance(there, bool)
     if isinstance(here, int | float | torch.Tensor):
         if isinstance(there, torch.Tensor):
-            return there.numel() == 1 or not isinstance(here, torch.Tensor)
+            return there.shape == (here.shape if isinstance(here, torch.Tensor) else ())
         return _is_number(there) and (math.isfinite(there) or _same(there, here))
     if isinstance(here, str):
         return there is None or isinstance(there, str)
