@@ -338,7 +338,7 @@ class Wider(UnevenMLP):
         (
             UnevenMLP,
             "sgd",
-            ["of another optimizer: names differ", "bias.amsgrad"],
+            ["of another optimizer: names differ", "bias.amsgrad", "a scheduler of your own adds"],
         ),
     ],
 )

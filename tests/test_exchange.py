@@ -384,7 +384,7 @@ def test_a_forged_size_is_refused(trained: Any, tmp_path: Path) -> None:
     import shutil
 
     shutil.copytree(trained[0] / "gpt2-tiny", tmp_path / "c")
-    forge(tmp_path / "c", lambda t: t["files"]["rank-00000.safetensors"].update(bytes=1))
+    forge(tmp_path / "c", lambda t: t["files"]["rank-00000.safetensors"].update(bytes=10**9))
     with pytest.raises(mics.CheckpointError, match="another size"):
         export(tmp_path / "c", tmp_path / "out", dtype=None, shard_bytes=10**9, told=silent)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mics.anatomy.trace import Operator, Segment, Trace
-from mics.ranks.files import write_whole
+from mics.ranks.files import read_small, write_whole
 from mics.version import __version__
 
 _COUNTED = 2
@@ -39,7 +39,7 @@ class TraceCache:
     def get(self, micro_batch: int, sequence: int) -> Trace | None:
         """Return a trace that was kept, or ``None``."""
         try:
-            return _read(json.loads(self._file(micro_batch, sequence).read_text()))
+            return _read(json.loads(read_small(self._file(micro_batch, sequence))))
         except (OSError, ValueError, KeyError, TypeError, IndexError):
             return None
 

@@ -1,8 +1,9 @@
-"""What a model and its optimizer have to keep, by name, and who writes which part of it."""
+"""What a model and its optimizers have to keep, by name, and who writes which part of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import hashlib
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,30 +11,32 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.default_planner import create_default_local_save_plan
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-)
 from torch.distributed.checkpoint.utils import find_state_dict_object
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
-from mics.checkpoint.layout import MODEL, OPTIMIZER
-from mics.checkpoint.manifest import Json
-from mics.errors import CheckpointError
+from mics.checkpoint.layout import MODEL
+from mics.checkpoint.manifest import PLAIN, Json
+from mics.checkpoint.names import parameter_names, plain_names
+from mics.checkpoint.optimizers import Optimizers, list_optimizers, optimizer_contents
+from mics.checkpoint.values import encode
 from mics.sharding.units import units_on
-
-FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 @dataclass(frozen=True)
 class Contents:
-    """Tensors (sharded or whole) and other values, by their names in the manifest."""
+    """Tensors (sharded or whole) and other values, as JSON, by their names in the manifest.
+
+    ``state`` is what ``state_dict`` of the model returned, with the names that ``keys`` gives the
+    entries in the manifest. ``forms`` says what tensors of optimizers are (``Entry.form``).
+    """
 
     tensors: dict[str, torch.Tensor]
     aliases: dict[str, str]
-    values: dict[str, Any]
+    values: dict[str, Json]
+    forms: dict[str, str]
+    state: dict[str, Any]
+    keys: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -45,43 +48,53 @@ class Piece:
     values: torch.Tensor
 
 
-def contents_of(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Contents:
-    """The state of a model and its optimizer; tensors are those in use, not copies.
+def contents_of(model: nn.Module, optimizer: Optimizers | None) -> Contents:
+    """The state of a model and its optimizers; tensors are those in use, not copies.
 
-    A tied parameter stands once, its other names are aliases. An optimizer without state gets the
-    state it would start with, no step taken.
+    A tied parameter stands once, its other names are aliases. Names are those that the model has
+    without wrappers. Nothing is made for what has no state, and nothing is changed.
+
+    Raises:
+        CheckpointError: something cannot be kept, or an optimizer is of another model.
     """
     tensors: dict[str, torch.Tensor] = {}
     aliases: dict[str, str] = {}
-    values: dict[str, Any] = {}
-    firsts: dict[int, str] = {}
-    first_of: dict[str, str] = {}
-    for name, param in model.named_parameters(remove_duplicate=False):
-        first_of[name] = firsts.setdefault(id(param), name)
-    for name, value in get_model_state_dict(model).items():
-        first = first_of.get(name, name)
-        if first != name:
-            aliases[MODEL + name] = MODEL + first
+    values: dict[str, Json] = {}
+    first_of = parameter_names(model)[0]
+    with torch.no_grad():
+        state = model.state_dict()
+    keys = {key: MODEL + name for key, name in plain_names(model, state).items()}
+    known = set(keys.values())
+    for key, value in state.items():
+        name = keys[key]
+        plain = name.removeprefix(MODEL)
+        first = first_of.get(plain, plain)
+        if first != plain and MODEL + first in known:
+            aliases[name] = MODEL + first
         elif isinstance(value, torch.Tensor):
-            tensors[MODEL + name] = value
+            tensors[name] = value
         else:
-            values[MODEL + name] = value
-    if optimizer is not None:
-        fresh = not optimizer.state
-        flat: dict[str, Any] = dict(get_optimizer_state_dict(model, optimizer, options=FLAT))
-        if fresh:
-            _uncount_first_step(optimizer)
-        for name, value in flat.items():
-            kept = tensors if isinstance(value, torch.Tensor) else values
-            kept[OPTIMIZER + name] = value
-    return Contents(tensors, aliases, values)
+            values[name] = encode(name, value)
+    kept = optimizer_contents(model, list_optimizers(optimizer))
+    return Contents(tensors | kept.tensors, aliases, values | kept.values, kept.forms, state, keys)
 
 
-def _uncount_first_step(optimizer: torch.optim.Optimizer) -> None:
-    """torch makes the state by a step of zero gradients, which bias correction would count."""
-    for state in optimizer.state.values():
-        if isinstance(state.get("step"), torch.Tensor):
-            state["step"].zero_()
+def facts_of_contents(contents: Contents) -> dict[str, list[str]]:
+    """What all ranks must have in common for their parts to make up one checkpoint, as lines.
+
+    Buffers and extra states may differ, as in any data-parallel training; rank 0's are kept. State
+    of a sharded parameter that is not sharded may not: it could be that of a shard.
+    """
+    state, alone = [], []
+    for name, tensor in contents.tensors.items():
+        whole = isinstance(tensor, DTensor) or not name.startswith(MODEL)
+        state.append(f"{name} {tensor.dtype} {list(tensor.shape)}" if whole else name)
+        if contents.forms.get(name) == PLAIN:
+            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            alone.append(f"{name} {hashlib.sha256(data.numpy().tobytes()).hexdigest()[:16]}")
+    for name, value in contents.values.items():
+        state.append(name if name.startswith(MODEL) else f"{name} = {json.dumps(value)}")
+    return {"what is to be saved": state, "optimizer state that is not sharded": alone}
 
 
 def pieces_of_this_rank(contents: Contents, model: nn.Module) -> list[Piece]:
@@ -151,44 +164,3 @@ def _replica_of(tensor: DTensor, replicas: dict[DeviceMesh, tuple[int, int]]) ->
             replica = replica * mesh.size(dim) + coordinate[dim]
             count *= mesh.size(dim)
     return replica, count
-
-
-# -- values that are no tensors --------------------------------------------------------------------
-
-
-def encode_values(values: dict[str, Any]) -> dict[str, Json]:
-    """Values as JSON; tuples are marked, so that they come back as tuples.
-
-    Raises:
-        CheckpointError: a value that JSON cannot hold.
-    """
-    return {name: _encode(name, value) for name, value in values.items()}
-
-
-def decode_values(values: dict[str, Json], names: Iterable[str]) -> dict[str, Any]:
-    """Values from JSON, for some names: the reverse of ``encode_values``."""
-    return {name: _decode(values[name]) for name in names}
-
-
-def _encode(name: str, value: Any) -> Json:
-    if isinstance(value, tuple):
-        return {"tuple": [_encode(name, item) for item in value]}
-    if isinstance(value, list):
-        return [_encode(name, item) for item in value]
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise CheckpointError(
-        f"{name} cannot be kept: checkpoints hold tensors, numbers, text, lists and tuples.",
-        numbers=f"It is a {type(value).__name__}.",
-        write="it as a buffer, a number, or not at all",
-    )
-
-
-def _decode(value: Json) -> Any:
-    if isinstance(value, dict):
-        items = value["tuple"]
-        assert isinstance(items, list)
-        return tuple(_decode(item) for item in items)
-    if isinstance(value, list):
-        return [_decode(item) for item in value]
-    return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Mapping
@@ -11,7 +12,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from mics.checkpoint.manifest import CHECKSUM, MANIFEST, FileFacts, Manifest, checksum_line
+from mics.checkpoint.manifest import (
+    CHECKSUM,
+    MANIFEST,
+    MOST_BYTES,
+    FileFacts,
+    Manifest,
+    checksum_line,
+)
+from mics.ranks.files import open_regular
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileFacts:
@@ -37,17 +46,27 @@ def write_bytes(path: Path, data: bytes) -> FileFacts:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the table of contents of a checkpoint and its checksum, to the disk."""
+    """Write the table of contents of a checkpoint and its checksum, to the disk.
+
+    Raises:
+        OSError: it cannot be written, or is larger than what would be read.
+    """
     data = manifest.to_bytes()
+    if len(data) > MOST_BYTES:
+        raise OSError(errno.EFBIG, f"{MANIFEST} would have {len(data)} bytes", MANIFEST)
     write_bytes(folder / CHECKSUM, checksum_line(data))
     write_bytes(folder / MANIFEST, data)
 
 
 def facts_of(path: Path) -> FileFacts:
-    """Size and checksum, read from the file."""
-    with path.open("rb") as file:
+    """Size and checksum, read from the file.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file.
+    """
+    with os.fdopen(open_regular(path), "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return FileFacts(path.stat().st_size, digest)
+        return FileFacts(os.fstat(file.fileno()).st_size, digest)
 
 
 def sync(path: Path) -> None:

@@ -20,7 +20,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ import torch
 
 from mics.errors import CheckpointError
 from mics.quantities import dtype_name
+from mics.ranks.files import read_small
 from mics.version import __version__
 
 FORMAT = 1
@@ -37,8 +38,15 @@ CHECKSUM = "manifest.json.sha256"
 
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
-_MOST_BYTES = 1 << 30  # of a manifest
+PLAIN, REPLICATED, SHARDED = "plain", "replicated", "sharded"
+"""What a tensor of an optimizer is beside a sharded parameter (``Entry.form``)."""
+
+MOST_BYTES = 1 << 29
+"""Bytes that a manifest may have; one of 512 ranks and 2,000 tensors has 0.2e9."""
+
+_MOST_CHECKSUM_BYTES = 1 << 10
 _MOST_DIMS = 16
+_MOST_SPLIT_DIMS = 4  # of a tensor that is in chunks
 _FILE_NAME = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*")
 
 
@@ -61,11 +69,15 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor, as a whole, and its chunks."""
+    """One tensor, as a whole, and its chunks.
+
+    ``form`` is PLAIN, REPLICATED or SHARDED for the state of a sharded parameter, "" for others.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     chunks: list[Chunk]
+    form: str = ""
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -124,11 +136,8 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        size = path.stat().st_size
-        if size > _MOST_BYTES:
-            raise _damaged(path, f"it has {size} bytes, more than any manifest")
-        data = path.read_bytes()
-        checksum = (folder / CHECKSUM).read_bytes()
+        data = read_small(path, MOST_BYTES)
+        checksum = read_small(folder / CHECKSUM, _MOST_CHECKSUM_BYTES)
     except OSError as error:
         raise CheckpointError(
             f"{folder} is not a whole checkpoint: {Path(error.filename or path).name} cannot be "
@@ -149,10 +158,18 @@ def _parse(table: dict[str, Any]) -> Manifest:
         raise ValueError(f"format {table['format']!r}, this version reads {FORMAT}")
     files = {
         file_name(name): FileFacts(_natural(facts["bytes"]), str(facts["sha256"]))
-        for name, facts in table["files"].items()
+        for name, facts in _object(table["files"]).items()
     }
-    tensors = {name: _entry(name, entry, files) for name, entry in table["tensors"].items()}
-    aliases = {str(name): str(first) for name, first in table["aliases"].items()}
+    stored = sum(facts.bytes for facts in files.values())
+    tensors = {
+        name: _entry(name, entry, files, stored)
+        for name, entry in _object(table["tensors"]).items()
+    }
+    # Many entries of one chunk would take memory that no file has.
+    needed = sum(entry.num_bytes for entry in tensors.values())
+    if needed > stored:
+        raise ValueError(f"the tensors have {needed} bytes, all files together {stored}")
+    aliases = {str(name): str(first) for name, first in _object(table["aliases"]).items()}
     for name, first in aliases.items():
         if first not in tensors or name in tensors:
             raise ValueError(f"{name} is the same as {first}, which is not there")
@@ -163,22 +180,27 @@ def _parse(table: dict[str, Any]) -> Manifest:
         partition=_natural(table["partition"]),
         tensors=tensors,
         aliases=aliases,
-        values=dict(table["values"]),
-        extra=dict(table["extra"]),
+        values=_object(table["values"]),
+        extra=_object(table["extra"]),
         files=files,
     )
 
 
-def _entry(name: str, table: dict[str, Any], files: Mapping[str, FileFacts]) -> Entry:
+def _entry(name: str, table: dict[str, Any], files: Mapping[str, FileFacts], stored: int) -> Entry:
     if table["dtype"] not in _DTYPES:
         raise ValueError(f"{name} has dtype {table['dtype']!r}")
     shape = _box(table["shape"])
+    form = table.get("form", "")
+    if form not in ("", PLAIN, REPLICATED, SHARDED):
+        raise ValueError(f"{name} has form {form!r}")
+    # A rank writes one chunk of a tensor at most, and one file.
+    if len(table["chunks"]) > len(files):
+        raise ValueError(f"{name} is in {len(table['chunks'])} chunks, of {len(files)} files")
     chunks = [
         Chunk(_box(c["offset"]), _box(c["shape"]), str(c["file"]), str(c["key"]))
         for c in table["chunks"]
     ]
-    entry = Entry(table["dtype"], shape, chunks)
-    stored = sum(facts.bytes for facts in files.values())
+    entry = Entry(table["dtype"], shape, chunks, form)
     if entry.num_bytes > stored:
         raise ValueError(f"{name} has {entry.num_bytes} bytes, all files together {stored}")
     for chunk in chunks:
@@ -194,33 +216,54 @@ def _check_cover(name: str, shape: tuple[int, ...], chunks: list[Chunk]) -> None
         sides = zip(chunk.offset, chunk.shape, shape, strict=True)
         if any(start + size > whole for start, size, whole in sides):
             raise ValueError(f"a chunk of {name} lies outside of it")
-    covered = sum(math.prod(chunk.shape) for chunk in chunks)
-    if covered != math.prod(shape) or _overlap(chunks):
+    filled = [chunk for chunk in chunks if math.prod(chunk.shape)]
+    covered = sum(math.prod(chunk.shape) for chunk in filled)
+    split = [
+        dim for dim, whole in enumerate(shape) if any(chunk.shape[dim] < whole for chunk in filled)
+    ]
+    if len(split) > _MOST_SPLIT_DIMS:
+        raise ValueError(f"{name} is split over {len(split)} of its dims")
+    if covered != math.prod(shape) or not _apart(filled, split):
         raise ValueError(f"the chunks of {name} do not make up the tensor")
 
 
-def _overlap(chunks: Iterable[Chunk]) -> bool:
-    """Whether two boxes share a cell. Sorted by their first rows, so that few are compared."""
-    open_boxes: list[Chunk] = []
-    for chunk in sorted((c for c in chunks if math.prod(c.shape)), key=lambda c: c.offset[:1]):
-        if not chunk.shape:
-            if open_boxes:
-                return True
-            open_boxes.append(chunk)
-            continue
-        open_boxes = [b for b in open_boxes if b.offset[0] + b.shape[0] > chunk.offset[0]]
-        for box in open_boxes:
-            sides = zip(box.offset, box.shape, chunk.offset, chunk.shape, strict=True)
-            if all(a < b + m and b < a + n for a, n, b, m in sides):
-                return True
-        open_boxes.append(chunk)
+def _apart(boxes: list[Chunk], dims: Sequence[int]) -> bool:
+    """Whether cuts through all of the boxes, one dim after the other, take them apart.
+
+    Shards of any mesh do come apart so. Each dim is cut once, so the work grows with n log n.
+    """
+    if len(boxes) < 2:
+        return True
+    for dim in dims:
+        parts = _cut(boxes, dim)
+        if len(parts) > 1:
+            rest = [other for other in dims if other != dim]
+            return all(_apart(part, rest) for part in parts)
     return False
+
+
+def _cut(boxes: list[Chunk], dim: int) -> list[list[Chunk]]:
+    """Boxes in groups that have no row of a dim in common."""
+    parts: list[list[Chunk]] = []
+    end = -1
+    for box in sorted(boxes, key=lambda box: box.offset[dim]):
+        if box.offset[dim] >= end:
+            parts.append([])
+        parts[-1].append(box)
+        end = max(end, box.offset[dim] + box.shape[dim])
+    return parts
 
 
 def _box(values: list[Any]) -> tuple[int, ...]:
     if len(values) > _MOST_DIMS:
         raise ValueError(f"{len(values)} dims")
     return tuple(_natural(value) for value in values)
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"a {type(value).__name__} where a table should be")
+    return value
 
 
 def _natural(value: Any) -> int:

@@ -6,13 +6,15 @@ Training's communicators stay free for training while a save runs in the backgro
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
-from mics.errors import CheckpointError
+from mics.errors import CheckpointError, DisagreementError
+from mics.ranks.agreement import check_agreement
 from mics.ranks.together import gather_json, together
 
 Result = TypeVar("Result")
@@ -48,6 +50,20 @@ class Peers:
         """
         mine = work if only is None or only == self.rank else None
         return together(mine, self._group, kind=CheckpointError, explain=self._explain)
+
+    def agree(self, facts: Mapping[str, Sequence[str]]) -> None:
+        """Compare lines of text by their subjects. Collective.
+
+        Raises:
+            CheckpointError: on every rank; names the ranks that differ, and the first line that
+                does.
+        """
+        if self._group is None:
+            return
+        try:
+            check_agreement(facts, [self._group], torch.device("cpu"))
+        except DisagreementError as error:
+            raise CheckpointError(error.what, numbers=error.numbers, write=error.write) from None
 
     def _explain(self, error: Exception) -> CheckpointError:
         if isinstance(error, OSError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,19 +20,22 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import ReadItem
-from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
-from mics.checkpoint.contents import FLAT, Contents, contents_of, decode_values
-from mics.checkpoint.layout import MODEL, OPTIMIZER, of_kind, random_state_of
+from mics.checkpoint.contents import contents_of
 from mics.checkpoint.manifest import Entry, Json, Manifest, read_manifest
+from mics.checkpoint.model_restoring import ModelRestoring
+from mics.checkpoint.names import unwrapped
+from mics.checkpoint.optimizer_restoring import Restoring, plan_optimizers, restore_optimizers
+from mics.checkpoint.optimizers import Optimizers, list_optimizers
 from mics.checkpoint.peers import Peers
-from mics.checkpoint.randomness import restore_random_state
-from mics.checkpoint.verifying import verified_manifest
+from mics.checkpoint.randomness import (
+    check_random_state,
+    random_state_to_read,
+    restore_random_state,
+)
+from mics.checkpoint.verifying import verify_files
 from mics.checkpoint.writing import let_save_end
 from mics.errors import CheckpointError
-from mics.quantities import dtype_name
-
-_MOST_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -50,19 +54,22 @@ def load(
     path: str | os.PathLike[str],
     *,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: Optimizers | None = None,
     verify: bool = True,
 ) -> Loaded:
     """Load a checkpoint that ``save`` wrote, in place.
 
     Collective over all ranks. The world, the partition size and the kind of sharding need not be
     those it was saved with; every rank reads only its own parts. A save that is under way ends
-    first.
+    first. Parameters are matched by their names, in the model and in optimizers: the order of
+    optimizers, of groups and of their members need not be the one that was saved. A parameter whose
+    state was not there yet has none afterwards.
 
     Args:
         path: the checkpoint's folder.
         model: one with the names, shapes and dtypes of parameters and buffers that were saved.
-        optimizer: its optimizer; ``None`` leaves what was saved of one alone.
+        optimizer: its optimizer, or a list or dict of several; ``None`` leaves what was saved of
+            one alone.
         verify: check every file's checksum first; the ranks share the work.
 
     Raises:
@@ -72,13 +79,85 @@ def load(
     let_save_end()
     folder = Path(path)
     peers = Peers()
-    manifest = verified_manifest(folder, peers) if verify else read_manifest(folder)
-    contents = contents_of(model, optimizer)
-    _check_same(folder, manifest, contents)
-    read_tensors(folder, manifest.tensors, contents.tensors)
-    if optimizer is not None:
-        _set_optimizer(model, optimizer, contents, manifest)
-    return Loaded(manifest.extra, _restore_random(folder, manifest, peers.rank))
+    plans: list[_Plan] = []
+    peers.together(lambda: plans.append(_plan(folder, model, optimizer, peers.rank)))
+    plan = plans[0]
+    if verify:
+        verify_files(folder, plan.manifest, peers)
+    peers.together(plan.read_early)
+    try:
+        peers.together(plan.model.try_hooks)
+    except CheckpointError:
+        plan.model.put_back()
+        raise
+    try:
+        peers.together(plan.finish)
+    except CheckpointError as error:
+        raise CheckpointError(
+            error.what,
+            numbers=f"{error.numbers} Model and optimizer may have been changed in part.".strip(),
+            write=error.write,
+        ) from None
+    return Loaded(plan.manifest.extra, restore_random_state(peers.rank, plan.random))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be read into what, when the checkpoint has been compared with it."""
+
+    folder: Path
+    manifest: Manifest
+    model: ModelRestoring
+    optimizers: Restoring
+    random: dict[str, torch.Tensor]
+
+    def read_early(self) -> None:
+        """Read what needs more checks, and check the headers of what is read later."""
+        check_headers(self.folder, self.manifest.tensors, self._late())
+        early = self.model.early | self.random
+        check_headers(self.folder, self.manifest.tensors, early)
+        read_tensors(self.folder, self.manifest.tensors, early)
+        self.model.check_early()
+        check_random_state(self.folder, self.random)
+
+    def finish(self) -> None:
+        """Read everything else, and let model and optimizers load it."""
+        read_tensors(self.folder, self.manifest.tensors, self._late())
+        self.model.finish()
+        restore_optimizers(self.optimizers)
+
+    def _late(self) -> dict[str, torch.Tensor]:
+        return self.model.late | self.optimizers.tensors
+
+
+def _plan(folder: Path, model: nn.Module, optimizer: Optimizers | None, rank: int) -> _Plan:
+    manifest = _under_plain_names(read_manifest(folder))
+    contents = contents_of(model, None)
+    return _Plan(
+        folder,
+        manifest,
+        ModelRestoring(folder, manifest, model, contents),
+        plan_optimizers(folder, manifest, model, list_optimizers(optimizer)),
+        random_state_to_read(folder, manifest.tensors, rank),
+    )
+
+
+def _under_plain_names(manifest: Manifest) -> Manifest:
+    """The manifest with the names of today: they once kept some of what wrappers add."""
+
+    def plain(name: str) -> str:
+        kind, slash, rest = name.partition("/")
+        return kind + slash + unwrapped(rest)
+
+    return dataclasses.replace(
+        manifest,
+        tensors={plain(name): entry for name, entry in manifest.tensors.items()},
+        aliases={plain(name): plain(first) for name, first in manifest.aliases.items()},
+        values={plain(name): value for name, value in manifest.values.items()},
+    )
+
+
+# -- tensors ---------------------------------------------------------------------------------------
 
 
 def read_tensors(
@@ -94,14 +173,7 @@ def read_tensors(
     Raises:
         CheckpointError: a file cannot be read.
     """
-    planner = DefaultLoadPlanner(flatten_state_dict=False)
-    planner.set_up_planner(dict(tensors), _metadata(entries, tensors), is_coordinator=True)
-    by_file: dict[str, list[tuple[str, ReadItem]]] = {}
-    for item in planner.create_local_plan().items:
-        index = item.storage_index
-        assert index.index is not None
-        chunk = entries[index.fqn].chunks[index.index]
-        by_file.setdefault(chunk.file, []).append((chunk.key, item))
+    planner, by_file = _items(entries, tensors)
     for name, items in by_file.items():
         try:
             with safe_open(folder / name, framework="pt") as file:
@@ -112,6 +184,57 @@ def read_tensors(
                 f"{folder / name} is damaged: {error}.",
                 write="an older checkpoint of the same run",
             ) from None
+
+
+def check_headers(
+    folder: Path, entries: Mapping[str, Entry], tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Compare the headers of files with the chunks that this rank will read; arguments as above.
+
+    Raises:
+        CheckpointError: a file has another tensor than its manifest says.
+    """
+    _, by_file = _items(entries, tensors)
+    for name, items in by_file.items():
+        try:
+            with safe_open(folder / name, framework="pt") as file:
+                for key, item in items:
+                    _check_header(file, key, entries[item.storage_index.fqn], item)
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{folder / name} is damaged: {error}.",
+                write="an older checkpoint of the same run",
+            ) from None
+
+
+def _check_header(file: Any, key: str, entry: Entry, item: ReadItem) -> None:
+    index = item.storage_index.index
+    assert index is not None
+    wanted = entry.chunks[index].shape
+    part = file.get_slice(key)
+    shape = tuple(part.get_shape())
+    # A tensor's dtype as torch's object is that of an empty piece of it.
+    dtype = (part[0:0] if shape else file.get_tensor(key)).dtype
+    if (shape, dtype) != (wanted, entry.torch_dtype):
+        raise ValueError(
+            f"{key} is {dtype} {list(shape)}, not {entry.torch_dtype} {list(wanted)} as its "
+            "manifest says"
+        )
+
+
+def _items(
+    entries: Mapping[str, Entry], tensors: Mapping[str, torch.Tensor]
+) -> tuple[DefaultLoadPlanner, dict[str, list[tuple[str, ReadItem]]]]:
+    """What this rank reads: key and item, by file."""
+    planner = DefaultLoadPlanner(flatten_state_dict=False)
+    planner.set_up_planner(dict(tensors), _metadata(entries, tensors), is_coordinator=True)
+    by_file: dict[str, list[tuple[str, ReadItem]]] = {}
+    for item in planner.create_local_plan().items:
+        index = item.storage_index
+        assert index.index is not None
+        chunk = entries[index.fqn].chunks[index.index]
+        by_file.setdefault(chunk.file, []).append((chunk.key, item))
+    return planner, by_file
 
 
 def _metadata(entries: Mapping[str, Entry], names: Iterable[str]) -> Metadata:
@@ -138,99 +261,3 @@ def _slice(file: Any, key: str, item: ReadItem) -> torch.Tensor:
     box = zip(item.storage_offsets, item.lengths, strict=True)
     part: torch.Tensor = file.get_slice(key)[tuple(slice(a, a + n) for a, n in box)]
     return part
-
-
-# -- is it of this model ---------------------------------------------------------------------------
-
-
-def _check_same(folder: Path, manifest: Manifest, contents: Contents) -> None:
-    kinds = [MODEL, OPTIMIZER] if _names(OPTIMIZER, contents.tensors, contents.values) else [MODEL]
-    for kind in kinds:
-        _check_names(folder, kind, manifest, contents)
-    differences = [
-        f"{name} is {_shown(entry.dtype, entry.shape)} there, "
-        f"{_shown(dtype_name(tensor.dtype), tuple(tensor.shape))} here"
-        for name, tensor in contents.tensors.items()
-        if (entry := manifest.tensors[name]).shape != tuple(tensor.shape)
-        or entry.torch_dtype != tensor.dtype
-    ]
-    if differences:
-        shapes_fit = all(
-            manifest.tensors[name].shape == tuple(tensor.shape)
-            for name, tensor in contents.tensors.items()
-        )
-        raise CheckpointError(
-            f"{folder} is of another model: shapes or dtypes differ.",
-            numbers=f"{len(differences)} of {len(contents.tensors)} tensors: "
-            f"{'; '.join(differences[:_MOST_NAMED])}.",
-            write="the model in the dtype it was saved in, or `mics import --dtype fp32` where it "
-            "was imported"
-            if shapes_fit
-            else "the model it was saved from",
-        )
-
-
-def _check_names(folder: Path, kind: str, manifest: Manifest, contents: Contents) -> None:
-    what = kind.removesuffix("/")
-    there = _names(kind, manifest.tensors, manifest.aliases, manifest.values)
-    here = _names(kind, contents.tensors, contents.aliases, contents.values)
-    if there == here and _ties(kind, manifest.aliases) == _ties(kind, contents.aliases):
-        return
-    if not there:
-        raise CheckpointError(
-            f"{folder} holds no {what}.",
-            numbers=f"This {what} has {len(here)} entries.",
-            write="mics.load(path, model=model), without the optimizer",
-        )
-    only_there, only_here = sorted(there - here), sorted(here - there)
-    if not only_there and not only_here:
-        raise CheckpointError(
-            f"{folder} is of another {what}: other parameters are tied.",
-            numbers=f"There {_ties(kind, manifest.aliases)}, here {_ties(kind, contents.aliases)}.",
-            write=f"the {what} it was saved from",
-        )
-    raise CheckpointError(
-        f"{folder} is of another {what}: names differ.",
-        numbers=f"{len(only_there)} only there{_first(only_there)}; {len(only_here)} only "
-        f"here{_first(only_here)}; {len(there & here)} in both.",
-        write=f"the {what} it was saved from",
-    )
-
-
-def _names(kind: str, *tables: Mapping[str, Any]) -> set[str]:
-    return {name for table in tables for name in table if name.startswith(kind)}
-
-
-def _ties(kind: str, aliases: Mapping[str, str]) -> dict[str, str]:
-    return {name: first for name, first in aliases.items() if name.startswith(kind)}
-
-
-def _first(names: list[str]) -> str:
-    if not names:
-        return ""
-    more = ", ..." if len(names) > _MOST_NAMED else ""
-    return f" ({', '.join(names[:_MOST_NAMED])}{more})"
-
-
-def _shown(dtype: str, shape: tuple[int, ...]) -> str:
-    return f"{dtype} {list(shape)}"
-
-
-# -- what is no tensor of the model ----------------------------------------------------------------
-
-
-def _set_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, contents: Contents, manifest: Manifest
-) -> None:
-    names = [name for name in contents.values if name.startswith(OPTIMIZER)]
-    values = decode_values(manifest.values, names)
-    state = of_kind(OPTIMIZER, contents.tensors) | of_kind(OPTIMIZER, values)
-    set_optimizer_state_dict(model, optimizer, state, options=FLAT)
-
-
-def _restore_random(folder: Path, manifest: Manifest, rank: int) -> bool:
-    prefix = random_state_of(rank)
-    entries = {name: e for name, e in manifest.tensors.items() if name.startswith(prefix)}
-    state = {name: torch.empty(e.shape, dtype=e.torch_dtype) for name, e in entries.items()}
-    read_tensors(folder, entries, state)
-    return restore_random_state(rank, state)

@@ -23,9 +23,17 @@ def verified_manifest(folder: Path, peers: Peers | None = None) -> Manifest:
     # All read it, and come to an end together even if only one cannot.
     read: list[Manifest] = []
     peers.together(lambda: read.append(read_manifest(folder)))
-    manifest = read[0]
+    verify_files(folder, read[0], peers)
+    return read[0]
+
+
+def verify_files(folder: Path, manifest: Manifest, peers: Peers) -> None:
+    """Compare every file of a checkpoint with its manifest. Collective.
+
+    Raises:
+        CheckpointError: as ``verified_manifest``.
+    """
     peers.together(lambda: _verify(folder, manifest, first=peers.rank, step=peers.world))
-    return manifest
 
 
 def _verify(folder: Path, manifest: Manifest, *, first: int, step: int) -> None:
@@ -43,7 +51,7 @@ def _verify(folder: Path, manifest: Manifest, *, first: int, step: int) -> None:
             found = facts_of(path)
         except OSError as error:
             raise CheckpointError(
-                f"{path} is damaged: it cannot be read ({error.strerror}).",
+                f"{path} is damaged: it cannot be read ({error.strerror or error}).",
                 write="an older checkpoint of the same run",
             ) from None
         if found != wanted:

@@ -18,11 +18,12 @@ import torch
 from torch import nn
 
 from mics.checkpoint.appearing import AppearingFolder
+from mics.checkpoint.configuration import config_of
 from mics.checkpoint.contents import (
     Contents,
     Piece,
     contents_of,
-    encode_values,
+    facts_of_contents,
     partition_of,
     pieces_of_this_rank,
 )
@@ -37,6 +38,7 @@ from mics.checkpoint.manifest import (
     file_name,
     whole_entry,
 )
+from mics.checkpoint.optimizers import Optimizers
 from mics.checkpoint.peers import Peers
 from mics.checkpoint.randomness import random_state
 from mics.errors import CheckpointError
@@ -47,7 +49,7 @@ def save(
     path: str | os.PathLike[str],
     *,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: Optimizers | None = None,
     extra: Mapping[str, Json] | None = None,
     assets: Mapping[str, bytes] | None = None,
     asynchronous: bool = False,
@@ -61,9 +63,10 @@ def save(
     Args:
         path: the folder to be made.
         model: sharded by mics or by FSDP2, or a plain module.
-        optimizer: its optimizer.
+        optimizer: its optimizer, or a list or dict of several.
         extra: whatever else JSON can hold: step, position of the data, configuration.
-        assets: small files to keep with it, by their names; the same on every rank.
+        assets: small files to keep with it, by their names; the same on every rank. The
+            configuration of a transformers model is kept without being asked for.
         asynchronous: return when the tensors are copied to the CPU and write beside training. At
             most one save is under way: the next one waits for it.
 
@@ -192,16 +195,24 @@ class _Plan:
 def _plan_of(
     target: Path,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer | None,
+    optimizer: Optimizers | None,
     extra: dict[str, Json],
     assets: dict[str, bytes],
     peers: Peers,
 ) -> _Plan:
     """Everything a save needs, copied from the model, when all ranks have seen its folder."""
-    contents = contents_of(model, optimizer)
-    values = encode_values(contents.values)
-    # Rank 0's are written, and what nobody could read back must not be found out at the end.
-    peers.together(lambda: _check_kept(extra, assets), only=0)
+    found: list[Contents] = []
+
+    def look() -> None:
+        found.append(contents_of(model, optimizer))
+        if peers.rank == 0:
+            # What nobody could read back must not be found out at the end.
+            _check_kept(extra, assets)
+
+    peers.together(look)
+    contents = found[0]
+    # Every rank writes its part of one list, and what is not sharded is rank 0's.
+    peers.agree(facts_of_contents(contents))
     making, path = _make_folder(target, peers)
     return _Plan(
         target=target,
@@ -215,9 +226,9 @@ def _plan_of(
         outline=_outline(contents, peers),
         partition=partition_of(model),
         aliases=contents.aliases,
-        values=values,
+        values=contents.values,
         extra=extra,
-        assets=assets,
+        assets=config_of(model) | assets,
     )
 
 
@@ -284,7 +295,7 @@ def _outline(contents: Contents, peers: Peers) -> dict[str, Entry]:
     if peers.rank != 0:
         return {}
     return {
-        name: Entry(dtype_name(tensor.dtype), tuple(tensor.shape), [])
+        name: Entry(dtype_name(tensor.dtype), tuple(tensor.shape), [], contents.forms.get(name, ""))
         for name, tensor in contents.tensors.items()
     }
 

@@ -28,7 +28,7 @@ from mics.quantities import dtype_name, size
 from mics.ranks.agreement import gather_text
 from mics.ranks.console import say
 from mics.ranks.device import HOST, device_name, on_accelerator
-from mics.ranks.files import write_whole
+from mics.ranks.files import read_small, write_whole
 from mics.ranks.mesh import Groups, PerMesh, StageGroups, stage_groups
 from mics.topology import Ranks, nodes_of
 from mics.traffic import Collective, Form
@@ -227,7 +227,7 @@ def _write_profile(groups: Groups, choice: Choice, flat: float, hierarchical: fl
 
 def _load(path: Path) -> dict[str, dict[str, dict[str, object]]]:
     try:
-        document = json.loads(path.read_text())
+        document = json.loads(read_small(path))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

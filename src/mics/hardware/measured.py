@@ -13,6 +13,7 @@ from mics.errors import PlanError
 from mics.hardware.cluster import Gpu, Link, Node
 from mics.hardware.fit import Point, fit_links
 from mics.hardware.network import all_reduce_terms, gather_terms
+from mics.ranks.files import read_small
 from mics.recipe import ON_GPUS, ON_HOSTS
 from mics.traffic import Form
 
@@ -41,7 +42,7 @@ def measured_node(path: Path, gpu: Gpu) -> Node:
         PlanError: it is no such file, or holds too few sizes.
     """
     try:
-        document = json.loads(_small(path))
+        document = json.loads(read_small(path, _MOST_BYTES))
         k = _count(document["gpus_per_node"])
         rows = [_checked(row, k) for row in document["measured"]]
         largest = max(row["ranks"] for row in rows)
@@ -74,13 +75,6 @@ def measured_node(path: Path, gpu: Gpu) -> Node:
     if nodes == 1:
         return node
     return replace(node, all_reduce=fit_links(_all_reduces(rows, k, gloo), intra)["inter"])
-
-
-def _small(path: Path) -> str:
-    """Read a file that ends, and soon."""
-    if path.exists() and (not path.is_file() or path.stat().st_size > _MOST_BYTES):
-        raise ValueError(f"not a file of at most {_MOST_BYTES:,} bytes")
-    return path.read_text()
 
 
 def _on_gloo(document: dict[str, Any]) -> bool:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import fnmatch
 import json
-import os
-import stat
 from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
 from mics.errors import ConfigError
+from mics.ranks import files
 
 CONFIG = "config.json"
 _MOST_BYTES = 128 << 20  # the largest tokenizers in use have 35 MB
@@ -102,24 +101,12 @@ def read_small(path: Path) -> bytes:
         ConfigError: it is no regular file, too large, or cannot be read.
     """
     try:
-        # A pipe without a writer would keep the call, and a device never end.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        with os.fdopen(descriptor, "rb") as file:
-            is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
-            data = file.read(_MOST_BYTES + 1) if is_file else b""
+        return files.read_small(path, _MOST_BYTES)
     except OSError as error:
         raise ConfigError(
-            f"{path} cannot be read: {error.strerror or error}.", write="a folder that can be read"
-        ) from None
-    if not is_file or len(data) > _MOST_BYTES:
-        raise ConfigError(
-            f"{path} is no small file.",
-            numbers=f"It has more than {_MOST_BYTES:,} bytes."
-            if is_file
-            else "It is a device, a pipe or a folder.",
+            f"{path} cannot be read: {error.strerror or error}.",
             write="a folder that transformers' save_pretrained wrote",
-        )
-    return data
+        ) from None
 
 
 def read_table(path: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from mics.errors import ConfigError
+from mics.ranks.files import read_small
 from mics.training.config import TrainConfig
 
 _ADAPTER = TypeAdapter(TrainConfig)
@@ -26,7 +27,7 @@ def read_settings(path: Path) -> TrainConfig:
             value of another type.
     """
     try:
-        table = tomllib.loads(path.read_text())
+        table = tomllib.loads(read_small(path).decode())
     except OSError as error:
         raise ConfigError(
             f"The configuration {path} cannot be read: {error.strerror}.",

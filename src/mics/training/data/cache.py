@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from mics.checkpoint.disk import facts_of, sync, write_bytes
 from mics.errors import DataError
 from mics.ranks.console import ShowBytes
+from mics.ranks.files import read_small
 from mics.training.data.tokens import Tokenizer
 
 _BATCH_BYTES = 4 << 20
@@ -146,7 +147,7 @@ def write(folder: Path, spooled: Spool, tokenizer: Tokenizer, progress: ShowByte
 def read_meta(folder: Path) -> Meta | None:
     """What a finished cache holds; ``None`` when it is missing, unfinished or of another size."""
     try:
-        told = json.loads((folder / "meta.json").read_text())
+        told = json.loads(read_small(folder / "meta.json"))
         if told["sha256"] != _digest(told["facts"]):
             return None
         meta = Meta(**told["facts"])

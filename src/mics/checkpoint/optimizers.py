@@ -1,0 +1,232 @@
+"""The state of optimizers as they hold it: per parameter, by its name, what is missing is missing.
+
+Names in the manifest, each behind ``optimizer/``::
+
+    param_groups.PARAMETER.OPTION   an option of the parameter's group, for every parameter of it
+    state.PARAMETER.KEY             a state of a parameter: a tensor, a number, or a container
+    state.PARAMETER                 all of its state, where keys are no words
+    empty_groups.NUMBER             the options of a group without parameters
+    shared.NUMBER.KEY               what an optimizer keeps for all of its parameters
+
+Several optimizers share these names, because no parameter may belong to two of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from mics.checkpoint.layout import OPTIMIZER
+from mics.checkpoint.manifest import PLAIN, REPLICATED, SHARDED, Json
+from mics.checkpoint.names import parameter_names
+from mics.checkpoint.values import encode
+from mics.errors import CheckpointError
+
+Optimizers = (
+    torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | Mapping[str, torch.optim.Optimizer]
+)
+
+GROUPS = f"{OPTIMIZER}param_groups."
+STATE = f"{OPTIMIZER}state."
+EMPTY_GROUPS = f"{OPTIMIZER}empty_groups."
+SHARED = f"{OPTIMIZER}shared."
+NAMES = ("params", "param_names")
+"""What a group says of its members; the manifest has their names in the model instead."""
+
+_MOST_NAMED = 3
+
+
+@dataclass(frozen=True)
+class OptimizerContents:
+    """Tensors and values by their names in the manifest, and what each tensor is (``forms``)."""
+
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    values: dict[str, Json] = field(default_factory=dict)
+    forms: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What ``state_dict`` of an optimizer returns, and the parameters behind its numbers."""
+
+    optimizer: torch.optim.Optimizer
+    state: Mapping[Any, Any]
+    groups: Sequence[Mapping[str, Any]]
+    parameters: Sequence[Sequence[nn.Parameter]]
+    """The parameters of each group."""
+
+    def by_number(self) -> dict[Any, nn.Parameter]:
+        """The parameters by what stands for them in ``state``."""
+        return {
+            number: param
+            for group, params in zip(self.groups, self.parameters, strict=True)
+            for number, param in zip(group["params"], params, strict=True)
+        }
+
+
+def list_optimizers(given: Optimizers | None) -> list[torch.optim.Optimizer]:
+    """One optimizer, several of them or none, as a list.
+
+    Raises:
+        CheckpointError: something else was given.
+    """
+    if given is None:
+        return []
+    if isinstance(given, Mapping):
+        several = list(given.values())
+    else:
+        several = list(given) if isinstance(given, Sequence) else [given]
+    for one in several:
+        if not all(hasattr(one, name) for name in ("param_groups", "state_dict")):
+            raise CheckpointError(
+                f"A {type(one).__name__} is no optimizer.",
+                write="optimizer=optimizer, or a list of optimizers",
+            )
+    return several
+
+
+def pack(optimizers: Sequence[torch.optim.Optimizer], names: Mapping[int, str]) -> list[Packed]:
+    """The state of optimizers in their own form; nothing is made for what has no state.
+
+    Args:
+        optimizers: their ``state_dict`` is called, with its hooks.
+        names: the names of the model's parameters, by id.
+
+    Raises:
+        CheckpointError: an optimizer is of another model, a parameter is in two of them, or an
+            optimizer has a form of its own.
+    """
+    packed = []
+    seen: set[int] = set()
+    for optimizer in optimizers:
+        params = [list(group["params"]) for group in optimizer.param_groups]
+        every = [param for group in params for param in group]
+        strange = sum(id(param) not in names for param in every)
+        if strange:
+            raise CheckpointError(
+                f"This {type(optimizer).__name__} is of another model.",
+                numbers=f"{strange} of its {len(every)} parameters are not in this one.",
+                write="the optimizer of this model, made after mics.shard",
+            )
+        twice = [names[id(param)] for param in every if id(param) in seen]
+        if twice:
+            raise CheckpointError(
+                "A parameter is in two optimizers, whose states cannot be told apart by its name.",
+                numbers=f"{len(twice)} are: {', '.join(twice[:_MOST_NAMED])}.",
+                write="each optimizer into a checkpoint of its own",
+            )
+        seen |= {id(param) for param in every}
+        packed.append(_packed(optimizer, params))
+    return packed
+
+
+def _packed(optimizer: torch.optim.Optimizer, params: list[list[nn.Parameter]]) -> Packed:
+    table: Any = optimizer.state_dict()
+    try:
+        state, groups = table["state"], table["param_groups"]
+        fits = [len(group["params"]) for group in groups] == [len(group) for group in params]
+        fits = fits and isinstance(state, Mapping)
+    except (KeyError, TypeError):
+        fits = False
+    if not fits:
+        raise CheckpointError(
+            f"The state_dict of this {type(optimizer).__name__} is not of torch's form.",
+            numbers="It has other entries than state and param_groups of its groups.",
+            write="extra=... for what it keeps, and no optimizer",
+        )
+    return Packed(optimizer, state, groups, params)
+
+
+def optimizer_contents(
+    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+) -> OptimizerContents:
+    """Everything that optimizers have to keep; tensors are those in use, not copies.
+
+    Raises:
+        CheckpointError: as ``pack``, or something in it cannot be kept.
+    """
+    contents = OptimizerContents()
+    names = parameter_names(model)[1]
+    num_empty = 0
+    for number, packed in enumerate(pack(optimizers, names)):
+        for group, params in zip(packed.groups, packed.parameters, strict=True):
+            options = {name: value for name, value in group.items() if name not in NAMES}
+            strange = [name for name in options if not _is_word(name)]
+            if strange:
+                raise CheckpointError(
+                    f"The option {strange[0]!r} of a group cannot be kept under this name.",
+                    write="a name without a dot",
+                )
+            for param in params:
+                _keep(contents, f"{GROUPS}{names[id(param)]}", options)
+            if not params:
+                name = f"{EMPTY_GROUPS}{num_empty}"
+                contents.values[name] = encode(name, options, contents.tensors)
+                num_empty += 1
+        by_number = packed.by_number()
+        for key, state in packed.state.items():
+            if key in by_number:
+                param = by_number[key]
+                _keep_state(contents, f"{STATE}{names[id(param)]}", state, param)
+            else:
+                name = f"{SHARED}{number}.{key}"
+                contents.values[name] = encode(name, state, contents.tensors)
+    return contents
+
+
+def _keep(contents: OptimizerContents, prefix: str, table: Mapping[Any, Any]) -> None:
+    """Keep what a group or a state holds: tensors as such, anything else as a value."""
+    if not all(map(_is_word, table)):
+        contents.values[prefix] = encode(prefix, table, contents.tensors)
+        return
+    for key, value in table.items():
+        name = f"{prefix}.{key}"
+        if isinstance(value, torch.Tensor):
+            contents.tensors[name] = value
+        else:
+            contents.values[name] = encode(name, value, contents.tensors)
+
+
+def _is_word(key: Any) -> bool:
+    return isinstance(key, str) and key != "" and "." not in key
+
+
+def _keep_state(
+    contents: OptimizerContents, prefix: str, state: Mapping[Any, Any], param: nn.Parameter
+) -> None:
+    known = len(contents.tensors)
+    _keep(contents, prefix, state)
+    for name in list(contents.tensors)[known:]:
+        contents.forms[name] = _form(name, contents.tensors[name], param)
+
+
+def _form(name: str, tensor: torch.Tensor, param: nn.Parameter) -> str:
+    """What a tensor of a state is, beside its parameter.
+
+    Raises:
+        CheckpointError: its values are not those of a tensor of any layout.
+    """
+    local = tensor.detach()
+    if isinstance(local, DTensor):
+        local = local.to_local()
+    if type(local) is not torch.Tensor:
+        raise CheckpointError(
+            f"{name} cannot be kept: it is a {type(local).__name__}, not a plain tensor.",
+            numbers="Quantised state depends on how its parameter is sharded.",
+            write="an optimizer with unquantised state, or a checkpoint without the optimizer",
+        )
+    if not isinstance(param, DTensor):
+        return ""
+    if not isinstance(tensor, DTensor):
+        return PLAIN
+    if any(placement.is_partial() for placement in tensor.placements):
+        raise CheckpointError(
+            f"{name} cannot be kept: it is a sum that was not reduced, {tensor.placements}.",
+            write="an optimizer whose state is sharded like its parameters",
+        )
+    return SHARDED if any(not p.is_replicate() for p in tensor.placements) else REPLICATED
