@@ -184,7 +184,8 @@ class CheckpointConfig:
     """When to save, what to keep."""
 
     every: int = 500
-    """Steps between checkpoints; 0 saves at the end (and on SIGTERM) only."""
+    """Steps between checkpoints; 0 saves at the end only, and when a signal or a closed terminal
+    ends the run."""
 
     keep: int = 3
     """Newest checkpoints kept; older ones are deleted. 0 keeps all."""
