@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import tracemalloc
 import warnings
 from collections.abc import Callable
@@ -32,8 +33,10 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 from mics.errors import DataError
 from mics.ranks.progress_bar import TextProgress
 from mics.training.config import DataConfig
-from mics.training.data import IGNORED, Data, cache, prepare_data
-from mics.training.data.corpus import find_files, read_documents
+from mics.training.data import IGNORED, Data, cache, prepare_data, tokens
+from mics.training.data import spool as spooling
+from mics.training.data.corpus import read_documents
+from mics.training.data.finding import find_files
 from mics.training.data.order import sequence_at
 from mics.training.data.stream import Masking, Stream
 from mics.training.data.tokens import SEPARATOR, byte_tokenizer, saved_tokenizer, train_bpe
@@ -72,6 +75,11 @@ def everything(data: Data) -> list[torch.Tensor]:
 def same(one: Data, other: Data) -> bool:
     pairs = zip(everything(one), everything(other), strict=True)
     return one.fingerprint == other.fingerprint and all(torch.equal(a, b) for a, b in pairs)
+
+
+def texts_of(source: object, **more: Any) -> list[bytes]:
+    """The documents of a source, each whole."""
+    return [b"".join(document.pieces) for document in read_documents(str(source), **more)]
 
 
 def peak_of(call: Callable[[], object]) -> int:
@@ -143,7 +151,7 @@ def test_jsonl_text_is_read_as_it_stands(tmp_path: Path) -> None:
     rows = [{"text": text} | {f"extra{n}": [n]} for n, text in enumerate(texts)]
     lines = [json.dumps(row) for row in rows]
     (tmp_path / "c.JSONL").write_text("\n\n".join([*lines, '{"text": null}']))
-    assert list(read_documents(str(tmp_path / "c.JSONL"), "text")) == [
+    assert texts_of(tmp_path / "c.JSONL") == [
         text.encode("utf-8", "surrogatepass") for text in texts
     ]
 
@@ -153,15 +161,15 @@ def test_the_name_of_a_table_is_no_pattern(name: str, tmp_path: Path) -> None:
     (tmp_path / f"{name}.jsonl").write_text('{"text": "a"}\n')
     pq.write_table(pa.table({"text": ["b"]}), tmp_path / f"{name}.parquet")
     pq.write_table(pa.table({"text": ["c"]}), tmp_path / "c1.parquet")
-    assert list(read_documents(str(tmp_path / f"{name}.jsonl"), "text")) == [b"a"]
-    assert list(read_documents(str(tmp_path / f"{name}.parquet"), "text")) == [b"b"]
+    assert texts_of(tmp_path / f"{name}.jsonl") == [b"a"]
+    assert texts_of(tmp_path / f"{name}.parquet") == [b"b"]
 
 
 def test_tables_without_rows_are_passed_over(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("")
     pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "b.parquet")
     (tmp_path / "c.txt").write_text("text")
-    assert list(read_documents(str(tmp_path), "text")) == [b"text"]
+    assert texts_of(tmp_path) == [b"text"]
 
 
 def test_the_standard_library_is_the_source_without_its_tests() -> None:
@@ -179,13 +187,6 @@ def test_files_folders_and_globs(texts: Path) -> None:
     assert len(find_files(f"{texts}/*.txt")) == 30
     assert len(find_files(f"{texts}/**/*.txt")) == 31
     assert find_files(f"{texts}/000.txt") == [texts / "000.txt"]
-
-
-def test_bytes_that_are_no_utf_8_survive(tmp_path: Path) -> None:
-    raw = bytes(range(256)) * 3
-    (tmp_path / "raw").write_bytes(raw)
-    data = prepare(tmp_path / "raw", tmp_path / "run", held_out=0.0, sequence=len(raw))
-    assert bytes(data.train.batch(0, 1).inputs[0].tolist()) == raw
 
 
 def test_limit_takes_so_many_bytes(texts: Path, tmp_path: Path) -> None:
@@ -317,7 +318,7 @@ def test_pieces_of_a_long_document_are_its_text(
 ) -> None:
     text = "\u20ac" * 50 + "a line\n" * 20 + "\U0001f600" * 40
     (tmp_path / "long").write_text(text)
-    monkeypatch.setattr(cache, "_PIECE", 32)
+    monkeypatch.setattr(spooling, "_PIECE", 32)
     data = prepare(
         tmp_path / "long",
         tmp_path / "run",
@@ -332,11 +333,136 @@ def test_pieces_of_a_long_document_are_its_text(
 
 def test_a_long_document_is_tokenised_in_the_memory_of_its_pieces(tmp_path: Path) -> None:
     text = np.full(40 << 20, ord("a"), dtype=np.uint8)
-    spooled = cache.Spool(text, [len(text)], [False])
+    spooled = spooling.Spool(text, [len(text)], [False])
     peak = peak_of(
-        lambda: cache.write(tmp_path / "cache", spooled, byte_tokenizer(), lambda *_: None)
+        lambda: cache.write(tmp_path / "cache", spooled, byte_tokenizer(), "", lambda *_: None)
     )
     assert peak < 24 << 20
+
+
+def test_a_word_that_has_no_end_neither_trains_nor_encodes_for_ever(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A BPE compares all pairs of a word for each merge: the square of a mebibyte is a day."""
+    letters = np.random.default_rng(0).integers(97, 107, 1 << 20, dtype=np.uint8).tobytes()
+    (tmp_path / "one").write_bytes(letters[: 1 << 18] + b" " * (1 << 18) + letters[1 << 18 :])
+    begun = time.monotonic()
+    data = prepare(
+        tmp_path / "one", tmp_path / "run", tokenizer="bpe", vocabulary=300, held_out=0.1
+    )
+    assert time.monotonic() - begun < 60, "it was 20 minutes"
+    said = capfd.readouterr().err
+    assert "cut(s) in text without a blank for 8 KiB: tokens of a word that goes over a cut" in said
+    tokens = np.fromfile(cache_of(tmp_path / "run") / "train.bin", dtype=np.uint16)
+    text = data.tokenizer.decode(tokens.tolist()).removesuffix(SEPARATOR)
+    assert text.encode() == (tmp_path / "one").read_bytes()[: len(text)]
+    prepare(tmp_path / "one", tmp_path / "run", tokenizer="bpe", vocabulary=300, held_out=0.1)
+    assert "cut(s) in text without a blank" in capfd.readouterr().err, "at every start"
+
+
+@pytest.mark.parametrize("text", ["x" * 99, "\u20ac" * 50, " " * 99, "ab{cd;" * 20, "a b" * 50])
+def test_parts_of_a_text_are_the_text_and_break_no_character(text: str) -> None:
+    parts = spooling.broken(text.encode(), 16)
+    assert b"".join(parts) == text.encode()
+    assert "".join(part.decode() for part in parts) == text
+    assert all(0 < len(part) <= 48 for part in parts) or " b" in text
+    assert (len(parts) == 1) == (" b" in text)
+
+
+def test_a_text_without_blanks_is_cut_where_its_tokens_stay(tmp_path: Path) -> None:
+    """Minified code has no blank and many signs, at which every tokenizer's words end."""
+    tokenizer = train_bpe([b"function(alpha){return beta;} " * 9], 300)
+    text = b"function(alpha){return_beta;}" * 2000
+    parts = spooling.broken(text, spooling.BLOCK)
+    assert len(parts) > 5
+    ids = [token for part in tokenizer.encode_all(parts) for token in part]
+    assert ids == tokenizer.encode(text.decode())
+
+
+def test_lines_are_parted_where_the_tokens_of_a_long_document_stay(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lines = "def one():\n    return 1\n\n\n    more\nlast = 2\n" * 40
+    tokenizer = train_bpe([lines.encode()], 300)
+    monkeypatch.setattr(spooling, "_PIECE", 128)
+    text = np.frombuffer(lines.encode(), np.uint8)
+    pieces = [
+        piece for piece, _ in spooling.Spool(text, [len(text)], [False]).pieces(held_out=False)
+    ]
+    assert len(pieces) > 5
+    ids = [token for piece in tokenizer.encode_all(pieces) for token in piece]
+    assert ids == tokenizer.encode(lines)
+
+
+# -- special tokens --------------------------------------------------------------------------------
+
+
+CHAT = "<|im_start|>user\nhello<|im_end|>\n"
+
+
+def chat_tokenizer(folder: Path) -> str:
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Backend(
+            backends.BPE(vocab={c: n for n, c in enumerate(sorted(set(CHAT)))}, merges=[])
+        ),
+        eos_token="<|endoftext|>",
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_text_that_spells_special_tokens_is_said_and_can_be_read_as_them(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"text": "hello"}, {"text": CHAT}, {"text": CHAT}]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = {"tokenizer": chat_tokenizer(tmp_path / "chat"), "sequence": 4, "held_out": 0}
+    for _ in range(2):  # the second time from the tokens that are there
+        letters = prepare(tmp_path / "c.jsonl", tmp_path / "run", **more)
+        said = capfd.readouterr().err
+        assert (
+            "the text spells special tokens of its tokenizer, 4 time(s), first <|im_start|>" in said
+        )
+        assert f"in Line 2 of {tmp_path / 'c.jsonl'}: they are read as letters; " in said
+        assert "--data.specials ids reads them as tokens" in said
+    ids = prepare(tmp_path / "c.jsonl", tmp_path / "ids", specials="ids", **more)
+    assert "they are read as those tokens (data.specials = ids)" in capfd.readouterr().err
+    assert ids.train.num_tokens == letters.train.num_tokens - 2 * (
+        len("<|im_start|><|im_end|>") - 2
+    )
+    start = AutoTokenizer.from_pretrained(tmp_path / "chat").convert_tokens_to_ids("<|im_start|>")
+    assert ids.tokenizer.encode(CHAT)[0] == start != letters.tokenizer.encode(CHAT)[0]
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_own_tokenizers_read_special_tokens_too(
+    tokenizer: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "a.txt", f"one{SEPARATOR}two")
+    more = {"tokenizer": tokenizer, "vocabulary": 270, "sequence": 2, "held_out": 0}
+    letters, ids = (
+        prepare(tmp_path / "a.txt", tmp_path / how, specials=how, **more) for how in ("text", "ids")
+    )
+    assert f"1 time(s), first {SEPARATOR} in {tmp_path / 'a.txt'}" in capfd.readouterr().err
+    tokens = [
+        np.fromfile(cache_of(tmp_path / how) / "train.bin", np.uint16)
+        .tolist()
+        .count(data.tokenizer.separator)
+        for how, data in (("text", letters), ("ids", ids))
+    ]
+    assert tokens == [1, 2]
+
+
+def test_a_token_that_is_spelled_over_two_pieces_is_counted_once() -> None:
+    found = spooling.Spelled(["<|a|>", "<|ab|>"])
+    found.begin("here")
+    for piece in ("x<|a", "|><|", "ab|>", "<|a|>", "y"):
+        found.look(piece.encode())
+    found.begin("there")
+    found.look(b"|><|a|>")
+    assert (found.count, found.words()) == (4, "4 time(s), first <|a|> in here")
+    assert spooling.Spelled([]).words() == ""
 
 
 # -- order -----------------------------------------------------------------------------------------
@@ -468,6 +594,60 @@ def test_another_tokenizer_of_the_same_name_is_used_anew(texts: Path, tmp_path: 
     assert two.tokenizer.size == saved_tokenizer(str(saved)).size
     ids = two.train.batch(0, two.train.num_sequences).inputs.flatten().tolist()
     assert "the cat sat on the mat." in two.tokenizer.decode(ids)
+
+
+def test_other_text_of_the_same_size_and_time_is_noticed(texts: Path, tmp_path: Path) -> None:
+    one = prepare(texts, tmp_path / "run")
+    for change in (lambda file, text: file.write_text(text), replace_by):
+        file = texts / "007.txt"
+        before, text = file.stat(), file.read_text()
+        change(file, text.replace("cat", "dog") if "cat" in text else text.replace("dog", "cow"))
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+        after = file.stat()
+        assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+        two = prepare(texts, tmp_path / "run")
+        assert two.fingerprint != one.fingerprint
+        one = two
+
+
+def replace_by(file: Path, text: str) -> None:
+    write(file.with_name(".other"), text).replace(file)
+
+
+def test_a_tokenizer_of_the_same_size_and_time_is_noticed(texts: Path, tmp_path: Path) -> None:
+    train_bpe([text.encode() for text in TEXTS], 300).save(tmp_path / "saved")
+    more = {"tokenizer": str(tmp_path / "saved")}
+    one = prepare(texts, tmp_path / "run", **more)
+    file = tmp_path / "saved" / "tokenizer.json"
+    before, told = file.stat(), json.loads(file.read_text())
+    vocabulary = told["model"]["vocab"]
+    one_word, other = (
+        word for word, token in vocabulary.items() if token in one.tokenizer.encode(TEXTS[10])[:2]
+    )
+    vocabulary[one_word], vocabulary[other] = vocabulary[other], vocabulary[one_word]
+    file.write_text(json.dumps(told, indent=2, ensure_ascii=False))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file.stat().st_size == before.st_size
+    assert prepare(texts, tmp_path / "run", **more).fingerprint != one.fingerprint
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe", "saved"])
+def test_files_that_only_look_otherwise_are_not_tokenised_anew(
+    tokenizer: str, texts: Path, tmp_path: Path
+) -> None:
+    """A copy, an archive that was unpacked, or ``chmod``: read again, which is cheap."""
+    if tokenizer == "saved":
+        train_bpe([text.encode() for text in TEXTS], 300).save(tmp_path / "saved")
+        tokenizer = str(tmp_path / "saved")
+    one = prepare(texts, tmp_path / "run", tokenizer=tokenizer, vocabulary=300)
+    file = cache_of(tmp_path / "run") / "train.bin"
+    before = file.stat()
+    for text in [*texts.iterdir(), *tmp_path.glob("saved/*")]:
+        text.write_bytes(text.read_bytes())
+    for _ in range(2):
+        again = prepare(texts, tmp_path / "run", tokenizer=tokenizer, vocabulary=300)
+        assert same(one, again)
+        assert (file.stat().st_ino, file.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
 def flip_bit(file: Path, at: int = 100) -> None:
@@ -679,6 +859,71 @@ def test_errors_name_what_is_wrong_and_what_to_write(tmp_path: Path, texts: Path
         assert "Write: " in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("tokenizer.json", lambda told: told["model"]["vocab"].update(a=4_000_000_000)),
+        ("tokenizer.json", lambda told: told["added_tokens"][0].update(id=4_000_000_000)),
+        (
+            "tokenizer_config.json",
+            lambda told: told.update(added_tokens_decoder={"4000000000": {"content": "<x>"}}),
+        ),
+        ("added_tokens.json", lambda told: told.update({"<x>": 4_000_000_000})),
+    ],
+)
+def test_ids_far_above_their_number_are_refused_before_a_table_is_made(
+    file: str, change: Callable[[Any], Any], texts: Path, tmp_path: Path
+) -> None:
+    byte_tokenizer().save(tmp_path / "saved")
+    path = tmp_path / "saved" / file
+    told = json.loads(path.read_text()) if path.exists() else {}
+    change(told)
+    path.write_text(json.dumps(told))
+    names = [str(tmp_path / "saved")] + ([str(path)] if file == "tokenizer.json" else [])
+    for name in names:
+        with pytest.raises(DataError, match="an id far above the number of its ids") as caught:
+            prepare(texts, tmp_path / "run", tokenizer=name)
+        assert "ids and 4,000,000,000 as the largest" in str(caught.value)
+        assert f"{file} has " in str(caught.value)
+
+
+@pytest.mark.parametrize("what", ["nested", "endless", "long"])
+def test_a_tokenizer_without_end_is_refused_at_once(
+    what: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    byte_tokenizer().save(tmp_path / "saved")
+    file = tmp_path / "saved" / "tokenizer.json"
+    monkeypatch.setattr(tokens, "_MOST_BYTES", 1 << 20)
+    words = {"nested": "RecursionError", "endless": "it is no file", "long": "more than 1,048,576"}
+    if what == "nested":
+        file.write_text("[" * 100_000)
+    elif what == "endless":
+        file.unlink()
+        file.symlink_to("/dev/zero")
+    else:
+        file.write_bytes(b" " * (2 << 20))
+    with pytest.raises(DataError, match="There is no tokenizer") as caught:
+        prepare(texts, tmp_path / "run", tokenizer=str(tmp_path / "saved"))
+    assert words[what] in str(caught.value)
+
+
+def test_a_tokenizer_of_the_hub_is_checked_before_it_is_loaded(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "tokenizer.json", "{}")
+    write(tmp_path / "added_tokens.json", '{"<x>": 4000000000}')
+
+    def cached(name: str, file: str) -> str:
+        assert name == "owner/name"
+        if not (tmp_path / file).exists():
+            raise OSError(file)
+        return str(tmp_path / file)
+
+    monkeypatch.setattr(tokens, "cached_file", cached)
+    with pytest.raises(DataError, match="an id far above the number of its ids"):
+        prepare(texts, tmp_path / "run", tokenizer="owner/name")
+
+
 def test_an_unreachable_hub_keeps_the_librarys_own_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -719,6 +964,7 @@ def test_an_error_without_words_is_named_by_its_type(
         raise RuntimeError
 
     monkeypatch.setattr(datasets, "load_dataset", silent)
+    monkeypatch.setattr(tokens, "cached_file", silent)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", silent)
     with pytest.raises(DataError, match="cannot be read") as of_text:
         prepare("hub:owner/name", tmp_path / "run")
@@ -738,7 +984,7 @@ def test_a_hub_name_says_configuration_and_split(monkeypatch: pytest.MonkeyPatch
         return [{"text": "a"}, {"text": None}, {"text": "b"}]
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    assert list(read_documents("hub:owner/name:small@test", "text")) == [b"a", b"b"]
+    assert texts_of("hub:owner/name:small@test") == [b"a", b"b"]
     assert asked == [("owner/name", {"streaming": True, "name": "small", "split": "test"})]
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import re
+import select
 import shlex
 import signal
 import subprocess
@@ -133,7 +135,12 @@ def test_a_run_chooses_its_partition_and_compares_what_was_predicted(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.extra)]
+    "number",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGINT, marks=pytest.mark.extra),
+        pytest.param(signal.SIGQUIT, marks=pytest.mark.extra),
+    ],
 )
 def test_a_signal_saves_and_ends_cleanly_and_the_same_command_goes_on(
     number: int, tmp_path: Path, corpus: Path
@@ -151,6 +158,36 @@ def test_a_signal_saves_and_ends_cleanly_and_the_same_command_goes_on(
     out, err = run(*words, "--run.steps", str(last + 1))
     assert f"goes on from {tmp_path / 'run' / f'step-{last:08d}'}, step {last}" in err
     assert f"step {last + 1}/{last + 1}  loss" in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("live", ["off", pytest.param("on", marks=pytest.mark.extra)])
+def test_a_terminal_that_is_closed_saves(live: str, tmp_path: Path, corpus: Path) -> None:
+    words = ["train", str(configuration(tmp_path, corpus, steps=100_000)), "--log.live", live]
+    outer, inner = pty.openpty()
+    code = (
+        "import fcntl, os, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+        "os.execv(sys.executable, [sys.executable, '-m', 'mics', *sys.argv[1:]])"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *words],
+        stdin=inner,
+        stdout=inner,
+        stderr=inner,
+        text=True,
+        env=environment(),
+    )
+    os.close(inner)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 100
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
+        assert process.poll() is None and time.monotonic() < deadline
+        if select.select([outer], [], [], 0.1)[0]:
+            os.read(outer, 1 << 16)
+    os.close(outer)
+    assert process.wait(timeout=100) == 0
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert (tmp_path / "run" / f"step-{last:08d}" / "manifest.json").is_file()
 
 
 @pytest.mark.slow

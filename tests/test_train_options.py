@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,22 @@ def test_words_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> N
         ('[run]\nsteps = "many"', ["run.steps has a value", "run.steps = 'many'", "integer"]),
         ("[run]\nsteps = 1.5", ["run.steps = 1.5", "fractional part"]),
         ('[log]\nlive = "maybe"', ["log.live = 'maybe'", "'auto', 'on' or 'off'"]),
+        ("[run]\nsteps = true", ["run.steps = True", "A truth value stands where none belongs"]),
+        ("[run]\nsteps = [1]", ["run.steps = [1]", "integer"]),
+        ('[run]\nsteps = "7"', ["run.steps = '7'", "without quotes"]),
+        ("[optimizer]\nclip = false", ["optimizer.clip = False", "A truth value stands"]),
+        ("[optimizer]\nbetas = [0.9, true]", ["optimizer.betas = [0.9, True]", "A truth value"]),
+        ('[parallel]\nranks = "2"', ["parallel.ranks = '2'", "without quotes"]),
+        ("[parallel]\npartition = true", ["parallel.partition = True", "A truth value"]),
+        ("[parallel]\ncompile = 1", ["parallel.compile = 1", "where true or false belongs"]),
+        ("[model]\nname = 2020-01-01", ["model.name = datetime.date", "string"]),
+        ("[model]\nname = 3", ["model.name = 3", "string"]),
+        ("run = " + "[" * 100_000, ["is not TOML", "recursion"]),
+        ("[run]\nsteps = " + "[" * 50 + "]" * 50, ["run.steps = [[[[", "...", "integer"]),
+        ("[run]\nsteps = " + "{a = " * 10_000, ["is not TOML", "recursion"]),
+        ("[run]\n" + "a." * 20_000 + "a = 1", ["is not TOML", "more than 64 parts"]),
+        ("[run]\n" + '"a" . ' * 20_000 + "a = 1", ["is not TOML", "more than 64 parts"]),
+        ("#" * (2 << 20), ["is too long", "more than 262,144 bytes"]),
         ("[run", ["is not TOML"]),
     ],
 )
@@ -102,8 +119,46 @@ def test_an_unknown_option_names_the_nearest(capsys: pytest.CaptureFixture[str])
     assert "--run.steps" in capsys.readouterr().err
 
 
+def test_a_configuration_without_end_is_refused_at_once() -> None:
+    with pytest.raises(ConfigError, match="is too long"):
+        read_settings(Path("/dev/zero"))
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "value"),
+    [("run", "folder", Path("a\0b")), ("data", "source", "a\udcff"), ("data", "tokenizer", "\0")],
+)
+def test_a_name_that_no_file_can_have_is_named(table: str, key: str, value: Any) -> None:
+    config = TrainConfig(**{table: type(getattr(TrainConfig(), table))(**{key: value})})
+    with pytest.raises(ConfigError, match=f"{table}.{key} is out of range") as caught:
+        check_settings(config)
+    assert f"{table}.{key} = {str(value)!a}" in str(caught.value)
+    assert "letters, no NUL" in str(caught.value)
+
+
 OUT_OF_RANGE = [
     ("run", "steps", 0),
+    ("run", "steps", 10**30),
+    ("run", "seed", 2**63),
+    ("data", "sequence", 10**20),
+    ("data", "vocabulary", 10**20),
+    ("data", "limit", 10**30),
+    ("data", "held_out", math.nan),
+    ("batch", "global_batch", 10**20),
+    ("batch", "micro_batch", 99_999_999_999),
+    ("batch", "micro_steps", -1),
+    ("parallel", "ranks", -1),
+    ("parallel", "ranks", 0),
+    ("parallel", "ranks", 99999999999999999999),
+    ("parallel", "partition", 0),
+    ("parallel", "gpus_per_node", 0),
+    ("optimizer", "weight_decay", math.inf),
+    ("optimizer", "weight_decay", math.nan),
+    ("optimizer", "clip", math.inf),
+    ("optimizer", "eps", math.inf),
+    ("optimizer", "learning_rate", math.nan),
+    ("optimizer", "final", math.nan),
+    ("optimizer", "betas", (math.nan, 0.9)),
     ("run", "seed", -1),
     ("data", "sequence", 1),
     ("data", "held_out", 1.0),
@@ -134,6 +189,7 @@ def test_a_value_out_of_range_is_named(table: str, key: str, value: Any) -> None
     with pytest.raises(ConfigError, match=f"{table}.{key} is out of range") as caught:
         check_settings(config)
     assert f"{table}.{key} = {value}" in str(caught.value)
+    assert f"Write: {table}.{key}: " in str(caught.value)
 
 
 def test_the_defaults_and_the_demo_are_in_range() -> None:
@@ -230,6 +286,10 @@ def test_ranks_of_a_launcher_are_not_started_twice() -> None:
 def test_ranks_below_one_or_beyond_the_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"parallel\.ranks must be at least 1"):
         num_ranks(TrainConfig(parallel=ParallelConfig(ranks=0)), None)
+    assert num_ranks(TrainConfig(parallel=ParallelConfig(ranks=64)), None) == 64
+    with pytest.raises(ConfigError, match="more ranks than this machine should start") as caught:
+        num_ranks(TrainConfig(parallel=ParallelConfig(ranks=10**6)), None)
+    assert "parallel.ranks = 1000000, " in str(caught.value)
     from mics.training import launching
 
     monkeypatch.setattr(launching, "default_device_type", lambda: "cuda")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +36,7 @@ from mics.training.config import (
     TrainConfig,
 )
 from mics.training.settings import read_settings
+from mics.training.signals import StopRequest
 
 pytestmark = [
     # transformers' models return views, of which FSDP2 warns; nothing edits an output in place
@@ -252,6 +255,27 @@ def _stopping_after(steps: int) -> Iterator[None]:
         yield
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGQUIT", "SIGHUP"])
+def test_every_signal_that_asks_to_end_is_a_wish_to_stop(name: str) -> None:
+    number = signal.Signals[name]
+    before = signal.getsignal(number)
+    with StopRequest() as asked:
+        assert not asked.stop
+        signal.raise_signal(number)
+        assert asked.stop
+    assert signal.getsignal(number) is before
+
+
+def test_a_closed_terminal_is_no_wish_to_stop_under_nohup() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as asked:
+            signal.raise_signal(signal.SIGHUP)
+            assert not asked.stop
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_wish_to_stop_on_one_rank_saves_on_all(tmp_path: Path, corpus: Path) -> None:
     config = settings(tmp_path, corpus, run={"steps": 50})
     assert run_ranks(_train_and_stop_after, 2, config, 2) == [0, 0]
@@ -298,6 +322,77 @@ def _options_after(config: TrainConfig) -> list[dict[str, Any]]:
         patch.setattr(loop, "take_step", watching)
         train(config)
     return seen
+
+
+def test_a_learning_rate_that_jumps_is_announced(
+    tmp_path: Path, corpus: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = _alone(settings(tmp_path, corpus, run={"steps": 3}))
+    optimizer = OptimizerConfig(learning_rate=3e-4)
+    config = dataclasses.replace(config, optimizer=optimizer)
+    run_ranks(_train_and_stop_after, 1, config, 2)
+    run_ranks(loop.train, 1, config)
+    assert "THE LEARNING RATE JUMPS" not in capfd.readouterr().err, "the same schedule"
+    more = dataclasses.replace(config, run=dataclasses.replace(config.run, steps=6))
+    run_ranks(loop.train, 1, more)
+    said = capfd.readouterr().err
+    assert "THE LEARNING RATE JUMPS: step 3 was taken with 3.0e-05, step 4 is with 1.2e-04" in said
+    assert "as 6 steps, decay cosine and peak 3.0e-04 have it" in said
+    advice = "--optimizer.learning-rate 3e-05 --optimizer.decay none --optimizer.warmup 0"
+    assert f"To go on without a jump: {advice}" in said
+    rates = [entry["learning_rate"] for entry in lines(config)]
+    assert rates[2:4] == pytest.approx([3e-5, 1.23e-4], rel=0.01), "what was said is what is done"
+
+
+# -- a folder that is deleted ----------------------------------------------------------------------
+
+
+def _train_and_delete_at(config: TrainConfig, step: int, *, taken: bool = False) -> int:
+    take_step = loop.take_step
+
+    def deleting(*args: Any, **keywords: Any) -> Any:
+        outcome = take_step(*args, **keywords)
+        if keywords["step"] == step and dist.get_rank() == 0:
+            shutil.rmtree(config.run.folder)
+            if taken:
+                config.run.folder.write_text("something else")
+        return outcome
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "take_step", deleting)
+        return loop.train(config)
+
+
+def test_a_folder_that_is_deleted_is_an_alarm_and_the_run_goes_on_in_another(
+    tmp_path: Path, corpus: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    saving = {"every": 2, "asynchronous": False}  # so that nothing is written while it is deleted
+    config = settings(tmp_path, corpus, run={"steps": 5}, checkpoint=saving)
+    assert run_ranks(_train_and_delete_at, 2, config, 3) == [0, 0]
+    said = capfd.readouterr().err
+    assert "!!!!!!!!" in said
+    assert f"THE FOLDER OF THE RUN IS GONE: {config.run.folder} was deleted or moved by" in said
+    assert said.count("THE FOLDER OF THE RUN IS GONE") == 1
+    assert [entry["step"] for entry in lines(config)] == [3, 4, 5]
+    names = {file.name for file in config.run.folder.iterdir()}
+    assert {".lock", "config.toml", "plot.png", "step-00000004", "step-00000005"} <= names
+    assert read_settings(config.run.folder / "config.toml") == config
+    assert "process " in (config.run.folder / ".lock").read_text()
+
+
+def _delete_for_good(config: TrainConfig) -> int:
+    return _train_and_delete_at(config, 2, taken=True)
+
+
+def test_a_folder_that_cannot_be_made_again_is_an_alarm_and_no_traceback(
+    tmp_path: Path, corpus: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = _alone(settings(tmp_path, corpus))
+    assert run_ranks(_delete_for_good, 1, config) == [1]
+    said = capfd.readouterr().err
+    assert "and cannot be made again: " in said
+    assert "CHECKPOINT NOT WRITTEN" in said
+    assert "there is none before it" in said
 
 
 def test_old_checkpoints_are_pruned(tmp_path: Path, corpus: Path) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints: sharded, atomic, verified, loadable at any world and partition size."""
 
+from mics.checkpoint.folder import HeldFolder as HeldFolder
 from mics.checkpoint.folder import hold_folder as hold_folder
 from mics.checkpoint.folder import newest_intact as newest_intact
 from mics.checkpoint.folder import prune as prune

@@ -88,8 +88,42 @@ def set_aside_newer(root: Path, than: Path) -> list[Path]:
     return aside
 
 
+class HeldFolder:
+    """A run's folder and its lock, which rank 0 has; the other ranks rely on it."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._lock: IO[str] | None = None
+
+    def take(self) -> None:
+        """Make the folder and hold it, also once more where somebody has deleted it.
+
+        Raises:
+            CheckpointError: another job holds it.
+            OSError: it cannot be made.
+        """
+        self.leave()
+        self._lock = _lock(self._root)
+
+    def is_there(self) -> bool:
+        """Whether the folder is still the one that is held."""
+        if self._lock is None:
+            return True
+        try:
+            found = (self._root / _LOCK).stat()
+        except OSError:
+            return False
+        return os.path.samestat(found, os.fstat(self._lock.fileno()))
+
+    def leave(self) -> None:
+        """Let another job hold it."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+
 @contextmanager
-def hold_folder(root: Path) -> Iterator[None]:
+def hold_folder(root: Path) -> Iterator[HeldFolder]:
     """Make a run's folder and hold it for this job; remove what dead jobs left half-done.
 
     Collective. The lock is the kernel's, so it ends with the job however that ends.
@@ -99,17 +133,16 @@ def hold_folder(root: Path) -> Iterator[None]:
             cannot be written.
     """
     peers = Peers()
-    held: list[IO[str]] = []
-    peers.together(lambda: held.append(_lock(root)), only=0)
+    held = HeldFolder(root)
+    peers.together(held.take, only=0)
     try:
-        if held:
+        if peers.rank == 0:
             for pattern in (f"step-*{TEMPORARY}", f"step-*{_TRASH}"):
                 for left in root.glob(pattern):
                     shutil.rmtree(left, ignore_errors=True)
-        yield
+        yield held
     finally:
-        for file in held:
-            file.close()
+        held.leave()
 
 
 def _lock(root: Path) -> IO[str]:

@@ -79,14 +79,14 @@ def small_files(folder: Path, patterns: tuple[str, ...]) -> dict[str, bytes]:
 
 def left_behind(folder: Path) -> list[str]:
     """What of a folder is code, and is never brought along: files, and entries that name it."""
-    files = [name for name in _names(folder) if is_named(name, _CODE)]
+    code = [name for name in _names(folder) if is_named(name, _CODE)]
     naming = [
         f"auto_map of {name}"
         for name in _names(folder)
         if is_named(name, (CONFIG, *OF_MODELS, *OF_TOKENIZERS)) and name.endswith(".json")
         if b'"auto_map"' in read_small(folder / name)
     ]
-    return files + naming
+    return code + naming
 
 
 def usual_that_lack(names: Container[str]) -> list[str]:

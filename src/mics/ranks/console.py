@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
 
 from mics.ranks.launcher import is_first_rank
 
@@ -34,16 +35,27 @@ def show(text: str) -> None:
     """Print a result on standard output, once for the whole job."""
     if not speaks():
         return
-    try:
+    with outliving(sys.stdout):
         print(text, flush=True)
-    except BrokenPipeError:  # ``mics doctor | head``: what is left must not raise again at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def outliving(stream: TextIO) -> Iterator[None]:
+    """Go on where nobody reads any more: ``mics doctor | head``, a terminal that was closed.
+
+    What is left, and what is still written, must not raise again, not at exit either.
+    """
+    try:
+        yield
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def progress(text: str) -> None:
     """Print where the work has got to, once for the whole job."""
     if speaks():
-        print(text, file=sys.stderr, flush=True)
+        with outliving(sys.stderr):
+            print(text, file=sys.stderr, flush=True)
 
 
 def say(text: str) -> None:

@@ -152,8 +152,8 @@ def _make_group(store: Store, launch: Launch, device_type: str, seconds: float |
 Work = Callable[..., int]
 """What a rank does: called with its ``Launch`` and more, returns the rank's exit code."""
 
-# SIGTERM from a scheduler, ctrl-C from a person, and a terminal that was closed.
-_PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# SIGTERM from a scheduler, ctrl-C and ctrl-\\ from a person, and a terminal that was closed.
+_PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
 
 
 def run_local_ranks(

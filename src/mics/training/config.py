@@ -50,15 +50,24 @@ class DataConfig:
     """The text, its tokens and their order."""
 
     source: str = "stdlib"
-    """A text, .jsonl or .parquet file, a folder or glob of them, `hub:OWNER/NAME[:CONFIG][@SPLIT]`,
-    or "stdlib": the source of the running Python's standard library."""
+    """A file of text (UTF-8) or a table (JSON lines, a JSON array, CSV, TSV, Parquet, Arrow), a
+    folder or glob of them, a folder that `datasets` has saved, `hub:OWNER/NAME[:CONFIG][@SPLIT]`,
+    or "stdlib": the source of the running Python's standard library. Anything else is refused."""
 
-    field: str = "text"
-    """Column that holds the text, in JSONL, Parquet and hub data."""
+    field: str | None = None
+    """Column of the tables that holds the text; default: "text"."""
+
+    format: Literal["auto", "text"] = "auto"
+    """"auto": a file is a table where its bytes are one, whatever its name; "text": tables of
+    letters (JSON, CSV) are text as they stand."""
 
     tokenizer: str = "bytes"
     """"bytes", "bpe" (trained on the corpus), or a saved tokenizer: folder, tokenizer.json, hub
     name."""
+
+    specials: Literal["text", "ids"] = "text"
+    """Special tokens that the text spells (such as chat rendered to text): "text" reads them as
+    letters, "ids" as those tokens."""
 
     vocabulary: int = 4096
     """Size of the vocabulary that "bpe" trains."""
@@ -175,7 +184,8 @@ class CheckpointConfig:
     """When to save, what to keep."""
 
     every: int = 500
-    """Steps between checkpoints; 0 saves at the end (and on SIGTERM) only."""
+    """Steps between checkpoints; 0 saves at the end only, and when a signal or a closed terminal
+    ends the run."""
 
     keep: int = 3
     """Newest checkpoints kept; older ones are deleted. 0 keeps all."""

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from mics.quantities import clock, percent, seconds, size
-from mics.ranks.console import show
+from mics.ranks.console import outliving, show
 from mics.training.record import EvaluationRecord, StepRecord
 
 
@@ -80,7 +80,8 @@ class _LiveDisplay:
         self._progress.update(self._task, completed=record.step, left=clock(record.seconds_left))
         if not record.taken:
             self.say(step_line(record, self._steps))
-        self._live.update(Group(self._table(record), self._progress))
+        with outliving(sys.stdout):
+            self._live.update(Group(self._table(record), self._progress))
 
     def evaluation(self, record: EvaluationRecord) -> None:
         bits = record.bits_per_byte
@@ -89,10 +90,12 @@ class _LiveDisplay:
         self.say(evaluation_line(record))
 
     def say(self, words: str) -> None:
-        self._live.console.print(words, markup=False, highlight=False)
+        with outliving(sys.stdout):
+            self._live.console.print(words, markup=False, highlight=False)
 
     def close(self) -> None:
-        self._live.stop()
+        with outliving(sys.stdout):
+            self._live.stop()
 
     def _table(self, record: StepRecord) -> Table:
         bits = record.bits_per_byte

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from mics.checkpoint.manifest import read_manifest
 from mics.errors import CheckpointError, ConfigError
 from mics.models.small_files import OF_MODELS, small_files
 from mics.ranks.console import alarm, say
+from mics.training.optimisation import learning_rate
 from mics.training.progress import Progress
 from mics.training.setup import Run
 
@@ -70,14 +72,31 @@ class Keeper:
         loaded = load(
             found, model=self._run.model, optimizer=optimizer, verify=not isinstance(wanted, str)
         )
+        taken = optimizer.param_groups[0]["lr"]
         for group, own in zip(optimizer.param_groups, options, strict=True):
             group.update(own)  # this run's options, not those of the run it goes on from
         at = self._progress(found, loaded.extra)
+        self._announce_jump(at.step, float(taken))
         if step_of(found) == at.step and found.parent == self._folder:
             self.newest = found
         random = "" if loaded.random_restored else "; random state anew (other ranks)"
         say(f"goes on from {found}, step {at.step}{random}")
         return at
+
+    def _announce_jump(self, step: int, taken: float) -> None:
+        """Say where the learning rate does not go on as it was: a longer run, another schedule."""
+        config, steps = self._run.config.optimizer, self._run.config.run.steps
+        if step < 1 or step >= steps:
+            return
+        here = learning_rate(config, step, steps)
+        if math.isclose(here, taken, rel_tol=1e-3):
+            return
+        say(
+            f"THE LEARNING RATE JUMPS: step {step} was taken with {taken:.1e}, step {step + 1} is "
+            f"with {learning_rate(config, step + 1, steps):.1e}, as {steps} steps, decay "
+            f"{config.decay} and peak {config.learning_rate:.1e} have it. To go on without a jump: "
+            f"--optimizer.learning-rate {taken:.4g} --optimizer.decay none --optimizer.warmup 0"
+        )
 
     def _refuse_to_collide(self, found: Path) -> None:
         """A run from a named checkpoint would meet what its folder has already, and save nothing.
@@ -166,7 +185,8 @@ class Keeper:
 
     def _failed(self, error: CheckpointError) -> None:
         self.last_failed = True
-        kept = f"{self.newest} is kept" if self.newest else "there is none before it"
+        there = self.newest is not None and self.newest.is_dir()
+        kept = f"{self.newest} is kept" if there else "there is none before it"
         alarm(f"CHECKPOINT NOT WRITTEN: {error}\n{kept}. Training goes on.")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -62,6 +63,14 @@ def num_ranks(config: TrainConfig, launch: Launch | None) -> int:
             )
         return launch.world
     if not on_accelerator(default_device_type()):
+        cores = os.cpu_count() or 1
+        most = max(64, 16 * cores)
+        if wanted is not None and wanted > most:
+            raise ConfigError(
+                "That are more ranks than this machine should start.",
+                numbers=f"parallel.ranks = {wanted}, {cores} core(s), at most {most} ranks.",
+                write=f"--parallel.ranks {most}, or --dry-run to look at more",
+            )
         return wanted or 1
     devices = torch.accelerator.device_count()
     if wanted is not None and wanted > devices:

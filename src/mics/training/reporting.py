@@ -116,6 +116,8 @@ class _Speaker:
             tracker.close()
 
     def step(self, record: StepRecord) -> None:
+        if not self._run.folder.is_there():
+            self._begin_anew(record.step)
         self._last = record
         self._seconds.append(record.seconds)
         if len(self._seconds) == _COMPARED:
@@ -144,6 +146,27 @@ class _Speaker:
         words += ["", *self._traffic(at)]
         words += ["", *self._next(at, checkpoint)]
         show("\n".join(words))
+
+    def _begin_anew(self, step: int) -> None:
+        """Somebody has deleted or moved the folder: make another one, hold it, and say so.
+
+        Raises:
+            CheckpointError: another job has taken its place.
+        """
+        words = f"THE FOLDER OF THE RUN IS GONE: {self._folder} was deleted or moved by step {step}"
+        try:
+            self._run.folder.take()
+            with suppress(OSError):
+                self._metrics.close()
+            self._metrics = _open_to_append(self._folder / METRICS)
+            (self._folder / "config.toml").write_text(as_toml(self._run.config))
+        except (OSError, ConfigError) as error:
+            alarm(f"{words}, and cannot be made again: {error}. Training goes on.")
+            return
+        alarm(
+            f"{words}, with its checkpoints and metrics. It is made again, and training goes on; "
+            "the next checkpoint is the only one. To end with one: SIGTERM."
+        )
 
     def _against_expected(self, record: StepRecord) -> str:
         """Compare what was predicted with what was measured."""

@@ -6,17 +6,23 @@ import dataclasses
 import difflib
 import json
 import math
+import re
+import reprlib
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
 from mics.errors import ConfigError
-from mics.ranks.files import read_small
 from mics.training.config import TrainConfig
 
 _ADAPTER = TypeAdapter(TrainConfig)
+_MOST = 10**15  # of anything that is counted
+_MOST_BYTES = 256 << 10  # of a configuration
+# The parser takes the square of their number for the parts of a key.
+_DEEP = re.compile(rb"(\.[ \t]*[\w\x22\x27-]+[ \t]*){64}")
 
 
 def read_settings(path: Path) -> TrainConfig:
@@ -27,27 +33,36 @@ def read_settings(path: Path) -> TrainConfig:
             value of another type.
     """
     try:
-        table = tomllib.loads(read_small(path).decode())
+        with path.open("rb") as file:
+            data = file.read(_MOST_BYTES + 1)
+        if len(data) > _MOST_BYTES:
+            raise ConfigError(
+                f"The configuration {path} is too long.",
+                numbers=f"It has more than {_MOST_BYTES:,} bytes.",
+                write="mics train <config.toml>; `mics train --help` lists the options",
+            )
+        if _DEEP.search(data):
+            raise RecursionError("a key has more than 64 parts")
+        return _settings_in(path, tomllib.loads(data.decode()))
     except OSError as error:
         raise ConfigError(
             f"The configuration {path} cannot be read: {error.strerror}.",
             write="mics train <config.toml>; `mics train --help` lists the options",
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(
             f"{path} is not TOML.", numbers=f"{error}.", write='[table], then key = "value"'
         ) from None
+
+
+def _settings_in(path: Path, table: dict[str, Any]) -> TrainConfig:
     _check_names(path, table)
     try:
         return _ADAPTER.validate_python(table)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"][:2])
-        raise ConfigError(
-            f"{path}: {key} has a value that does not fit.",
-            numbers=f"{key} = {_plain(first['input'])!r}: {first['msg']}.",
-            write=f"{key} as `mics train --help` describes it",
-        ) from None
+        raise _does_not_fit(path, key, first["input"], first["msg"]) from None
 
 
 def as_plain(config: TrainConfig) -> dict[str, dict[str, Any]]:
@@ -77,48 +92,73 @@ def check_settings(config: TrainConfig) -> None:
     Raises:
         ConfigError: names the option, its value and what it may be.
     """
-    run, data, optimizer = config.run, config.data, config.optimizer
-    share, at_least_0 = "a share of at least 0 and below 1", "0 or more"
-    wrong = [
-        ("run.steps", run.steps, run.steps >= 1, "1 or more"),
-        ("run.seed", run.seed, 0 <= run.seed < 2**63, "0 or more"),
-        ("data.sequence", data.sequence, data.sequence == 0 or data.sequence > 1, "0, or 2 up"),
-        ("data.held_out", data.held_out, 0 <= data.held_out < 1, share),
-        ("data.limit", data.limit, data.limit >= 0, at_least_0),
-        ("data.masked", data.masked, 0 < data.masked < 1, "a share between 0 and 1"),
-        ("data.vocabulary", data.vocabulary, data.vocabulary >= 260, "260 (256 bytes) or more"),
-        (
-            "optimizer.learning_rate",
-            optimizer.learning_rate,
-            0 < optimizer.learning_rate < math.inf,
-            "above 0",
-        ),
-        ("optimizer.warmup", optimizer.warmup, optimizer.warmup >= 0, at_least_0),
-        ("optimizer.final", optimizer.final, 0 <= optimizer.final <= 1, "0 to 1"),
-        ("optimizer.weight_decay", optimizer.weight_decay, optimizer.weight_decay >= 0, at_least_0),
-        ("optimizer.betas", optimizer.betas, all(0 <= b < 1 for b in optimizer.betas), share),
-        ("optimizer.eps", optimizer.eps, optimizer.eps > 0, "above 0"),
-        ("optimizer.clip", optimizer.clip, optimizer.clip >= 0, "0 (off) or more"),
-        ("optimizer.bad_steps", optimizer.bad_steps, optimizer.bad_steps >= 1, "1 or more"),
-        ("evaluation.every", config.evaluation.every, config.evaluation.every >= 0, at_least_0),
-        (
-            "evaluation.sequences",
-            config.evaluation.sequences,
-            config.evaluation.sequences >= 0,
-            at_least_0,
-        ),
-        ("evaluation.sample", config.evaluation.sample, config.evaluation.sample >= 0, at_least_0),
-        ("checkpoint.every", config.checkpoint.every, config.checkpoint.every >= 0, at_least_0),
-        ("checkpoint.keep", config.checkpoint.keep, config.checkpoint.keep >= 0, at_least_0),
-        ("log.every", config.log.every, config.log.every >= 1, "1 or more"),
-    ]
-    for name, value, fits, allowed in wrong:
-        if not fits:
-            raise ConfigError(
-                f"{name} is out of range.",
-                numbers=f"{name} = {value}.",
-                write=f"{name}: {allowed}",
-            )
+    values = {
+        f"{table}.{key}": value
+        for table, keys in as_plain(config).items()
+        for key, value in keys.items()
+    }
+    for name, value in values.items():
+        for part in value if isinstance(value, list) else [value]:
+            if isinstance(part, float) and not math.isfinite(part):
+                raise _out_of_range(name, value, "a number that is finite")
+            if isinstance(part, str) and not _can_be_written(part):
+                raise _out_of_range(name, ascii(value), "letters, no NUL")
+    for name, fits, allowed in _RANGES:
+        if name in values and not fits(values[name]):
+            raise _out_of_range(name, values[name], allowed)
+
+
+def _out_of_range(name: str, value: Any, allowed: str) -> ConfigError:
+    return ConfigError(
+        f"{name} is out of range.",
+        numbers=f"{name} = {tuple(value) if isinstance(value, list) else value}.",
+        write=f"{name}: {allowed}",
+    )
+
+
+def _within(low: int, high: int = _MOST) -> tuple[Callable[[Any], bool], str]:
+    words = f"{low} or more" if high == _MOST else f"{low:,} to {high:,}"
+    return lambda value: low <= value <= high, words
+
+
+_SHARE = (lambda value: 0 <= value < 1, "a share of at least 0 and below 1")
+_RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("run.steps", *_within(1)),
+    ("run.seed", lambda value: 0 <= value < 2**63, "0 to 2^63 - 1"),
+    ("data.sequence", lambda value: value == 0 or 2 <= value <= 2**24, "0, or 2 to 2^24"),
+    ("data.held_out", *_SHARE),
+    ("data.limit", *_within(0)),
+    ("data.masked", lambda value: 0 < value < 1, "a share between 0 and 1"),
+    ("data.vocabulary", lambda value: 260 <= value <= 2**24, "260 (256 bytes) to 2^24"),
+    ("batch.global_batch", *_within(1, 2**31)),
+    ("batch.micro_batch", *_within(1, 2**20)),
+    ("batch.micro_steps", *_within(1, 2**31)),
+    ("optimizer.learning_rate", lambda value: value > 0, "above 0"),
+    ("optimizer.warmup", *_within(0)),
+    ("optimizer.final", lambda value: 0 <= value <= 1, "0 to 1"),
+    ("optimizer.weight_decay", lambda value: value >= 0, "0 or more"),
+    ("optimizer.betas", lambda value: all(0 <= beta < 1 for beta in value), _SHARE[1]),
+    ("optimizer.eps", lambda value: value > 0, "above 0"),
+    ("optimizer.clip", lambda value: value >= 0, "0 (off) or more"),
+    ("optimizer.bad_steps", *_within(1)),
+    ("parallel.ranks", *_within(1, 2**20)),
+    ("parallel.partition", lambda v: v == "auto" or 1 <= v <= 2**20, "auto, or 1 to 1,048,576"),
+    ("parallel.gpus_per_node", *_within(1, 2**20)),
+    ("evaluation.every", *_within(0)),
+    ("evaluation.sequences", *_within(0)),
+    ("evaluation.sample", *_within(0)),
+    ("checkpoint.every", *_within(0)),
+    ("checkpoint.keep", *_within(0)),
+    ("log.every", *_within(1)),
+)
+
+
+def _can_be_written(text: str) -> bool:
+    """Whether it may be a name of a file, and be printed."""
+    try:
+        return b"\0" not in text.encode()
+    except UnicodeEncodeError:
+        return False
 
 
 def _check_names(path: Path, table: dict[str, Any]) -> None:
@@ -129,13 +169,43 @@ def _check_names(path: Path, table: dict[str, Any]) -> None:
         if not isinstance(keys, dict):
             raise ConfigError(
                 f"{path}: {name} is a table, not a value.",
-                numbers=f"{name} = {keys!r}.",
+                numbers=f"{name} = {reprlib.repr(keys)}.",
                 write=f"[{name}] on a line of its own, its keys below",
             )
         known = [field.name for field in dataclasses.fields(tables[name])]
         for key in keys:
             if key not in known:
                 raise _unknown(path, f"key {name}.{key}", key, known)
+            _check_kind(path, f"{name}.{key}", keys[key], get_type_hints(tables[name])[key])
+
+
+def _check_kind(path: Path, key: str, value: Any, hint: Any) -> None:
+    """A truth value is no number, and a text of digits is none: pydantic would take them."""
+    kinds = _kinds(hint)
+    for part in value if isinstance(value, list) else [value]:
+        if isinstance(part, bool) and bool not in kinds:
+            raise _does_not_fit(path, key, value, "A truth value stands where none belongs")
+        if isinstance(part, str) and kinds <= {int, float, bool, type(None)}:
+            why = "Input should be a valid integer, number or truth value, without quotes"
+            raise _does_not_fit(path, key, value, why)
+        if isinstance(part, int | float) and not isinstance(part, bool) and kinds == {bool}:
+            raise _does_not_fit(path, key, value, "A number stands where true or false belongs")
+
+
+def _kinds(hint: Any) -> set[type]:
+    """The types that a hint is made of."""
+    if get_origin(hint) is Literal:
+        return {type(value) for value in get_args(hint)}
+    parts = [part for part in get_args(hint) if part is not Ellipsis]
+    return set().union(*map(_kinds, parts)) if parts else {hint}
+
+
+def _does_not_fit(path: Path, key: str, value: Any, why: str) -> ConfigError:
+    return ConfigError(
+        f"{path}: {key} has a value that does not fit.",
+        numbers=f"{key} = {reprlib.repr(_plain(value))}: {why}.",
+        write=f"{key} as `mics train --help` describes it",
+    )
 
 
 def _unknown(path: Path, what: str, name: str, known: list[str]) -> ConfigError:

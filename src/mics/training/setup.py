@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PretrainedConfig
 
-from mics.checkpoint import hold_folder
+from mics.checkpoint import HeldFolder, hold_folder
 from mics.interchange.weights import load_weights
 from mics.models.building import (
     check_fits,
@@ -58,6 +58,7 @@ class Run:
     expected: Expectation
     memory_before: int | None
     assets: dict[str, bytes]
+    folder: HeldFolder
 
     @property
     def masked(self) -> bool:
@@ -98,7 +99,7 @@ def set_up(config: TrainConfig) -> Iterator[Run]:
     device_type = default_device_type()
     device = torch.device(device_type)
     batch = solve(config.batch, world)
-    with hold_folder(config.run.folder):
+    with hold_folder(config.run.folder) as folder:
         shape, data, sequence = _shape_and_data(config)
         anatomy = subject(shape, dtype=compute_dtype(config))
         expected = forecast(config, anatomy, batch, sequence, device)
@@ -135,6 +136,7 @@ def set_up(config: TrainConfig) -> Iterator[Run]:
             expected=expected.expect(groups.shard.size()),
             memory_before=before,
             assets=_assets(config, shape, data.tokenizer),
+            folder=folder,
         )
         dist.barrier()
 

@@ -1,25 +1,30 @@
-"""A wish to stop: SIGTERM from a scheduler, Ctrl-C from a person."""
+"""A wish to stop: SIGTERM from a scheduler, Ctrl-C or Ctrl-\\ from a person, a closed terminal."""
 
 from __future__ import annotations
 
 import signal
 from types import FrameType
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
 
 
 class StopRequest:
-    """While entered, SIGTERM and SIGINT only set ``stop``; the loop saves and ends by itself.
+    """While entered, those signals only set ``stop``; the loop saves and ends by itself.
 
     A launcher passes a signal on to ranks that the terminal has already told, so a second one is
-    no more than the first.
+    no more than the first. SIGHUP stays ignored where it is (nohup).
     """
 
     def __init__(self) -> None:
         self.stop = False
 
     def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._ask) for number in _SIGNALS}
+        before = {number: signal.getsignal(number) for number in _SIGNALS}
+        if before[signal.SIGHUP] is signal.SIG_IGN:
+            del before[signal.SIGHUP]
+        for number in before:
+            signal.signal(number, self._ask)
+        self._before = before
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,62 +1,33 @@
 """Where text comes from: an iterator over documents, whatever form they are kept in.
 
-A document is the bytes of its text: a file, or a row of a table.
+A document is a file of text, or what a row of a table has in one column.
 """
 
 from __future__ import annotations
 
-import difflib
-import glob
-import json
-import sysconfig
-import tempfile
+import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Literal
 
 from mics.errors import DataError
+from mics.ranks.console import say
+from mics.training.data.finding import HUB, LIBRARY, check_name, find_files, is_hidden
+from mics.training.data.kinds import kind_of, text_of
+from mics.training.data.tables import no_column, rows_of, unreadable
 
-# Installed packages and tests are not the library itself.
-_NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-_COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".7z", ".tgz"}
-_ROWS_AT_ONCE = 1024  # of a Parquet file; a row group may be larger than memory
-_HUB = "hub:"
+FIELD = "text"
+"""The column that holds the text, unless another is named."""
 
 
-def find_files(source: str) -> list[Path]:
-    """The files of a local source, sorted; a hub source has none.
+@dataclass(frozen=True)
+class Document:
+    """The bytes of a text, in pieces, and where it stands, for people."""
 
-    Raises:
-        DataError: there is no such file, or nothing in that folder or glob.
-    """
-    if source.startswith(_HUB):
-        return []
-    if source == "stdlib":
-        root = Path(sysconfig.get_paths()["stdlib"])
-        files = [
-            file
-            for file in root.rglob("*.py")
-            if not _NOT_LIBRARY.intersection(file.relative_to(root).parts)
-        ]
-        return sorted(files)
-    path = Path(source).expanduser()
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        found = path.rglob("*")
-        files = [f for f in found if f.is_file() and not _hidden(f.relative_to(path))]
-    else:
-        matches = glob.glob(str(path), recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
-        files = [Path(match) for match in matches if Path(match).is_file()]
-    if not files:
-        raise DataError(
-            f"There is no text in data.source {source!r}.",
-            numbers="It is a folder without files."
-            if path.is_dir()
-            else "No file, folder or glob of that name has files.",
-            write='--data.source <file, folder, glob, hub:owner/name or "stdlib">',
-        )
-    return sorted(files)
+    place: str
+    pieces: Iterable[bytes]
 
 
 def check_apart(source: str, run: Path) -> None:
@@ -65,8 +36,9 @@ def check_apart(source: str, run: Path) -> None:
     Raises:
         DataError: what it writes would be text of the next start.
     """
+    check_name(source)
     path, run = Path(source).expanduser().resolve(), run.resolve()
-    if path.is_dir() and run.is_relative_to(path) and not _hidden(run.relative_to(path)):
+    if path.is_dir() and run.is_relative_to(path) and not is_hidden(run.relative_to(path)):
         raise DataError(
             "The folder of the run lies in data.source, which would be read with what it holds.",
             numbers=f"run.folder is {run}, data.source {path}.",
@@ -74,134 +46,126 @@ def check_apart(source: str, run: Path) -> None:
         )
 
 
-def read_documents(source: str, field: str) -> Iterator[bytes]:
-    """Yield the documents of a source in a fixed order.
+def read_documents(
+    source: str, field: str | None = None, form: Literal["auto", "text"] = "auto"
+) -> Iterator[Document]:
+    """Yield the documents of a source in a fixed order. The pieces of one are read before the next.
 
     Args:
         source: what ``data.source`` is in the run's options.
-        field: the column that holds the text, in tables.
+        field: the column that holds the text, in tables; ``None`` is "text", where there are any.
+        form: "text" takes tables of letters as they stand.
 
     Raises:
-        DataError: no such source, no such column, a file that cannot be read as what it claims.
+        DataError: no such source, no such column, a column although there is no table, or a file
+            that is neither text nor a table, or that is written meanwhile.
     """
-    if source.startswith(_HUB):
-        yield from _hub_rows(source, field)
+    if field is not None and form == "text":
+        raise _no_table(field, "data.format = text reads no table.")
+    if source.startswith(HUB):
+        yield from _texts(_hub_rows(source, field or FIELD), field or FIELD, source)
         return
+    texts: list[Path] = []
+    tables: list[Path] = []
+    read: dict[tuple[int, int], Path] = {}
+    form = "text" if source == LIBRARY and field is None else form
     for file in find_files(source):
-        kind = file.suffix.lower()
-        if kind == ".jsonl":
-            yield from _texts(_json_rows(file), field, str(file))
-        elif kind == ".parquet":
-            yield from _texts(_parquet_rows(file), field, str(file))
-        elif kind in _COMPRESSED:
-            raise DataError(
-                f"{file} is compressed, and would be read as if its bytes were text.",
-                numbers=f"Its name ends in {kind}.",
-                write="--data.source <what it unpacks to>",
-            )
-        else:
-            yield _read(file)
+        with opened(file) as stream:
+            kind = kind_of(stream, file, field or FIELD, form)
+            if kind is None:
+                continue
+            found = os.fstat(stream.fileno())
+            read.setdefault((found.st_dev, found.st_ino), file)
+            if kind == "text":
+                if field is not None:
+                    raise _no_table(field, f"{file} is text without columns.")
+                texts.append(file)
+                yield Document(str(file), text_of(stream, file))
+            else:
+                tables.append(file)
+                rows = rows_of(stream, file, kind, field or FIELD)
+                yield from _texts(rows, field or FIELD, str(file))
+    if again := len(texts) + len(tables) - len(read):
+        once = set(read.values())
+        first = next(file for file in [*texts, *tables] if file not in once)
+        say(f"{again} file(s) are read more than once, through links; {first} is one")
+    if texts and tables:
+        say(
+            f"data.source has {len(tables)} table(s), such as {tables[0]}, and {len(texts)} "
+            f"file(s) of text, such as {texts[0]}: all of them are read"
+        )
 
 
-def _read(file: Path) -> bytes:
+@contextmanager
+def opened(file: Path) -> Iterator[BinaryIO]:
+    """Open a file that must not change until it is closed.
+
+    Raises:
+        DataError: it cannot be read, or has changed.
+    """
     try:
-        return file.read_bytes()
+        with file.open("rb") as stream:
+            before = _state(stream)
+            yield stream
+            if _state(stream) != before:
+                raise DataError(
+                    f"{file} was written while it was read.",
+                    numbers=f"It had {before[0]:,} bytes and has {_state(stream)[0]:,}.",
+                    write="--data.source <a copy that nobody writes to>",
+                )
     except OSError as error:
         raise DataError(
             f"{file} cannot be read: {error.strerror}.", write="--data.source <readable files>"
         ) from None
 
 
-def _json_rows(file: Path) -> Iterator[dict[str, Any]]:
-    """One object a line.
-
-    The json builder of datasets reads columns with Arrow, which takes text that looks like a date
-    for one and writes it another way; a stream must have the text as it stands.
-    """
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise _unreadable(f"Line {number} of {file}", error) from None
-            if not isinstance(row, dict):
-                raise DataError(
-                    f"Line {number} of {file} is no JSON object.",
-                    numbers=f"It is of type {type(row).__name__}.",
-                    write='one {"text": "..."} a line',
-                )
-            yield row
+def _state(stream: BinaryIO) -> tuple[int, int, int]:
+    found = os.fstat(stream.fileno())
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
-    with tempfile.TemporaryDirectory() as scratch:  # streaming takes a lock, at home if not here
-        yield from _load(
-            "parquet",
-            str(file),
-            data_files=glob.escape(str(file)),  # every name is taken for a pattern
-            split="train",
-            batch_size=_ROWS_AT_ONCE,
-            cache_dir=scratch,
-        )
+def _no_table(field: str, numbers: str) -> DataError:
+    return DataError(
+        f"data.field = {field!r} is a column of tables, and not all of the source is a table.",
+        numbers=numbers,
+        write="leave --data.field out, or --data.source <tables alone>",
+    )
 
 
-def _hub_rows(source: str, field: str) -> Iterator[bytes]:
-    name, _, split = source.removeprefix(_HUB).partition("@")
-    name, _, config = name.partition(":")
-    rows = _load(name, source, name=config or None, split=split or "train")
-    yield from _texts(rows, field, source)
-
-
-def _load(path: str, shown: str, **options: Any) -> Iterable[dict[str, Any]]:
+def _hub_rows(source: str, field: str) -> Iterator[tuple[str, Any]]:
     from datasets import load_dataset
 
+    name, _, split = source.removeprefix(HUB).partition("@")
+    name, _, config = name.partition(":")
     try:
-        rows: Iterable[dict[str, Any]] = load_dataset(path, streaming=True, **options)
-    except Exception as error:  # whatever the library, the network or a builder raises
-        raise _unreadable(shown, error) from error
-    return rows
-
-
-def _texts(rows: Iterable[dict[str, Any]], field: str, shown: str) -> Iterator[bytes]:
-    try:
-        for row in rows:
+        rows: Iterable[dict[str, Any]] = load_dataset(
+            name, streaming=True, name=config or None, split=split or "train"
+        )
+        for number, row in enumerate(rows, 1):
+            place = f"Row {number} of {source}"
             if field not in row:
-                raise _no_column(field, list(row), shown)
-            text = row[field]
-            if text is None:
-                continue
-            if not isinstance(text, str):
-                raise DataError(
-                    f"Column {field!r} of {shown} holds no text.",
-                    numbers=f"It has a value of type {type(text).__name__}.",
-                    write="--data.field <a column of strings>",
-                )
-            yield text.encode("utf-8", "surrogatepass")
+                raise no_column(field, list(row), place)
+            yield place, row[field]
     except DataError:
         raise
-    except Exception as error:  # raised while the rows are read: a torn file, a lost connection
-        raise _unreadable(shown, error) from error
+    except Exception as error:  # whatever the library, the network or a builder raises
+        raise unreadable(source, error) from error
 
 
-def _no_column(field: str, columns: list[str], shown: str) -> DataError:
-    near = difflib.get_close_matches(field, columns, 1, cutoff=0.4)
-    return DataError(
-        f"{shown} has no column {field!r}" + (f"; did you mean {near[0]!r}?" if near else "."),
-        numbers=f"Its columns are {', '.join(columns)}." if columns else "A row has no columns.",
-        write=f"--data.field {[*near, *columns, '<column>'][0]}",
-    )
-
-
-def _unreadable(shown: str, error: Exception) -> DataError:
-    cause = error.__cause__ or error
-    return DataError(
-        f"{shown} cannot be read.",
-        numbers=f"{type(cause).__name__}: {cause}".splitlines()[0],
-        write="--data.source <a file, folder or hub data set that can>",
-    )
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _texts(rows: Iterator[tuple[str, Any]], field: str, shown: str) -> Iterator[Document]:
+    empty = 0
+    first = ""
+    for place, text in rows:
+        if text is None:
+            empty += 1
+            first = first or place
+            continue
+        if not isinstance(text, str):
+            raise DataError(
+                f"Column {field!r} of {shown} holds no text.",
+                numbers=f"{place} has a value of type {type(text).__name__}.",
+                write="--data.field <a column of strings>",
+            )
+        yield Document(place, [text.encode("utf-8", "surrogatepass")])
+    if empty:
+        say(f"{empty} row(s) of {shown} have null in {field!r} and are left out; {first} is one")

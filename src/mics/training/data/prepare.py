@@ -21,11 +21,20 @@ from mics.ranks.progress_bar import TextProgress
 from mics.ranks.together import gather_json, together
 from mics.training.config import DataConfig
 from mics.training.data import cache
-from mics.training.data.corpus import check_apart, find_files, read_documents
+from mics.training.data.corpus import check_apart, read_documents
+from mics.training.data.finding import find_files
+from mics.training.data.spool import spool
 from mics.training.data.stream import Masking, Stream
-from mics.training.data.tokens import Tokenizer, byte_tokenizer, saved_tokenizer, train_bpe
+from mics.training.data.tokens import (
+    OWN_SPECIALS,
+    Tokenizer,
+    byte_tokenizer,
+    known_tokenizer,
+    saved_tokenizer,
+    train_bpe,
+)
 
-_FORMAT = 3
+_FORMAT = 4
 _LONGEST = timedelta(days=2)  # ranks wait for the one that tokenises
 
 
@@ -68,7 +77,8 @@ def prepare_data(
     assert meta is not None
     # The one that wrote the tokens, whatever a hub has under its name by now.
     is_bytes = config.tokenizer == "bytes"
-    tokenizer = byte_tokenizer() if is_bytes else saved_tokenizer(str(cached / "tokenizer"))
+    tokenizer = byte_tokenizer() if is_bytes else known_tokenizer(str(cached / "tokenizer"))
+    tokenizer.reads_specials = config.specials == "ids"
     masking = None
     if masked:
         masking = Masking(config.masked, _mask_of(tokenizer, config), tokenizer.size)
@@ -88,6 +98,8 @@ def prepare_data(
             numbers=f"{train.num_tokens} tokens to train on, data.sequence = {sequence}.",
             write="more text, or a smaller --data.sequence",
         )
+    for note in meta.notes:
+        say(note)
     if config.held_out and held_out.num_sequences == 0:
         say(f"the held-out text ({held_out.num_tokens} tokens) is shorter than a sequence: no loss")
     identity = json.dumps([meta.sha256, sequence, seed, config.masked if masked else None])
@@ -152,28 +164,42 @@ def _build(cached: Path, config: DataConfig, seed: int) -> None:
 
 
 def _tokenise(cached: Path, config: DataConfig, seed: int) -> None:
+    """Bring the tokens up to date: where files look otherwise their text is read and compared."""
     with TextProgress() as progress:
-        if cache.is_intact(cached, progress.show):
+        sources = _sources(config)
+        meta = cache.read_meta(cached)
+        whole = meta is not None and cache.is_intact(cached, progress.show)
+        if meta is not None and whole and meta.sources == sources:
             return
+        tokenizer = _tokenizer(config)  # before the text, which takes long to read
         cached.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=cached.parent) as file:  # nameless: gone if we are killed
-            spooled = cache.spool(
-                read_documents(config.source, config.field),
+            spooled = spool(
+                read_documents(config.source, config.field, config.format),
                 file,
                 share=config.held_out,
                 limit=config.limit,
                 seed=seed,
+                specials=tokenizer.specials if tokenizer else OWN_SPECIALS,
                 progress=progress.show,
             )
-            if config.tokenizer == "bytes":
-                tokenizer = byte_tokenizer()
-            elif config.tokenizer == "bpe":
+            same_text = meta is not None and whole and meta.text == spooled.digest
+            if meta is not None and same_text and (not tokenizer or cache.is_of(meta, tokenizer)):
+                cache.renew(cached, meta, sources)
+                return
+            if tokenizer is None:
                 progress.show("training the tokenizer", 0, 0)
                 texts = (text for text, _ in spooled.pieces(held_out=False))
                 tokenizer = train_bpe(texts, config.vocabulary)
-            else:
-                tokenizer = saved_tokenizer(config.tokenizer)
-            cache.write(cached, spooled, tokenizer, progress.show)
+            tokenizer.reads_specials = config.specials == "ids"
+            cache.write(cached, spooled, tokenizer, sources, progress.show)
+
+
+def _tokenizer(config: DataConfig) -> Tokenizer | None:
+    """The tokenizer that is named; ``None`` for the one that is trained on the text."""
+    if config.tokenizer == "bytes":
+        return byte_tokenizer()
+    return None if config.tokenizer == "bpe" else saved_tokenizer(config.tokenizer)
 
 
 def _mask_of(tokenizer: Tokenizer, config: DataConfig) -> int:
@@ -187,19 +213,32 @@ def _mask_of(tokenizer: Tokenizer, config: DataConfig) -> int:
 
 
 def _cache_key(config: DataConfig, seed: int) -> str:
-    """A name that changes when the tokens would: options, and files by size and time of change."""
-    try:
-        files = find_files(config.source)
-    except DataError:
-        files = []  # raised where it is read, on rank 0, and told to all
-    stats = [(str(file), file.stat()) for file in [*files, *_tokenizer_files(config.tokenizer)]]
+    """A name for the options that the tokens follow from; their files are in ``meta.json``."""
     facts = {
         "format": _FORMAT,
         "config": asdict(config) | {"masked": None, "sequence": None},
         "seed": seed,
-        "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _sources(config: DataConfig) -> str:
+    """Equal as long as nobody has written to the files of text and tokenizer, or replaced them.
+
+    Size and time of a file can be kept when its content changes; the time at which the kernel saw
+    the last change (ctime) can not.
+    """
+    looks = []
+    for file in [*find_files(config.source), *_tokenizer_files(config.tokenizer)]:
+        try:
+            seen = file.stat()
+        except OSError as error:
+            raise DataError(
+                f"{file} cannot be read: {error.strerror}.", write="--data.source <readable files>"
+            ) from None
+        times = [seen.st_mtime_ns, seen.st_ctime_ns]
+        looks.append([str(file), seen.st_size, seen.st_ino, *times])
+    return hashlib.sha256(json.dumps(looks).encode()).hexdigest()
 
 
 def _tokenizer_files(name: str) -> list[Path]:
