@@ -24,8 +24,9 @@ from mics.doctor.facts import settings_of
 from mics.doctor.links import Probe, probed_groups
 from mics.doctor.options import Config
 from mics.doctor.report import Report, as_json, as_text
+from mics.ranks.joining import RanksMissing, join
 from mics.ranks.launcher import Launch, read_launch
-from mics.ranks.starting import RanksMissing, join, run_local_ranks
+from mics.ranks.starting import run_local_ranks
 from mics.topology import Topology
 
 # Python 3.12 warns of every fork in a process with threads.
