@@ -324,12 +324,19 @@ def test_options_without_sense_exit_2(
 ) -> None:
     assert main(["doctor", "--ranks", "0"]) == 2
     assert "--ranks must be more than 0" in capsys.readouterr().err
+    assert main(["doctor", "--ranks", "9" * 20]) == 2
+    assert "--ranks must be at most 1024 on one machine" in capsys.readouterr().err
+    assert main(["doctor", "--timeout", "inf"]) == 2
+    assert "--timeout must be less than 1e+06 seconds, got inf" in capsys.readouterr().err
     assert main(["doctor", "--device", "abacus"]) == 2
     assert "--device abacus is not on this machine" in capsys.readouterr().err
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["doctor", "--ranks", "2"]) == 2
     assert "torchrun has started 2 ranks already" in capsys.readouterr().err
+    assert main(["doctor", "--ranks", "4"]) == 2
+    words = "torchrun has started 2 ranks already. For others write torchrun --nproc-per-node 4"
+    assert words in capsys.readouterr().err
 
 
 def test_without_tyro_one_line_says_what_to_install(

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mics.ranks.device import default_device_type
-from mics.ranks.launcher import Launch
+from mics.ranks.launcher import Launch, more_ranks
+from mics.ranks.starting import MOST_RANKS
+
+_LONGEST_SECONDS = 1e6
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,18 @@ class Config:
 def nonsense(config: Config, launch: Launch | None) -> str | None:
     """Say which options make no sense here; ``None`` if all do."""
     if config.ranks is not None and launch is not None:
-        return f"leave out --ranks: {launch.source} has started {launch.world} ranks already."
+        started = f"{launch.source} has started {launch.world} ranks already"
+        if config.ranks == launch.world:
+            return f"leave out --ranks: {started}."
+        return f"leave out --ranks: {started}. For others write {more_ranks(launch, config.ranks)}"
     for name in ("ranks", "gpus_per_node", "timeout"):
         value = getattr(config, name)
         if value is not None and value <= 0:
             return f"--{name.replace('_', '-')} must be more than 0, got {value}."
+    if config.ranks is not None and config.ranks > MOST_RANKS:
+        return f"--ranks must be at most {MOST_RANKS} on one machine, got {config.ranks}."
+    if not config.timeout < _LONGEST_SECONDS:
+        return f"--timeout must be less than {_LONGEST_SECONDS:g} seconds, got {config.timeout}."
     accelerator = default_device_type()
     if config.device not in ("auto", "cpu", accelerator):
         possible = " or ".join(dict.fromkeys(["cpu", accelerator]))

@@ -30,7 +30,7 @@ from mics.errors import MicsError
 from mics.ranks.console import say
 from mics.ranks.device import on_accelerator, use_local_device
 from mics.ranks.drawing import ranks_text
-from mics.ranks.interfaces import Door, door_of, listen_on
+from mics.ranks.interfaces import Door, door_of, is_loopback, listen_on
 from mics.ranks.launcher import Launch, export_torch_variables
 from mics.ranks.waiting import Waiting
 
@@ -124,7 +124,7 @@ def _open_store(launch: Launch, master: str, port: int, waiting: Waiting) -> tup
             else f"MASTER_ADDR = {master}, MASTER_PORT = {port}.",
             write="MASTER_PORT=<a free port>, the same on every rank",
         ) from None
-    if not launch.one_node:
+    if not is_loopback(door.address):
         say(
             f"ranks listen on {door.interface or door.address} only, rank 0 at "
             f"{door.address}:{port}; GLOO_SOCKET_IFNAME names another interface"

@@ -40,6 +40,9 @@ from mics.ranks.interfaces import LOOPBACK, listen_on_loopback
 from mics.ranks.joining import backend_on, make_group
 from mics.ranks.launcher import Launch
 
+MOST_RANKS = 1024
+"""More are not started on one machine: each is a process of some hundred megabytes."""
+
 LOCAL = "mics"
 """The ``source`` of a ``Launch`` whose ranks were started here."""
 
