@@ -7,10 +7,11 @@ or another program. Whatever else is said goes to standard error: where long wor
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TextIO
 
 from mics.ranks.launcher import is_first_rank
 
@@ -32,18 +33,27 @@ def speaks() -> bool:
 
 def show(text: str) -> None:
     """Print a result on standard output, once for the whole job."""
-    if not speaks():
-        return
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:  # ``mics doctor | head``: what is left must not raise again at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if speaks():
+        write(text, sys.stdout)
 
 
 def progress(text: str) -> None:
     """Print where the work has got to, once for the whole job."""
     if speaks():
-        print(text, file=sys.stderr, flush=True)
+        write(text, sys.stderr)
+
+
+def write(text: str, stream: TextIO) -> None:
+    """Print a line. Where nobody reads any more (``mics doctor | head``, a closed terminal) it is
+    lost, and the work goes on.
+    """
+    try:
+        print(text, file=stream, flush=True)
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise
+        # What is left in the buffer must not raise again, here or at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def say(text: str) -> None:

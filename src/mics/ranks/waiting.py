@@ -6,6 +6,8 @@ import sys
 import time
 from collections.abc import Callable
 
+from mics.ranks.console import write
+
 PATIENCE_SECONDS = 10.0
 """Whoever waits this long says for whom."""
 
@@ -38,5 +40,4 @@ class Waiting:
         waited = time.monotonic() - self._began
         if waited >= self._due:
             self._due *= 2
-            line = f"mics: {words()} ({waited:.0f} s of {self.seconds:g} s)"
-            print(line, file=sys.stderr, flush=True)
+            write(f"mics: {words()} ({waited:.0f} s of {self.seconds:g} s)", sys.stderr)
