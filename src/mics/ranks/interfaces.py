@@ -1,4 +1,4 @@
-"""On which network interface the ranks of a job listen: never on more than they need.
+"""The network interface on which the ranks of a job listen: never more than they need.
 
 Ranks of one machine listen on the loopback interface. Ranks of several nodes listen on the one that
 GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name, or else on the one from which rank 0 is reached.
