@@ -67,13 +67,19 @@ def test_ranks_that_a_verb_starts_listen_for_each_other_on_loopback_and_nothing_
         assert {(one.kind, one.address) for one in seen} == {("tcp", "127.0.0.1")}, seen
         assert len({one.pid for one in seen}) == 2, "Gloo of the two ranks"
         assert not own & {one.pid for one in seen}, "who starts ranks waits in silence"
-    # Verbs without ranks have nobody to listen for.
+
+
+@pytest.mark.slow
+@pytest.mark.extra
+def test_verbs_without_ranks_listen_to_nobody(tmp_path: Path, corpus: Path) -> None:
+    file = str(configuration(tmp_path, corpus, steps=2))
+    watched([[*MICS, "train", file]])
     checkpoint = tmp_path / "run" / "step-00000002"
     plan = ["--model", "bert-10b", "--node", "p3dn"]
     for words in (
         ["export", str(checkpoint), str(tmp_path / "exported"), "--check"],
         ["import", str(tmp_path / "exported"), str(tmp_path / "imported")],
-        ["train", *train[4:], "--dry-run"],
+        ["train", file, "--dry-run"],
         ["plan", *plan, "--nodes", "2"],
         ["simulate", *plan, "--nodes", "2"],
         ["lab", "status"],
@@ -83,16 +89,27 @@ def test_ranks_that_a_verb_starts_listen_for_each_other_on_loopback_and_nothing_
 
 
 @pytest.mark.slow
-def test_ranks_of_a_launcher_listen_on_loopback_where_they_share_a_machine() -> None:
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["doctor"],
+        pytest.param(
+            ["bench", "collectives", "--sizes", "64KiB", "--repeats", "1"], marks=pytest.mark.extra
+        ),
+    ],
+    ids=["doctor", "bench"],
+)
+def test_ranks_of_a_launcher_listen_on_loopback_where_they_share_a_machine(
+    words: list[str],
+) -> None:
     port = free_port()
     of_all = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": str(port)}
     of_all |= {"MASTER_ADDR": socket.gethostname()}
     ranks = [of_all | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    for words in (["doctor"], ["bench", "collectives", "--sizes", "64KiB", "--repeats", "1"]):
-        seen, own = watched([[*MICS, *words]] * 2, ranks)
-        assert {(one.kind, one.address) for one in seen} == {("tcp", "127.0.0.1")}, seen
-        assert {one.pid for one in seen} == own, "Gloo of the two ranks"
-        assert len({one.pid for one in seen if one.port == port}) == 1, "rank 0's store"
+    seen, own = watched([[*MICS, *words]] * 2, ranks)
+    assert {(one.kind, one.address) for one in seen} == {("tcp", "127.0.0.1")}, seen
+    assert {one.pid for one in seen} == own, "Gloo of the two ranks"
+    assert len({one.pid for one in seen if one.port == port}) == 1, "rank 0's store"
 
 
 @needs_a_lab
