@@ -175,11 +175,18 @@ def killed(path, text, **more):
     return write_text(path, text, **more)
 Path.write_text = killed
 """
-    body = 'if rank == 1: raise MicsError("It broke.")\ntime.sleep(2)\nraise RuntimeError("late")'
+    body = """
+def late(*_): raise RuntimeError("a consequence")
+signal.signal(signal.SIGTERM, late)
+if rank == 1:
+    time.sleep(1)
+    raise MicsError("It broke.")
+time.sleep(60)
+"""
     code, _, err = finish(start(body, before))
     assert code == 1
     assert "JSONDecodeError" not in err
-    assert err.endswith("mics: rank 1: It broke.")
+    assert err.endswith("mics: rank 1: It broke."), err
 
 
 @pytest.mark.slow
