@@ -7,6 +7,7 @@ import pytest
 from mics import TopologyError
 from mics.ranks.launcher import (
     Launch,
+    check_place,
     export_torch_variables,
     first_host,
     more_ranks,
@@ -116,7 +117,9 @@ def test_variables_that_make_no_sense_are_refused_by_name(
     environment: dict[str, str], words: str
 ) -> None:
     with pytest.raises(TopologyError) as caught:
-        read_launch(environment)
+        launch = read_launch(environment)
+        assert launch is not None
+        check_place(launch)
     assert words in str(caught.value)
 
 

@@ -127,7 +127,7 @@ def test_a_signal_reaches_every_rank_which_ends_in_its_own_way(number: int) -> N
     process = start(
         f"stop = []\nsignal.signal({number:d}, lambda *_: stop.append(1))\n"
         'os.write(1, b"ready\\n")\nwhile not stop: time.sleep(0.05)\n'
-        'print("ended", flush=True)'
+        'os.write(1, b"ended\\n")'
     )
     assert process.stdout is not None
     seen = [process.stdout.readline() for _ in range(4)]

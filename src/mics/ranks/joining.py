@@ -31,7 +31,7 @@ from mics.ranks.console import say
 from mics.ranks.device import on_accelerator, use_local_device
 from mics.ranks.drawing import ranks_text
 from mics.ranks.interfaces import Door, door_of, is_loopback, listen_on
-from mics.ranks.launcher import Launch, export_torch_variables
+from mics.ranks.launcher import Launch, check_place, export_torch_variables
 from mics.ranks.waiting import Waiting
 
 JOIN_SECONDS = 600.0
@@ -63,8 +63,10 @@ def join(launch: Launch, device_type: str, seconds: float) -> Store:
     Raises:
         RanksMissing: some ranks did not come: it names them, on every rank that did.
         MicsError: rank 0 cannot be reached or listen, or two processes say that they are one rank.
-        TopologyError: the launcher does not say where rank 0 listens.
+        TopologyError: the launcher does not say where rank 0 listens, or what it says of this
+            rank's place makes no sense.
     """
+    check_place(launch)
     export_torch_variables(launch)
     waiting = Waiting(seconds)
     store, door = _store(launch, waiting)

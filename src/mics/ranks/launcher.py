@@ -253,23 +253,36 @@ def _flux(env: Mapping[str, str]) -> Launch:
 
 
 def _check(launch: Launch) -> None:
-    """Check that the numbers of a launch fit each other.
-
-    Raises:
-        TopologyError: they do not; it names the variables.
-    """
-    rank, world, local_rank, of_node = _NAMES[launch.source]
+    rank, world, *_ = _NAMES[launch.source]
     wrong = ""
     if launch.world < 1:
         wrong = f"{world} must be at least 1"
     elif not 0 <= launch.rank < launch.world:
         wrong = f"{rank} must be 0 to {launch.world - 1}, one for each of {launch.world} ranks"
-    elif not 1 <= launch.ranks_per_node <= launch.world:
+    _refuse(launch, wrong)
+
+
+def check_place(launch: Launch) -> None:
+    """Check what the launcher has said of this rank's node.
+
+    For ranks that have not met yet: those that have compare it, and say more of it.
+
+    Raises:
+        TopologyError: it makes no sense; it names the variables.
+    """
+    rank, _, local_rank, of_node = _NAMES[launch.source]
+    wrong = ""
+    if not 1 <= launch.ranks_per_node <= launch.world:
         wrong = f"{of_node} says that a node has {launch.ranks_per_node} of {launch.world} ranks"
     elif not 0 <= launch.local_rank < launch.ranks_per_node:
         wrong = f"{local_rank} must be 0 to {launch.ranks_per_node - 1} on a node of that many"
     elif launch.local_rank > launch.rank:
         wrong = f"{local_rank} is larger than {rank}, but no rank of a node comes before rank 0"
+    _refuse(launch, wrong)
+
+
+def _refuse(launch: Launch, wrong: str) -> None:
+    rank, world, local_rank, _ = _NAMES[launch.source]
     if wrong:
         raise TopologyError(
             f"{launch.source}'s variables make no sense: {wrong}.",
