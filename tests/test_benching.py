@@ -224,7 +224,7 @@ class ops:
 class comm:
     pass
 def init_distributed(dist_backend):
-    dist.init_process_group(dist_backend)
+    assert dist.is_initialized() and dist.get_backend() == dist_backend
 class Engine:
     def __init__(self, model, optimizer, config):
         self.model, self.optimizer, self.left = model, optimizer, 0

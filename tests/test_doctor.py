@@ -24,8 +24,9 @@ from mics.doctor.facts import settings_of
 from mics.doctor.links import Probe, probed_groups
 from mics.doctor.options import Config
 from mics.doctor.report import Report, as_json, as_text
+from mics.ranks.joining import RanksMissing, join
 from mics.ranks.launcher import Launch, read_launch
-from mics.ranks.starting import RanksMissing, join, run_local_ranks
+from mics.ranks.starting import run_local_ranks
 from mics.topology import Topology
 
 # Python 3.12 warns of every fork in a process with threads.
@@ -322,13 +323,20 @@ def test_options_without_sense_exit_2(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main(["doctor", "--ranks", "0"]) == 2
-    assert "--ranks must be a whole number from 1 to 4,096, got 0" in capsys.readouterr().err
+    assert "--ranks must be a whole number from 1 to 1,024, got 0" in capsys.readouterr().err
+    assert main(["doctor", "--ranks", "9" * 20]) == 2
+    assert "--ranks must be a whole number from 1 to 1,024" in capsys.readouterr().err
+    assert main(["doctor", "--timeout", "inf"]) == 2
+    assert "--timeout must be a number" in capsys.readouterr().err
     assert main(["doctor", "--device", "abacus"]) == 2
     assert "--device abacus is not on this machine" in capsys.readouterr().err
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["doctor", "--ranks", "2"]) == 2
     assert "torchrun has started 2 ranks already" in capsys.readouterr().err
+    assert main(["doctor", "--ranks", "4"]) == 2
+    words = "torchrun has started 2 ranks already. For others write torchrun --nproc-per-node 4"
+    assert words in capsys.readouterr().err
 
 
 def test_without_tyro_one_line_says_what_to_install(

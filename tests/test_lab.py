@@ -89,13 +89,13 @@ def test_what_is_missing_is_named_with_how_to_get_it(monkeypatch: pytest.MonkeyP
         system.check_system()
 
 
-def test_a_command_is_what_torchrun_takes() -> None:
-    take = running._as_torchrun_takes_it
-    assert take(["a.py", "--x"]) == ["a.py", "--x"]
-    assert take(["python", "a.py"]) == ["a.py"]
-    assert take(["mics", "train", "c.toml"]) == ["-m", "mics", "train", "c.toml"]
-    assert take(["-m", "pkg"]) == ["-m", "pkg"]
-    assert take(["./program", "1"]) == ["--no-python", "./program", "1"]
+def test_a_command_is_a_script_a_module_a_verb_or_any_program() -> None:
+    take, python = running._as_program, sys.executable
+    assert take(["a.py", "--x"]) == [python, "a.py", "--x"]
+    assert take(["python", "a.py"]) == [python, "a.py"]
+    assert take(["mics", "train", "c.toml"]) == [python, "-m", "mics", "train", "c.toml"]
+    assert take(["-m", "pkg"]) == [python, "-m", "pkg"]
+    assert take(["./program", "1"]) == ["./program", "1"]
 
 
 def test_lab_run_without_a_command_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
@@ -268,6 +268,15 @@ def test_a_lab_that_is_up_is_shown_used_and_taken_down(capfd: pytest.CaptureFixt
         assert f"lab {name}: 3 nodes x 2 ranks, 200mbit" in shown
         assert len(re.findall("CABLE CUT", shown)) == 1
         assert main(["lab", "restore", "node1", "--lab", name]) == 0
+        in_use = running.in_node(state.find(name).lab, 2, ["sleep", "100"])
+        with subprocess.Popen(in_use) as user:
+            while not network.processes(f"mics-{name}-node2"):
+                time.sleep(0.05)
+            with pytest.raises(LabError, match=f"Lab {name} is in use") as caught:
+                lifetime.check_unused(state.find(name).lab)
+            assert f"In its nodes run the processes {user.pid}." in str(caught.value)
+            assert f"Write: mics lab down {name}, which ends them" in str(caught.value)
+            user.kill()
         assert main(["lab", "cut", "node7", "--lab", name]) == 1
         assert f"Lab {name} has no node 'node7'" in capfd.readouterr().err
     finally:
@@ -354,6 +363,37 @@ def test_a_lab_that_begins_is_not_taken_for_dead(
     assert one.alive
     state.forget(lab)
     assert state.noted() == []
+
+
+def test_a_lab_of_a_run_is_not_taken_down_by_one_who_does_not_name_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(state.FOLDER, str(tmp_path))
+    with state.note(Lab("anrun", 2, 1, "1gbit")):
+        with pytest.raises(LabError, match="belong to runs, and go down with them") as caught:
+            state.find_left_up(None)
+        assert f"In use: anrun by process {os.getpid()}." in str(caught.value)
+        assert "Write: mics lab down anrun, which ends that run" in str(caught.value)
+        assert state.find_left_up("anrun").lab.name == "anrun"
+        with state.note(Lab("left", 2, 1, "1gbit")):
+            state.keep(Lab("left", 2, 1, "1gbit"))
+        assert state.find_left_up(None).lab.name == "left"
+        with state.note(Lab("right", 2, 1, "1gbit")):
+            state.keep(Lab("right", 2, 1, "1gbit"))
+        with pytest.raises(LabError, match="There are 3 labs"):
+            state.find_left_up(None)
+
+
+def test_notes_of_an_ordinary_user_are_not_in_the_public_temporary_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(state.FOLDER, raising=False)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "")
+    assert state.folder().parent == tmp_path / "home" / ".cache"
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "runtime"))
+    assert state.folder().parent == tmp_path / "runtime"
 
 
 def test_a_holder_whose_number_is_anothers_now_holds_nothing(
@@ -443,7 +483,7 @@ def test_a_round_trip_takes_four_latencies_at_least(tmp_path: Path) -> None:
     with lifetime.lab_for(Lab(state.new_name(), 2, 1, "100mbit", latency_ms=5.0)) as lab:
         done = running.run(lab, [str(script)], tmp_path / "logs", screen=io.StringIO())
     assert done.code == 0, done.words
-    log = (tmp_path / "logs" / "node1.log").read_text()
+    log = (tmp_path / "logs" / "node1" / "0" / "stdout.log").read_text()
     took = [float(words) for words in re.findall(r"took ([\d.]+)", log)]
     assert len(took) == 5
     assert min(took) >= 0.020
@@ -466,7 +506,8 @@ def as_user(folder: Path, script: str) -> str:
     """Run a shell script as somebody who is not root; ``$MICS`` is the command."""
     environment = os.environ | {
         "PYTHONPATH": str(ROOT / "src"),
-        "TMPDIR": str(folder),
+        "HOME": str(folder),
+        "XDG_RUNTIME_DIR": "",
         "MICS": f"{sys.executable} -m mics",
     }
     done = subprocess.run(

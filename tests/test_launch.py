@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 
 from mics import TopologyError
-from mics.ranks.launcher import Launch, export_torch_variables, first_host, read_launch
+from mics.ranks.launcher import (
+    Launch,
+    check_place,
+    export_torch_variables,
+    first_host,
+    more_ranks,
+    read_launch,
+)
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 SLURM = {
@@ -22,13 +29,126 @@ OPEN_MPI = {
 }
 
 
-def test_each_launcher_is_recognised_by_its_own_variables() -> None:
-    assert read_launch(TORCHRUN) == Launch("torchrun", 5, 8, 1, 4)
-    assert read_launch(SLURM) == Launch("Slurm", 9, 16, 1, 8)
-    assert read_launch(OPEN_MPI) == Launch("Open MPI", 3, 4, 1, 2)
-    mpich = {"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "2"}
-    assert read_launch(mpich) == Launch("MPICH", 0, 2, 0, 2)
-    assert read_launch({}) is None
+SRUN = {
+    "SLURM_PROCID": "3",
+    "SLURM_NTASKS": "8",
+    "SLURM_LOCALID": "3",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+}
+PMI = {"PMI_RANK": "3", "PMI_SIZE": "8"}
+HYDRA = PMI | {"MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
+CRAY = PMI | {"PMI_LOCAL_RANK": "3", "PMI_LOCAL_SIZE": "4"}
+FLUX = {"FLUX_TASK_RANK": "3", "FLUX_JOB_SIZE": "8", "FLUX_TASK_LOCAL_ID": "3"}
+BATCH = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}
+
+
+def of_mpi(prefix: str) -> dict[str, str]:
+    names = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
+    return {f"{prefix}_{name}": value for name, value in zip(names, "3814", strict=True)}
+
+
+@pytest.mark.parametrize(
+    ("environment", "launch"),
+    [
+        pytest.param(TORCHRUN, Launch("torchrun", 5, 8, 1, 4), id="torchrun"),
+        pytest.param(
+            {"RANK": "3", "WORLD_SIZE": "4"},
+            Launch("torchrun", 3, 4, 3, 4, knows_nodes=False),
+            id="by hand, Kubernetes",
+        ),
+        pytest.param(SLURM, Launch("Slurm", 9, 16, 1, 8), id="srun"),
+        pytest.param(SRUN | PMI, Launch("Slurm", 3, 8, 3, 4), id="srun --mpi=pmi2"),
+        pytest.param(SRUN | CRAY, Launch("Slurm", 3, 8, 3, 4), id="srun on a Cray"),
+        pytest.param(SRUN | {"PMIX_RANK": "3"}, Launch("Slurm", 3, 8, 3, 4), id="srun --mpi=pmix"),
+        pytest.param(
+            BATCH | {"SLURM_TASKS_PER_NODE": "4(x2)"} | HYDRA,
+            Launch("MPICH", 3, 8, 1, 2),
+            id="mpiexec in an allocation",
+        ),
+        pytest.param(OPEN_MPI, Launch("Open MPI", 3, 4, 1, 2), id="Open MPI"),
+        pytest.param(
+            OPEN_MPI | {"PMIX_RANK": "3"}, Launch("Open MPI", 3, 4, 1, 2), id="Open MPI 5"
+        ),
+        pytest.param(HYDRA, Launch("MPICH", 3, 8, 1, 2), id="MPICH, Intel MPI"),
+        pytest.param(CRAY, Launch("Cray MPICH", 3, 8, 3, 4), id="mpiexec on a Cray"),
+        pytest.param(of_mpi("MV2_COMM_WORLD"), Launch("MVAPICH2", 3, 8, 1, 4), id="MVAPICH2"),
+        pytest.param(of_mpi("MVP_COMM_WORLD"), Launch("MVAPICH", 3, 8, 1, 4), id="MVAPICH 3"),
+        pytest.param(
+            of_mpi("JSM_NAMESPACE") | OPEN_MPI, Launch("LSF", 3, 8, 1, 4), id="jsrun of LSF"
+        ),
+        pytest.param(
+            FLUX | PMI | {"FLUX_JOB_NNODES": "2"}, Launch("Flux", 3, 8, 3, 4), id="flux run"
+        ),
+        pytest.param({"WORLD_SIZE": "1"}, None, id="a world of one"),
+        pytest.param({"SLURM_NTASKS": "8"}, None, id="the shell of salloc"),
+        pytest.param({}, None, id="nobody"),
+    ],
+)
+def test_each_launcher_is_recognised_by_its_own_variables(
+    environment: dict[str, str], launch: Launch | None
+) -> None:
+    assert read_launch(environment) == launch
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        (TORCHRUN | {"RANK": "-1"}, "RANK must be 0 to 7, one for each of 8 ranks"),
+        (TORCHRUN | {"RANK": "8"}, "RANK must be 0 to 7, one for each of 8 ranks"),
+        (TORCHRUN | {"WORLD_SIZE": "0"}, "WORLD_SIZE must be at least 1"),
+        (TORCHRUN | {"WORLD_SIZE": "abc"}, "WORLD_SIZE must be an integer, got 'abc'"),
+        (TORCHRUN | {"LOCAL_RANK": "4"}, "LOCAL_RANK must be 0 to 3 on a node of that many"),
+        (TORCHRUN | {"LOCAL_RANK": "-1"}, "LOCAL_RANK must be 0 to 3 on a node of that many"),
+        (TORCHRUN | {"RANK": "0"}, "LOCAL_RANK is larger than RANK"),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE says that a node has 0 of 8"),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "9"}, "LOCAL_WORLD_SIZE says that a node has 9 of 8"),
+        (OPEN_MPI | {"OMPI_COMM_WORLD_RANK": "4"}, "OMPI_COMM_WORLD_RANK must be 0 to 3"),
+        (SLURM | {"SLURM_PROCID": "16"}, "SLURM_PROCID must be 0 to 15"),
+        ({"RANK": "0"}, "RANK is set but WORLD_SIZE is not: this is half of what torchrun says"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is set but RANK is not"),
+        (SLURM | {"WORLD_SIZE": "8"}, "WORLD_SIZE contradicts Slurm"),
+        (SLURM | {"RANK": "0"}, "RANK contradicts Slurm"),
+        ({"PMIX_RANK": "1"}, "PMIx started this process, but nothing says how many"),
+        (FLUX | {"FLUX_JOB_NNODES": "3"}, "Flux gave the nodes different numbers of ranks"),
+        (PMI, "MPICH started this process but MPI_LOCALRANKID is not set"),
+    ],
+)
+def test_variables_that_make_no_sense_are_refused_by_name(
+    environment: dict[str, str], words: str
+) -> None:
+    with pytest.raises(TopologyError) as caught:
+        launch = read_launch(environment)
+        assert launch is not None
+        check_place(launch)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("port", ["http", "0", "99999", "-1", "1" * 30, "29500 "])
+def test_what_is_no_port_is_refused_before_anybody_is_waited_for(
+    port: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (TORCHRUN | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}).items():
+        monkeypatch.setenv(name, value)
+    launch = read_launch()
+    assert launch is not None
+    with pytest.raises(TopologyError, match="MASTER_PORT is no port") as caught:
+        export_torch_variables(launch)
+    assert f"MASTER_PORT = {port!r}; ports are 1 to 65535." in str(caught.value)
+    assert "Write: export MASTER_PORT=29500" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("launch", "wanted", "words"),
+    [
+        (Launch("Slurm", 0, 1, 0, 1), 64, "srun --ntasks-per-node=64 mics"),
+        (Launch("Slurm", 0, 8, 0, 4), 64, "srun --ntasks-per-node=32 mics"),
+        (Launch("Slurm", 0, 12, 0, 4), 64, "srun --ntasks-per-node=<GPUs per node> mics"),
+        (Launch("torchrun", 0, 1, 0, 1), 64, "torchrun --nproc-per-node 64 -m mics"),
+        (Launch("Open MPI", 0, 1, 0, 1), 64, "mpirun -n 64 mics"),
+    ],
+)
+def test_more_ranks_are_the_launchers_to_start(launch: Launch, wanted: int, words: str) -> None:
+    assert more_ranks(launch, wanted).startswith(words)
 
 
 def test_torchrun_inside_a_slurm_job_wins() -> None:
@@ -68,6 +188,19 @@ def test_an_unknown_address_of_rank_0_is_asked_for(monkeypatch: pytest.MonkeyPat
     assert "Write: export MASTER_ADDR=<host of rank 0>" in str(error.value)
     with pytest.raises(TopologyError, match="node list is empty"):
         first_host("")
+
+
+def test_ranks_started_by_hand_must_say_where_rank_0_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # so that what is exported is taken back at the end
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    launch = read_launch()
+    assert launch is not None
+    with pytest.raises(TopologyError, match="torchrun does not say where rank 0 listens") as caught:
+        export_torch_variables(launch)
+    assert "2 ranks, MASTER_ADDR is not set." in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -28,13 +28,14 @@ sys.exit(run_on_ranks(work, TrainConfig(parallel=ParallelConfig(ranks=3))))
 """
 
 
-def start(body: str, before: str = "") -> subprocess.Popen[str]:
+def start(body: str, before: str = "", terminal: int | None = None) -> subprocess.Popen[str]:
     program = PROGRAM.format(before=before, body=body.strip().replace("\n", "\n    "))
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     return subprocess.Popen(
         [sys.executable, "-c", program],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stdin=terminal,
+        stdout=subprocess.PIPE if terminal is None else terminal,
+        stderr=subprocess.PIPE if terminal is None else terminal,
         text=True,
         env=environment | {"PYTHONPATH": str(Path(__file__).parents[1] / "src")},
     )
@@ -102,36 +103,6 @@ def test_a_killed_rank_is_named_beside_what_the_others_then_say() -> None:
     assert err.endswith("RuntimeError: a consequence")
 
 
-def listening(process: int) -> set[str]:
-    """The addresses on which a process and its children listen, as the kernel writes them."""
-    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
-    inodes = {
-        link.name
-        for pid in (process, *map(int, children))
-        for entry in Path(f"/proc/{pid}/fd").iterdir()
-        if (link := entry.readlink()).name.startswith("socket:")
-    }
-    rows = [
-        row.split()
-        for table in ("tcp", "tcp6")
-        for row in Path(f"/proc/net/{table}").read_text().splitlines()[1:]
-    ]
-    return {
-        row[1].split(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in inodes
-    }
-
-
-@pytest.mark.slow
-def test_nothing_listens_beyond_the_loopback_interface() -> None:
-    process = start('os.write(1, b"ready\\n")\ntime.sleep(60)')
-    assert process.stdout is not None
-    assert [process.stdout.readline() for _ in range(4)].count("ready\n") == 3
-    addresses = listening(process.pid)
-    process.send_signal(signal.SIGTERM)
-    finish(process)
-    assert addresses <= {"0100007F"}, addresses  # 127.0.0.1
-
-
 @pytest.mark.slow
 def test_a_signal_that_nobody_handles_yet_ends_the_job() -> None:
     process = start('os.write(1, b"ready\\n")\ntime.sleep(60)')
@@ -144,18 +115,78 @@ def test_a_signal_that_nobody_handles_yet_ends_the_job() -> None:
 
 
 @pytest.mark.slow
-def test_a_signal_reaches_every_rank_which_ends_in_its_own_way() -> None:
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGHUP, marks=pytest.mark.extra),
+        signal.SIGQUIT,
+    ],
+)
+def test_a_signal_reaches_every_rank_which_ends_in_its_own_way(number: int) -> None:
     process = start(
-        "stop = []\nsignal.signal(signal.SIGTERM, lambda *_: stop.append(1))\n"
+        f"stop = []\nsignal.signal({number:d}, lambda *_: stop.append(1))\n"
         'os.write(1, b"ready\\n")\nwhile not stop: time.sleep(0.05)\n'
-        'print("ended", flush=True)'
+        'os.write(1, b"ended\\n")'
     )
     assert process.stdout is not None
     seen = [process.stdout.readline() for _ in range(4)]
     assert seen.count("ready\n") == 3
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     code, out, err = finish(process)
     assert (code, out) == (0, ["ended"] * 3), err
+
+
+@pytest.mark.slow
+def test_a_closed_terminal_lets_the_ranks_end_in_their_own_way(tmp_path: Path) -> None:
+    """What they say is lost; what they do is done."""
+    ended = tmp_path / "ended"
+    ours, terminal = os.openpty()
+    body = f"""
+from mics.ranks.console import alarm, show
+stop = []
+signal.signal(signal.SIGHUP, lambda *_: stop.append(1))
+os.write(1, b"ready\\n")
+while not stop: time.sleep(0.05)
+show("a result")
+alarm("what nobody may miss")
+Path({str(ended)!r}).with_suffix(f".{{rank}}").touch()
+"""
+    process = start(body, terminal=terminal)
+    os.close(terminal)
+    seen = b""
+    while seen.count(b"ready") < 3:
+        seen += os.read(ours, 1000)
+    os.close(ours)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=100) == 0
+    assert len(list(tmp_path.glob("ended.*"))) == 3
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_while_it_reports_does_not_hide_the_first_ones_words() -> None:
+    before = """
+from pathlib import Path
+write_text = Path.write_text
+def killed(path, text, **more):
+    if path.name.startswith("2.json"):
+        write_text(path, text[:5])
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write_text(path, text, **more)
+Path.write_text = killed
+"""
+    body = """
+def late(*_): raise RuntimeError("a consequence")
+signal.signal(signal.SIGTERM, late)
+if rank == 1:
+    time.sleep(1)
+    raise MicsError("It broke.")
+time.sleep(60)
+"""
+    code, _, err = finish(start(body, before))
+    assert code == 1
+    assert "JSONDecodeError" not in err
+    assert err.endswith("mics: rank 1: It broke."), err
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from mics.__main__ import main
 from mics.commands.train import Config, parse
 from mics.errors import ConfigError
 from mics.ranks.launcher import Launch
+from mics.training import launching
 from mics.training.batching import solve
 from mics.training.config import (
     BatchConfig,
@@ -281,16 +282,33 @@ def test_ranks_of_a_launcher_are_not_started_twice() -> None:
     with pytest.raises(ConfigError, match="torchrun has started some") as caught:
         num_ranks(TrainConfig(parallel=ParallelConfig(ranks=8)), launch)
     assert "parallel.ranks = 8, torchrun started 4" in str(caught.value)
+    assert "Write: torchrun --nproc-per-node 8 -m mics ..., and leave" in str(caught.value)
+    with pytest.raises(ConfigError, match="Slurm has started some") as caught:
+        num_ranks(TrainConfig(parallel=ParallelConfig(ranks=64)), Launch("Slurm", 0, 1, 0, 1))
+    words = "Write: srun --ntasks-per-node=64 mics ..., and leave --parallel.ranks out"
+    assert words in str(caught.value)
+
+
+def test_an_allocation_whose_shell_trains_alone_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(launching, "run_local_ranks", lambda *_: 0)
+    for name, said in (("SLURM_NTASKS", True), ("SLURM_PROCID", False)):
+        monkeypatch.setenv("SLURM_NTASKS", "8")
+        monkeypatch.setattr(launching, "read_launch", lambda: None)
+        monkeypatch.setenv(name, "8")
+        assert launching.run_on_ranks(lambda _: 0, TrainConfig()) == 0
+        words = "Slurm has allocated 8 tasks, but srun has not started this process: 1 rank(s)"
+        assert (words in capsys.readouterr().err) == said
 
 
 def test_ranks_below_one_or_beyond_the_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"parallel\.ranks must be at least 1"):
         num_ranks(TrainConfig(parallel=ParallelConfig(ranks=0)), None)
-    assert num_ranks(TrainConfig(parallel=ParallelConfig(ranks=64)), None) == 64
-    with pytest.raises(ConfigError, match="more ranks than this machine should start") as caught:
-        num_ranks(TrainConfig(parallel=ParallelConfig(ranks=10**6)), None)
-    assert "parallel.ranks = 1000000, " in str(caught.value)
-    from mics.training import launching
+    for many in (1025, 10**20):
+        with pytest.raises(ConfigError, match=r"parallel\.ranks must be at most 1024") as caught:
+            num_ranks(TrainConfig(parallel=ParallelConfig(ranks=many)), None)
+        assert f"parallel.ranks = {many}." in str(caught.value)
 
     monkeypatch.setattr(launching, "default_device_type", lambda: "cuda")
     monkeypatch.setattr(launching.torch.accelerator, "device_count", lambda: 2)

@@ -22,6 +22,9 @@ import torch.distributed as dist
 
 from mics.benching.dilated import Dilation, Stretched
 from mics.benching.workloads import Workload
+from mics.ranks.device import HOST
+from mics.ranks.joining import JOIN_SECONDS, backend_on, join, make_group
+from mics.ranks.launcher import read_launch
 
 WORK_AROUND = (
     "Gloo cannot coalesce: every all-gather of DeepSpeed's MiCS is issued for one tensor at a time"
@@ -115,13 +118,22 @@ def _engine(order: Order, work: Any, settings: dict[str, Any]) -> Any:
     deepspeed = importlib.import_module("deepspeed")
     # Its shared-memory collectives are compiled on first use; a killed build hangs the next.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="gloo")
+    _join()
+    deepspeed.init_distributed(dist_backend="gloo")  # takes the group that is there
     if order.name == "deepspeed mics":
         deepspeed.comm.all_gather_coalesced = _all_gather_one_by_one
     model = work.model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     return engine
+
+
+def _join() -> None:
+    """Meet the other children as ranks of mics do: torch's own store listens everywhere."""
+    launch = read_launch()
+    assert launch is not None
+    store = join(launch, HOST, JOIN_SECONDS)
+    make_group(store, launch, backend_on(HOST), None)
 
 
 def _all_gather_one_by_one(

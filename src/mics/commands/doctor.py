@@ -11,8 +11,8 @@ from mics.doctor.options import Config, nonsense
 from mics.doctor.report import Report, as_json
 from mics.errors import MicsError
 from mics.ranks.console import progress, show, speaks
+from mics.ranks.joining import RanksMissing
 from mics.ranks.launcher import read_launch
-from mics.ranks.starting import RanksMissing
 
 
 def run(config: Config) -> int:

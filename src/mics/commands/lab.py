@@ -72,7 +72,7 @@ class Down:
     """Take a lab down, what runs in it included."""
 
     lab: tyro.conf.Positional[str | None] = None
-    """Its name; not needed where there is one only."""
+    """Its name; not needed where one only was left up, and nothing runs in it."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,9 @@ def _as_root(config: Config) -> int:
             lifetime.bring_up(lab)
             show(f"lab {lab.name}: {lab.nodes} nodes, {lab.link} each; mics lab down {lab.name}")
         case Down():
-            noted = state.find(config.lab)
+            noted = state.find_left_up(config.lab)
+            if config.lab is None:
+                lifetime.check_unused(noted.lab)
             lifetime.let_go(noted)
             show(f"lab {noted.lab.name} is down")
         case Status():
@@ -184,7 +186,9 @@ def _as_user(config: Config) -> int:
         case RunInLab() | Up():
             lifetime.clean_unprivileged()  # from within nobody else's processes can be seen
             unprivileged.start_again_in_new(words)
-        case Down() | Exec() | Cut() | Restore():
+        case Down():
+            unprivileged.start_again_in(state.find_left_up(config.lab), words)
+        case Exec() | Cut() | Restore():
             unprivileged.start_again_in(state.find(config.lab), words)
         case Status():
             alive = [noted for noted in state.noted() if noted.alive]

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast, get_args
@@ -129,7 +128,7 @@ def profile_path() -> Path:
     try:
         cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     except RuntimeError:  # an account without a home, as in many containers
-        cache = Path(tempfile.gettempdir()) / f"cache-{os.getuid()}"
+        cache = ".cache"  # of the working folder: in the public one others may have been first
     return Path(cache) / "torch-mics" / "profile.json"
 
 

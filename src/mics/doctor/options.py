@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 
 from mics.quantities import Within
 from mics.ranks.device import default_device_type
-from mics.ranks.launcher import Launch
-from mics.recipe import MOST_RANKS
+from mics.ranks.launcher import Launch, more_ranks
+from mics.ranks.starting import MOST_RANKS
+from mics.recipe import MOST_RANKS as MOST_RANKS_OF_A_JOB
 
 
 @dataclass(frozen=True)
@@ -18,13 +19,13 @@ class Config:
     Under torchrun, Slurm or MPI every rank takes part; otherwise ranks are started here.
     """
 
-    ranks: Annotated[int | None, Within(1, 4096)] = None
+    ranks: Annotated[int | None, Within(1, MOST_RANKS)] = None
     """Ranks to start here, where no launcher has: one per accelerator by default, or 1."""
 
-    gpus_per_node: Annotated[int | None, Within(1, MOST_RANKS)] = None
+    gpus_per_node: Annotated[int | None, Within(1, MOST_RANKS_OF_A_JOB)] = None
     """Ranks joined by the fast link; what the launcher says by default. Smaller simulates nodes."""
 
-    partition: Annotated[int | Literal["auto"], Within(1, MOST_RANKS)] = "auto"
+    partition: Annotated[int | Literal["auto"], Within(1, MOST_RANKS_OF_A_JOB)] = "auto"
     """Ranks that together hold one replica of the model states; a whole node by default."""
 
     device: str = "auto"
@@ -40,7 +41,10 @@ class Config:
 def nonsense(config: Config, launch: Launch | None) -> str | None:
     """Say which options make no sense here; ``None`` if all do."""
     if config.ranks is not None and launch is not None:
-        return f"leave out --ranks: {launch.source} has started {launch.world} ranks already."
+        started = f"{launch.source} has started {launch.world} ranks already"
+        if config.ranks == launch.world:
+            return f"leave out --ranks: {started}."
+        return f"leave out --ranks: {started}. For others write {more_ranks(launch, config.ranks)}"
     accelerator = default_device_type()
     if config.device not in ("auto", "cpu", accelerator):
         possible = " or ".join(dict.fromkeys(["cpu", accelerator]))

@@ -13,7 +13,7 @@ from mics.lab import network, state, unprivileged
 from mics.lab.state import Lab
 from mics.lab.system import check_system
 
-_ENDS = (signal.SIGTERM, signal.SIGHUP)
+_ENDS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 def bring_up(lab: Lab) -> None:
@@ -41,6 +41,21 @@ def take_down(lab: Lab) -> None:
     state.forget(lab)
 
 
+def check_unused(lab: Lab) -> None:
+    """Check that nothing runs in the nodes of a lab that nobody has named.
+
+    Raises:
+        LabError: something does.
+    """
+    running = [pid for index in range(lab.nodes) for pid in network.processes(lab.node(index))]
+    if running:
+        raise LabError(
+            f"Lab {lab.name} is in use.",
+            numbers=f"In its nodes run the processes {', '.join(map(str, running))}.",
+            write=f"mics lab down {lab.name}, which ends them",
+        )
+
+
 def let_go(noted: state.Noted) -> None:
     """Take down a lab that was left up, and end the process that held it."""
     take_down(noted.lab)
@@ -52,7 +67,8 @@ def let_go(noted: state.Noted) -> None:
 def lab_for(lab: Lab) -> Iterator[Lab]:
     """Hold a lab for as long as this is entered, however it is left.
 
-    SIGTERM and SIGHUP end it as an exception would; after SIGKILL ``clean`` finds what is left.
+    SIGTERM, SIGHUP and SIGQUIT end it as an exception would; after SIGKILL ``clean`` finds what is
+    left.
 
     Raises:
         LabError: this machine cannot, or there is one of that name.
@@ -73,7 +89,7 @@ def lab_for(lab: Lab) -> Iterator[Lab]:
 
 @contextmanager
 def _ended_as_by_exception() -> Iterator[None]:
-    """Let SIGTERM and a closed terminal raise; afterwards all is as before."""
+    """Let SIGTERM, SIGQUIT and a closed terminal raise; afterwards all is as before."""
     numbers = (signal.SIGINT, *_ENDS)
     before = {number: signal.getsignal(number) for number in numbers}
     for number in _ENDS:
@@ -88,6 +104,9 @@ def _ended_as_by_exception() -> Iterator[None]:
 def clean() -> list[str]:
     """Take down the labs whose owners are dead, and namespaces of ours that no lab owns.
 
+    A lab that is not noted here may be noted elsewhere (MICS_LAB_FOLDER): where something runs in
+    its namespaces it is left alone.
+
     Returns:
         The names of what was removed.
     """
@@ -96,10 +115,17 @@ def clean() -> list[str]:
     noted = state.noted()
     dead = {each.lab.name for each in noted if not each.alive}
     alive = {each.lab.name for each in noted if each.alive}
-    names = sorted((with_namespaces - alive) | dead)
+    noted_nowhere = {lab for lab in with_namespaces - alive - dead if not _runs(lab)}
+    names = sorted(noted_nowhere | dead)
     for name in names:
         take_down(Lab(name, 0, 0, ""))
     return names
+
+
+def _runs(lab: str) -> bool:
+    return any(
+        network.processes(name) for name in network.namespaces() if network.lab_of(name) == lab
+    )
 
 
 def clean_unprivileged() -> list[str]:

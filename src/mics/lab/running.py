@@ -1,4 +1,8 @@
-"""A job in a lab: torchrun in every node, rank 0 on the screen, the rest in logs."""
+"""A job in a lab: a process per rank in every node, rank 0 on the screen, the rest in logs.
+
+The ranks are started without torch's agent, which keeps a store that anybody may write to, and
+unpickles what it finds there.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -20,6 +24,7 @@ from mics.lab.state import Lab, names_of_nodes, profile
 from mics.lab.system import find_program
 
 _PORT = 29511
+_OUT, _ERR = "stdout.log", "stderr.log"
 _GRACE_SECONDS = 20.0
 _SAID = re.compile(r"^mics( \w+)?: ", re.MULTILINE)  # how a message of ours begins
 
@@ -29,7 +34,7 @@ class Finished:
     """How a job ended.
 
     Args:
-        code: 0, or the exit code of the node that failed first.
+        code: 0, or the exit code of the rank that failed first.
         words: what the rank that failed first had to say.
         seconds: how long it took.
         per_node: what the kernel counted meanwhile at the interface of each node.
@@ -52,23 +57,15 @@ def run(lab: Lab, words: Sequence[str], logs: Path, *, screen: IO[str] | None = 
     """
     logs.mkdir(parents=True, exist_ok=True)
     before, start, began = traffic(lab), time.monotonic(), time.time()
-    nodes = [_start_node(lab, index, words, logs) for index in range(lab.nodes)]
-    stop = _Stop(nodes)
-    readers = [
-        threading.Thread(
-            target=_read,
-            args=(node, logs / f"node{index}.log", screen or sys.stdout, index == 0),
-        )
-        for index, node in enumerate(nodes)
-    ]
-    for reader in readers:
-        reader.start()
+    ranks = [_start_rank(lab, rank, words, logs) for rank in range(lab.nodes * lab.gpus_per_node)]
+    stop = _Stop(ranks)
+    readers = _show(ranks[0], _folder_of(lab, 0, logs), screen or sys.stdout)
     with stop:
-        first = _wait_for_first_failure(nodes)
+        first = _wait_for_first_failure(ranks)
         if first is not None:
-            _end(nodes)
-        for node in nodes:
-            node.wait()
+            _end(ranks)
+        for rank in ranks:
+            rank.wait()
     for reader in readers:
         reader.join()
     spent = time.monotonic() - start
@@ -77,7 +74,9 @@ def run(lab: Lab, words: Sequence[str], logs: Path, *, screen: IO[str] | None = 
         return Finished(128 + stop.asked, "interrupted", spent, per_node)
     if first is None:
         return Finished(0, "", spent, per_node)
-    return Finished(nodes[first].returncode or 1, _words(logs, lab, first, began), spent, per_node)
+    code = ranks[first].returncode
+    words_of_first = _words(logs, lab, ranks, began)
+    return Finished(code if code > 0 else 128 - code, words_of_first, spent, per_node)
 
 
 def in_node(lab: Lab, index: int, words: Sequence[str]) -> list[str]:
@@ -91,8 +90,8 @@ def in_node(lab: Lab, index: int, words: Sequence[str]) -> list[str]:
     return [find_program("ip") or "ip", "netns", "exec", lab.node(index), *shell, *words]
 
 
-def environment(lab: Lab, index: int) -> Mapping[str, str]:
-    """Return the variables of a program in a node, but for those that torchrun adds."""
+def environment(lab: Lab, index: int) -> dict[str, str]:
+    """Return the variables of a program in a node, but for those that make it a rank."""
     # Flat or hierarchical is measured once per lab: another one has other links.
     return (
         {"MICS_PROFILE": str(profile(lab))}
@@ -109,50 +108,73 @@ def environment(lab: Lab, index: int) -> Mapping[str, str]:
     )
 
 
-def _start_node(lab: Lab, index: int, words: Sequence[str], logs: Path) -> subprocess.Popen[str]:
-    launch = [sys.executable, "-m", "torch.distributed.run"]
-    launch += ["--nnodes", str(lab.nodes), "--node-rank", str(index)]
-    launch += ["--nproc-per-node", str(lab.gpus_per_node)]
-    launch += ["--master-addr", lab.address(0), "--master-port", str(_PORT)]
-    launch += ["--local-addr", lab.address(index)]
-    # Every rank's output into its own file; local rank 0's is shown as well.
-    launch += ["--log-dir", str(logs / f"node{index}"), "--tee", "3"]
-    launch += ["--local-ranks-filter", "0"]
-    return subprocess.Popen(
-        in_node(lab, index, [*launch, *_as_torchrun_takes_it(words)]),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment(lab, index),
-        start_new_session=True,
-    )
+def _start_rank(lab: Lab, rank: int, words: Sequence[str], logs: Path) -> subprocess.Popen[str]:
+    """Start a rank; rank 0's output comes through pipes, the others' goes into files."""
+    index, local_rank = divmod(rank, lab.gpus_per_node)
+    folder = _folder_of(lab, rank, logs)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / _OUT).open("w") as out, (folder / _ERR).open("w") as err:
+        return subprocess.Popen(
+            in_node(lab, index, _as_program(words)),
+            stdout=out if rank else subprocess.PIPE,
+            stderr=err if rank else subprocess.PIPE,
+            text=True,
+            env=environment(lab, index)
+            | {
+                "RANK": str(rank),
+                "WORLD_SIZE": str(lab.nodes * lab.gpus_per_node),
+                "LOCAL_RANK": str(local_rank),
+                "LOCAL_WORLD_SIZE": str(lab.gpus_per_node),
+                "GROUP_RANK": str(index),
+                "MASTER_ADDR": lab.address(0),
+                "MASTER_PORT": str(_PORT),
+            },
+            start_new_session=True,
+        )
 
 
-def _as_torchrun_takes_it(words: Sequence[str]) -> list[str]:
+def _folder_of(lab: Lab, rank: int, logs: Path) -> Path:
+    index, local_rank = divmod(rank, lab.gpus_per_node)
+    return logs / f"node{index}" / str(local_rank)
+
+
+def _as_program(words: Sequence[str]) -> list[str]:
     first = words[0]
     if first == "-m" or first.endswith(".py"):
-        return list(words)
+        return [sys.executable, *words]
     if first == "mics":
-        return ["-m", "mics", *words[1:]]
+        return [sys.executable, "-m", *words]
     if first in ("python", "python3") and len(words) > 1:
-        return _as_torchrun_takes_it(words[1:])
-    return ["--no-python", *words]
+        return [sys.executable, *words[1:]]
+    return list(words)
 
 
-def _read(node: subprocess.Popen[str], log: Path, screen: IO[str], shown: bool) -> None:
-    assert node.stdout is not None
-    with log.open("w") as file, node.stdout:
-        for line in node.stdout:
+def _show(rank: subprocess.Popen[str], folder: Path, screen: IO[str]) -> list[threading.Thread]:
+    assert rank.stdout is not None and rank.stderr is not None
+    lock = threading.Lock()  # whole lines, whichever pipe they come through
+    readers = [
+        threading.Thread(target=_read, args=(pipe, folder / name, screen, lock))
+        for pipe, name in ((rank.stdout, _OUT), (rank.stderr, _ERR))
+    ]
+    for reader in readers:
+        reader.start()
+    return readers
+
+
+def _read(pipe: IO[str], log: Path, screen: IO[str], lock: threading.Lock) -> None:
+    with log.open("w") as file, pipe:
+        for line in pipe:
             file.write(line)
-            if shown and line.startswith("[default0]:"):
-                screen.write(line.removeprefix("[default0]:"))
+            file.flush()
+            with lock:
+                screen.write(line)
                 screen.flush()
 
 
-def _wait_for_first_failure(nodes: Sequence[subprocess.Popen[str]]) -> int | None:
+def _wait_for_first_failure(ranks: Sequence[subprocess.Popen[str]]) -> int | None:
     while True:
-        codes = [node.poll() for node in nodes]
-        failed = [index for index, code in enumerate(codes) if code not in (None, 0)]
+        codes = [rank.poll() for rank in ranks]
+        failed = [number for number, code in enumerate(codes) if code not in (None, 0)]
         if failed:
             return failed[0]
         if all(code == 0 for code in codes):
@@ -160,57 +182,54 @@ def _wait_for_first_failure(nodes: Sequence[subprocess.Popen[str]]) -> int | Non
         time.sleep(0.05)
 
 
-def _end(nodes: Sequence[subprocess.Popen[str]], number: int = signal.SIGTERM) -> None:
-    """End the other nodes; what does not listen is killed."""
-    for node in nodes:
-        if node.poll() is None:
-            os.killpg(node.pid, number)
+def _end(ranks: Sequence[subprocess.Popen[str]], number: int = signal.SIGTERM) -> None:
+    """End the other ranks; what does not listen is killed."""
+    for rank in ranks:
+        if rank.poll() is None:
+            os.killpg(rank.pid, number)
     deadline = time.monotonic() + _GRACE_SECONDS
-    for node in nodes:
+    for rank in ranks:
         try:
-            node.wait(max(0.1, deadline - time.monotonic()))
+            rank.wait(max(0.1, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            os.killpg(node.pid, signal.SIGKILL)
+            os.killpg(rank.pid, signal.SIGKILL)
 
 
-def _words(logs: Path, lab: Lab, first: int, began: float) -> str:
+def _words(logs: Path, lab: Lab, ranks: Sequence[subprocess.Popen[str]], began: float) -> str:
     """Return the end of what the rank that failed first, by the time of writing, had to say.
 
     A folder may hold the logs of an earlier run, from before ``began``.
     """
-    order = [first, *(index for index in range(lab.nodes) if index != first)]
-    spoken = []
-    for index in order:
-        for file in sorted((logs / f"node{index}").rglob("stderr.log")):
-            if file.stat().st_mtime < began:
-                continue
-            text = file.read_text(errors="replace").strip()
-            if "Error" in text or _SAID.search(text):
-                local = int(file.parent.name)
-                rank = index * lab.gpus_per_node + local
-                spoken.append((file.stat().st_mtime, rank, text))
+    spoken, silent = [], []
+    for number, rank in enumerate(ranks):
+        file = _folder_of(lab, number, logs) / _ERR
+        text = file.read_text(errors="replace").strip()
+        if file.stat().st_mtime >= began and ("Error" in text or _SAID.search(text)):
+            spoken.append((file.stat().st_mtime, number, text))
+        elif rank.returncode not in (0, -signal.SIGTERM):
+            silent.append(f"rank {number} ended with exit code {rank.returncode} and said nothing")
     if not spoken:
-        return f"node{first} ended without a word; see {logs}/node{first}.log"
-    _, rank, text = min(spoken)
+        return "\n".join([*silent[:1], f"see {logs}"])
+    _, number, text = min(spoken)
     # Python's own words carry the rank; what a library prints when it is torn down does not.
     own = [
-        line.removeprefix(f"[rank{rank}]: ")
+        line.removeprefix(f"[rank{number}]: ")
         for line in text.splitlines()
-        if line.startswith(f"[rank{rank}]: ") or _SAID.match(line)
+        if line.startswith(f"[rank{number}]: ") or _SAID.match(line)
     ]
-    return f"rank {rank}:\n" + "\n".join(own or text.splitlines()[-20:])
+    return f"rank {number}:\n" + "\n".join(own or text.splitlines()[-20:])
 
 
 class _Stop:
-    """Passes SIGINT, SIGTERM and SIGHUP on to the nodes while it is entered."""
+    """Passes SIGINT, SIGTERM, SIGHUP and SIGQUIT on to the ranks while it is entered."""
 
-    def __init__(self, nodes: Sequence[subprocess.Popen[str]]) -> None:
-        self._nodes = nodes
+    def __init__(self, ranks: Sequence[subprocess.Popen[str]]) -> None:
+        self._ranks = ranks
         self.asked: int | None = None
 
     def __enter__(self) -> None:
         if threading.current_thread() is threading.main_thread():
-            numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+            numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
             self._before = {n: signal.signal(n, self._ask) for n in numbers}
 
     def __exit__(self, *_: object) -> None:
@@ -219,9 +238,9 @@ class _Stop:
 
     def _ask(self, number: int, frame: object) -> None:
         self.asked = number
-        for node in self._nodes:
-            if node.poll() is None:
-                os.killpg(node.pid, signal.SIGTERM)
+        for rank in self._ranks:
+            if rank.poll() is None:
+                os.killpg(rank.pid, signal.SIGTERM)
 
 
 def shown(words: Sequence[str]) -> str:

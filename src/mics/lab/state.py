@@ -11,7 +11,7 @@ import json
 import os
 import re
 import secrets
-import tempfile
+import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
@@ -100,8 +100,12 @@ def folder() -> Path:
     """Return where labs are noted for this user; ``unprivileged.py`` says where from within."""
     if FOLDER in os.environ:
         return Path(os.environ[FOLDER])
-    base = "/run" if os.geteuid() == 0 and os.access("/run", os.W_OK) else tempfile.gettempdir()
-    return Path(base) / f"mics-lab-{os.geteuid()}"
+    if os.geteuid() == 0 and os.access("/run", os.W_OK):
+        return Path(f"/run/mics-lab-{os.geteuid()}")
+    # Not in the public temporary folder, where others could put something under this name first;
+    # a home may be that of many machines.
+    home = os.environ.get("XDG_RUNTIME_DIR") or Path.home() / ".cache"
+    return Path(home) / f"mics-lab-{socket.gethostname()}"
 
 
 def note(lab: Lab, *, holder: int | None = None) -> IO[str]:
@@ -211,12 +215,14 @@ class Noted:
         alive: whether its owner lives, or it is to be kept.
         owner: the number of the process that it lives as long as.
         held: whether the owner is a process that only keeps its namespaces.
+        kept: whether it was left up, and is no run's own.
     """
 
     lab: Lab
     alive: bool
     owner: int
     held: bool
+    kept: bool
 
 
 def noted() -> list[Noted]:
@@ -228,14 +234,15 @@ def noted() -> list[Noted]:
                 table = json.load(file)
                 owner, held = int(table["owner"]), bool(table["held"])
                 holds = held and _began(owner) == table["began"] != ""
-                there = holds if held else table["keep"]
+                kept = bool(table["keep"])
+                there = holds if held else kept
                 alive = there or not _lockable(file)
-                labs.append(Noted(Lab(**table["lab"]), alive, owner, held))
+                labs.append(Noted(Lab(**table["lab"]), alive, owner, held, kept))
         except FileNotFoundError:
             continue  # taken down meanwhile
         except (ValueError, KeyError, TypeError):  # its owner was killed while it wrote
             lab = Lab(path.stem, 0, 0, "")
-            labs.append(Noted(lab, False, 0, False))
+            labs.append(Noted(lab, False, 0, False, False))
     return labs
 
 
@@ -255,6 +262,26 @@ def find(name: str | None) -> Noted:
         numbers=f"Labs: {', '.join(labs) or 'none'}.",
         write="--lab <one of them>" if labs else "mics lab up --nodes 2",
     )
+
+
+def find_left_up(name: str | None) -> Noted:
+    """Find a lab to take down: by its name, or the only one that was left up.
+
+    Raises:
+        LabError: there is none, or several to choose from; or those there are belong to runs.
+    """
+    alive = [each for each in noted() if each.alive]
+    left = [each for each in alive if each.kept]
+    if name is None and len(left) == 1:
+        return left[0]
+    if name is None and not left and alive:
+        used = [f"{each.lab.name} by process {each.owner}" for each in alive]
+        raise LabError(
+            "No lab was left up; those there are belong to runs, and go down with them.",
+            numbers=f"In use: {', '.join(used)}.",
+            write=f"mics lab down {alive[0].lab.name}, which ends that run",
+        )
+    return find(name)
 
 
 def _lockable(file: IO[str]) -> bool:

@@ -7,6 +7,7 @@ or another program. Whatever else is said goes to standard error: where long wor
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -33,10 +34,14 @@ def speaks() -> bool:
 
 def show(text: str) -> None:
     """Print a result on standard output, once for the whole job."""
-    if not speaks():
-        return
-    with outliving(sys.stdout):
-        print(text, flush=True)
+    if speaks():
+        write(text, sys.stdout)
+
+
+def write(text: str, stream: TextIO) -> None:
+    """Print a line, for as long as somebody reads."""
+    with outliving(stream):
+        print(text, file=stream, flush=True)
 
 
 @contextmanager
@@ -47,15 +52,16 @@ def outliving(stream: TextIO) -> Iterator[None]:
     """
     try:
         yield
-    except OSError:
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def progress(text: str) -> None:
     """Print where the work has got to, once for the whole job."""
     if speaks():
-        with outliving(sys.stderr):
-            print(text, file=sys.stderr, flush=True)
+        write(text, sys.stderr)
 
 
 def say(text: str) -> None:

@@ -21,8 +21,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from mics.errors import TopologyError
 from mics.ranks.agreement import check_agreement, gather_text
-from mics.ranks.device import communication_device, default_device_type, use_local_device
-from mics.ranks.launcher import export_torch_variables, read_launch
+from mics.ranks.device import communication_device, default_device_type
+from mics.ranks.joining import JOIN_SECONDS, join, make_group
+from mics.ranks.launcher import ranks_per_node_told, read_launch
 from mics.topology import Ranks, Topology, has_two_stages, nodes_of
 from mics.version import __version__
 
@@ -189,9 +190,10 @@ def start(device_type: str | None = None) -> tuple[int, int]:
 
     Raises:
         TopologyError: no launcher started this process and there is no process group.
+        MicsError: the other ranks did not come, or something else is wrong with where they meet.
     """
-    launch = read_launch()
     if not dist.is_initialized():
+        launch = read_launch()
         if launch is None:
             raise TopologyError(
                 "This process was started by no launcher that mics knows.",
@@ -199,16 +201,14 @@ def start(device_type: str | None = None) -> tuple[int, int]:
                 "is set.",
                 write="torchrun --nproc-per-node <GPUs> script.py",
             )
-        export_torch_variables(launch)
-        use_local_device(launch.local_rank, device_type or default_device_type())
-        dist.init_process_group()
+        store = join(launch, device_type or default_device_type(), JOIN_SECONDS)
+        make_group(store, launch, None, None)
     return dist.get_world_size(), launched_ranks_per_node()
 
 
 def launched_ranks_per_node() -> int:
     """Ranks per node as the launcher tells it; all of them, if there was no launcher."""
-    launch = read_launch()
-    return launch.ranks_per_node if launch is not None else dist.get_world_size()
+    return ranks_per_node_told() or dist.get_world_size()
 
 
 def groups_of(mesh: DeviceMesh, *, gpus_per_node: int | None = None) -> Groups:

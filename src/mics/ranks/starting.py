@@ -1,4 +1,4 @@
-"""How a verb gets its ranks: those of a launcher, or local ones that it starts itself."""
+"""Ranks of this machine that a verb starts itself, where no launcher has."""
 
 from __future__ import annotations
 
@@ -8,21 +8,18 @@ import json
 import logging
 import os
 import signal
-import socket
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.multiprocessing.spawn import (
     ProcessExitedException,
     ProcessRaisedException,
@@ -35,24 +32,19 @@ from mics.ranks.device import (
     HOST,
     default_device_type,
     num_devices,
-    on_accelerator,
     ranks_can_fork,
     use_local_device,
 )
-from mics.ranks.drawing import ranks_text
 from mics.ranks.files import write_whole
-from mics.ranks.launcher import Launch, export_torch_variables, listen_on_loopback
+from mics.ranks.interfaces import LOOPBACK, listen_on_loopback
+from mics.ranks.joining import backend_on, make_group
+from mics.ranks.launcher import Launch
+
+MOST_RANKS = 1024
+"""More are not started on one machine: each is a process of some hundred megabytes."""
 
 LOCAL = "mics"
 """The ``source`` of a ``Launch`` whose ranks were started here."""
-
-_POLL_SECONDS = 0.2
-
-
-class RanksMissing(MicsError):
-    """Announced ranks that did not come. Every rank that did raises it."""
-
-    ranks: list[int]
 
 
 def choose_device_type(wanted: str, ranks_here: int) -> str:
@@ -68,92 +60,13 @@ def choose_device_type(wanted: str, ranks_here: int) -> str:
     return accelerator
 
 
-# -- ranks of a launcher -------------------------------------------------------------------------
-
-
-def join(launch: Launch, device_type: str, seconds: float) -> None:
-    """Make the process group of a launched job; nothing waits longer than ``seconds``.
-
-    The CPU side is always Gloo, so that ranks can compare notes before the accelerator's backend
-    is used for the first time.
-
-    Raises:
-        MicsError: rank 0 cannot be reached, or some ranks did not come: it names them.
-        TopologyError: the launcher does not say where rank 0 listens.
-    """
-    export_torch_variables(launch)
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    # torchrun's agent keeps a store; elsewhere rank 0 does. Not waiting for the others here is
-    # what lets the roll call name the missing.
-    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    try:
-        store = dist.TCPStore(  # type: ignore[attr-defined]
-            address,
-            port,
-            launch.world,
-            is_master=launch.rank == 0 and not agent,
-            timeout=timedelta(seconds=seconds),
-            wait_for_workers=False,
-        )
-    except dist.DistNetworkError as error:
-        raise MicsError(
-            f"Rank {launch.rank} on {socket.gethostname()} cannot reach rank 0 at "
-            f"{address}:{port} within {seconds:g} s.",
-            numbers=str(error).split("\n")[0],
-            write="MASTER_ADDR=<host of rank 0> and a MASTER_PORT that is open between the nodes",
-        ) from None
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    rendezvous = PrefixStore(f"mics/{attempt}", store)
-    _call_the_roll(rendezvous, launch, seconds)
-    _make_group(rendezvous, launch, device_type, seconds)
-
-
-def _call_the_roll(store: Store, launch: Launch, seconds: float) -> None:
-    store.set(f"here/{launch.rank}", socket.gethostname())
-    store.add("come", 1)
-    deadline = time.monotonic() + seconds
-    # Asking again and again instead of store.wait, which logs pages when its time is up.
-    while store.add("come", 0) < launch.world:
-        if time.monotonic() > deadline:
-            raise _missing(store, launch, seconds)
-        time.sleep(_POLL_SECONDS)
-
-
-def _missing(store: Store, launch: Launch, seconds: float) -> RanksMissing:
-    ranks = [rank for rank in range(launch.world) if not store.check([f"here/{rank}"])]
-    error = RanksMissing(
-        f"Rank(s) {ranks_text(ranks)} of {launch.world} did not come within {seconds:g} s.",
-        numbers=f"{launch.source} announced {launch.world} ranks; rank {launch.rank} is on "
-        f"{socket.gethostname()}.",
-        write="the same command on every node (Slurm: srun mics ...)",
-    )
-    error.ranks = ranks
-    if launch.rank == 0:
-        time.sleep(5 * _POLL_SECONDS)  # the store ends with rank 0: let the others ask it too
-    return error
-
-
-def _make_group(store: Store, launch: Launch, device_type: str, seconds: float | None) -> None:
-    backend = "gloo"
-    if on_accelerator(device_type):
-        backend = f"cpu:gloo,{device_type}:{dist.get_default_backend_for_device(device_type)}"
-        use_local_device(launch.local_rank, device_type)
-    dist.init_process_group(
-        backend,
-        store=store,
-        rank=launch.rank,
-        world_size=launch.world,
-        timeout=None if seconds is None else timedelta(seconds=seconds),
-    )
-
-
 # -- ranks of our own ----------------------------------------------------------------------------
 
 Work = Callable[..., int]
 """What a rank does: called with its ``Launch`` and more, returns the rank's exit code."""
 
-# SIGTERM from a scheduler, ctrl-C and ctrl-\\ from a person, and a terminal that was closed.
-_PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
+# SIGTERM from a scheduler, ctrl-C and ctrl-\ from a person, and a terminal that was closed.
+_PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
 def run_local_ranks(
@@ -265,7 +178,8 @@ def _local_rank(
         _become(rank, ranks)
         launch = Launch(LOCAL, rank, ranks, rank, ranks)
         store = dist.FileStore(str(folder / "store"), ranks)  # type: ignore[attr-defined]
-        _make_group(store, launch, device_type, seconds)
+        use_local_device(rank, device_type)
+        make_group(store, launch, backend_on(device_type), seconds)
         code = work(launch, *arguments)
         leave_groups()
         _report(folder, rank, code=code)
@@ -295,8 +209,10 @@ def _become(rank: int, ranks: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
-    listen_on_loopback()
-    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    overruled = listen_on_loopback()
+    if overruled and rank == 0:
+        say(f"{' and '.join(overruled)} is for several nodes; ranks of this one use loopback")
+    os.environ["MASTER_ADDR"] = LOOPBACK
     for name in ("RANK", "LOCAL_RANK"):
         os.environ[name] = str(rank)
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import torch
 
 from mics.errors import ConfigError
+from mics.ranks.console import say
 from mics.ranks.device import default_device_type, on_accelerator
-from mics.ranks.launcher import Launch, read_launch
-from mics.ranks.starting import leave_groups, run_local_ranks
+from mics.ranks.launcher import Launch, allocated_tasks, more_ranks, read_launch
+from mics.ranks.starting import MOST_RANKS, leave_groups, run_local_ranks
 from mics.training.config import TrainConfig
 
 Work = Callable[[TrainConfig], int]
@@ -31,6 +31,11 @@ def run_on_ranks(work: Work, config: TrainConfig) -> int:
     launch = read_launch()
     ranks = num_ranks(config, launch)
     if launch is None:
+        if allocated_tasks() > 1:
+            say(
+                f"Slurm has allocated {allocated_tasks()} tasks, but srun has not started this "
+                f"process: {ranks} rank(s) of this machine train. Write: srun mics train ..."
+            )
         return run_local_ranks(_work_here, ranks, default_device_type(), None, work, config)
     code = work(config)
     leave_groups()
@@ -54,23 +59,21 @@ def num_ranks(config: TrainConfig, launch: Launch | None) -> int:
             numbers=f"parallel.ranks = {wanted}.",
             write="--parallel.ranks 1, or leave it out",
         )
+    if launch is None and wanted is not None and wanted > MOST_RANKS:
+        raise ConfigError(
+            f"parallel.ranks must be at most {MOST_RANKS} on one machine.",
+            numbers=f"parallel.ranks = {wanted}.",
+            write="torchrun or srun ... mics train, to start ranks on several machines",
+        )
     if launch is not None:
-        if wanted not in (None, launch.world):
+        if wanted is not None and wanted != launch.world:
             raise ConfigError(
                 f"parallel.ranks is for ranks started here, but {launch.source} has started some.",
                 numbers=f"parallel.ranks = {wanted}, {launch.source} started {launch.world}.",
-                write="leave --parallel.ranks out",
+                write=f"{more_ranks(launch, wanted)}, and leave --parallel.ranks out",
             )
         return launch.world
     if not on_accelerator(default_device_type()):
-        cores = os.cpu_count() or 1
-        most = max(64, 16 * cores)
-        if wanted is not None and wanted > most:
-            raise ConfigError(
-                "That are more ranks than this machine should start.",
-                numbers=f"parallel.ranks = {wanted}, {cores} core(s), at most {most} ranks.",
-                write=f"--parallel.ranks {most}, or --dry-run to look at more",
-            )
         return wanted or 1
     devices = torch.accelerator.device_count()
     if wanted is not None and wanted > devices:
