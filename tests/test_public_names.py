@@ -18,7 +18,7 @@ PUBLIC = """
     init_mesh fully_shard shard micro_steps micro_step finish_step ledger predict_traffic save load
     plan simulate Cluster Topology
     MicsError TopologyError DisagreementError ShardError MicroStepError ConfigError DataError
-    CheckpointError PlanError MicsWarning
+    CheckpointError PlanError RankError MicsWarning
 """
 OF_TOPOLOGY = "Ranks Topology possible_partitions nodes_of has_two_stages"
 OF_TRAFFIC = """

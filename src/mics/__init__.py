@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mics.errors import MicsError as MicsError
     from mics.errors import MicsWarning as MicsWarning
     from mics.errors import PlanError as PlanError
+    from mics.errors import RankError as RankError
     from mics.errors import ShardError as ShardError
     from mics.errors import TopologyError as TopologyError
     from mics.planning.api import Cluster as Cluster
@@ -48,6 +49,7 @@ _HOME = {
     "MicsError": "mics.errors",
     "MicsWarning": "mics.errors",
     "PlanError": "mics.errors",
+    "RankError": "mics.errors",
     "ShardError": "mics.errors",
     "Topology": "mics.topology",
     "TopologyError": "mics.errors",

@@ -30,6 +30,7 @@ from mics.checkpoint.verifying import verified_manifest
 from mics.checkpoint.writing import let_save_end
 from mics.errors import CheckpointError
 from mics.quantities import dtype_name
+from mics.ranks.whereabouts import during
 
 _MOST_NAMED = 3
 
@@ -46,6 +47,7 @@ class Loaded:
     random_restored: bool
 
 
+@during("mics.load")
 def load(
     path: str | os.PathLike[str],
     *,

@@ -23,6 +23,7 @@ from mics import compat
 from mics.communication.all_to_all import Exchange
 from mics.communication.ledger import Timed
 from mics.errors import TopologyError
+from mics.ranks import issuing
 from mics.ranks.device import on_accelerator
 from mics.ranks.mesh import Groups
 
@@ -133,7 +134,7 @@ class Gloo:
         if op not in Exchange.OPS:
             with span:
                 for output, input in pieces:
-                    compat.reduce_scatter(output, input, op, group)
+                    issuing.reduce_scatter(output, input, op, group)
             return
         under_way: list[Exchange] = []
 

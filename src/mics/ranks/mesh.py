@@ -22,7 +22,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from mics.errors import TopologyError
 from mics.ranks.agreement import check_agreement, gather_text
 from mics.ranks.device import communication_device, default_device_type, use_local_device
+from mics.ranks.issuing import make_group
 from mics.ranks.launcher import export_torch_variables, read_launch
+from mics.ranks.whereabouts import during, world_group
 from mics.topology import Ranks, Topology, has_two_stages, nodes_of
 from mics.version import __version__
 
@@ -103,6 +105,7 @@ class PerMesh(Generic[T]):
 _layouts: weakref.WeakKeyDictionary[dist.ProcessGroup, NodeLayout] = weakref.WeakKeyDictionary()
 
 
+@during("mics.init_mesh")
 def init_mesh(
     *,
     partition: int | Literal["auto"] = "auto",
@@ -171,13 +174,6 @@ def mesh_of(topology: Topology, device_type: str | None = None) -> DeviceMesh:
 def versions() -> list[str]:
     """What runs here, to be compared between ranks."""
     return [f"torch {torch.__version__}", f"mics {__version__}"]
-
-
-def world_group() -> dist.ProcessGroup:
-    """The group of all ranks."""
-    world = dist.group.WORLD
-    assert world is not None
-    return world
 
 
 def start(device_type: str | None = None) -> tuple[int, int]:
@@ -262,8 +258,8 @@ def stage_groups(groups: Groups, ranks: Ranks) -> StageGroups | None:
     column = tuple(other[row.index(rank)] for other in rows)
     # Only members call, so that making one group is not a matter for the whole cluster.
     made = StageGroups(
-        inter=dist.new_group(list(column), use_local_synchronization=True, group_desc="mics_inter"),
-        intra=dist.new_group(list(row), use_local_synchronization=True, group_desc="mics_intra"),
+        inter=make_group(column, "mics_inter"),
+        intra=make_group(row, "mics_intra"),
     )
     groups.layout.stages[ranks] = made
     return made
@@ -278,12 +274,8 @@ def post_forward_mesh(groups: Groups, size: int) -> DeviceMesh:
         rows = groups.whole.mesh.view(-1, size)
         rank = dist.get_rank()
         row, column = (int(i) for i in (rows == rank).nonzero()[0])
-        shard = dist.new_group(
-            rows[row].tolist(), use_local_synchronization=True, group_desc="mics_post_forward"
-        )
-        others = dist.new_group(
-            rows[:, column].tolist(), use_local_synchronization=True, group_desc="mics_unused"
-        )
+        shard = make_group(rows[row].tolist(), "mics_post_forward")
+        others = make_group(rows[:, column].tolist(), "mics_unused")
         groups.layout.post_forward[size] = DeviceMesh.from_group(
             [others, shard],
             groups.whole.device_type,
