@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from mics.sharding.prediction import ledger as ledger
     from mics.sharding.prediction import predict_traffic as predict_traffic
     from mics.sharding.shard import shard as shard
+    from mics.sharding.steps import steps as steps
     from mics.topology import Topology as Topology
 
 _HOME = {
@@ -65,6 +66,7 @@ _HOME = {
     "save": "mics.checkpoint",
     "shard": "mics.sharding.shard",
     "simulate": "mics.planning.api",
+    "steps": "mics.sharding.steps",
 }
 
 __all__ = ["__version__", "traffic", *_HOME]

@@ -32,7 +32,15 @@ import torch.distributed as dist
 from torch import nn
 
 from mics.communication.guard import guard
-from mics.communication.step_facts import NAMES, Facts, Normalise, Said, disagreement, facts
+from mics.communication.step_facts import (
+    NAMES,
+    Facts,
+    Normalise,
+    Said,
+    disagreement,
+    facts,
+    in_words,
+)
 from mics.errors import MicroStepError
 from mics.ranks.issuing import all_gather, all_reduce, make_group
 from mics.ranks.mesh import Groups, PerMesh
@@ -215,11 +223,17 @@ class _Question:
 
     def check(self) -> None:
         self._work.wait()
-        if not self._different():
+        different = self._different()
+        if not different:
             return
         mine = torch.tensor(self._mine, dtype=torch.int32)
         rows = torch.empty(len(self._ranks) * len(self._mine), dtype=torch.int32)
-        all_gather(rows, mine, self._group, name="comparison of what the ranks ran, which differs")
+        all_gather(
+            rows,
+            mine,
+            self._group,
+            name=f"comparison of the ranks' {in_words(different[0])}, which differ",
+        )
         table = rows.view(-1, len(self._mine)).tolist()
         in_order = dist.get_process_group_ranks(self._group)  # which need not be the mesh's
         said = {rank: Facts(*row) for rank, row in zip(in_order, table, strict=True)}

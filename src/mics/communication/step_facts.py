@@ -137,6 +137,15 @@ _WRONG = [
 ]
 
 
+def in_words(fact: str) -> str:
+    """What the numbers of a fact are, in the plural."""
+    return {
+        "optimizer_steps": "optimizer steps",
+        "trained": "trained parameters",
+        "collectives": "forward and backward passes",
+    }.get(fact, "micro-steps")
+
+
 def disagreement(said: Mapping[int, Facts], partition: int) -> MicroStepError:
     """The error of ranks that differ in what they have to agree on.
 

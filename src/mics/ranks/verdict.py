@@ -14,7 +14,10 @@ _MOST_PLACES = 4  # spelled out in one message
 
 _SAME_STEPS = "for batches in mics.steps(loader, ...), which ends on all ranks together"
 _SAME_CALLS = "the same calls in the same order on every rank"
-_ITS_LOG = "the log of that rank: was it killed, for want of memory?"
+_ITS_LOG = (
+    "the log of that rank: was it killed (for want of memory?), or ended by Gloo, which aborts "
+    "where ranks send different sizes?"
+)
 
 
 @dataclass(frozen=True)
