@@ -140,7 +140,7 @@ def test_a_rank_that_keeps_the_store_is_named_too(tmp_path: Path, how: str) -> N
     ends = run_programs(first_rank_goes, tmp_path, kept_by_first_rank=True)
     words = {
         "raises": "Rank 0 has failed",
-        "ends": "Rank 0 has ended its program, and the others have not.",
+        "ends": "Rank 0 has ended",  # the board is read, or gone, by the time that others look
         "is killed": "Rank 0 has ended, and the others have not: the job's store, which it kept, "
         "is gone.",
     }
@@ -148,7 +148,10 @@ def test_a_rank_that_keeps_the_store_is_named_too(tmp_path: Path, how: str) -> N
 
 
 def test_ranks_that_all_end_write_nothing(tmp_path: Path) -> None:
-    for end in run_programs(lambda rank: train(sharded(), 2), tmp_path, kept_by_first_rank=True):
+    ends = run_programs(
+        lambda rank: train(sharded(), 2), tmp_path, kept_by_first_rank=True, patience=60.0
+    )
+    for end in ends:
         assert (end.code, end.text) == (0, "")
 
 

@@ -59,7 +59,7 @@ class AllGather:
         input_tensor: torch.Tensor,  # [n], a view of this rank's row
         group: dist.ProcessGroup,
         async_op: bool = False,
-    ) -> dist.Work | None:
+    ) -> issuing.Handle | None:
         """Gather; with ``async_op`` return a handle whose ``wait`` completes both stages."""
         asked = Asked("all_gather", output_tensor, group)
         planned = plan(asked, self._groups, self._ledger, self._decide)

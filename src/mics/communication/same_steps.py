@@ -245,4 +245,4 @@ class _Question:
         largest, minus_least = self._largest.view(2, -1).tolist()
         names = [*NAMES, *NAMES[-1:] * (self._replicas - 1)]
         pairs = zip(names, largest, minus_least, strict=True)
-        return [name for name, most, minus in pairs if most != -minus]
+        return [name for name, most, minus in pairs if most != -minus and most != _NOBODY]

@@ -14,6 +14,7 @@ only where its file is or its port accepts; reading never waits for a key that n
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import socket
@@ -72,6 +73,12 @@ class Patience:
         return self.speak * 0.3
 
 
+@functools.cache
+def patience() -> Patience:
+    """What this process' environment asks for."""
+    return Patience(float(os.environ.get(WAIT_SECONDS, "10")))
+
+
 @dataclass(frozen=True)
 class Notice:
     """What one rank says of itself.
@@ -124,7 +131,7 @@ class Board:
 
     def __init__(self, world: dist.ProcessGroup, generation: int) -> None:
         self.rank, self.world = world.rank(), world.size()
-        self.patience = Patience(float(os.environ.get(WAIT_SECONDS, "10")))
+        self.patience = patience()
         self.seen: dict[int, Notice] = {}  # the latest of every rank
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         kept: Store = compat.job_store().clone()  # type: ignore[attr-defined]

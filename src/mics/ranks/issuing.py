@@ -29,8 +29,8 @@ Call = Callable[[bool], dist.Work | None]
 """Issues one collective of torch; with True it is asynchronous and returns its handle."""
 
 
-class Pending(dist.Work):
-    """A collective of the host that is under way.
+class Pending:
+    """A collective of the host that is under way; it can be used as torch's handle of one.
 
     Args:
         work: torch's handle.
@@ -41,7 +41,6 @@ class Pending(dist.Work):
     def __init__(
         self, work: dist.Work, place: Place, finish: Callable[[], object] | None = None
     ) -> None:
-        super().__init__()
         self._work = work
         self._place = place
         self._finish = finish
@@ -67,13 +66,17 @@ class Pending(dist.Work):
         return self._work.get_future()
 
 
+Handle = dist.Work | Pending
+"""torch's where a device waits, ours where the host does."""
+
+
 def all_gather(
     output: torch.Tensor,
     input: torch.Tensor,
     group: dist.ProcessGroup,
     async_op: bool = False,
     name: str | None = None,
-) -> dist.Work | None:
+) -> Handle | None:
     """All-gather ``input`` of ``group.rank()`` into row ``group.rank()`` of ``output``.
 
     Args:
@@ -96,7 +99,7 @@ def reduce_scatter(
     op: compat.ReduceOp,
     group: dist.ProcessGroup,
     async_op: bool = False,
-) -> dist.Work | None:
+) -> Handle | None:
     """Reduce ``input`` over the group, keep row ``group.rank()`` in ``output``.
 
     Gloo does so by an all-reduce of a copy, in a wait that can not be cut into slices. Here it is
@@ -125,7 +128,7 @@ def all_reduce(
     group: dist.ProcessGroup | None = None,
     async_op: bool = False,
     name: str | None = None,
-) -> dist.Work | None:
+) -> Handle | None:
     """All-reduce a tensor in place, over all ranks by default.
 
     Args:
@@ -142,7 +145,7 @@ def all_reduce(
     return _issue(call, "all-reduce", tensor, group, async_op, name=name)
 
 
-def exchange(output: torch.Tensor, input: torch.Tensor, group: dist.ProcessGroup) -> dist.Work:
+def exchange(output: torch.Tensor, input: torch.Tensor, group: dist.ProcessGroup) -> Handle:
     """Begin to send row r of ``input`` to rank r, which keeps what comes from rank s in row s."""
 
     def call(async_op: bool) -> Any:
@@ -192,7 +195,7 @@ def _issue(
     async_op: bool,
     finish: Callable[[], object] | None = None,
     name: str | None = None,
-) -> dist.Work | None:
+) -> Handle | None:
     of = counted(group or world_group())
     of.issued += 1
     if on_accelerator(whole.device):
@@ -261,4 +264,5 @@ def _meet(ranks: Sequence[int], name: str) -> None:
             pause = min(2 * pause, _LONGEST_PAUSE)
         return False
 
-    wait_until(is_over, Place(of, of.issued, f"making of a group ({name})"))
+    place = Place(of, of.issued, f"making of a group ({name})")
+    wait_until(is_over, place, time.monotonic())

@@ -42,6 +42,7 @@ from mics.ranks.device import (
 from mics.ranks.drawing import ranks_text
 from mics.ranks.files import write_whole
 from mics.ranks.launcher import Launch, export_torch_variables, listen_on_loopback
+from mics.ranks.whereabouts import say_failure
 
 LOCAL = "mics"
 """The ``source`` of a ``Launch`` whose ranks were started here."""
@@ -270,6 +271,7 @@ def _local_rank(
         leave_groups()
         _report(folder, rank, code=code)
     except BaseException as error:
+        say_failure(error)
         bug = None if isinstance(error, MicsError) else type(error).__name__
         words = str(error) if bug is None else traceback.format_exc()
         facts = {"time": time.time(), "bug": bug, "words": words}

@@ -14,6 +14,7 @@ notes that checkpoints compare, which run on Gloo, are where a rank notices that
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from mics.errors import RankError
-from mics.ranks.board import Board, NoAnswer, Notice, Patience, board_of_job
+from mics.ranks.board import Board, NoAnswer, Notice, board_of_job, patience
 from mics.ranks.console import say_of_this_rank
 from mics.ranks.drawing import ranks_text
 from mics.ranks.verdict import judge, lost, place, store_gone, timed_out, whom
@@ -37,7 +38,7 @@ _MOST_VOICES = 8  # ranks that say for whom they wait
 _MOST_UNANSWERED = 3  # looks, before a board that a rank keeps is taken to have gone with it
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Place:
     """A collective that a rank may have to wait in; its words are the same on all its ranks.
 
@@ -64,17 +65,30 @@ def wait_for_work(work: dist.Work, place: Place) -> None:
     Raises:
         RankError: it can not end, or has broken; names the rank and what it did.
     """
-    wait_until(lambda seconds: _is_over(work, seconds), place)
+    began = time.monotonic()
+    try:
+        work.wait(_slice())  # nearly always enough: what follows is for the others
+    except RuntimeError:
+        wait_until(lambda seconds: _is_over(work, seconds), place, began)
 
 
-def wait_until(is_over: IsOver, place: Place) -> None:
+@functools.cache
+def _slice() -> timedelta:
+    return timedelta(seconds=patience().look)
+
+
+def wait_until(is_over: IsOver, place: Place, began: float) -> None:
     """Wait for anything that other ranks have to come to.
+
+    Args:
+        is_over: waits for a while.
+        place: what is waited for.
+        began: when, on the monotonic clock.
 
     Raises:
         RankError: as ``wait_for_work``.
     """
-    began, board = time.monotonic(), board_of_job()
-    seconds = (Patience() if board is None else board.patience).look
+    board, seconds = board_of_job(), patience().look
     vigil: _Vigil | None = None
     try:
         while not is_over(seconds):
