@@ -172,7 +172,7 @@ def test_a_rank_that_saves_alone_is_named(tmp_path: Path) -> None:
     all_end_soon(run_programs(saves, tmp_path), CIRCLE, "ank(s) 0 in ", words)
 
 
-@pytest.mark.slow
+@pytest.mark.extra
 def test_a_rank_that_saves_alone_after_a_first_save_of_all_is_named(tmp_path: Path) -> None:
     def saves(rank: int) -> None:
         model, optimizer = parts = sharded()
@@ -196,7 +196,7 @@ def test_a_rank_that_skips_a_forward_is_named(tmp_path: Path) -> None:
     all_end_soon(run_programs(skips, tmp_path), CIRCLE, "for rank(s) 3")
 
 
-@pytest.mark.slow
+@pytest.mark.extra
 def test_a_rank_that_does_not_shard_with_the_others_is_named(tmp_path: Path) -> None:
     def some_shard(rank: int) -> None:
         parts = sharded(partition=4)
