@@ -160,10 +160,10 @@ def _count_copies() -> dict[str, int]:
 
 
 def test_no_stage_reorders_by_copying() -> None:
-    """Gloo itself copies once in its own reduce-scatter, flat over nodes; the exchange does not."""
+    """A flat reduce-scatter over nodes reduces in a copy, as Gloo's own; the exchange does not."""
     copies = run_ranks(_count_copies, 8)[0]
     assert copies["flat all_gather"] == copies["hierarchical all_gather"] == 0
-    assert copies["flat reduce_scatter"] == 1
+    assert copies["flat reduce_scatter"] == 2  # into it, and this rank's row out of it
     assert copies["hierarchical reduce_scatter"] == 0
 
 

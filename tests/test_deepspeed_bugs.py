@@ -117,6 +117,8 @@ def test_deepspeed_5080_compute_waits_for_the_gather(form, monkeypatch):
     late = []
 
     def all_gather(output: Any, input: Any, group: Any, async_op: bool = False) -> Any:
+        if not output.is_floating_point():  # what ranks compare before they shard
+            return really(output, input, group, async_op)
         if not async_op:
             return really(output, input, group)
         late.append(output.numel())

@@ -23,10 +23,10 @@ from doors import listeners, outer_addresses
 
 import mics
 from mics.errors import MicsError
-from mics.ranks import waiting
-from mics.ranks.joining import RanksMissing, join, make_group
+from mics.ranks import arrival
+from mics.ranks.arrival import Waiting
+from mics.ranks.joining import RanksMissing, join, make_world
 from mics.ranks.launcher import read_launch
-from mics.ranks.waiting import Waiting
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # fork with threads (3.12)
 HOST = socket.gethostname()
@@ -71,14 +71,14 @@ def _process(environment: dict[str, str], errors: Path, seconds: float, pipe: Co
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "MASTER_ADDR", "LOCAL_RANK"):
         os.environ.pop(name, None)
     os.environ |= environment
-    waiting.PATIENCE_SECONDS = 0.3
+    arrival.PATIENCE_SECONDS = 0.3
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     sys.stderr = os.fdopen(2, "w")
     told: dict[str, Any] = {"error": "", "missing": None, "sum": None}
     try:
         launch = read_launch()
         assert launch is not None
-        make_group(join(launch, "cpu", seconds), launch, "gloo", 20.0)
+        make_world(join(launch, "cpu", seconds), launch, "gloo", 20.0)
         total = torch.ones(())
         dist.all_reduce(total, group=dist.new_group())
         told["sum"] = float(total)
@@ -220,7 +220,7 @@ def test_who_waits_says_so_from_the_tenth_second_on_and_then_less_often(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = 0.0
-    monkeypatch.setattr(waiting.time, "monotonic", lambda: now)
+    monkeypatch.setattr(arrival.time, "monotonic", lambda: now)
     wait = Waiting(60.0)
     for second in range(61):
         now = float(second)

@@ -15,10 +15,10 @@ from mics.commands import VERBS
 
 PUBLIC = """
     __version__ traffic
-    init_mesh fully_shard shard micro_steps micro_step finish_step ledger predict_traffic save load
-    plan simulate Cluster Topology
+    init_mesh fully_shard shard micro_steps micro_step finish_step steps ledger predict_traffic save
+    load plan simulate Cluster Topology
     MicsError TopologyError DisagreementError ShardError MicroStepError ConfigError DataError
-    CheckpointError PlanError MicsWarning
+    CheckpointError PlanError RankError MicsWarning
 """
 OF_TOPOLOGY = "Ranks Topology possible_partitions nodes_of has_two_stages"
 OF_TRAFFIC = """

@@ -17,11 +17,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 import mics
-from mics import compat
 from mics.anatomy.blocks import find_blocks, units_of_block
 from mics.anatomy.memory import states_and_blocks
 from mics.anatomy.sizes import Parameter, UnitSize
-from mics.ranks import agreement
+from mics.ranks import agreement, issuing
 from mics.recipe import Recipe
 from mics.sharding.partition import PartitionChoice, choose_partition
 
@@ -456,12 +455,10 @@ def _comparisons(num_blocks: int, how: str) -> int:
     """All-gathers that compare the ranks of one ``shard`` call."""
     calls = 0
 
-    class Counting:
-        @staticmethod
-        def all_gather(*args: Any, **keywords: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            return compat.all_gather(*args, **keywords)
+    def counting(*args: Any, **keywords: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return issuing.all_gather(*args, **keywords)
 
     keywords: dict[str, Any] = {"gpus_per_node": 2}
     if how == "mesh":
@@ -470,7 +467,7 @@ def _comparisons(num_blocks: int, how: str) -> int:
         keywords["partition"] = 2
     with torch.device("meta" if how == "meta" else "cpu"):
         model = Stack(num_blocks=num_blocks)
-    agreement.compat = Counting  # type: ignore[assignment]  # this forked process only
+    agreement.all_gather = counting  # this forked process only
     quiet(lambda: mics.shard(model, collectives="flat", initialise=_ones, **keywords))
     return calls
 

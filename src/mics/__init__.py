@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mics.errors import MicsError as MicsError
     from mics.errors import MicsWarning as MicsWarning
     from mics.errors import PlanError as PlanError
+    from mics.errors import RankError as RankError
     from mics.errors import ShardError as ShardError
     from mics.errors import TopologyError as TopologyError
     from mics.planning.api import Cluster as Cluster
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from mics.sharding.prediction import ledger as ledger
     from mics.sharding.prediction import predict_traffic as predict_traffic
     from mics.sharding.shard import shard as shard
+    from mics.sharding.steps import steps as steps
     from mics.topology import Topology as Topology
 
 _HOME = {
@@ -48,6 +50,7 @@ _HOME = {
     "MicsError": "mics.errors",
     "MicsWarning": "mics.errors",
     "PlanError": "mics.errors",
+    "RankError": "mics.errors",
     "ShardError": "mics.errors",
     "Topology": "mics.topology",
     "TopologyError": "mics.errors",
@@ -63,6 +66,7 @@ _HOME = {
     "save": "mics.checkpoint",
     "shard": "mics.sharding.shard",
     "simulate": "mics.planning.api",
+    "steps": "mics.sharding.steps",
 }
 
 __all__ = ["__version__", "traffic", *_HOME]

@@ -6,6 +6,7 @@ Each entry says which versions need it and why (read in the source of 2.11 to 2.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from types import FunctionType
 from typing import Any
 
@@ -14,8 +15,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.autograd import Variable
 from torch.distributed._composable.checkpoint_activation import checkpoint
+from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import _coalescing_manager
+from torch.distributed.distributed_c10d import (
+    Store,
+    _coalescing_manager,
+    _get_default_store,
+)
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_common import HSDPMeshInfo, TrainingState
 
@@ -61,6 +67,34 @@ def coalesced(group: dist.ProcessGroup, async_ops: bool = False) -> Any:
     "does not implement startCoalescing" with it, and both backends take the fast path without it.
     """
     return _coalescing_manager(group=group, async_ops=async_ops)
+
+
+def works_of(handle: Any) -> list[dist.Work]:
+    """The works behind the handle of ``coalesced``, which itself waits without a limit of time."""
+    return list(handle.works)
+
+
+def job_store() -> Store:
+    """The store that the default process group was made with.
+
+    2.11 to 2.15: ``init_process_group`` makes one where the user gives none, and no public name
+    returns it.
+    """
+    store: Store = _get_default_store()
+    return store
+
+
+def timeout_of(group: dist.ProcessGroup) -> timedelta:
+    """The timeout that a group was made with; a backend without options has torch's default.
+
+    2.11 to 2.15: the options of a group's backend have no public name.
+    """
+    devices: list[torch.device] = group._device_types
+    options: list[Any] = [
+        getattr(group._get_backend(device), "options", None) for device in devices
+    ]
+    limits = [one._timeout for one in options if hasattr(one, "_timeout")]
+    return min(limits, default=default_pg_timeout)
 
 
 def is_premul_sum(op: ReduceOp) -> bool:

@@ -35,6 +35,10 @@ class DisagreementError(MicsError):
     """Ranks that were started with different versions, models or settings."""
 
 
+class RankError(MicsError, RuntimeError):
+    """Another rank has failed, has left, or waits where this one does not come."""
+
+
 class ShardError(MicsError, ValueError):
     """A model that cannot be sharded as asked."""
 

@@ -21,6 +21,7 @@ from mics.communication.forms import choice_of, keep
 from mics.communication.ledger import Ledger
 from mics.communication.timing import time_in_turn
 from mics.communication.two_stages import hierarchical_all_gather, hierarchical_reduce_scatter
+from mics.ranks.issuing import Handle
 from mics.ranks.mesh import Groups, StageGroups, ranks_of, stage_groups
 from mics.traffic import Collective, Form, ring_flow, stage_flow, stages
 
@@ -153,7 +154,7 @@ def _pipelined(groups: Groups, whole: torch.Tensor, mine: torch.Tensor) -> Calla
     gather = AllGather(groups, ledger, lambda *_: "hierarchical")
 
     def call() -> None:
-        under_way: list[dist.Work] = []
+        under_way: list[Handle] = []
         for _ in range(_BLOCKS):
             work = gather(whole, mine, groups.shard, async_op=True)
             assert work is not None

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from mics.benching.dilated import Dilation, Stretched
 from mics.benching.workloads import Workload
 from mics.ranks.device import HOST
-from mics.ranks.joining import JOIN_SECONDS, backend_on, join, make_group
+from mics.ranks.joining import JOIN_SECONDS, backend_on, join, make_world
 from mics.ranks.launcher import read_launch
 
 WORK_AROUND = (
@@ -133,7 +133,7 @@ def _join() -> None:
     launch = read_launch()
     assert launch is not None
     store = join(launch, HOST, JOIN_SECONDS)
-    make_group(store, launch, backend_on(HOST), None)
+    make_world(store, launch, backend_on(HOST), None)
 
 
 def _all_gather_one_by_one(

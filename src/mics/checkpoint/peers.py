@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from mics.errors import CheckpointError, DisagreementError
 from mics.ranks.agreement import check_agreement
+from mics.ranks.issuing import make_group
 from mics.ranks.together import gather_json, together
 
 Result = TypeVar("Result")
@@ -81,7 +82,6 @@ def _group_of_our_own() -> dist.ProcessGroup:
     world = dist.group.WORLD
     assert world is not None
     if world not in _groups:
-        made = dist.new_group(backend="gloo", timeout=_LONGEST, group_desc="mics_checkpoint")
-        assert made is not None
-        _groups[world] = made
+        ranks = dist.get_process_group_ranks(world)
+        _groups[world] = make_group(ranks, "mics_checkpoint", backend="gloo", timeout=_LONGEST)
     return _groups[world]

@@ -36,6 +36,7 @@ from mics.checkpoint.randomness import (
 from mics.checkpoint.verifying import verify_files
 from mics.checkpoint.writing import let_save_end
 from mics.errors import CheckpointError
+from mics.ranks.whereabouts import during
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Loaded:
     random_restored: bool
 
 
+@during("mics.load")
 def load(
     path: str | os.PathLike[str],
     *,

@@ -43,8 +43,10 @@ from mics.checkpoint.peers import Peers
 from mics.checkpoint.randomness import random_state
 from mics.errors import CheckpointError
 from mics.quantities import dtype_name
+from mics.ranks.whereabouts import during
 
 
+@during("mics.save")
 def save(
     path: str | os.PathLike[str],
     *,

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from mics import compat
+from mics.ranks.issuing import exchange
 
 
 class Exchange:
@@ -39,9 +40,7 @@ class Exchange:
         self._averages = op == dist.ReduceOp.AVG
         self._ranks = group.size()
         self._rows = torch.empty_like(input)
-        work = dist.all_to_all_single(self._rows, input, group=group, async_op=True)
-        assert work is not None
-        self.work: dist.Work = work
+        self.work = exchange(self._rows, input, group)
 
     def finish(self) -> None:
         """Wait for the rows of the others, and add them up."""

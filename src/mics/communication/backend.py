@@ -23,13 +23,15 @@ from mics import compat
 from mics.communication.all_to_all import Exchange
 from mics.communication.ledger import Timed
 from mics.errors import TopologyError
+from mics.ranks import issuing
 from mics.ranks.device import on_accelerator
+from mics.ranks.issuing import Handle
 from mics.ranks.mesh import Groups
 
 Program = Iterator[None]
 """A collective that yields whenever it would have to wait, see [Note: programs]."""
 
-Call = Callable[[bool], dist.Work | None]
+Call = Callable[[bool], Handle | None]
 """Issues one collective of torch; with True it is asynchronous and returns its handle."""
 
 Issue = Callable[[Timed, Call], Program]
@@ -133,11 +135,11 @@ class Gloo:
         if op not in Exchange.OPS:
             with span:
                 for output, input in pieces:
-                    compat.reduce_scatter(output, input, op, group)
+                    issuing.reduce_scatter(output, input, op, group)
             return
         under_way: list[Exchange] = []
 
-        def call(async_op: bool) -> dist.Work | None:
+        def call(async_op: bool) -> Handle | None:
             for output, input in pieces:
                 exchange = Exchange(output, input, op, group)
                 if async_op:

@@ -25,6 +25,7 @@ from mics.communication.backend import (
 )
 from mics.communication.landing import Landing
 from mics.communication.ledger import Ledger, Span
+from mics.ranks import issuing
 from mics.ranks.mesh import Groups, StageGroups, ranks_of, stage_groups
 from mics.topology import Ranks
 from mics.traffic import Collective, Form, Stage, StageMessage, stages
@@ -58,14 +59,14 @@ class AllGather:
         input_tensor: torch.Tensor,  # [n], a view of this rank's row
         group: dist.ProcessGroup,
         async_op: bool = False,
-    ) -> dist.Work | None:
+    ) -> issuing.Handle | None:
         """Gather; with ``async_op`` return a handle whose ``wait`` completes both stages."""
         asked = Asked("all_gather", output_tensor, group)
         planned = plan(asked, self._groups, self._ledger, self._decide)
         program = partial(self._program, output_tensor, input_tensor, group, planned)
         if async_op and planned.pair is None and not self._backend.blocks:
             planned.span("flat")  # counted, and on a stream of the backend's own already
-            return compat.all_gather(output_tensor, input_tensor, group, async_op=True)
+            return issuing.all_gather(output_tensor, input_tensor, group, async_op=True)
         if async_op:
             return self._backend.beside(program, output_tensor.device, "gathers")
         run(program(at_once))
@@ -84,7 +85,7 @@ class AllGather:
             return two_stages.all_gather(output, input, planned.pair, spans, issue)
         return issue(
             planned.span("flat"),
-            lambda async_op: compat.all_gather(output, input, group, async_op=async_op),
+            lambda async_op: issuing.all_gather(output, input, group, async_op=async_op),
         )
 
 
@@ -174,7 +175,7 @@ class ReduceScatter:
             return self._backend.reduce([(output, input)], op, group, planned.span("flat"), issue)
         return issue(
             planned.span("flat"),
-            lambda async_op: compat.reduce_scatter(output, input, op, group, async_op=async_op),
+            lambda async_op: issuing.reduce_scatter(output, input, op, group, async_op=async_op),
         )
 
 

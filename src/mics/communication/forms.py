@@ -18,12 +18,12 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 import torch
 import torch.distributed as dist
 
-from mics import compat
 from mics.communication.collectives import Decide
 from mics.communication.timing import time_in_turn
 from mics.communication.two_stages import hierarchical_all_gather, hierarchical_reduce_scatter
 from mics.errors import ShardError
 from mics.quantities import dtype_name, size
+from mics.ranks import issuing
 from mics.ranks.agreement import gather_text
 from mics.ranks.console import say
 from mics.ranks.device import HOST, device_name, on_accelerator
@@ -167,13 +167,13 @@ def _time_forms(
     calls: dict[Form, Callable[[], object]]
     if collective == "all_gather":
         calls = {
-            "flat": lambda: compat.all_gather(whole, shard, group),
+            "flat": lambda: issuing.all_gather(whole, shard, group),
             "hierarchical": lambda: hierarchical_all_gather(whole, shard, pair),
         }
     else:
         total = dist.ReduceOp.SUM
         calls = {
-            "flat": lambda: compat.reduce_scatter(shard, whole, total, group),
+            "flat": lambda: issuing.reduce_scatter(shard, whole, total, group),
             "hierarchical": lambda: hierarchical_reduce_scatter(shard, whole, total, pair),
         }
     seconds = time_in_turn(calls, _REPEATS, groups.device, groups.axes)

@@ -46,6 +46,7 @@ from mics.communication.ledger import Ledger
 from mics.communication.same_steps import same_steps_of
 from mics.errors import MicroStepError, MicsWarning
 from mics.quantities import MIB
+from mics.ranks.issuing import all_reduce
 from mics.ranks.mesh import Groups, ranks_of
 from mics.traffic import StageMessage
 
@@ -241,7 +242,7 @@ class HopTwo:
         span = self._ledger.issue(2, "all_reduce", sent, self._device)
         yield from issue(
             span,
-            lambda async_op: dist.all_reduce(message, op, group=self._replicas, async_op=async_op),
+            lambda async_op: all_reduce(message, op, self._replicas, async_op=async_op),
         )
         if message.device != gradients[0].device:
             yield  # gradients offloaded to the host are copied once the caller waits

@@ -17,10 +17,10 @@ from types import TracebackType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from mics.quantities import megabytes, milliseconds
 from mics.ranks.device import on_accelerator
+from mics.ranks.issuing import Handle
 from mics.traffic import Collective, Count, Flow, Key, StageMessage, Traffic, stage_flow
 
 
@@ -150,7 +150,7 @@ class Span:
         """Begin here: a second stage is issued with the first but starts after it."""
         self._start = time.perf_counter()
 
-    def follow(self, work: dist.Work) -> None:
+    def follow(self, work: Handle) -> None:
         """Time an asynchronous CPU collective to its completion, in the backend's own thread."""
 
         def done(_: object) -> None:
@@ -163,7 +163,7 @@ class Span:
         future.add_done_callback(done)
         self._followed = True
 
-    def wait(self, work: dist.Work) -> None:
+    def wait(self, work: Handle) -> None:
         """Wait for an asynchronous collective; the time spent here is what was exposed.
 
         One that was not followed is timed until here, later than its end.
@@ -187,10 +187,10 @@ class Untimed:
     def restart(self) -> None:
         """Do nothing."""
 
-    def follow(self, work: dist.Work) -> None:
+    def follow(self, work: Handle) -> None:
         """Do nothing."""
 
-    def wait(self, work: dist.Work) -> None:
+    def wait(self, work: Handle) -> None:
         """Wait for an asynchronous collective."""
         work.wait()
 

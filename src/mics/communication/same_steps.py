@@ -4,28 +4,57 @@ Replicas that run another number would end with different weights, and a partiti
 the gather of one micro-step with that of the next, both without a word. So every rank says of each
 micro-step, by its number, whether it comes; the answers travel while it computes, over a Gloo group
 of their own, and are compared before anybody waits for a hop 2 that others do not run.
+
+[Note: what else a question carries]
+Numbers that are equal on all ranks unless one of them does what the others do not:
+
+    optimizer steps    taken so far by optimizers of the model: one that was left out on a rank, or
+                       taken once more, leaves its shard behind the others
+    trained            a checksum of every parameter's ``requires_grad``: a parameter frozen on one
+                       rank alone leaves its reduce-scatter another size
+    collectives        issued so far in this rank's partition group, which have to be equal inside
+                       of it alone: a forward that was left out on one rank pairs the others'
+                       gathers with those of its next one
+
+One all-reduce takes the largest of each number and of its negative, so that it stays one small
+message. Only when they differ a second one brings every rank's numbers, to name the ranks.
 """
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+import weakref
+import zlib
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
+from mics.communication.guard import guard
+from mics.communication.step_facts import (
+    NAMES,
+    Facts,
+    Normalise,
+    Said,
+    disagreement,
+    facts,
+    in_words,
+)
 from mics.errors import MicroStepError
+from mics.ranks.issuing import all_gather, all_reduce, make_group
 from mics.ranks.mesh import Groups, PerMesh
+from mics.ranks.whereabouts import counted, in_step, leave_step, out_of_step
 
-Said = Literal["beforehand", "on arrival", "afterwards"]
-"""When ranks say so, see [Note: who knows the last micro-step, and when] in ``open_step.py``.
+_NOBODY = -(2**31)  # what a rank says of a partition group that it is not in
 
-All ranks say it at the same moment, or their hop 2 would cross.
-"""
 
-Normalise = Literal["micro_steps", "tokens"] | None
-"""What the gradients of a step are divided by: the number of micro-steps, of tokens, or nothing."""
+class Asker(Protocol):
+    """A step, which asks whether the others run it too."""
 
-_NORMALISE = (None, "micro_steps", "tokens")
+    @property
+    def params(self) -> Sequence[nn.Parameter]:
+        """What the step makes gradients of, in an order that is the same on every rank."""
 
 
 class SameSteps:
@@ -37,10 +66,18 @@ class SameSteps:
 
     def __init__(self, groups: Groups) -> None:
         self._ranks = groups.whole.mesh.flatten().tolist()  # not groups, which would keep itself
+        self._replicas = groups.num_replicas
+        self._replica = 0 if groups.replicas is None else groups.replicas.rank()
+        self._partition, self._layout = counted(groups.shard), groups.layout
         self._group: dist.ProcessGroup | None = None
         self._open: dict[int, _Question] = {}  # of every step that is open, by its owner
+        # The number of every step that is open, and what it trains, by its owner.
+        self._steps: dict[int, tuple[int, int]] = {}
+        self._begun = 0
+        self._optimizers = _Optimizers()
+        self._trained: dict[int, int] = {}  # a checksum, by the first parameter of a model
 
-    def ask(self, owner: object, ran: int, *, more: bool, said: Said, normalise: Normalise) -> None:
+    def ask(self, owner: Asker, ran: int, *, more: bool, said: Said, normalise: Normalise) -> None:
         """Say whether a micro-step follows the first ``ran`` of a step; ``check`` has the answer.
 
         Args:
@@ -49,83 +86,163 @@ class SameSteps:
             more: whether another one comes.
             said: when this is said.
             normalise: what the step's gradients are divided by.
+
+        Raises:
+            MicroStepError: other parameters are trained than in the step before, but not on every
+                rank. It is said before anything is gathered.
         """
         if self._group is None:
-            self._group = dist.new_group(
-                self._ranks,
-                backend="gloo",
-                use_local_synchronization=True,
-                group_desc="mics_control",
-            )
-            assert self._group is not None
-        self._open[id(owner)] = _Question(ran, more, said, normalise, self._group)
+            self._group = make_group(self._ranks, "mics_control", backend="gloo")
+        is_first = id(owner) not in self._steps
+        if is_first:
+            self._begun += 1
+            self._steps[id(owner)] = self._begun, _trained(owner.params)
+            self._optimizers.watch(owner.params)
+        step, trained = self._steps[id(owner)]
+        in_step(step, ran + (said == "on arrival"))
+        mine = facts(
+            ran,
+            more=more,
+            said=said,
+            normalise=normalise,
+            optimizer_steps=self._optimizers.steps,
+            trained=trained,
+            collectives=self._collectives(),
+        )
+        question = _Question(mine, self._group, self._ranks, (self._replica, self._replicas))
+        self._open[id(owner)] = question
+        if is_first:
+            model = id(owner.params[0])
+            before, self._trained[model] = self._trained.get(model), trained
+            if before is None:
+                self.check()
+            elif trained != before:
+                question.check_change()
 
     def check(self) -> None:
         """Compare the answers to all questions that are open.
 
         Raises:
-            MicroStepError: on every rank, when they differ.
+            MicroStepError: on every rank, when they differ; it names the ranks.
         """
         while self._open:
             owner = next(iter(self._open))
             self._open.pop(owner).check()
 
-    def forget(self, owner: object) -> None:
-        """Drop the open question of a step that was left."""
+    def end(self, owner: Asker) -> None:
+        """Forget a step that has ended."""
+        if self._steps.pop(id(owner), None) is not None:
+            out_of_step()
+
+    def forget(self, owner: Asker) -> None:
+        """Drop the open question of a step that was left, and tell those who may wait for it."""
         self._open.pop(id(owner), None)
+        if self._steps.pop(id(owner), None) is not None:
+            leave_step()
+
+    def _collectives(self) -> int:
+        pairs = [pair for pair in self._layout.stages.values() if pair is not None]
+        stages = [counted(group) for pair in pairs for group in (pair.inter, pair.intra)]
+        return sum(one.issued for one in [self._partition, *stages])
 
 
 same_steps_of = PerMesh(SameSteps)
 """The questions of a mesh."""
 
 
+class _Optimizers:
+    """Counts the steps of every optimizer that holds parameters of a mesh's models."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self._models: dict[int, tuple[weakref.ref[nn.Parameter], set[int]]] = {}
+
+    def watch(self, params: Sequence[nn.Parameter]) -> None:
+        """Count the optimizers of these parameters."""
+        ids = {id(param) for param in params}
+        self._models = {key: model for key, model in self._models.items() if model[0]() is not None}
+        self._models[id(params[0])] = weakref.ref(params[0]), ids
+        guard(self)
+
+    def check_optimizer(self, stepped: set[int]) -> bool:
+        """Count a step, see ``guard.Owner``; nothing is refused."""
+        self.steps += any(not stepped.isdisjoint(ids) for _, ids in self._models.values())
+        return True
+
+
+def _trained(params: Sequence[nn.Parameter]) -> int:
+    return zlib.crc32(bytes(param.requires_grad for param in params)) & 2**31 - 1
+
+
 class _Question:
-    """One question, under way."""
+    """One question, under way.
+
+    Args:
+        mine: what this rank says.
+        group: all ranks of the mesh.
+        ranks: they, by their numbers in the job.
+        replica: which of how many this rank belongs to.
+    """
 
     def __init__(
-        self, ran: int, more: bool, said: Said, normalise: Normalise, group: dist.ProcessGroup
+        self,
+        mine: Facts,
+        group: dist.ProcessGroup,
+        ranks: Sequence[int],
+        replica: tuple[int, int],
     ) -> None:
-        self._ran = ran
-        self._more = more
-        self._said = said
-        self._normalise = normalise
-        kind, divides = get_args(Said).index(said), _NORMALISE.index(normalise)
-        facts = [more, not more, ran, -ran, kind, -kind, divides, -divides]
-        self._most = torch.tensor(facts, dtype=torch.int32)
-        work = dist.all_reduce(self._most, dist.ReduceOp.MAX, group=group, async_op=True)
+        self._mine, self._group, self._ranks, self._replicas = mine, group, ranks, replica[1]
+        *numbers, collectives = mine
+        upper, lower = [_NOBODY] * self._replicas, [_NOBODY] * self._replicas
+        upper[replica[0]], lower[replica[0]] = collectives, -collectives
+        largest = [*numbers, *upper, *(-number for number in numbers), *lower]
+        self._largest = torch.tensor(largest, dtype=torch.int32)
+        work = all_reduce(
+            self._largest,
+            dist.ReduceOp.MAX,
+            group,
+            async_op=True,
+            name="question whether all run the same micro-steps",
+        )
         assert work is not None
         self._work = work
 
+    def check_change(self) -> None:
+        """Wait for the answer, and refuse to train what not every rank does.
+
+        Ranks that have changed nothing do not wait here, so they can not be asked who they are.
+        """
+        self._work.wait()
+        if "trained" in self._different():
+            raise MicroStepError(
+                f"Rank {dist.get_rank()} trains other parameters since its last step, and not "
+                "every rank does.",
+                numbers="requires_grad was changed on some ranks only.",
+                write="param.requires_grad_(...) on every rank",
+            )
+
     def check(self) -> None:
         self._work.wait()
-        some_go_on, some_end, most, minus_least, *rest = self._most.tolist()
-        same_moment, same_division = rest[0] == -rest[1], rest[2] == -rest[3]
-        differ = some_go_on and some_end
-        if most == -minus_least and not differ and same_moment and same_division:
+        different = self._different()
+        if not different:
             return
-        ran = f"{self._ran} micro-step(s)"
-        if most != -minus_least:
-            raise MicroStepError(
-                "Ranks are in different micro-steps of one step.",
-                numbers=f"Rank {dist.get_rank()} has run {ran}; the ranks have run {-minus_least} "
-                f"to {most}.",
-                write="the same number of batches on every rank; pad the last one, or drop it",
-            )
-        if not differ and not same_division:
-            raise MicroStepError(
-                "Ranks normalise the gradients of one step in different ways.",
-                numbers=f"Rank {dist.get_rank()} divides by {self._normalise or 'nothing'}.",
-                write="the same normalise= on every rank, and tokens= on all of them or on none",
-            )
-        if not differ:
-            raise MicroStepError(
-                "Some ranks say beforehand which micro-step is the last, and others do not.",
-                numbers=f"After {ran} rank {dist.get_rank()} said it {self._said}.",
-                write="the same last= on every rank, and finish_step on all of them or on none",
-            )
-        raise MicroStepError(
-            "Ranks were given different numbers of micro-batches for one step.",
-            numbers=f"After {ran} some ranks have more and others have not; rank "
-            f"{dist.get_rank()} has {'more' if self._more else 'no more'}.",
-            write="the same number of batches on every rank; pad the last one, or drop it",
+        mine = torch.tensor(self._mine, dtype=torch.int32)
+        rows = torch.empty(len(self._ranks) * len(self._mine), dtype=torch.int32)
+        all_gather(
+            rows,
+            mine,
+            self._group,
+            name=f"comparison of the ranks' {in_words(different[0])}, which differ",
         )
+        table = rows.view(-1, len(self._mine)).tolist()
+        in_order = dist.get_process_group_ranks(self._group)  # which need not be the mesh's
+        said = {rank: Facts(*row) for rank, row in zip(in_order, table, strict=True)}
+        by_partition = {rank: said[rank] for rank in self._ranks}
+        raise disagreement(by_partition, len(self._ranks) // self._replicas)
+
+    def _different(self) -> list[str]:
+        """Names of the facts that are not the same on all ranks that have to agree."""
+        largest, minus_least = self._largest.view(2, -1).tolist()
+        names = [*NAMES, *NAMES[-1:] * (self._replicas - 1)]
+        pairs = zip(names, largest, minus_least, strict=True)
+        return [name for name, most, minus in pairs if most != -minus and most != _NOBODY]

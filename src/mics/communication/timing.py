@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from mics.ranks.device import synchronise
+from mics.ranks.issuing import all_reduce
 
 Name = TypeVar("Name")
 
@@ -34,7 +35,7 @@ def slowest_seconds(
     synchronise(device)
     seconds = torch.tensor(time.perf_counter() - start, device=device)
     for group in groups:
-        dist.all_reduce(seconds, dist.ReduceOp.MAX, group=group)
+        all_reduce(seconds, dist.ReduceOp.MAX, group)
     return seconds.item()
 
 

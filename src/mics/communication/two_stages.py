@@ -20,6 +20,7 @@ import torch.distributed as dist
 from mics import compat
 from mics.communication.backend import Backend, Issue, Program, at_once, backend_of, run
 from mics.communication.ledger import Timed, Untimed
+from mics.ranks import issuing
 from mics.ranks.mesh import StageGroups
 
 
@@ -43,9 +44,9 @@ def all_gather(
     nodes = pair.inter.size()
     staged = input.new_empty(nodes * input.numel())
     yield from issue(
-        inter, lambda async_op: compat.all_gather(staged, input, pair.inter, async_op=async_op)
+        inter, lambda async_op: issuing.all_gather(staged, input, pair.inter, async_op=async_op)
     )
-    with intra, compat.coalesced(pair.intra):
+    with intra, issuing.coalesced(output, pair.intra):
         for rows, shard in zip(output.chunk(nodes), staged.chunk(nodes), strict=True):
             compat.all_gather(rows, shard, pair.intra)
 

@@ -22,7 +22,7 @@ from mics.doctor.report import Report, as_json, as_text
 from mics.errors import MicsError
 from mics.ranks.console import show
 from mics.ranks.device import num_devices
-from mics.ranks.joining import RanksMissing, backend_on, join, make_group
+from mics.ranks.joining import RanksMissing, backend_on, join, make_world
 from mics.ranks.launcher import Launch
 from mics.ranks.mesh import device_of, init_mesh
 from mics.ranks.starting import choose_device_type, run_local_ranks
@@ -58,7 +58,7 @@ def _as_rank_of_launcher(config: Config, launch: Launch) -> int:
         if launch.rank == 0:
             raise
         return 1
-    make_group(store, launch, backend_on(device_type), config.timeout)
+    make_world(store, launch, backend_on(device_type), config.timeout)
     code = check(launch, config, device_type, environment)
     dist.destroy_process_group()
     return code

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.distributed as dist
 
-from mics import compat
 from mics.errors import DisagreementError
+from mics.ranks.issuing import all_gather
 
 _MOST_NAMED = 8
 
@@ -23,14 +23,14 @@ def gather_text(text: str, group: dist.ProcessGroup, device: torch.device) -> li
     data = text.encode()
     size = torch.tensor([len(data)], dtype=torch.int64, device=device)
     sizes = torch.empty(group.size(), dtype=torch.int64, device=device)
-    compat.all_gather(sizes, size, group)
+    all_gather(sizes, size, group)
     widths = [int(n) for n in sizes.tolist()]
     width = max(1, *widths)
     mine = torch.zeros(width, dtype=torch.uint8, device=device)
     if data:
         mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     rows = torch.empty(group.size() * width, dtype=torch.uint8, device=device)
-    compat.all_gather(rows, mine, group)
+    all_gather(rows, mine, group)
     table = rows.view(group.size(), width).cpu()
     return [bytes(row[:n].tolist()).decode() for row, n in zip(table, widths, strict=True)]
 
@@ -53,7 +53,7 @@ def check_agreement(
     table = mine.unsqueeze(0)  # [ranks, 1 + subjects]
     for group in groups:
         rows = table.new_empty(group.size() * table.numel())
-        compat.all_gather(rows, table.reshape(-1), group)
+        all_gather(rows, table.reshape(-1), group)
         table = rows.view(-1, mine.numel())
     ranks, digests = table[:, 0].tolist(), table[:, 1:]
     for column, subject in enumerate(facts):

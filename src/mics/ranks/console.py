@@ -1,4 +1,4 @@
-"""What mics says: one voice, rank 0's.
+"""What mics says: one voice, rank 0's, but where a rank alone can know.
 
 What a command was asked for goes to standard output (``show``), so that it can be piped into a file
 or another program. Whatever else is said goes to standard error: where long work has got to
@@ -67,6 +67,12 @@ def progress(text: str) -> None:
 def say(text: str) -> None:
     """Print what a person should know, once for the whole job."""
     progress(f"mics: {text}")
+
+
+def say_of_this_rank(text: str) -> None:
+    """Print what only this rank knows, such as for whom it waits; every rank has this voice."""
+    dist: Any = sys.modules["torch.distributed"]
+    print(f"mics: rank {dist.get_rank()} {text}", file=sys.stderr, flush=True)
 
 
 def alarm(text: str) -> None:

@@ -27,12 +27,12 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from mics.errors import MicsError
+from mics.ranks.arrival import Waiting
 from mics.ranks.console import say
 from mics.ranks.device import on_accelerator, use_local_device
 from mics.ranks.drawing import ranks_text
 from mics.ranks.interfaces import Door, door_of, is_loopback, listen_on
 from mics.ranks.launcher import Launch, check_place, export_torch_variables
-from mics.ranks.waiting import Waiting
 
 JOIN_SECONDS = 600.0
 """How long the ranks of a launcher wait for each other; nodes may have images to fetch first."""
@@ -58,7 +58,7 @@ def join(launch: Launch, device_type: str, seconds: float) -> Store:
         seconds: how long to wait for the others. Who is waited for is said after 10 s.
 
     Returns:
-        The store of this attempt, for ``make_group``.
+        The store of this attempt, for ``make_world``.
 
     Raises:
         RanksMissing: some ranks did not come: it names them, on every rank that did.
@@ -85,7 +85,7 @@ def backend_on(device_type: str) -> str:
     return f"cpu:gloo,{device_type}:{dist.get_default_backend_for_device(device_type)}"
 
 
-def make_group(store: Store, launch: Launch, backend: str | None, seconds: float | None) -> None:
+def make_world(store: Store, launch: Launch, backend: str | None, seconds: float | None) -> None:
     """Make the process group of ranks that have met; ``None`` is torch's own choice."""
     dist.init_process_group(
         backend,

@@ -22,8 +22,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from mics.errors import TopologyError
 from mics.ranks.agreement import check_agreement, gather_text
 from mics.ranks.device import communication_device, default_device_type
-from mics.ranks.joining import JOIN_SECONDS, join, make_group
+from mics.ranks.issuing import make_group
+from mics.ranks.joining import JOIN_SECONDS, join, make_world
 from mics.ranks.launcher import ranks_per_node_told, read_launch
+from mics.ranks.whereabouts import during, world_group
 from mics.topology import Ranks, Topology, has_two_stages, nodes_of
 from mics.version import __version__
 
@@ -104,6 +106,7 @@ class PerMesh(Generic[T]):
 _layouts: weakref.WeakKeyDictionary[dist.ProcessGroup, NodeLayout] = weakref.WeakKeyDictionary()
 
 
+@during("mics.init_mesh")
 def init_mesh(
     *,
     partition: int | Literal["auto"] = "auto",
@@ -174,13 +177,6 @@ def versions() -> list[str]:
     return [f"torch {torch.__version__}", f"mics {__version__}"]
 
 
-def world_group() -> dist.ProcessGroup:
-    """The group of all ranks."""
-    world = dist.group.WORLD
-    assert world is not None
-    return world
-
-
 def start(device_type: str | None = None) -> tuple[int, int]:
     """Initialise ``torch.distributed`` from the launcher's variables, unless that is done.
 
@@ -202,7 +198,7 @@ def start(device_type: str | None = None) -> tuple[int, int]:
                 write="torchrun --nproc-per-node <GPUs> script.py",
             )
         store = join(launch, device_type or default_device_type(), JOIN_SECONDS)
-        make_group(store, launch, None, None)
+        make_world(store, launch, None, None)
     return dist.get_world_size(), launched_ranks_per_node()
 
 
@@ -262,8 +258,8 @@ def stage_groups(groups: Groups, ranks: Ranks) -> StageGroups | None:
     column = tuple(other[row.index(rank)] for other in rows)
     # Only members call, so that making one group is not a matter for the whole cluster.
     made = StageGroups(
-        inter=dist.new_group(list(column), use_local_synchronization=True, group_desc="mics_inter"),
-        intra=dist.new_group(list(row), use_local_synchronization=True, group_desc="mics_intra"),
+        inter=make_group(column, "mics_inter"),
+        intra=make_group(row, "mics_intra"),
     )
     groups.layout.stages[ranks] = made
     return made
@@ -278,12 +274,8 @@ def post_forward_mesh(groups: Groups, size: int) -> DeviceMesh:
         rows = groups.whole.mesh.view(-1, size)
         rank = dist.get_rank()
         row, column = (int(i) for i in (rows == rank).nonzero()[0])
-        shard = dist.new_group(
-            rows[row].tolist(), use_local_synchronization=True, group_desc="mics_post_forward"
-        )
-        others = dist.new_group(
-            rows[:, column].tolist(), use_local_synchronization=True, group_desc="mics_unused"
-        )
+        shard = make_group(rows[row].tolist(), "mics_post_forward")
+        others = make_group(rows[:, column].tolist(), "mics_unused")
         groups.layout.post_forward[size] = DeviceMesh.from_group(
             [others, shard],
             groups.whole.device_type,

@@ -37,8 +37,9 @@ from mics.ranks.device import (
 )
 from mics.ranks.files import write_whole
 from mics.ranks.interfaces import LOOPBACK, listen_on_loopback
-from mics.ranks.joining import backend_on, make_group
+from mics.ranks.joining import backend_on, make_world
 from mics.ranks.launcher import Launch
+from mics.ranks.whereabouts import say_failure
 
 MOST_RANKS = 1024
 """More are not started on one machine: each is a process of some hundred megabytes."""
@@ -179,11 +180,12 @@ def _local_rank(
         launch = Launch(LOCAL, rank, ranks, rank, ranks)
         store = dist.FileStore(str(folder / "store"), ranks)  # type: ignore[attr-defined]
         use_local_device(rank, device_type)
-        make_group(store, launch, backend_on(device_type), seconds)
+        make_world(store, launch, backend_on(device_type), seconds)
         code = work(launch, *arguments)
         leave_groups()
         _report(folder, rank, code=code)
     except BaseException as error:
+        say_failure(error)
         bug = None if isinstance(error, MicsError) else type(error).__name__
         words = str(error) if bug is None else traceback.format_exc()
         facts = {"time": time.time(), "bug": bug, "words": words}

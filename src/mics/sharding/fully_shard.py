@@ -16,11 +16,13 @@ from mics.communication.forms import Collectives
 from mics.errors import ShardError
 from mics.ranks.device import default_device_type
 from mics.ranks.mesh import Groups, groups_of, post_forward_mesh, start
+from mics.ranks.whereabouts import during
 from mics.sharding.same_model import check_same_model, on_meta
 from mics.sharding.same_start import same_start
 from mics.sharding.units import Unit
 
 
+@during("mics.fully_shard")
 def fully_shard(
     module: Any,
     *,

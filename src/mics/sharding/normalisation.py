@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.distributed as dist
 
 from mics import compat
+from mics.ranks.issuing import all_reduce
 from mics.sharding.units import Unit
 
 
@@ -39,7 +39,7 @@ def _total(tokens: Sequence[int | torch.Tensor], unit: Unit) -> torch.Tensor:
     counts = [torch.as_tensor(n, device=device).to(torch.float64).reshape(()) for n in tokens]
     total = torch.stack(counts).sum()
     for group in unit.groups.axes:
-        dist.all_reduce(total, group=group)
+        all_reduce(total, group=group)
     return total.clamp(min=1.0)
 
 

@@ -24,7 +24,8 @@ from torch.distributed.fsdp import FSDPModule
 from mics import compat
 from mics.communication.guard import guard
 from mics.communication.hop_two import HopTwo
-from mics.communication.same_steps import Normalise, Said, same_steps_of
+from mics.communication.same_steps import same_steps_of
+from mics.communication.step_facts import Normalise, Said
 from mics.errors import MicroStepError, MicsWarning
 from mics.quantities import MIB
 from mics.sharding.normalisation import divide_by_micro_steps, divide_by_tokens
@@ -141,6 +142,11 @@ class OpenStep:
             self._close()
 
     @property
+    def params(self) -> list[nn.Parameter]:
+        """What the step makes gradients of, in the order of its units."""
+        return self._params
+
+    @property
     def was_left(self) -> bool:
         """Whether it can not go on: it was left, or its gradients have been dropped."""
         dropped = self._has_gradients and all(p.grad is None for p in self._params)
@@ -218,6 +224,8 @@ class OpenStep:
         elif self._normalise == "tokens":
             divide_by_tokens(self._units, self._tokens)
         self._ended = True
+        for questions in self._same_steps:
+            questions.end(self)
         for unit in self._units:
             unit.belong_to(None)
         del model.__dict__[_ATTRIBUTE]

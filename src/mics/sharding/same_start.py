@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from mics import compat
+from mics.ranks import issuing
 from mics.ranks.console import say
 from mics.ranks.mesh import Groups, PerMesh
 
@@ -46,11 +46,11 @@ def same_start(module: nn.Module, groups: Groups, ignored: set[nn.Parameter]) ->
     chain = groups.axes[::-1]
     for group in chain:
         rows = torch.empty(group.size() * len(names), dtype=torch.int64, device=groups.device)
-        compat.all_gather(rows, mine, group)
+        issuing.all_gather(rows, mine, group)
         table = rows.view(group.size(), -1)
         different |= (table != table[0]).any(dim=0).int()
     for group in chain:
-        dist.all_reduce(different, dist.ReduceOp.MAX, group=group)
+        issuing.all_reduce(different, dist.ReduceOp.MAX, group)
     unequal = [name for name, flag in zip(names, different.tolist(), strict=True) if flag]
     for name in unequal:
         _broadcast_first(tensors[name], groups, chain)
@@ -80,5 +80,5 @@ def _fingerprint(tensor: torch.Tensor) -> torch.Tensor:
 def _broadcast_first(tensor: torch.Tensor, groups: Groups, chain: list[dist.ProcessGroup]) -> None:
     on_device = tensor.detach().to(groups.device).contiguous()
     for group in chain:  # across replicas first, then inside each partition group
-        dist.broadcast(on_device, group=group, group_src=0)
+        issuing.broadcast(on_device, group)
     tensor.copy_(on_device)

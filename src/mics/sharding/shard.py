@@ -21,6 +21,7 @@ from mics.communication.backend import backend_of_mesh
 from mics.communication.forms import Collectives
 from mics.errors import ShardError
 from mics.quantities import dtype_name
+from mics.ranks import issuing
 from mics.ranks.console import say
 from mics.ranks.device import HOST, communication_device, default_device_type
 from mics.ranks.mesh import (
@@ -29,8 +30,8 @@ from mics.ranks.mesh import (
     launched_ranks_per_node,
     mesh_of,
     start,
-    world_group,
 )
+from mics.ranks.whereabouts import during, world_group
 from mics.recipe import Recipe
 from mics.sharding.fully_shard import UnitOptions, shard_unit
 from mics.sharding.gather_ahead import gather_ahead
@@ -44,6 +45,7 @@ from mics.topology import Topology
 Model = TypeVar("Model", bound=nn.Module)
 
 
+@during("mics.shard")
 def shard(
     model: Model,
     *,
@@ -252,7 +254,7 @@ def _choose(
         return PartitionChoice(partition, f"partition {partition}: as asked")
     device = torch.device(default_device_type())
     memory = torch.tensor(device_memory(device, launched_ranks_per_node()), device=device)
-    dist.all_reduce(memory, dist.ReduceOp.MIN)
+    issuing.all_reduce(memory, dist.ReduceOp.MIN)
     sizes = units_of_model(model, blocks)
 
     def need(p: int) -> int:
@@ -287,7 +289,7 @@ def _agreed_seed(groups: Groups) -> int:
     """The first rank's seed, on every rank."""
     seed = torch.tensor(torch.initial_seed() % 2**63, dtype=torch.int64, device=groups.device)
     for group in groups.axes[::-1]:
-        dist.broadcast(seed, group=group, group_src=0)
+        issuing.broadcast(seed, group)
     return int(seed)
 
 

@@ -7,6 +7,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from mics.ranks.issuing import all_reduce, broadcast
+from mics.ranks.whereabouts import world_group
 from mics.training.data import Batch, Stream, Tokenizer
 from mics.training.step import token_loss
 
@@ -38,7 +40,7 @@ def evaluate(
         sums[0] += token_loss(model, batch)
         sums[1] += batch.num_targets
     _rest(model)
-    dist.all_reduce(sums)
+    all_reduce(sums)
     loss, targets = sums.tolist()
     return loss / targets if targets else None
 
@@ -67,7 +69,7 @@ def sample(
     for _ in range(tokens):
         logits = model(input_ids=ids[:, -positions:]).logits[0, -1, : tokenizer.size].float()
         drawn = torch.multinomial((logits / temperature).softmax(0), 1, generator=generator)
-        dist.broadcast(drawn, src=0)
+        broadcast(drawn, world_group())
         ids = torch.cat([ids, drawn.reshape(1, 1)], dim=1)
     _rest(model)
     return tokenizer.decode(ids[0].tolist())

@@ -20,6 +20,7 @@ from mics.planning.weighing import needed_by, simulate_recipe
 from mics.quantities import GIB
 from mics.ranks.console import say
 from mics.ranks.device import on_accelerator
+from mics.ranks.issuing import all_reduce
 from mics.ranks.launcher import read_launch
 from mics.recipe import ON_GPUS, ON_HOSTS, Machine, Recipe
 from mics.sharding.partition import PartitionChoice, choose_partition, device_memory
@@ -147,7 +148,7 @@ class Forecast:
         if not self.traced:
             return "auto"
         memory = torch.tensor(device_memory(self.device, self.ranks_per_host), device=self.device)
-        dist.all_reduce(memory, dist.ReduceOp.MIN)
+        all_reduce(memory, dist.ReduceOp.MIN)
         if self.timed:
             node = self.cluster.node
             there = replace(node, gpu=replace(node.gpu, memory=float(memory)))

@@ -9,6 +9,7 @@ from torch import nn
 from mics.anatomy.flops import utilisation
 from mics.communication.ledger import Seconds
 from mics.communication.wire import bytes_sent
+from mics.ranks.issuing import all_reduce
 from mics.sharding.prediction import ledger, predict_traffic
 from mics.training.progress import Progress
 from mics.training.rates import Stopwatch, memory_bytes
@@ -59,7 +60,7 @@ class Meter:
         flow = self._predicted.flow
         both = [float(flow.inter_bytes), float(flow.intra_bytes)]
         summed = torch.tensor(both, dtype=torch.float64, device=device)
-        dist.all_reduce(summed)
+        all_reduce(summed)
         self.predicted_between_nodes, self.predicted_inside_nodes = map(int, summed.tolist())
 
     def begin(self) -> None:

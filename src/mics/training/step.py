@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from mics.ranks.issuing import all_reduce
 from mics.sharding.micro_steps import micro_steps
 from mics.training.config import OptimizerConfig
 from mics.training.data import Batch
@@ -113,7 +113,7 @@ def _sum_over_ranks(
     parts = torch.stack(list(tensors.values()))
     mine = torch.tensor(list(numbers.values()), dtype=parts.dtype, device=parts.device)
     sums = torch.cat([parts, mine])
-    dist.all_reduce(sums)
+    all_reduce(sums)
     values = torch.cat([sums, torch.stack(list(same.values()))]).tolist()
     return dict(zip([*tensors, *numbers, *same], values, strict=True))
 

@@ -1,0 +1,174 @@
+"""What a rank says of its micro-step, and what is wrong when ranks say different things."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+from mics.errors import MicroStepError
+from mics.ranks.drawing import ranks_text
+
+Said = Literal["beforehand", "on arrival", "afterwards"]
+"""When ranks say so, see [Note: who knows the last micro-step, and when] in ``open_step.py``.
+
+All ranks say it at the same moment, or their hop 2 would cross.
+"""
+
+Normalise = Literal["micro_steps", "tokens"] | None
+"""What the gradients of a step are divided by: the number of micro-steps, of tokens, or nothing."""
+
+_SAID = get_args(Said)
+_NORMALISE = (None, "micro_steps", "tokens")
+_LARGEST = 2**31 - 1
+
+
+class Facts(NamedTuple):
+    """What one rank says, as integers of 31 bits.
+
+    Args:
+        ran: micro-steps of the step that have ended by then.
+        more: whether another one comes.
+        moment: when this is said, by its place in ``Said``.
+        divides: what the gradients are divided by, by its place among the choices.
+        optimizer_steps: taken so far by optimizers of the mesh's models.
+        trained: a checksum of ``requires_grad``.
+        collectives: issued so far in the partition group; equal inside of it alone.
+    """
+
+    ran: int
+    more: int
+    moment: int
+    divides: int
+    optimizer_steps: int
+    trained: int
+    collectives: int
+
+
+NAMES = tuple(Facts.__annotations__)
+"""Names of the facts, in their order."""
+
+
+def facts(
+    ran: int,
+    *,
+    more: bool,
+    said: Said,
+    normalise: Normalise,
+    optimizer_steps: int,
+    trained: int,
+    collectives: int,
+) -> Facts:
+    """What this rank says."""
+    return Facts(
+        ran,
+        int(more),
+        _SAID.index(said),
+        _NORMALISE.index(normalise),
+        optimizer_steps & _LARGEST,
+        trained & _LARGEST,
+        collectives & _LARGEST,
+    )
+
+
+@dataclass(frozen=True)
+class _Wrong:
+    """One fact in which ranks differ.
+
+    Args:
+        fact: its name.
+        what: is wrong.
+        told: what a rank has done, by its number.
+        write: what to write instead.
+    """
+
+    fact: str
+    what: str
+    told: Callable[[int], str]
+    write: str
+
+
+_SAME_NUMBER = "the same number of batches on every rank; pad the last one, or drop it"
+_WRONG = [
+    _Wrong(
+        "ran",
+        "Ranks are in different micro-steps of one step.",
+        lambda ran: f"{ran} micro-step(s)",
+        _SAME_NUMBER,
+    ),
+    _Wrong(
+        "more",
+        "Ranks were given different numbers of micro-batches for one step.",
+        lambda more: "more" if more else "no more",
+        f"{_SAME_NUMBER} (for batches in mics.steps(loader, micro_steps=...) does)",
+    ),
+    _Wrong(
+        "divides",
+        "Ranks normalise the gradients of one step in different ways.",
+        lambda divides: f"divided by {_NORMALISE[divides] or 'nothing'}",
+        "the same normalise= on every rank, and tokens= on all of them or on none",
+    ),
+    _Wrong(
+        "moment",
+        "Some ranks say beforehand which micro-step is the last, and others do not.",
+        lambda moment: f"said it {_SAID[moment]}",
+        "the same last= on every rank, and finish_step on all of them or on none",
+    ),
+    _Wrong(
+        "optimizer_steps",
+        "Ranks have taken different numbers of optimizer steps: their shards belong to different "
+        "steps by now.",
+        lambda steps: f"{steps} optimizer step(s)",
+        "optimizer.step() on every rank or on none, by what all ranks know (an all-reduced loss)",
+    ),
+    _Wrong(
+        "trained",
+        "Ranks train different parameters: requires_grad was changed on some of them only.",
+        lambda trained: f"the checksum {trained:08x}",
+        "param.requires_grad_(...) on every rank",
+    ),
+    _Wrong(
+        "collectives",
+        "Ranks of a partition group have run different numbers of its collectives: one has left "
+        "out a forward or a backward, and what the others sent was taken for its next one's.",
+        lambda collectives: f"{collectives} collective(s)",
+        "the same forward and backward passes on every rank of a partition group",
+    ),
+]
+
+
+def in_words(fact: str) -> str:
+    """What the numbers of a fact are, in the plural."""
+    return {
+        "optimizer_steps": "optimizer steps",
+        "trained": "trained parameters",
+        "collectives": "forward and backward passes",
+    }.get(fact, "micro-steps")
+
+
+def disagreement(said: Mapping[int, Facts], partition: int) -> MicroStepError:
+    """The error of ranks that differ in what they have to agree on.
+
+    Args:
+        said: by the ranks' numbers in the job, partition group by partition group.
+        partition: p, ranks of a partition group.
+    """
+    ranks = list(said)
+    for wrong in _WRONG:
+        size = partition if wrong.fact == "collectives" else len(ranks)
+        for first in range(0, len(ranks), size):
+            by_number: dict[int, list[int]] = {}
+            for rank in ranks[first : first + size]:
+                by_number.setdefault(getattr(said[rank], wrong.fact), []).append(rank)
+            if len(by_number) > 1:
+                told = "; ".join(
+                    f"rank(s) {ranks_text(sorted(some))}: {wrong.told(number)}"
+                    for number, some in sorted(by_number.items())
+                )
+                after = f"After {said[ranks[first]].ran} micro-step(s) of this step"
+                if wrong.fact == "more":
+                    after = f"After {said[ranks[first]].ran} micro-step(s) some ranks have more "
+                    after += "and others have not"
+                numbers = f"{after}: {told}." if wrong.fact != "ran" else f"{told}.".capitalize()
+                return MicroStepError(wrong.what, numbers=numbers, write=wrong.write)
+    raise AssertionError("the ranks agree")
