@@ -50,7 +50,7 @@ def test_ranks_are_told_who_they_are_and_the_largest_code_is_returned() -> None:
     code, out, err = finish(
         start(
             # One write: three ranks share the pipe, and an unbuffered print writes each word.
-            'e = os.environ\nprint(f"{rank} {e[\'WORLD_SIZE\']} {e[\'MASTER_ADDR\']}\\n", end="")\n'
+            "e = os.environ\nprint(f\"{rank} {e['WORLD_SIZE']} {e['MASTER_ADDR']}\\n\", end=\"\")\n"
             "return rank"
         )
     )

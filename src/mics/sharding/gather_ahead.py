@@ -36,7 +36,7 @@ def gather_ahead(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
 
 
 def _start(model: nn.Module, groups: Sequence[Any]) -> Callable[..., None]:
-    def start() -> None:
+    def start(*_: Any) -> None:
         if compat.is_initialised(model) and torch.is_grad_enabled() and not compat.in_backward():
             for group in groups:
                 compat.start_unshard(group)

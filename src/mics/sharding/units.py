@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +16,14 @@ from mics.communication.backend import backend_of_mesh
 from mics.communication.collectives import AllGather, ReduceScatter
 from mics.communication.forms import Collectives, decide_by, measure
 from mics.communication.hop_two import HopTwo
+from mics.communication.issued import issued_of
 from mics.communication.landing import Landing
 from mics.communication.ledger import Ledger
+from mics.communication.used import Used
 from mics.errors import ShardError
 from mics.ranks.mesh import Groups, ranks_of
+from mics.sharding.lockstep import Use
+from mics.sharding.passes import Passes, passes_of
 
 _ATTRIBUTE = "_mics_units"
 
@@ -50,30 +55,51 @@ class Unit:
             _measure(group, groups)
         self.ledger = Ledger(rank=dist.get_rank(), gpus_per_node=groups.gpus_per_node)
 
-        replicated = groups.replicas is not None and not compat.is_replicated_by_torch(group)
+        self.name = _first_name(group)
+        self.number = issued_of(groups).number(self.name)
+        self.used = Used(group)
+        self.hop_two: HopTwo | None = None
         self.landing: Landing | None = None
+        self._communicate(overlap=overlap)
+
+        self._passes: Passes | None = None
+        self._entering = False
+        self._needs_gradient = False  # an input of this use
+        self._step: object = None
+        self.forward_hooks = [self._hook(one) for one in compat.modules_of(group)]
+        units_on(module).append(self)
+
+    def _communicate(self, *, overlap: bool) -> None:
+        """Make its collectives, its hop 2 and its landing, in the order they need each other."""
+        group, groups = self.group, self.groups
+        replicated = groups.replicas is not None and not compat.is_replicated_by_torch(group)
         if overlap and backend_of_mesh(groups).blocks:
             compat.gather_beside_computation(group)
             self.landing = Landing(group, groups, self._landed if replicated else None)
-        self.hop_two: HopTwo | None = None
         if replicated:
-            self.hop_two = HopTwo(group, groups, self.ledger, self.landing, self._peers)
-
-        self.all_gather = AllGather(groups, self.ledger, self.decide)
+            self.hop_two = HopTwo(
+                group, groups, self.ledger, self.landing, self.used, self._became_ready
+            )
+        issued = partial(issued_of(groups).add, self.number)
+        self.all_gather = AllGather(groups, self.ledger, self.decide, partial(issued, "gathers"))
         self.reduce_scatter = ReduceScatter(
             groups,
             self.ledger,
             self.decide,
-            self.hop_two.before_reduce if self.hop_two is not None else None,
+            partial(issued, "reduces"),
+            self._before_reduce,
             self.landing,
         )
         compat.set_comms(group, self.all_gather, self.reduce_scatter)
-        self.forward_hook: RemovableHandle | None = None
-        if self.hop_two is not None or self.landing is not None:
-            told = outside_graphs(self._before_forward)
-            self.forward_hook = module.register_forward_pre_hook(told)
-        self._step: object = None
-        units_on(module).append(self)
+
+    def _hook(self, module: nn.Module) -> list[RemovableHandle]:
+        """Stand before and behind FSDP2's own hooks on one module."""
+        before, inside, after = map(outside_graphs, (self._arrive, self._enter, self._leave))
+        return [
+            module.register_forward_pre_hook(before, prepend=True),
+            module.register_forward_pre_hook(inside, with_kwargs=True),
+            module.register_forward_hook(after, prepend=True),
+        ]
 
     @property
     def step(self) -> object:
@@ -84,21 +110,89 @@ class Unit:
         """Remember an open step, which then lasts as long as what it guards; ``None`` ends it."""
         self._step = step
 
-    def _before_forward(self) -> None:
-        if self.hop_two is not None:
-            self.hop_two.before_forward()
+    @property
+    def in_step(self) -> bool:
+        """Whether an open step will finish the unit's gradients."""
+        return self._step is not None and not getattr(self._step, "was_left", False)
+
+    @property
+    def trains(self) -> bool:
+        """Whether it has a parameter that needs a gradient."""
+        return compat.trainable_shard_numel(self.group) > 0
+
+    def peers(self) -> list[Unit]:
+        """Every unit under the same root and on the same mesh, in module order."""
+        owners = [(g, compat.modules_of(g)[0]) for g in compat.root_param_groups(self.group)]
+        units = [unit for g, module in owners for unit in units_on(module) if unit.group is g]
+        return [unit for unit in units if unit.groups.shard is self.groups.shard]
+
+    # -- around the forward of its modules, outside of recomputation ---------------------------
+
+    def _arrive(self, module: nn.Module, args: Any) -> None:
+        """Before FSDP2 gathers: what this rank has skipped comes first."""
+        if compat.in_backward():
+            return
+        self._entering = compat.enters_forward(self.group)
+        if self._entering and self._passes is not None:
+            self._passes.lockstep.arrive(self, with_gradient=_needs_gradient(args))
+
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """After FSDP2 has gathered, with the inputs whose gradients it waits for."""
         if self.landing is not None:
             self.landing.reductions.before_forward()
+        if compat.in_backward() or not self._entering:
+            return
+        if self._passes is None:  # the first forward has told who the root is
+            self._passes = passes_of(self)
+            self.name = _first_name(self.group)
+        if module is compat.root_module(self.group) and self._passes is not None:
+            self._passes.lockstep.open()
+        if not torch.is_grad_enabled():
+            return
+        if self.hop_two is not None:
+            self.hop_two.before_forward()
+        inputs = compat.tensors_with_grad((args, kwargs))
+        self._needs_gradient = bool(inputs)
+        for one in inputs:
+            one.register_hook(self._note)
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Before FSDP2 registers its own hooks on what the forward returns."""
+        if compat.in_backward() or self._passes is None:
+            return
+        outputs = compat.tensors_with_grad(output) if torch.is_grad_enabled() else ()
+        if module is compat.root_module(self.group):
+            self._passes.lockstep.close(with_gradient=bool(outputs))
+        if not outputs:
+            return
+        use = self._passes.lockstep.leave(self, with_gradient=self._needs_gradient)
+        begin = partial(self._begin_backward, use)
+        for one in outputs:
+            one.register_hook(begin)
+
+    # -- in backward -----------------------------------------------------------------------------
+
+    def _begin_backward(self, use: Use | None, gradient: torch.Tensor | None) -> None:
+        assert self._passes is not None
+        self._passes.begin(use)
+
+    def _note(self, gradient: torch.Tensor | None) -> None:
+        self.used.note()
+
+    def _before_reduce(self) -> None:
+        if self._passes is not None:
+            self._passes.before_reduce()
+        self.used.before_reduce()
+        if self.hop_two is not None:
+            self.hop_two.before_reduce()
 
     def _landed(self) -> None:
         if self.hop_two is not None:
             self.hop_two.landed()
 
-    def _peers(self) -> list[HopTwo]:
-        """Every hop 2 under the same root, in module order."""
-        owners = [(g, compat.modules_of(g)[0]) for g in compat.root_param_groups(self.group)]
-        units = [unit for g, module in owners for unit in units_on(module) if unit.group is g]
-        return [unit.hop_two for unit in units if unit.hop_two is not None]
+    def _became_ready(self) -> None:
+        if self._passes is not None:
+            self._passes.order.advance()
 
 
 def units_on(module: nn.Module) -> list[Unit]:
@@ -122,14 +216,19 @@ def units_of(model: nn.Module) -> list[Unit]:
     return units
 
 
-def outside_graphs(tell: Callable[[], None]) -> Callable[..., None]:
-    """A forward hook that calls ``tell`` and, as FSDP2's own, is part of no compiled graph."""
-
-    def hook(*_: Any) -> None:
-        tell()
-
+def outside_graphs(hook: Callable[..., None]) -> Callable[..., None]:
+    """A forward hook that, as FSDP2's own, is part of no compiled graph."""
     outside: Callable[..., None] = torch.compiler.disable(hook, recursive=True)  # type: ignore[no-untyped-call]
     return outside
+
+
+def _needs_gradient(tree: Any) -> bool:
+    return torch.is_grad_enabled() and bool(compat.tensors_with_grad(tree))
+
+
+def _first_name(group: Any) -> str:
+    """A name of a unit: its module's under the root, or its first parameter's."""
+    return compat.module_name(group) or compat.param_names(group)[0]
 
 
 def _measure(group: Any, groups: Groups) -> None:
