@@ -16,7 +16,7 @@ from torch.autograd import Variable
 from torch.distributed._composable.checkpoint_activation import checkpoint
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _coalescing_manager
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, _common_utils
 from torch.distributed.fsdp._fully_shard._fsdp_common import HSDPMeshInfo, TrainingState
 
 # 2.11 to 2.15: seeing every operator, and the leaves of nested containers, have private homes only.
@@ -28,6 +28,8 @@ from torch.utils._pytree import tree_map as tree_map
 GROUPED_PRODUCTS = (torch.ops.aten._grouped_mm, torch.ops.aten._scaled_grouped_mm)
 
 ReduceOp = dist.ReduceOp | dist.ReduceOp.RedOpType
+
+_collect_grad_tensors: Any = getattr(_common_utils, "collect_grad_tensors", None)
 
 # torch 2.13 renamed the single-tensor collectives and made the old names warn.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -205,7 +207,8 @@ def param_names(group: Any) -> list[str]:
 
 def module_name(group: Any) -> str:
     """The name of a group's module under its root; empty for the root, or before its forward."""
-    return group._module_fqn or ""
+    name: str | None = group._module_fqn
+    return name or ""
 
 
 def gather_dtype(group: Any) -> torch.dtype:
@@ -349,6 +352,11 @@ def has_whole_gradients(group: Any) -> bool:
     )
 
 
+def free(group: Any) -> None:
+    """Bring a group's parameters back to shards; what ``FSDPModule.reshard`` does for a module."""
+    group.reshard()
+
+
 def pass_through(group: Any) -> None:
     """Gather a group and free it again, as a forward of its modules does for communication."""
     group.pre_forward(modules_of(group)[0], (), {})
@@ -357,7 +365,8 @@ def pass_through(group: Any) -> None:
 
 def begin_empty_backward(group: Any) -> None:
     """Gather a group as the backward of its modules does; inside a backward pass."""
-    modules_of(group)[0]._get_fsdp_state()._pre_backward(None)
+    state: Any = modules_of(group)[0]._get_fsdp_state()  # type: ignore[operator]
+    state._pre_backward(None)
 
 
 def end_empty_backward(group: Any) -> None:
@@ -365,19 +374,15 @@ def end_empty_backward(group: Any) -> None:
     group.post_backward()
 
 
-# 2.13 and later see dataclasses too, as FSDP2 does; before, FSDP2 had no name for it.
-try:
-    from torch.distributed.fsdp._common_utils import collect_grad_tensors as _with_grad
-except ImportError:
-
-    def _with_grad(tree: Any) -> tuple[torch.Tensor, ...]:
-        leaves = tree_leaves(tree)
-        return tuple(x for x in leaves if isinstance(x, torch.Tensor) and x.requires_grad)
-
-
 def tensors_with_grad(tree: Any) -> tuple[torch.Tensor, ...]:
-    """The tensors in a nested structure that require a gradient."""
-    return tuple(_with_grad(tree))
+    """The tensors in a nested structure that require a gradient.
+
+    2.13 and later look into dataclasses too, as their FSDP2 does; 2.11 and 2.12 do not.
+    """
+    if _collect_grad_tensors is not None:
+        return tuple(_collect_grad_tensors(tree))
+    leaves: list[Any] = tree_leaves(tree)
+    return tuple(leaf for leaf in leaves if getattr(leaf, "requires_grad", False))
 
 
 def root_module(group: Any) -> nn.Module | None:

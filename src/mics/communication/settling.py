@@ -54,8 +54,8 @@ def _by_anybody(groups: Groups, flags: list[list[bool]]) -> list[list[bool]]:
     largest, smallest = message[: digests.numel()].view(2, -1)
     if not torch.equal(largest, -smallest):
         raise _other_collectives(groups, control)
-    anybody = message[digests.numel() :].bool().split([len(unit) for unit in flags])
-    return [unit.tolist() for unit in anybody]
+    anybody = iter(message[digests.numel() :].bool().tolist())
+    return [[next(anybody) for _ in unit] for unit in flags]
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,6 @@ def _refusal(found: _Difference) -> MicroStepError:
         "gathered and reduced was mixed up, and the gradients of this step are wrong.",
         numbers=f"Collective {found.position + 1} of the step: rank {first} {did}, rank {other} "
         f"{did_not}.",
-        write="blocks that run at most once in a forward, in the order of mics.shard(blocks=[...]); "
-        "a rank may then skip any of them",
+        write="blocks that each run at most once in a forward, in one order, of which a rank may "
+        "skip any",
     )

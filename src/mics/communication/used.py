@@ -55,7 +55,7 @@ class Used:
         self._used[index] = False
 
     def flags(self) -> list[bool]:
-        """For each trainable parameter, whether it has a gradient that data of this rank has made."""
+        """Whether data of this rank has made a gradient, for each trainable parameter."""
         trainable = [p for p in compat.sharded_params(self._group) if p.requires_grad]
         # A gradient that was never noted was set by somebody else, and counts as made.
         return [p.grad is not None and self._used.get(i, True) for i, p in enumerate(trainable)]

@@ -12,7 +12,7 @@ end, after      it: reductions land, hop 2 of the rest, and the step is settled,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, Self
 
 import torch
 from torch import nn
@@ -21,12 +21,28 @@ from mics import compat
 from mics.communication.hop_order import HopOrder
 from mics.communication.issued import issued_of
 from mics.communication.settling import settle
-from mics.sharding.lockstep import Lockstep, Use
-
-if TYPE_CHECKING:
-    from mics.sharding.units import Unit
+from mics.ranks.mesh import Groups
+from mics.sharding.lockstep import Lockstep, Skippable, Use
 
 _ATTRIBUTE = "_mics_passes"
+
+
+class Member(Skippable, Protocol):
+    """What has to be known of a unit to end its passes (``units.py`` has the units)."""
+
+    groups: Groups
+    number: int
+
+    @property
+    def name(self) -> str:
+        """What it is called under its root."""
+
+    @property
+    def in_step(self) -> bool:
+        """Whether an open step will finish the unit's gradients."""
+
+    def peers(self) -> Sequence[Self]:
+        """Every unit under the same root and on the same mesh, in module order."""
 
 
 class Passes:
@@ -34,14 +50,15 @@ class Passes:
 
     Args:
         units: in module order.
-        root: the root's own units on this mesh, which every forward uses.
+        root: of the tree; its own units are in every forward.
     """
 
-    def __init__(self, units: Sequence[Unit], root: nn.Module) -> None:
+    def __init__(self, units: Sequence[Member], root: nn.Module) -> None:
         self.units = tuple(units)
         self.groups = units[0].groups
         self._hops = [unit.hop_two for unit in units if unit.hop_two is not None]
         self.order = HopOrder(self._hops)
+        self._root = root
         inner = [unit for unit in units if root not in compat.modules_of(unit.group)]
         shares = self.groups.shard.size() > 1
         self.lockstep = Lockstep(inner if shares else [])
@@ -59,6 +76,14 @@ class Passes:
             compat.at_end_of_backward(self._before_the_end)
         if use is not None:
             self.lockstep.begin_backward(use)
+
+    def begin_empty(self) -> None:
+        """A pass begins in which no unit of this rank has a gradient."""
+        self.begin(None)
+        self.lockstep.begin_last()
+        for unit in self.units:
+            if self._root in compat.modules_of(unit.group):
+                compat.begin_empty_backward(unit.group)
 
     def before_reduce(self) -> None:
         """FSDP2 reduces a unit: all of them owe hop 2, and the pass has an end of ours."""
@@ -84,8 +109,12 @@ class Passes:
         A rank may find its loss unusable and go on without backward. Those it shares its units with
         wait for its part, which is zeros.
         """
-        if not self._ran and self.lockstep.awaits_backward:
-            _Nothing.apply(torch.zeros((), requires_grad=True), self).backward()
+        if self._ran:
+            return
+        if self.lockstep.awaits_backward:
+            _Nothing.apply(torch.zeros((), requires_grad=True), self).backward()  # type: ignore[no-untyped-call]
+        for unit in self.units:
+            compat.free(unit.group)
 
     def _before_the_end(self) -> None:
         self.lockstep.end_backward()
@@ -114,13 +143,12 @@ class _Nothing(torch.autograd.Function):
         return one.clone()
 
     @staticmethod
-    def backward(ctx: Any, *_: torch.Tensor) -> tuple[None, None]:  # type: ignore[override]
-        ctx.passes.begin(None)
-        ctx.passes.lockstep.begin_last()
+    def backward(ctx: Any, *_: torch.Tensor) -> tuple[None, None]:
+        ctx.passes.begin_empty()
         return None, None
 
 
-def passes_of(unit: Unit) -> Passes | None:
+def passes_of(unit: Member) -> Passes | None:
     """The passes of a unit's tree on its mesh; ``None`` before the first forward of its root."""
     root = compat.root_module(unit.group)
     if root is None:

@@ -55,7 +55,6 @@ class Unit:
             _measure(group, groups)
         self.ledger = Ledger(rank=dist.get_rank(), gpus_per_node=groups.gpus_per_node)
 
-        self.name = _first_name(group)
         self.number = issued_of(groups).number(self.name)
         self.used = Used(group)
         self.hop_two: HopTwo | None = None
@@ -64,7 +63,6 @@ class Unit:
 
         self._passes: Passes | None = None
         self._entering = False
-        self._needs_gradient = False  # an input of this use
         self._step: object = None
         self.forward_hooks = [self._hook(one) for one in compat.modules_of(group)]
         units_on(module).append(self)
@@ -94,12 +92,25 @@ class Unit:
 
     def _hook(self, module: nn.Module) -> list[RemovableHandle]:
         """Stand before and behind FSDP2's own hooks on one module."""
-        before, inside, after = map(outside_graphs, (self._arrive, self._enter, self._leave))
         return [
-            module.register_forward_pre_hook(before, prepend=True),
-            module.register_forward_pre_hook(inside, with_kwargs=True),
-            module.register_forward_hook(after, prepend=True),
+            module.register_forward_pre_hook(outside_graphs(self._enter), with_kwargs=True),
+            module.register_forward_hook(outside_graphs(self._leave), prepend=True),
+            self._stand_first(module),
         ]
+
+    def _stand_first(self, module: nn.Module) -> RemovableHandle:
+        return module.register_forward_pre_hook(outside_graphs(self._arrive), prepend=True)
+
+    def stand_first(self) -> None:
+        """Come before the hooks that were put before FSDP2's since the unit was made."""
+        for module, handles in zip(compat.modules_of(self.group), self.forward_hooks, strict=True):
+            handles.pop().remove()
+            handles.append(self._stand_first(module))
+
+    @property
+    def name(self) -> str:
+        """Its module's under the root, or its first parameter's."""
+        return compat.module_name(self.group) or compat.param_names(self.group)[0]
 
     @property
     def step(self) -> object:
@@ -129,46 +140,49 @@ class Unit:
     # -- around the forward of its modules, outside of recomputation ---------------------------
 
     def _arrive(self, module: nn.Module, args: Any) -> None:
-        """Before FSDP2 gathers: what this rank has skipped comes first."""
+        """Let what this rank has skipped come first; FSDP2 gathers next."""
         if compat.in_backward():
             return
         self._entering = compat.enters_forward(self.group)
-        if self._entering and self._passes is not None:
-            self._passes.lockstep.arrive(self, with_gradient=_needs_gradient(args))
+        passes = self._find_passes()
+        if self._entering and passes is not None:
+            passes.lockstep.arrive(self, args)
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """After FSDP2 has gathered, with the inputs whose gradients it waits for."""
+        """Count the use, and look at the inputs; FSDP2 has gathered."""
         if self.landing is not None:
             self.landing.reductions.before_forward()
         if compat.in_backward() or not self._entering:
             return
-        if self._passes is None:  # the first forward has told who the root is
-            self._passes = passes_of(self)
-            self.name = _first_name(self.group)
-        if module is compat.root_module(self.group) and self._passes is not None:
-            self._passes.lockstep.open()
+        passes = self._find_passes()
+        if passes is not None and module is compat.root_module(self.group):
+            passes.lockstep.open()
         if not torch.is_grad_enabled():
             return
         if self.hop_two is not None:
             self.hop_two.before_forward()
-        inputs = compat.tensors_with_grad((args, kwargs))
-        self._needs_gradient = bool(inputs)
-        for one in inputs:
-            one.register_hook(self._note)
+        for one in compat.tensors_with_grad((args, kwargs)):
+            one.register_hook(self._note)  # type: ignore[no-untyped-call]
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Before FSDP2 registers its own hooks on what the forward returns."""
+        """Stand before FSDP2's own hooks on what the forward returns."""
         if compat.in_backward() or self._passes is None:
             return
-        outputs = compat.tensors_with_grad(output) if torch.is_grad_enabled() else ()
         if module is compat.root_module(self.group):
-            self._passes.lockstep.close(with_gradient=bool(outputs))
-        if not outputs:
+            self._passes.lockstep.close(output)
+        if not torch.is_grad_enabled():
             return
-        use = self._passes.lockstep.leave(self, with_gradient=self._needs_gradient)
+        outputs = compat.tensors_with_grad(output)
+        use = self._passes.lockstep.leave(self, needs_gradient=bool(outputs))
         begin = partial(self._begin_backward, use)
         for one in outputs:
-            one.register_hook(begin)
+            one.register_hook(begin)  # type: ignore[no-untyped-call]
+
+    def _find_passes(self) -> Passes | None:
+        """Those of the unit's tree, once the root's first forward has told who the root is."""
+        if self._passes is None:
+            self._passes = passes_of(self)
+        return self._passes
 
     # -- in backward -----------------------------------------------------------------------------
 
@@ -216,19 +230,10 @@ def units_of(model: nn.Module) -> list[Unit]:
     return units
 
 
-def outside_graphs(hook: Callable[..., None]) -> Callable[..., None]:
+def outside_graphs(hook: Callable[..., Any]) -> Callable[..., Any]:
     """A forward hook that, as FSDP2's own, is part of no compiled graph."""
-    outside: Callable[..., None] = torch.compiler.disable(hook, recursive=True)  # type: ignore[no-untyped-call]
+    outside: Callable[..., Any] = torch.compiler.disable(hook, recursive=True)  # type: ignore[no-untyped-call]
     return outside
-
-
-def _needs_gradient(tree: Any) -> bool:
-    return torch.is_grad_enabled() and bool(compat.tensors_with_grad(tree))
-
-
-def _first_name(group: Any) -> str:
-    """A name of a unit: its module's under the root, or its first parameter's."""
-    return compat.module_name(group) or compat.param_names(group)[0]
 
 
 def _measure(group: Any, groups: Groups) -> None:
