@@ -22,7 +22,7 @@ from torch.distributed.distributed_c10d import (
     _coalescing_manager,
     _get_default_store,
 )
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, _common_utils
 from torch.distributed.fsdp._fully_shard._fsdp_common import HSDPMeshInfo, TrainingState
 
 # 2.11 to 2.15: seeing every operator, and the leaves of nested containers, have private homes only.
@@ -34,6 +34,8 @@ from torch.utils._pytree import tree_map as tree_map
 GROUPED_PRODUCTS = (torch.ops.aten._grouped_mm, torch.ops.aten._scaled_grouped_mm)
 
 ReduceOp = dist.ReduceOp | dist.ReduceOp.RedOpType
+
+_collect_grad_tensors: Any = getattr(_common_utils, "collect_grad_tensors", None)
 
 # torch 2.13 renamed the single-tensor collectives and made the old names warn.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -180,16 +182,67 @@ def sharded_params(group: Any) -> list[nn.Parameter]:
 
 def trainable_shard_numel(group: Any) -> int:
     """Elements of one rank's padded shard of a group's trainable parameters."""
-    return sum(
+    return sum(trainable_shard_numels(group))
+
+
+def trainable_shard_numels(group: Any) -> list[int]:
+    """Elements of one rank's padded shard of each trainable parameter, in FSDP2's order."""
+    return [
         fsdp_param.padded_sharded_param_size.numel()
         for fsdp_param in group.fsdp_params
         if fsdp_param.sharded_param.requires_grad
-    )
+    ]
+
+
+def fill_unused_gradients(group: Any) -> list[bool]:
+    """Give zeros to the trainable parameters that a backward pass has not used on this rank.
+
+    FSDP2 leaves such out of a reduce-scatter, whose size then differs between ranks that use other
+    parameters. 2.13's ``set_reduce_scatter_unused_params`` does the same, but nobody learns which
+    they were; 2.11 and 2.12 have nothing.
+
+    Returns:
+        For each trainable parameter whether it was used.
+    """
+    used = []
+    for fsdp_param in group.fsdp_params:
+        if not fsdp_param.sharded_param.requires_grad:
+            continue
+        whole = getattr(fsdp_param, "_unsharded_param", None)
+        used.append(
+            fsdp_param.unsharded_accumulated_grad is not None
+            or (whole is not None and whole.grad is not None)
+        )
+        if whole is not None and not used[-1]:
+            whole.grad = torch.zeros_like(whole)
+    return used
+
+
+def give_gradient(group: Any, index: int, shard: torch.Tensor) -> None:
+    """Make ``shard`` the gradient of the group's trainable parameter number ``index``.
+
+    Args:
+        group: an FSDP2 parameter group.
+        index: among its trainable parameters.
+        shard: this rank's, flat; at least as long as the unpadded shard.
+    """
+    fsdp_param = [p for p in group.fsdp_params if p.sharded_param.requires_grad][index]
+    size = fsdp_param.sharded_size
+    local = shard[: size.numel()].view(size).to(fsdp_param.sharded_param.dtype)
+    if fsdp_param.offload_to_cpu:
+        local = local.cpu()
+    fsdp_param.sharded_param.grad = fsdp_param.to_sharded_dtensor(local)
 
 
 def param_names(group: Any) -> list[str]:
     """Names of a group's parameters; local to their module before the first forward."""
     return [p._param_fqn or p._module_info.param_name for p in group.fsdp_params]
+
+
+def module_name(group: Any) -> str:
+    """The name of a group's module under its root; empty for the root, or before its forward."""
+    name: str | None = group._module_fqn
+    return name or ""
 
 
 def gather_dtype(group: Any) -> torch.dtype:
@@ -312,6 +365,65 @@ def start_unshard(group: Any) -> None:
     every forward: a gather that nobody waits for would leave this step's weights to the next.
     """
     group._prefetch_unshard(group, "forward")
+
+
+def enters_forward(group: Any) -> bool:
+    """Whether no module of a group has begun this use of it; to be asked before FSDP2's hook."""
+    return bool(group._training_state != TrainingState.FORWARD)
+
+
+def is_in_backward(group: Any) -> bool:
+    """Whether FSDP2 has gathered a group for backward and not reduced its gradients since."""
+    return bool(group._training_state == TrainingState.PRE_BACKWARD)
+
+
+def has_whole_gradients(group: Any) -> bool:
+    """Whether a backward pass has left gradients that FSDP2 has not reduced yet."""
+    return any(
+        getattr(fsdp_param, "_unsharded_param", None) is not None
+        and fsdp_param._unsharded_param.grad is not None
+        for fsdp_param in group.fsdp_params
+    )
+
+
+def free(group: Any) -> None:
+    """Bring a group's parameters back to shards; what ``FSDPModule.reshard`` does for a module."""
+    group.reshard()
+
+
+def pass_through(group: Any) -> None:
+    """Gather a group and free it again, as a forward of its modules does for communication."""
+    group.pre_forward(modules_of(group)[0], (), {})
+    group.post_forward(modules_of(group)[0], None, None)
+
+
+def begin_empty_backward(group: Any) -> None:
+    """Gather a group as the backward of its modules does; inside a backward pass."""
+    state: Any = modules_of(group)[0]._get_fsdp_state()  # type: ignore[operator]
+    state._pre_backward(None)
+
+
+def end_empty_backward(group: Any) -> None:
+    """Reduce a group's gradients as the backward of its modules does; inside a backward pass."""
+    group.post_backward()
+
+
+def tensors_with_grad(tree: Any) -> tuple[torch.Tensor, ...]:
+    """The tensors in a nested structure that require a gradient.
+
+    2.13 and later look into dataclasses too, as their FSDP2 does; 2.11 and 2.12 do not.
+    """
+    if _collect_grad_tensors is not None:
+        return tuple(_collect_grad_tensors(tree))
+    leaves: list[Any] = tree_leaves(tree)
+    return tuple(leaf for leaf in leaves if getattr(leaf, "requires_grad", False))
+
+
+def root_module(group: Any) -> nn.Module | None:
+    """The root of the FSDP2 tree a group is in; ``None`` before its first forward."""
+    (first, *_) = modules_of(group)
+    states = first._get_fsdp_state()._state_ctx.all_states if isinstance(first, FSDPModule) else []
+    return states[0]._modules[0] if states else None
 
 
 def root_param_groups(group: Any) -> list[Any]:

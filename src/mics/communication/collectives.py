@@ -41,10 +41,17 @@ class AllGather:
     the smaller one of ``reshard_after_forward=int``.
     """
 
-    def __init__(self, groups: Groups, ledger: Ledger, decide: Decide) -> None:
+    def __init__(
+        self,
+        groups: Groups,
+        ledger: Ledger,
+        decide: Decide,
+        issued: Callable[[], None] | None = None,
+    ) -> None:
         self._groups = groups
         self._ledger = ledger
         self._decide = decide
+        self._issued = issued
         self._backend = backend_of_mesh(groups)
 
     def allocate(
@@ -61,6 +68,8 @@ class AllGather:
         async_op: bool = False,
     ) -> issuing.Handle | None:
         """Gather; with ``async_op`` return a handle whose ``wait`` completes both stages."""
+        if self._issued is not None:
+            self._issued()
         asked = Asked("all_gather", output_tensor, group)
         planned = plan(asked, self._groups, self._ledger, self._decide)
         program = partial(self._program, output_tensor, input_tensor, group, planned)
@@ -98,6 +107,7 @@ class ReduceScatter:
         groups: of the unit.
         ledger: counts the calls.
         decide: chooses the form.
+        issued: called with every call.
         before_reduce: called before FSDP2 touches ``.grad``. FSDP2 offers no other moment: over a
             group of one rank it asks for buffers and never calls this object, and its all-reduce
             hook, which has no getter, is the user's.
@@ -110,12 +120,14 @@ class ReduceScatter:
         groups: Groups,
         ledger: Ledger,
         decide: Decide,
+        issued: Callable[[], None] | None = None,
         before_reduce: Callable[[], None] | None = None,
         landing: Landing | None = None,
     ) -> None:
         self._groups = groups
         self._ledger = ledger
         self._decide = decide
+        self._issued = issued
         self._before_reduce = before_reduce
         self._landing = landing
         self._backend = backend_of_mesh(groups)
@@ -143,6 +155,8 @@ class ReduceScatter:
         async_op: bool = False,
     ) -> None:
         """Reduce-scatter; the result is ordered on the current stream, or lands later."""
+        if self._issued is not None:
+            self._issued()
         asked = Asked(
             "reduce_scatter",
             input_tensor,

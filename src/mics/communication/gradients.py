@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -13,30 +13,44 @@ from mics import compat
 
 def gradients_of(group: Any) -> list[torch.Tensor]:
     """The local shards of the gradients that exist, in group order."""
+    return [g for g in trainable_gradients(group) if g is not None]
+
+
+def trainable_gradients(group: Any) -> list[torch.Tensor | None]:
+    """The local shard of every trainable parameter's gradient, in group order."""
     with torch.no_grad():
-        return [_local(p.grad) for p in compat.sharded_params(group) if p.grad is not None]
+        params = [p for p in compat.sharded_params(group) if p.requires_grad]
+        return [None if p.grad is None else _local(p.grad) for p in params]
 
 
-def flat_buffer(gradients: Sequence[torch.Tensor], padded_numel: int) -> torch.Tensor | None:
-    """The buffer that all of them are views of, as FSDP2 hands out those of one reduction.
+def offsets_of(group: Any) -> list[int]:
+    """Where each trainable parameter's shard begins in a buffer for all of them, in elements."""
+    return [0, *accumulate(compat.trainable_shard_numels(group))][:-1]
 
-    Args:
-        gradients: at least one.
-        padded_numel: elements of the whole group's padded shard; the buffer has at most as many.
+
+def flat_buffer(group: Any) -> torch.Tensor | None:
+    """The buffer that the gradients of all trainable parameters are views of.
+
+    FSDP2 hands out the gradients of one reduction in this way.
 
     Returns:
-        [numel]; ``None`` when they come from several reductions (the used parameters changed), are
-        offloaded, or were cast.
+        [numel of the padded shards]; ``None`` when one has no gradient, or they were offloaded,
+        cast, or set by somebody else.
     """
+    gradients = trainable_gradients(group)
+    if not gradients or gradients[0] is None:
+        return None
     first = gradients[0]
     storage = first.untyped_storage()
-    numel = storage.nbytes() // first.element_size()
-    shared = all(
-        g.untyped_storage().data_ptr() == storage.data_ptr() and g.dtype == first.dtype
-        for g in gradients
-    )
-    if not shared or not sum(g.numel() for g in gradients) <= numel <= padded_numel:
+    numel = compat.trainable_shard_numel(group)
+    if storage.nbytes() != numel * first.element_size():
         return None
+    for gradient, offset in zip(gradients, offsets_of(group), strict=True):
+        if gradient is None or gradient.dtype != first.dtype:
+            return None
+        elsewhere = gradient.untyped_storage().data_ptr() != storage.data_ptr()
+        if gradient.numel() and (elsewhere or gradient.storage_offset() != offset):
+            return None
     return first.new_empty(0).set_(storage, 0, (numel,), (1,))
 
 

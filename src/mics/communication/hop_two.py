@@ -14,9 +14,15 @@ where a hop 2 under way is waited for, and where the backward's end is told to e
 whatever way the gradient came about, it is synchronised by then. Most groups are earlier: FSDP2
 runs a parameter's post-accumulate hooks right after it has added to ``.grad``, and when the last
 parameter of a group has its gradient and no further use of the group is to come in this backward,
-the group's ``.grad`` shards (views of one flat buffer) are all-reduced in place: on a stream of
-ours on a GPU, asynchronously on Gloo, in both cases beside the rest of the backward. Groups with
-unused parameters, and blocks unused in the last micro-step, are left to the end.
+the group is ready. Ready groups start in one order, that of ``hop_order.py``: the group's ``.grad``
+shards (views of one flat buffer) are all-reduced in place: on a stream of ours on a GPU,
+asynchronously on Gloo, in both cases beside the rest of the backward.
+
+[Note: the same message on every rank]
+What a rank's data did not use must not change what it sends: a message always holds the padded
+shards of all trainable parameters, with zeros for those that have no gradient here, and all of them
+have one afterwards. Those that nobody has used are dropped at the end of the step
+(``settling.py``).
 
 [Note: repeated hop 2]
 When gradients that went through hop 2 are still in ``.grad`` and more are added (accumulation
@@ -28,7 +34,7 @@ divided by R first.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,11 +45,17 @@ from torch.utils.hooks import RemovableHandle
 
 from mics import compat
 from mics.communication.backend import Issue, Program, backend_of
-from mics.communication.gradients import flat_buffer, gradients_of
+from mics.communication.gradients import (
+    flat_buffer,
+    gradients_of,
+    offsets_of,
+    trainable_gradients,
+)
 from mics.communication.guard import guard, optimizer_steps, watch_optimizers
 from mics.communication.landing import Landing
 from mics.communication.ledger import Ledger
 from mics.communication.same_steps import same_steps_of
+from mics.communication.used import Used
 from mics.errors import MicroStepError, MicsWarning
 from mics.quantities import MIB
 from mics.ranks.issuing import all_reduce
@@ -55,11 +67,10 @@ from mics.traffic import StageMessage
 class _Pass:
     """What one backward pass has seen of a unit; the next pass gets a new one."""
 
-    backward: int = -1  # autograd's number of the pass, -1 before it has begun
     uses: int = 0  # forwards whose backward is still to come
     arrived: set[int] = field(default_factory=set)  # parameters that have this use's gradient
     synced: bool = False  # hop 2 has been started
-    due: bool = False  # hop 2 starts when the last reduce-scatter has landed
+    complete: bool = False  # no gradient is to come that is not under way
 
 
 class HopTwo:
@@ -70,7 +81,8 @@ class HopTwo:
         groups: of the unit, with more than one replica.
         ledger: counts the all-reduces.
         landing: of the unit's reduce-scatters, if they land beside the backward pass.
-        peers: returns every HopTwo under the same root, in module order, this one included.
+        used: what this rank has used of the unit.
+        became_ready: called when its turn in the order of hops may have come.
     """
 
     def __init__(
@@ -79,14 +91,16 @@ class HopTwo:
         groups: Groups,
         ledger: Ledger,
         landing: Landing | None,
-        peers: Callable[[], list[HopTwo]],
+        used: Used,
+        became_ready: Callable[[], None],
     ) -> None:
         assert groups.replicas is not None
         self.group = group
         self._replicas = groups.replicas
         self._ledger = ledger
         self._landing = landing
-        self._peers = peers
+        self._used = used
+        self._became_ready = became_ready
         self._device = groups.device
         self._backend = backend_of(groups.replicas, groups.device)
         # Asked before this rank waits for the others: do they take part in this all-reduce at all?
@@ -113,11 +127,6 @@ class HopTwo:
         self._unsynced = False
         self._pass = _Pass()
 
-    def start_rest(self) -> None:
-        """Start hop 2 outside of a backward pass, if there is anything to synchronise."""
-        if self.has_partial_gradients:
-            self._start()
-
     def check_optimizer(self, stepped: set[int]) -> bool:
         """Refuse an optimizer of gradients that differ between replicas, see ``guard.Owner``."""
         if not self.has_partial_gradients:
@@ -137,13 +146,11 @@ class HopTwo:
 
     def before_forward(self) -> None:
         """Count a use: with more of them to come, a gradient is not complete yet."""
-        if torch.is_grad_enabled() and not compat.in_backward():  # no evaluation, no recomputation
-            self._pass.uses += 1
+        self._pass.uses += 1
 
     def before_reduce(self) -> None:
         """FSDP2 is about to add to ``.grad``: nothing of ours may be reading or writing it."""
         self.wait()
-        self._expect_end_of_backward()
         self._watch_parameters()
         self._unsynced = True
         if self._synced_version is None:
@@ -155,27 +162,36 @@ class HopTwo:
         if compat.divide_factor(self.group) is not None:  # see [Note: repeated hop 2]
             compat.divide_all(gradients, float(self._replicas.size()))
         untouched = version == self._version()
-        if untouched and not self._pass.synced and self._wanted():
+        if untouched and not self._pass.synced and self.wanted:
             _warn_once_about_repeats(self._replicas.size(), sum(g.nbytes for g in gradients))
 
     def landed(self) -> None:
-        """The last reduce-scatter is in the gradients: start, if that is what was waited for."""
-        if self._pass.due and (self._landing is None or not self._landing.pending):
-            self._pass.due = False
-            self._start()
+        """The last reduce-scatter is in the gradients, which may be what was waited for."""
+        if self._pass.complete:
+            self._became_ready()
 
-    def _expect_end_of_backward(self) -> None:
-        """Queue the end of this backward, once; one that raised never had its own."""
-        current = compat.backward_id()
-        if current == self._pass.backward:
-            return
-        peers = self._peers()
-        for hop in peers:
-            hop._begin_pass(current)
-        compat.at_end_of_backward(lambda: _end_backward(peers))
+    @property
+    def ready(self) -> bool:
+        """Whether hop 2 may start: the gradients of this backward are complete and in place."""
+        return self._pass.complete and (self._landing is None or not self._landing.pending)
 
-    def _begin_pass(self, backward: int) -> None:
-        self._pass = _Pass(backward, self._pass.uses, due=self._pass.due)
+    @property
+    def wanted(self) -> bool:
+        """Whether the backward passes to come run hop 2, and there is something to reduce."""
+        return compat.wants_all_reduce(self.group) and compat.trainable_shard_numel(self.group) > 0
+
+    @property
+    def awaits_backward(self) -> bool:
+        """Whether a forward has run whose backward is still to come."""
+        return self._pass.uses > 0
+
+    def begin_pass(self, *, unused: bool) -> None:
+        """A backward pass has begun.
+
+        Args:
+            unused: no gradient of the group comes in it.
+        """
+        self._pass = _Pass(self._pass.uses, complete=unused)
 
     def _watch_parameters(self) -> None:
         """See that every sharded parameter reports its gradient, and to nobody else before us."""
@@ -196,15 +212,9 @@ class HopTwo:
             return
         seen.arrived.clear()
         seen.uses -= 1
-        if seen.uses <= 0 and self._wanted():
-            seen.due = True
+        if seen.uses <= 0 and self.wanted:
+            seen.complete = True
             self.landed()
-
-    def end_backward(self) -> None:
-        """Start what this backward has not started, once everything has landed."""
-        if self._wanted() and self.has_partial_gradients:
-            self.wait()
-            self._start()
 
     def close_pass(self) -> None:
         """Wait for hop 2; what was left out of it is kept from optimizers."""
@@ -218,25 +228,19 @@ class HopTwo:
         if self._landing is not None:
             self._landing.reductions.finish()
 
-    def _wanted(self) -> bool:
-        return compat.wants_all_reduce(self.group)
-
     # -- the all-reduce --------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Begin the all-reduce, whether there are gradients here or not."""
+        self.wait()
         self._unsynced = False
         self._pass.synced = True
         self._flight = self._backend.beside(self._all_reduce, self._device, "hop 2")
 
     def _all_reduce(self, issue: Issue) -> Program:
-        gradients = gradients_of(self.group)
-        message = _message(
-            gradients,
-            compat.reduce_dtype(self.group),
-            self._device,
-            compat.trainable_shard_numel(self.group),
-        )
+        gradients = trainable_gradients(self.group)
+        message = _message(self.group, compat.reduce_dtype(self.group), self._device)
         op = self._scale_and_op(message)
         sent = StageMessage("flat", ranks_of(self._replicas), message.nbytes, 1)
         span = self._ledger.issue(2, "all_reduce", sent, self._device)
@@ -244,9 +248,13 @@ class HopTwo:
             span,
             lambda async_op: all_reduce(message, op, self._replicas, async_op=async_op),
         )
-        if message.device != gradients[0].device:
+        if any(g is not None and g.device != message.device for g in gradients):
             yield  # gradients offloaded to the host are copied once the caller waits
-        _copy_back(message, gradients)
+        _copy_back(message, gradients, offsets_of(self.group))
+        for i, (gradient, offset) in enumerate(zip(gradients, offsets_of(self.group), strict=True)):
+            if gradient is None:
+                compat.give_gradient(self.group, i, message[offset:])
+                self._used.received(i)
 
     def _scale_and_op(self, message: torch.Tensor) -> compat.ReduceOp:
         """FSDP2's divide rules for the second hop: mean, or sum when a divide factor is set."""
@@ -280,16 +288,6 @@ class HopTwo:
         return None
 
 
-def _end_backward(peers: list[HopTwo]) -> None:
-    """Every group that has not been synchronised in this backward follows now, in module order."""
-    for hop in peers:
-        hop.land()
-    for hop in peers:
-        hop.end_backward()
-    for hop in peers:
-        hop.close_pass()
-
-
 def _other_hook_error(group: Any, replicas: int) -> MicroStepError:
     return MicroStepError(
         "A post-accumulate-gradient hook (an optimizer in backward?) would see the gradient before "
@@ -304,32 +302,30 @@ def _first_names(group: Any) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _message(
-    gradients: list[torch.Tensor], dtype: torch.dtype, device: torch.device, padded_numel: int
-) -> torch.Tensor:
+def _message(group: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """One tensor to all-reduce: the flat buffer behind the gradients, or a copy of them.
 
-    FSDP2 hands out the gradients of one reduction as views of one buffer. That buffer is used as
-    it is unless the gradients come from several reductions (the used parameters changed), are
-    offloaded, or are stored in another dtype than they are reduced in.
+    It is a copy where some have no gradient, see [Note: the same message on every rank], and where
+    gradients are offloaded or stored in another dtype than they are reduced in.
     """
-    flat = flat_buffer(gradients, padded_numel)
-    if flat is None:
-        flat = torch.cat([g.reshape(-1) for g in gradients])
-    return flat.to(device=device, dtype=dtype)
+    flat = flat_buffer(group)
+    if flat is not None:
+        return flat.to(device=device, dtype=dtype)
+    message = torch.zeros(compat.trainable_shard_numel(group), dtype=dtype, device=device)
+    for gradient, offset in zip(trainable_gradients(group), offsets_of(group), strict=True):
+        if gradient is not None:
+            message[offset : offset + gradient.numel()] = gradient.reshape(-1)
+    return message
 
 
-def _copy_back(message: torch.Tensor, gradients: list[torch.Tensor]) -> None:
+def _copy_back(
+    message: torch.Tensor, gradients: Sequence[torch.Tensor | None], offsets: Sequence[int]
+) -> None:
     """Write a copied message back into the gradients."""
-    storage = gradients[0].untyped_storage().data_ptr()
-    if message.untyped_storage().data_ptr() == storage and message.numel():
-        return
-    flat = message.numel() != sum(g.numel() for g in gradients)
-    offset = 0
-    for gradient in gradients:
-        start = gradient.storage_offset() if flat else offset
-        gradient.copy_(message[start : start + gradient.numel()].view_as(gradient))
-        offset += gradient.numel()
+    storage = message.untyped_storage().data_ptr()
+    for gradient, offset in zip(gradients, offsets, strict=True):
+        if gradient is not None and gradient.untyped_storage().data_ptr() != storage:
+            gradient.copy_(message[offset : offset + gradient.numel()].view_as(gradient))
 
 
 _warned_about_repeats = False

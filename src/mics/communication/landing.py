@@ -159,8 +159,6 @@ class Landing:
         whole = compat.trainable_shard_numel(self._group)
         if output.numel() != whole or any(p.dtype != output.dtype for p in trainable):
             return None  # some have no gradient this time, or it is cast
-        there = gradients_of(self._group)
-        if not there:
+        if not gradients_of(self._group):
             return output
-        flat = flat_buffer(there, whole) if len(there) == len(trainable) else None
-        return flat if flat is not None and flat.numel() == whole else None
+        return flat_buffer(self._group)

@@ -61,7 +61,7 @@ class SameSteps:
     """The questions of one mesh to all its ranks: does another micro-step come?
 
     Args:
-        groups: of the mesh. The first question makes a group, collectively.
+        groups: of the mesh.
     """
 
     def __init__(self, groups: Groups) -> None:
@@ -77,6 +77,13 @@ class SameSteps:
         self._optimizers = _Optimizers()
         self._trained: dict[int, int] = {}  # a checksum, by the first parameter of a model
 
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The Gloo group of all ranks of the mesh; made by all of them when first asked for."""
+        if self._group is None:
+            self._group = make_group(self._ranks, "mics_control", backend="gloo")
+        return self._group
+
     def ask(self, owner: Asker, ran: int, *, more: bool, said: Said, normalise: Normalise) -> None:
         """Say whether a micro-step follows the first ``ran`` of a step; ``check`` has the answer.
 
@@ -91,8 +98,6 @@ class SameSteps:
             MicroStepError: other parameters are trained than in the step before, but not on every
                 rank. It is said before anything is gathered.
         """
-        if self._group is None:
-            self._group = make_group(self._ranks, "mics_control", backend="gloo")
         is_first = id(owner) not in self._steps
         if is_first:
             self._begun += 1
@@ -109,7 +114,7 @@ class SameSteps:
             trained=trained,
             collectives=self._collectives(),
         )
-        question = _Question(mine, self._group, self._ranks, (self._replica, self._replicas))
+        question = _Question(mine, self.group, self._ranks, (self._replica, self._replicas))
         self._open[id(owner)] = question
         if is_first:
             model = id(owner.params[0])

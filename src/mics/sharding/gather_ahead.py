@@ -33,10 +33,12 @@ def gather_ahead(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
     model.register_forward_pre_hook(_start(model, groups[0]))  # after FSDP2's own
     for block, (own, following) in zip(blocks, pairwise([*groups, []]), strict=True):
         block.register_forward_pre_hook(_start(model, [*own, *following]), prepend=True)
+        for unit in units_on(block):
+            unit.stand_first()  # what this rank has skipped is gathered before
 
 
 def _start(model: nn.Module, groups: Sequence[Any]) -> Callable[..., None]:
-    def start() -> None:
+    def start(*_: Any) -> None:
         if compat.is_initialised(model) and torch.is_grad_enabled() and not compat.in_backward():
             for group in groups:
                 compat.start_unshard(group)

@@ -18,17 +18,21 @@ import weakref
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from mics import compat
 from mics.communication.guard import guard
 from mics.communication.hop_two import HopTwo
+from mics.communication.issued import issued_of
 from mics.communication.same_steps import same_steps_of
+from mics.communication.settling import settle
 from mics.communication.step_facts import Normalise, Said
 from mics.errors import MicroStepError, MicsWarning
 from mics.quantities import MIB
 from mics.sharding.normalisation import divide_by_micro_steps, divide_by_tokens
+from mics.sharding.passes import Passes, passes_of
 from mics.sharding.units import Unit, units_of
 
 _ATTRIBUTE = "_mics_open_step"
@@ -55,6 +59,8 @@ class OpenStep:
             _refuse_other_module(unit.step)
         for module in _sharded_modules(model):
             module.reshard()  # what an evaluation left gathered may be older than the shards
+        for passes in _passes(units):
+            passes.lockstep.forget()  # a forward before the step has its backward before it too
         self._units = units
         self._params = [p for unit in units for p in compat.sharded_params(unit.group)]
         # One of every mesh: a hop 2 asks the one of its own before it waits.
@@ -97,6 +103,8 @@ class OpenStep:
             yield
             self._running = False
             self._refuse_another(model)
+            for passes in _passes(self._units):
+                passes.end_micro_step()
             self._check()
             self.index += 1
             self._has_gradients = any(p.grad is not None for p in self._params)
@@ -200,6 +208,8 @@ class OpenStep:
             self._check()
         self._running, self._last = True, last
         set_all_reduce(model, bool(last))
+        for passes in _passes(self._units):
+            passes.begin_micro_step()
         if last is not None:
             self._ask(self.index + 1, more=not last, said="beforehand")
 
@@ -213,12 +223,16 @@ class OpenStep:
 
     def _end(self, model: nn.Module) -> None:
         # Only after a last micro-step without a backward, or one not known to be the last, is
-        # anything left to do here.
-        hops = _hops(self._units)
-        for hop in hops:
-            hop.start_rest()
-        for hop in hops:
+        # hop 2 left to do here.
+        set_all_reduce(model, True)
+        for passes in _passes(self._units):
+            if not self._last:
+                passes.order.begin()
+            passes.order.finish()
+        for hop in _hops(self._units):
             hop.wait()
+        for units in _by_mesh(self._units):
+            settle(units[0].groups, [unit.used for unit in units])
         if self._normalise == "micro_steps":
             divide_by_micro_steps(self._units, self.index)
         elif self._normalise == "tokens":
@@ -229,7 +243,6 @@ class OpenStep:
         for unit in self._units:
             unit.belong_to(None)
         del model.__dict__[_ATTRIBUTE]
-        set_all_reduce(model, True)
         self._state_dict_hook.remove()
 
     def _close(self) -> None:
@@ -300,6 +313,9 @@ def _abandon(model: nn.Module, units: list[Unit]) -> None:
     for unit in units:
         if unit.landing is not None:
             unit.landing.reductions.finish()
+    for passes in _passes(units):
+        passes.lockstep.forget()
+        issued_of(passes.groups).clear()
     for hop in _hops(units):
         hop.drop_gradients()
     for param in params:
@@ -344,6 +360,18 @@ def set_all_reduce(model: nn.Module, wanted: bool) -> None:
 
 def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def _passes(units: list[Unit]) -> list[Passes]:
+    """Those of every tree and mesh that has run a forward, in module order."""
+    return list(dict.fromkeys(passes for unit in units if (passes := passes_of(unit)) is not None))
+
+
+def _by_mesh(units: list[Unit]) -> list[list[Unit]]:
+    meshes: dict[dist.ProcessGroup, list[Unit]] = {}
+    for unit in units:
+        meshes.setdefault(unit.groups.shard, []).append(unit)
+    return list(meshes.values())
 
 
 def _hops(units: list[Unit]) -> list[HopTwo]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +16,14 @@ from mics.communication.backend import backend_of_mesh
 from mics.communication.collectives import AllGather, ReduceScatter
 from mics.communication.forms import Collectives, decide_by, measure
 from mics.communication.hop_two import HopTwo
+from mics.communication.issued import issued_of
 from mics.communication.landing import Landing
 from mics.communication.ledger import Ledger
+from mics.communication.used import Used
 from mics.errors import ShardError
 from mics.ranks.mesh import Groups, ranks_of
+from mics.sharding.lockstep import Use
+from mics.sharding.passes import Passes, passes_of
 
 _ATTRIBUTE = "_mics_units"
 
@@ -50,30 +55,62 @@ class Unit:
             _measure(group, groups)
         self.ledger = Ledger(rank=dist.get_rank(), gpus_per_node=groups.gpus_per_node)
 
-        replicated = groups.replicas is not None and not compat.is_replicated_by_torch(group)
+        self.number = issued_of(groups).number(self.name)
+        self.used = Used(group)
+        self.hop_two: HopTwo | None = None
         self.landing: Landing | None = None
+        self._communicate(overlap=overlap)
+
+        self._passes: Passes | None = None
+        self._entering = False
+        self._step: object = None
+        self.forward_hooks = [self._hook(one) for one in compat.modules_of(group)]
+        units_on(module).append(self)
+
+    def _communicate(self, *, overlap: bool) -> None:
+        """Make its collectives, its hop 2 and its landing, in the order they need each other."""
+        group, groups = self.group, self.groups
+        replicated = groups.replicas is not None and not compat.is_replicated_by_torch(group)
         if overlap and backend_of_mesh(groups).blocks:
             compat.gather_beside_computation(group)
             self.landing = Landing(group, groups, self._landed if replicated else None)
-        self.hop_two: HopTwo | None = None
         if replicated:
-            self.hop_two = HopTwo(group, groups, self.ledger, self.landing, self._peers)
-
-        self.all_gather = AllGather(groups, self.ledger, self.decide)
+            self.hop_two = HopTwo(
+                group, groups, self.ledger, self.landing, self.used, self._became_ready
+            )
+        issued = partial(issued_of(groups).add, self.number)
+        self.all_gather = AllGather(groups, self.ledger, self.decide, partial(issued, "gathers"))
         self.reduce_scatter = ReduceScatter(
             groups,
             self.ledger,
             self.decide,
-            self.hop_two.before_reduce if self.hop_two is not None else None,
+            partial(issued, "reduces"),
+            self._before_reduce,
             self.landing,
         )
         compat.set_comms(group, self.all_gather, self.reduce_scatter)
-        self.forward_hook: RemovableHandle | None = None
-        if self.hop_two is not None or self.landing is not None:
-            told = outside_graphs(self._before_forward)
-            self.forward_hook = module.register_forward_pre_hook(told)
-        self._step: object = None
-        units_on(module).append(self)
+
+    def _hook(self, module: nn.Module) -> list[RemovableHandle]:
+        """Stand before and behind FSDP2's own hooks on one module."""
+        return [
+            module.register_forward_pre_hook(outside_graphs(self._enter), with_kwargs=True),
+            module.register_forward_hook(outside_graphs(self._leave), prepend=True),
+            self._stand_first(module),
+        ]
+
+    def _stand_first(self, module: nn.Module) -> RemovableHandle:
+        return module.register_forward_pre_hook(outside_graphs(self._arrive), prepend=True)
+
+    def stand_first(self) -> None:
+        """Come before the hooks that were put before FSDP2's since the unit was made."""
+        for module, handles in zip(compat.modules_of(self.group), self.forward_hooks, strict=True):
+            handles.pop().remove()
+            handles.append(self._stand_first(module))
+
+    @property
+    def name(self) -> str:
+        """Its module's under the root, or its first parameter's."""
+        return compat.module_name(self.group) or compat.param_names(self.group)[0]
 
     @property
     def step(self) -> object:
@@ -84,21 +121,92 @@ class Unit:
         """Remember an open step, which then lasts as long as what it guards; ``None`` ends it."""
         self._step = step
 
-    def _before_forward(self) -> None:
-        if self.hop_two is not None:
-            self.hop_two.before_forward()
+    @property
+    def in_step(self) -> bool:
+        """Whether an open step will finish the unit's gradients."""
+        return self._step is not None and not getattr(self._step, "was_left", False)
+
+    @property
+    def trains(self) -> bool:
+        """Whether it has a parameter that needs a gradient."""
+        return compat.trainable_shard_numel(self.group) > 0
+
+    def peers(self) -> list[Unit]:
+        """Every unit under the same root and on the same mesh, in module order."""
+        owners = [(g, compat.modules_of(g)[0]) for g in compat.root_param_groups(self.group)]
+        units = [unit for g, module in owners for unit in units_on(module) if unit.group is g]
+        return [unit for unit in units if unit.groups.shard is self.groups.shard]
+
+    # -- around the forward of its modules, outside of recomputation ---------------------------
+
+    def _arrive(self, module: nn.Module, args: Any) -> None:
+        """Let what this rank has skipped come first; FSDP2 gathers next."""
+        if compat.in_backward():
+            return
+        self._entering = compat.enters_forward(self.group)
+        passes = self._find_passes()
+        if self._entering and passes is not None:
+            passes.lockstep.arrive(self, args)
+
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Count the use, and look at the inputs; FSDP2 has gathered."""
         if self.landing is not None:
             self.landing.reductions.before_forward()
+        if compat.in_backward() or not self._entering:
+            return
+        passes = self._find_passes()
+        if passes is not None and module is compat.root_module(self.group):
+            passes.lockstep.open()
+        if not torch.is_grad_enabled():
+            return
+        if self.hop_two is not None:
+            self.hop_two.before_forward()
+        for one in compat.tensors_with_grad((args, kwargs)):
+            one.register_hook(self._note)  # type: ignore[no-untyped-call]
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Stand before FSDP2's own hooks on what the forward returns."""
+        if compat.in_backward() or self._passes is None:
+            return
+        if module is compat.root_module(self.group):
+            self._passes.lockstep.close(output)
+        if not torch.is_grad_enabled():
+            return
+        outputs = compat.tensors_with_grad(output)
+        use = self._passes.lockstep.leave(self, needs_gradient=bool(outputs))
+        begin = partial(self._begin_backward, use)
+        for one in outputs:
+            one.register_hook(begin)  # type: ignore[no-untyped-call]
+
+    def _find_passes(self) -> Passes | None:
+        """Those of the unit's tree, once the root's first forward has told who the root is."""
+        if self._passes is None:
+            self._passes = passes_of(self)
+        return self._passes
+
+    # -- in backward -----------------------------------------------------------------------------
+
+    def _begin_backward(self, use: Use | None, gradient: torch.Tensor | None) -> None:
+        assert self._passes is not None
+        self._passes.begin(use)
+
+    def _note(self, gradient: torch.Tensor | None) -> None:
+        self.used.note()
+
+    def _before_reduce(self) -> None:
+        if self._passes is not None:
+            self._passes.before_reduce()
+        self.used.before_reduce()
+        if self.hop_two is not None:
+            self.hop_two.before_reduce()
 
     def _landed(self) -> None:
         if self.hop_two is not None:
             self.hop_two.landed()
 
-    def _peers(self) -> list[HopTwo]:
-        """Every hop 2 under the same root, in module order."""
-        owners = [(g, compat.modules_of(g)[0]) for g in compat.root_param_groups(self.group)]
-        units = [unit for g, module in owners for unit in units_on(module) if unit.group is g]
-        return [unit.hop_two for unit in units if unit.hop_two is not None]
+    def _became_ready(self) -> None:
+        if self._passes is not None:
+            self._passes.order.advance()
 
 
 def units_on(module: nn.Module) -> list[Unit]:
@@ -122,13 +230,9 @@ def units_of(model: nn.Module) -> list[Unit]:
     return units
 
 
-def outside_graphs(tell: Callable[[], None]) -> Callable[..., None]:
-    """A forward hook that calls ``tell`` and, as FSDP2's own, is part of no compiled graph."""
-
-    def hook(*_: Any) -> None:
-        tell()
-
-    outside: Callable[..., None] = torch.compiler.disable(hook, recursive=True)  # type: ignore[no-untyped-call]
+def outside_graphs(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward hook that, as FSDP2's own, is part of no compiled graph."""
+    outside: Callable[..., Any] = torch.compiler.disable(hook, recursive=True)  # type: ignore[no-untyped-call]
     return outside
 
 

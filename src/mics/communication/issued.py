@@ -1,0 +1,64 @@
+"""Which collectives a partition group was given, in order: the same on every rank, or all is wrong.
+
+A communicator matches collectives by their order. Ranks of a partition group that gather or reduce
+other units, or the same ones in another order, would compute with each other's blocks without a
+word where the sizes agree. So each rank writes down what it issues, and the ranks compare at the
+end of a step (``settling.py``).
+"""
+
+from __future__ import annotations
+
+import zlib
+from array import array
+from typing import Literal
+
+from mics.ranks.mesh import PerMesh
+
+Kind = Literal["gathers", "reduces"]
+KINDS: tuple[Kind, ...] = ("gathers", "reduces")
+
+
+class Issued:
+    """What this rank has issued on one partition group since it was last compared."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._calls = array("i")
+
+    def number(self, name: str) -> int:
+        """A number for one more unit, the same on every rank, as all make units in one order.
+
+        Args:
+            name: of the unit, to tell a user.
+        """
+        self._names.append(name)
+        return len(self._names) - 1
+
+    def rename(self, unit: int, name: str) -> None:
+        """Give a unit the name that it has under its root."""
+        self._names[unit] = name
+
+    def add(self, unit: int, kind: Kind) -> None:
+        """A unit issues one more."""
+        self._calls.append(len(KINDS) * unit + KINDS.index(kind))
+
+    def digest(self) -> int:
+        """A number below 2**31 that differs when the order does."""
+        return zlib.crc32(self._calls.tobytes()) & 0x7FFFFFFF
+
+    def calls(self) -> list[int]:
+        """All of them, coded; see ``spell``."""
+        return self._calls.tolist()
+
+    def spell(self, call: int) -> str:
+        """One of them in words."""
+        unit, kind = divmod(call, len(KINDS))
+        return f"{KINDS[kind]} {self._names[unit]}"
+
+    def clear(self) -> None:
+        """Forget what has been compared."""
+        del self._calls[:]
+
+
+issued_of = PerMesh(lambda _: Issued())
+"""What was issued on the partition group of a mesh."""

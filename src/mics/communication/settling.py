@@ -1,0 +1,105 @@
+"""The end of a step: what did the ranks use, and did they all do the same?
+
+One small message over all ranks of a mesh, on the host, when the last reduction of a step has been
+issued. It says which parameters each rank has used (see [Note: used and unused] in ``used.py``) and
+a digest of the collectives each partition group was given (``issued.py``). Nothing has been changed
+by then but gradients, so a step that went wrong is refused before an optimizer sees it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from mics.communication.issued import issued_of
+from mics.communication.same_steps import same_steps_of
+from mics.communication.used import Used
+from mics.errors import MicroStepError
+from mics.ranks.issuing import all_reduce
+from mics.ranks.mesh import Groups
+
+
+@torch.no_grad()
+def settle(groups: Groups, used: Sequence[Used]) -> None:
+    """Tell the ranks of a mesh what this one has done, and drop the gradients that nobody has made.
+
+    Args:
+        groups: of the mesh.
+        used: of all units of the step on that mesh, in one order.
+
+    Raises:
+        MicroStepError: on every rank, when the ranks of a partition group issued other collectives.
+    """
+    flags = [unit.flags() for unit in used]
+    if groups.whole.size() > 1:
+        flags = _by_anybody(groups, flags)
+    issued_of(groups).clear()
+    for unit, by_anybody in zip(used, flags, strict=True):
+        unit.settle(by_anybody)
+
+
+def _by_anybody(groups: Groups, flags: list[list[bool]]) -> list[list[bool]]:
+    """What any rank of the mesh has used."""
+    mine = groups.replicas.rank() if groups.replicas is not None else 0
+    # The largest and, negated, the smallest digest of each partition group.
+    digests = torch.full((2, groups.num_replicas), -(2**31), dtype=torch.int64)
+    digest = issued_of(groups).digest()
+    digests[:, mine] = torch.tensor([digest, -digest])
+    one_list = torch.tensor([flag for unit in flags for flag in unit], dtype=torch.int64)
+    message = torch.cat([digests.flatten(), one_list])
+    control = same_steps_of(groups).group
+    all_reduce(message, dist.ReduceOp.MAX, control, name="end of the step")
+    largest, smallest = message[: digests.numel()].view(2, -1)
+    if not torch.equal(largest, -smallest):
+        raise _other_collectives(groups, control)
+    anybody = iter(message[digests.numel() :].bool().tolist())
+    return [[next(anybody) for _ in unit] for unit in flags]
+
+
+@dataclass(frozen=True)
+class _Difference:
+    """Where the collectives of two ranks of a partition group part."""
+
+    position: int
+    ranks: tuple[int, int]
+    did: tuple[str, str]
+
+
+def _other_collectives(groups: Groups, control: dist.ProcessGroup) -> MicroStepError:
+    """Collect what every rank has issued and say where they part; collective."""
+    issued = issued_of(groups)
+    calls = torch.tensor(issued.calls(), dtype=torch.int64)
+    lengths = torch.zeros(control.size(), dtype=torch.int64)
+    lengths[control.rank()] = len(calls)
+    all_reduce(lengths, group=control)
+    rows = torch.full((control.size(), int(lengths.max())), -1, dtype=torch.int64)
+    rows[control.rank(), : len(calls)] = calls
+    all_reduce(rows, dist.ReduceOp.MAX, control)
+    issued.clear()
+    ranks = dist.get_process_group_ranks(control)
+    by_rank = dict(zip(ranks, rows.tolist(), strict=True))
+    partitions = groups.whole.mesh.view(-1, groups.shard.size()).tolist()
+    for partition in partitions:
+        first, *others = partition
+        for other in others:
+            for position, pair in enumerate(zip(by_rank[first], by_rank[other], strict=True)):
+                if pair[0] != pair[1]:
+                    did = [issued.spell(c) if c >= 0 else "has ended" for c in pair]
+                    found = _Difference(position, (first, other), (did[0], did[1]))
+                    return _refusal(found)
+    raise AssertionError("digests differ and calls do not")
+
+
+def _refusal(found: _Difference) -> MicroStepError:
+    (first, other), (did, did_not) = found.ranks, found.did
+    return MicroStepError(
+        "Ranks of one partition group used other blocks, or the same in another order: what they "
+        "gathered and reduced was mixed up, and the gradients of this step are wrong.",
+        numbers=f"Collective {found.position + 1} of the step: rank {first} {did}, rank {other} "
+        f"{did_not}.",
+        write="blocks that each run at most once in a forward, in one order, of which a rank may "
+        "skip any",
+    )

@@ -1,0 +1,73 @@
+"""Which parameters of a unit the data of this rank has used in a step.
+
+[Note: used and unused]
+Ranks of one step may use different parameters: layer drop, experts, heads per task. What a rank
+sends must not depend on it, so a parameter that a backward pass left without a gradient is given
+zeros before FSDP2 reduces the unit. Zeros are not the gradient of one process, though, when no rank
+has used a parameter: an optimizer would decay it. So every rank remembers what it has used, all
+tell each other at the end of the step (``settling.py``), and a gradient that nobody has made is
+dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mics import compat
+
+
+class Used:
+    """What one unit has used since its gradients were dropped.
+
+    Args:
+        group: the FSDP2 parameter group.
+    """
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+        self._used: dict[int, bool] = {}  # by position among the trainable parameters
+        self._noted = False  # in the backward of this use
+
+    @torch.no_grad()
+    def note(self) -> None:
+        """Look at the whole gradients, before FSDP2 reduces them, and fill in what is missing.
+
+        Only the first call before a reduction does: after it zeros can not be told from gradients.
+        """
+        if self._noted or not compat.wants_reduce(self._group):
+            return
+        self._noted = True
+        trainable = [p for p in compat.sharded_params(self._group) if p.requires_grad]
+        now = compat.fill_unused_gradients(self._group)
+        for i, (param, used) in enumerate(zip(trainable, now, strict=True)):
+            before = param.grad is not None and self._used.get(i, True)
+            self._used[i] = before or used
+
+    def before_reduce(self) -> None:
+        """FSDP2 reduces what was noted; the next use is noted anew."""
+        self._noted = False
+
+    def received(self, index: int) -> None:
+        """A gradient is what hop 2 brought, this rank's data had no part in it."""
+        self._used[index] = False
+
+    def flags(self) -> list[bool]:
+        """Whether data of this rank has made a gradient, for each trainable parameter."""
+        trainable = [p for p in compat.sharded_params(self._group) if p.requires_grad]
+        # A gradient that was never noted was set by somebody else, and counts as made.
+        return [p.grad is not None and self._used.get(i, True) for i, p in enumerate(trainable)]
+
+    def settle(self, by_anybody: Sequence[bool]) -> None:
+        """Drop the gradients of parameters that no rank has used.
+
+        Args:
+            by_anybody: for each trainable parameter, whether any rank has.
+        """
+        trainable = [p for p in compat.sharded_params(self._group) if p.requires_grad]
+        for param, used in zip(trainable, by_anybody, strict=True):
+            if not used:
+                param.grad = None
+        self._used = dict(enumerate(by_anybody))

@@ -1,0 +1,200 @@
+"""Ranks of a partition group gather and reduce the same units, whatever blocks their data skips.
+
+[Note: skipped blocks]
+A gather needs every rank of the partition group. A rank that skips a block (layer drop, experts,
+a tower for images) would leave the others waiting, or give them another block's weights. Nobody
+knows beforehand what the others will skip, and asking before each block would cost every step. So
+all ranks go through the units in one order, that of the model's modules:
+
+    forward     a unit whose forward begins lets those before it that were left out be gathered
+                and freed first; the root's end does so for those after the last one
+    backward    a unit whose backward begins lets those that came after it be over first: gathered
+                and reduced with zeros if they have had no backward, reduced if FSDP2 would do so
+                when the pass ends (their inputs needed no gradient, which on another rank they
+                may); the end of the pass does so for the first ones
+
+A rank that uses every unit once, as all do in most models, finds nothing left out and pays nothing.
+A unit that runs again, or before its turn, is left alone: ranks that differ there are refused at
+the end of the step (``settling.py``). A unit found to run later than its place among the modules is
+moved there, so that this costs one forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from mics import compat
+from mics.communication.hop_two import HopTwo
+from mics.communication.used import Used
+
+_MOST_FORWARDS = 64  # without a backward, that are remembered
+
+
+class Skippable(Protocol):
+    """What has to be known of a unit to stand in for it (``units.py`` has the units)."""
+
+    group: Any
+    used: Used
+    hop_two: HopTwo | None
+
+    @property
+    def trains(self) -> bool:
+        """Whether it has a parameter that needs a gradient."""
+
+
+@dataclass(eq=False)
+class Use:
+    """One unit in one forward.
+
+    Attributes:
+        unit: the unit.
+        forward: the number of the forward.
+        entered: when it began, among all beginnings and ends of uses.
+        left: when it ended.
+        begun: whether its backward has.
+    """
+
+    unit: Skippable
+    forward: int
+    entered: int
+    left: int
+    begun: bool = False
+
+    def is_after(self, other: Use) -> bool:
+        """Whether it is of the same forward and came after the other; one inside it did not."""
+        return self.forward == other.forward and self.entered > other.left
+
+
+class Lockstep:
+    """Fills in what a rank leaves out of the units under one root.
+
+    Args:
+        units: without the root's, in module order; those that share ranks, p > 1.
+    """
+
+    def __init__(self, units: Sequence[Skippable]) -> None:
+        self._order = list(units)
+        self._ids = {id(unit) for unit in units}
+        self._forward = 0
+        self._open = False
+        self._clock = 0
+        self._position = 0  # in the order, of what may come next
+        self._entered: dict[int, int] = {}  # in this forward, when
+        self._filled: set[int] = set()
+        self._flows = False  # whether what has come out of units so far needs a gradient
+        self._uses: list[Use] = []  # of forwards whose backward may come
+        self._begun: set[int] = set()  # forwards whose backward has begun in this pass
+
+    # -- forward ---------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """The root's forward begins."""
+        self._forward += 1
+        self._open = True
+        self._position = 0
+        self._entered.clear()
+        self._filled.clear()
+        self._flows = False
+        oldest = self._forward - _MOST_FORWARDS
+        self._uses = [use for use in self._uses if use.forward > oldest]
+
+    def arrive(self, unit: Skippable, inputs: Any) -> None:
+        """A unit's forward begins: those left out before it come first."""
+        if not self._open or id(unit) not in self._ids:
+            return
+        place = self._order.index(unit)
+        if place >= self._position:
+            self._fill(self._order[self._position : place], inputs)
+        elif id(unit) in self._filled:  # too early: it runs here
+            self._order.insert(self._position - 1, self._order.pop(place))
+            self._filled.discard(id(unit))
+            place = self._position - 1
+        self._position = place + 1
+        self._entered[id(unit)] = self._tick()
+
+    def leave(self, unit: Skippable, *, needs_gradient: bool) -> Use:
+        """A unit's forward ends, with gradients enabled.
+
+        Args:
+            unit: the unit.
+            needs_gradient: whether its outputs do. They may not here and do on another rank, which
+                then reduces a unit that trains.
+
+        Returns:
+            What its backward is known by.
+        """
+        now = self._tick()
+        use = Use(unit, self._forward, self._entered.get(id(unit), now), now)
+        if id(unit) in self._ids and (needs_gradient or unit.trains):
+            self._uses.append(use)
+            self._flows = True
+        return use
+
+    def close(self, outputs: Any) -> None:
+        """The root's forward ends: those left out after the last unit come now."""
+        if self._open:
+            self._fill(self._order[self._position :], outputs)
+        self._open = False
+
+    def _fill(self, units: Sequence[Skippable], passed_on: Any) -> None:
+        """Stand in for units, which would have been given what is now passed on."""
+        for unit in units:
+            if id(unit) in self._entered:
+                continue
+            self._entered[id(unit)] = self._tick()
+            self._filled.add(id(unit))
+            compat.pass_through(unit.group)
+            if torch.is_grad_enabled():
+                flows = self._flows or bool(compat.tensors_with_grad(passed_on))
+                self.leave(unit, needs_gradient=flows)
+                if unit.hop_two is not None and unit.trains:
+                    unit.hop_two.before_forward()
+
+    def _tick(self) -> int:
+        self._clock += 1
+        return self._clock
+
+    # -- backward --------------------------------------------------------------------------------
+
+    def begin_backward(self, use: Use) -> None:
+        """The backward of a use begins: what came after it is over first."""
+        if use.begun:
+            return
+        use.begun = True
+        self._begun.add(use.forward)
+        self._end([other for other in self._uses if other.is_after(use)])
+
+    def end_backward(self) -> None:
+        """The pass ends: what came before the first use that had a backward is over now."""
+        self._end([use for use in self._uses if use.forward in self._begun])
+        self._uses = [use for use in self._uses if use.forward not in self._begun]
+        self._begun.clear()
+
+    def forget(self) -> None:
+        """A step was left, or ends: no backward of its forwards comes."""
+        self._open = False
+        self._uses.clear()
+        self._begun.clear()
+
+    @property
+    def awaits_backward(self) -> bool:
+        """Whether a forward has run that had no backward at all."""
+        return bool(self._uses)
+
+    def begin_last(self) -> None:
+        """A pass stands for the backward that this rank has left out of its last forward."""
+        self._begun.add(self._uses[-1].forward)
+
+    @staticmethod
+    def _end(uses: Sequence[Use]) -> None:
+        for use in reversed(uses):
+            if not use.begun:
+                use.begun = True
+                compat.begin_empty_backward(use.unit.group)
+            if compat.is_in_backward(use.unit.group):
+                use.unit.used.note()
+                compat.end_empty_backward(use.unit.group)

@@ -1,0 +1,160 @@
+"""The backward passes of one FSDP2 tree: how they begin and end for the units of one mesh.
+
+first unit      its output's gradient comes: hop 2 is owed, the end below is queued
+every unit      what was left out after it is filled in (``lockstep.py``), its unused parameters
+                get zeros (``used.py``), FSDP2 reduces, hop 2 starts in turn (``hop_order.py``)
+end, before     FSDP2's own end: the first units that were left out, unused parameters of units
+                that FSDP2 reduces there
+end, after      it: reductions land, hop 2 of the rest, and the step is settled, unless an open
+                step does that
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, Self
+
+import torch
+from torch import nn
+
+from mics import compat
+from mics.communication.hop_order import HopOrder
+from mics.communication.issued import issued_of
+from mics.communication.settling import settle
+from mics.ranks.mesh import Groups
+from mics.sharding.lockstep import Lockstep, Skippable, Use
+
+_ATTRIBUTE = "_mics_passes"
+
+
+class Member(Skippable, Protocol):
+    """What has to be known of a unit to end its passes (``units.py`` has the units)."""
+
+    groups: Groups
+    number: int
+
+    @property
+    def name(self) -> str:
+        """What it is called under its root."""
+
+    @property
+    def in_step(self) -> bool:
+        """Whether an open step will finish the unit's gradients."""
+
+    def peers(self) -> Sequence[Self]:
+        """Every unit under the same root and on the same mesh, in module order."""
+
+
+class Passes:
+    """What the units under one root and on one mesh share.
+
+    Args:
+        units: in module order.
+        root: of the tree; its own units are in every forward.
+    """
+
+    def __init__(self, units: Sequence[Member], root: nn.Module) -> None:
+        self.units = tuple(units)
+        self.groups = units[0].groups
+        self._hops = [unit.hop_two for unit in units if unit.hop_two is not None]
+        self.order = HopOrder(self._hops)
+        self._root = root
+        inner = [unit for unit in units if root not in compat.modules_of(unit.group)]
+        shares = self.groups.shard.size() > 1
+        self.lockstep = Lockstep(inner if shares else [])
+        self._begun = -1  # autograd's number of the pass
+        self._ends = -1
+        self._ran = False  # a backward, in this micro-step
+        for unit in units:
+            issued_of(self.groups).rename(unit.number, unit.name)
+
+    def begin(self, use: Use | None) -> None:
+        """The gradient of a unit's output has come."""
+        if compat.backward_id() != self._begun:
+            self._begun = compat.backward_id()
+            self._ran = True
+            compat.at_end_of_backward(self._before_the_end)
+        if use is not None:
+            self.lockstep.begin_backward(use)
+
+    def begin_empty(self) -> None:
+        """A pass begins in which no unit of this rank has a gradient."""
+        self.begin(None)
+        self.lockstep.begin_last()
+        for unit in self.units:
+            if self._root in compat.modules_of(unit.group):
+                compat.begin_empty_backward(unit.group)
+
+    def before_reduce(self) -> None:
+        """FSDP2 reduces a unit: all of them owe hop 2, and the pass has an end of ours."""
+        current = compat.backward_id()
+        if current == self._ends:
+            return
+        self._ends = current
+        fresh = any(hop.awaits_backward for hop in self._hops)
+        for hop in self._hops:
+            # After a second backward of one forward nobody knows who comes again.
+            hop.begin_pass(unused=fresh and not hop.awaits_backward)
+        self.order.begin()
+        compat.at_end_of_backward(self._after_the_end)
+
+    def begin_micro_step(self) -> None:
+        """A micro-step begins: all units owe hop 2, if it is the last."""
+        self.order.begin()
+        self._ran = False
+
+    def end_micro_step(self) -> None:
+        """A micro-step ends: take part in a backward that only the other ranks have run.
+
+        A rank may find its loss unusable and go on without backward. Those it shares its units with
+        wait for its part, which is zeros.
+        """
+        if self._ran:
+            return
+        if self.lockstep.awaits_backward:
+            _Nothing.apply(torch.zeros((), requires_grad=True), self).backward()  # type: ignore[no-untyped-call]
+        for unit in self.units:
+            compat.free(unit.group)
+
+    def _before_the_end(self) -> None:
+        self.lockstep.end_backward()
+        for unit in self.units:
+            if compat.is_in_backward(unit.group) or compat.has_whole_gradients(unit.group):
+                unit.used.note()
+
+    def _after_the_end(self) -> None:
+        self._ends = -1
+        for hop in self._hops:
+            hop.land()
+        wanted = any(hop.wanted for hop in self._hops) or not self._hops
+        self.order.finish()
+        for hop in self._hops:
+            hop.close_pass()
+        if wanted and not any(unit.in_step for unit in self.units):
+            settle(self.groups, [unit.used for unit in self.units])
+
+
+class _Nothing(torch.autograd.Function):
+    """A graph without a model, whose backward is the model's in communication alone."""
+
+    @staticmethod
+    def forward(ctx: Any, one: torch.Tensor, passes: Passes) -> torch.Tensor:
+        ctx.passes = passes
+        return one.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> tuple[None, None]:
+        ctx.passes.begin_empty()
+        return None, None
+
+
+def passes_of(unit: Member) -> Passes | None:
+    """The passes of a unit's tree on its mesh; ``None`` before the first forward of its root."""
+    root = compat.root_module(unit.group)
+    if root is None:
+        return None
+    made: dict[int, Passes] = root.__dict__.setdefault(_ATTRIBUTE, {})
+    key = id(unit.groups.shard)
+    if key not in made:
+        made[key] = Passes(unit.peers(), root)
+    return made[key]

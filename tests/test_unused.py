@@ -1,0 +1,226 @@
+"""Ranks and replicas that use different parameters have the gradients of one process."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from parity import quiet
+from ranks import errors_of_ranks, run_ranks
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+import mics
+
+WORLD, WIDTH, BLOCKS, MICRO_STEPS = 4, 8, 4, 2
+FULL = MixedPrecisionPolicy()
+
+Uses = dict[int, str]
+"""By block that runs, the experts it uses."""
+
+
+class Block(nn.Module):
+    """Two experts of equal size and a norm; a rank runs those that its tokens chose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.a, self.b = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor, experts: str) -> torch.Tensor:
+        y = self.norm(x)
+        return x + sum((torch.tanh(getattr(self, name)(y)) for name in experts), torch.zeros(()))
+
+
+class Net(nn.Module):
+    """A first layer, blocks and a head; each forward says what it uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.blocks = nn.ModuleList(Block() for _ in range(BLOCKS))
+        self.head = nn.Linear(WIDTH, 3)
+
+    def forward(self, x: torch.Tensor, uses: Uses) -> torch.Tensor:
+        x = self.first(x)
+        for i, block in enumerate(self.blocks):
+            if i in uses:
+                x = block(x, uses[i])
+        return self.head(x)
+
+
+ALL: Uses = dict.fromkeys(range(BLOCKS), "ab")
+Plan = Callable[[int, int], Uses | None]
+"""What a rank uses in a micro-step, for (micro-step, rank); None: forward, but no backward."""
+
+
+def _without(*blocks: int) -> Uses:
+    return {i: "ab" for i in range(BLOCKS) if i not in blocks}
+
+
+def _random(seed: int) -> Plan:
+    def plan(micro_step: int, rank: int) -> Uses | None:
+        choose = random.Random(1000 * seed + 10 * micro_step + rank)
+        blocks = [i for i in range(BLOCKS) if choose.random() < 0.6]
+        return {i: choose.choice(["a", "b", "ab", ""]) for i in blocks}
+
+    return plan
+
+
+PLANS: dict[str, Plan] = {
+    "layer drop per replica in the last": lambda m, q: _without(1 + q // 2) if m else ALL,
+    "layer drop per rank": lambda m, q: _without((q + m) % BLOCKS),
+    "the first block on one rank only": lambda m, q: ALL if q == 2 else _without(0),
+    "the last block on one rank only": lambda m, q: ALL if q == 1 else _without(BLOCKS - 1),
+    "experts per rank": lambda m, q: dict.fromkeys(range(BLOCKS), "ab"[(q + m) % 2]),
+    "one rank uses the second expert": lambda m, q: dict.fromkeys(
+        range(BLOCKS), "b" if q == 3 else "a"
+    ),
+    "a block nobody uses": lambda m, q: _without(2),
+    "an expert nobody uses": lambda m, q: dict.fromkeys(range(BLOCKS), "a"),
+    "one rank skips everything": lambda m, q: {} if q == 0 else ALL,
+    "one rank leaves out its last backward": lambda m, q: None if m and q == 1 else ALL,
+    "a rank leaves out every backward": lambda m, q: None if q == 2 else ALL,
+    **{f"random {seed}": _random(seed) for seed in range(4)},
+}
+
+
+def _data(micro_step: int, rank: int) -> torch.Tensor:
+    return torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(10 * micro_step + rank))
+
+
+def _net(frozen: str = "") -> Net:
+    torch.manual_seed(0)
+    net = Net()
+    for name, param in net.named_parameters():
+        param.requires_grad_(not (frozen and name.startswith(frozen)))
+    return net
+
+
+def _alone(plan: Plan, frozen: str) -> dict[str, torch.Tensor | None]:
+    net = _net(frozen)
+    for micro_step, rank in itertools.product(range(MICRO_STEPS), range(WORLD)):
+        uses = plan(micro_step, rank)
+        if uses is not None:
+            out = net(_data(micro_step, rank), uses)
+            (out.square().mean() / (WORLD * MICRO_STEPS)).backward()
+    return {name: p.grad for name, p in net.named_parameters()}
+
+
+def _micro_step(model: nn.Module, plan: Plan, micro_step: int) -> None:
+    rank = dist.get_rank()
+    uses = plan(micro_step, rank)
+    loss = model(_data(micro_step, rank), ALL if uses is None else uses).square().mean()
+    if uses is not None:
+        (loss / MICRO_STEPS).backward()
+
+
+def _in_loop(model: nn.Module, plan: Plan) -> None:
+    for micro_step in mics.micro_steps(model, range(MICRO_STEPS)):
+        _micro_step(model, plan, micro_step)
+
+
+def _told_afterwards(model: nn.Module, plan: Plan) -> None:
+    for micro_step in range(MICRO_STEPS):
+        with mics.micro_step(model, last=None):
+            _micro_step(model, plan, micro_step)
+    mics.finish_step(model)
+
+
+def _by_hand(model: Any, plan: Plan) -> None:
+    for micro_step in range(MICRO_STEPS):
+        model.set_requires_all_reduce(micro_step == MICRO_STEPS - 1)
+        _micro_step(model, plan, micro_step)
+
+
+def _errors(
+    plan: Plan, train: Callable[[Any, Plan], None], frozen: str, **options: Any
+) -> list[str]:
+    """What is wrong with the gradients of a sharded model, compared with one process's."""
+    net = _net(frozen)
+    model = mics.shard(net, mp_policy=FULL, **options)
+    train(model, plan)
+    wrong = []
+    for (name, right), param in zip(_alone(plan, frozen).items(), model.parameters(), strict=True):
+        mine = None if param.grad is None else param.grad.full_tensor()  # type: ignore[attr-defined]
+        if mine is None and right is None:
+            continue
+        if mine is None or right is None:
+            wrong.append(f"{name}: {'None' if mine is None else 'a gradient'}")
+        elif not torch.allclose(mine, right, rtol=1e-5, atol=1e-6):
+            wrong.append(f"{name}: off by {float((mine - right).abs().max()):.1e}")
+    return wrong
+
+
+def _compare(names: list[str], train: Any, frozen: str, options: dict[str, Any]) -> dict[str, Any]:
+    def each() -> dict[str, Any]:
+        wrong = {name: _errors(PLANS[name], train, frozen, **options) for name in names}
+        return {name: found for name, found in wrong.items() if found}
+
+    return quiet(each)
+
+
+HIERARCHICAL = {"partition": 4, "gpus_per_node": 2, "collectives": "hierarchical"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"partition": 1},
+        {"partition": 2},
+        {"partition": 2, "overlap": False},
+        {"partition": 4},
+        HIERARCHICAL,
+        {**HIERARCHICAL, "overlap": False},
+        {"partition": 2, "activation_checkpointing": True},
+        {"partition": 2, "reshard_after_forward": False},
+    ],
+    ids=lambda options: " ".join(f"{key}={value}" for key, value in options.items()),
+)
+def test_gradients_are_one_processs_whatever_a_rank_skips(options: dict[str, Any]) -> None:
+    assert run_ranks(_compare, WORLD, list(PLANS), _in_loop, "", options) == [{}] * WORLD
+
+
+BY_HAND = [name for name in PLANS if "backward" not in name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("train", "names"), [(_told_afterwards, list(PLANS)), (_by_hand, BY_HAND)])
+def test_so_they_are_in_every_kind_of_loop(train: Any, names: list[str]) -> None:
+    for partition in (1, 2):
+        got = run_ranks(_compare, WORLD, names, train, "", {"partition": partition})
+        assert got == [{}] * WORLD
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("frozen", ["first", "blocks.0", "blocks.1.a", "head"])
+def test_so_they_are_with_frozen_parts(frozen: str) -> None:
+    got = run_ranks(_compare, WORLD, list(PLANS), _in_loop, frozen, {"partition": 2})
+    assert got == [{}] * WORLD
+
+
+def _crossed() -> None:
+    class Loop(Net):
+        def forward(self, x: torch.Tensor, order: Any) -> torch.Tensor:
+            x = self.first(x)
+            for i in order:
+                x = self.blocks[i](x, "ab")
+            return self.head(x)
+
+    model = mics.shard(Loop(), partition=2, mp_policy=FULL)
+    order = [0, 1, 2, 3] if dist.get_rank() != 1 else [0, 2, 1, 3]
+    for micro_step in mics.micro_steps(model, range(1)):
+        model(_data(micro_step, 0), order).square().mean().backward()
+
+
+def test_blocks_in_another_order_are_refused_on_every_rank_with_the_rank() -> None:
+    for error in errors_of_ranks(_crossed, WORLD):
+        assert "Ranks of one partition group used other blocks" in error
+        assert "rank 0 gathers blocks.1, rank 1 gathers blocks.2" in error
+        assert "Write: blocks that each run at most once in a forward" in error
