@@ -32,6 +32,7 @@ from mics.ranks.mesh import (
     world_group,
 )
 from mics.recipe import Recipe
+from mics.sharding.belonging import remember_replaced
 from mics.sharding.fully_shard import UnitOptions, shard_unit
 from mics.sharding.gather_ahead import gather_ahead
 from mics.sharding.materialise import Initialise, Materialiser
@@ -127,17 +128,18 @@ def shard(
         seed=_agreed_seed(groups),
         initialise=initialise,
     )
-    for block in found:
-        _materialise(block, materialiser, groups, ignored)
-        if activation_checkpointing:
-            compat.checkpoint_activations(block)
-        if compile:
-            block.compile(**({} if compile is True else compile))
-        for unit in units_of_block(block, ignored):
-            shard_unit(unit, groups, options, reshard_after_forward)
-    _materialise(model, materialiser, groups, ignored)
-    for unit in units_of_block(model, ignored | _sharded(model)):
-        shard_unit(unit, groups, options, None)
+    with remember_replaced([model]):
+        for block in found:
+            _materialise(block, materialiser, groups, ignored)
+            if activation_checkpointing:
+                compat.checkpoint_activations(block)
+            if compile:
+                block.compile(**({} if compile is True else compile))
+            for unit in units_of_block(block, ignored):
+                shard_unit(unit, groups, options, reshard_after_forward)
+        _materialise(model, materialiser, groups, ignored)
+        for unit in units_of_block(model, ignored | _sharded(model)):
+            shard_unit(unit, groups, options, None)
     if overlap and backend_of_mesh(groups).blocks:
         gather_ahead(model, found)
     say(_summary(whole, len(found), groups, reason, policy))
