@@ -18,6 +18,7 @@ from mics.ranks.device import default_device_type
 from mics.ranks.mesh import Groups, groups_of, post_forward_mesh, start
 from mics.sharding.at_rest import rest_after_forward
 from mics.sharding.belonging import remember_replaced, remember_unit
+from mics.sharding.other_axes import check_names, refuse_overlap
 from mics.sharding.same_model import check_same_model, on_meta
 from mics.sharding.same_start import same_start
 from mics.sharding.units import Unit
@@ -75,7 +76,9 @@ def fully_shard(
     if dp_mesh_dims is not None:
         groups = groups_of(_axes(mesh, dp_mesh_dims), gpus_per_node=gpus_per_node)
     else:
+        check_names(mesh)
         groups = groups_of(mesh, gpus_per_node=gpus_per_node)
+        refuse_overlap(modules, mesh)
     ignored = ignored_params or set()
     arguments = {
         "reshard_after_forward": reshard_after_forward,
