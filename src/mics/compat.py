@@ -390,9 +390,25 @@ def lazily_initialised(group: Any) -> bool:
     return bool(group._reset_sharded_params)
 
 
-def first_dtypes(group: Any) -> list[torch.dtype]:
-    """The dtypes of a group's parameters when FSDP2 made its buffers, in the first forward."""
-    return [fsdp_param.orig_dtype for fsdp_param in group.fsdp_params]
+def first_param(group: Any) -> nn.Parameter:
+    """The first sharded parameter of a group."""
+    param: nn.Parameter = group.fsdp_params[0].sharded_param
+    return param
+
+
+def first_dtype(group: Any) -> torch.dtype:
+    """The dtype of a group's first parameter when FSDP2 made its buffers, in the first forward."""
+    dtype: torch.dtype = group.fsdp_params[0].orig_dtype
+    return dtype
+
+
+def is_untouched(group: Any) -> bool:
+    """Whether the modules of a group have what FSDP2 registered last, the sharded parameters."""
+    return group.is_sharded and all(
+        (place := fsdp_param._module_info).module._parameters.get(place.param_name)
+        is fsdp_param.sharded_param
+        for fsdp_param in group.fsdp_params
+    )
 
 
 def registered_params(group: Any) -> list[nn.Parameter | None]:

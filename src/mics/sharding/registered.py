@@ -24,24 +24,22 @@ def check_registered(groups: Sequence[Any]) -> None:
     Raises:
         ShardError: some were; or the dtype changed, or the values are gone.
     """
-    for group in groups:
-        _refuse_another_kind(group)
     seen: dict[int, str] = {}
     odd: list[str] = []
     for group in groups:
         known = compat.lazily_initialised(group)
+        if known:
+            _refuse_another_kind(group)
+            if compat.is_untouched(group):
+                continue
         found = compat.registered_params(group)
-        for i, (there, expected) in enumerate(
-            zip(found, compat.expected_params(group), strict=True)
-        ):
-            if there is expected and known:
+        for i, expected in enumerate(compat.expected_params(group)):
+            if known and found[i] is expected:
                 continue
-            name = compat.param_names(group)[i]
-            if not known and isinstance(there, DTensor) and id(there) not in seen:
-                seen[id(there)] = name
-                continue
-            twin = seen.get(id(there))
-            odd.append(name if twin is None else f"{name} (tied to {twin})")
+            name, twin = compat.param_names(group)[i], seen.get(id(found[i]))
+            if known or twin is not None or not isinstance(found[i], DTensor):
+                odd.append(name if twin is None else f"{name} (tied to {twin})")
+            seen.setdefault(id(found[i]), name)
     if odd:
         named = ", ".join(odd[:3]) + (f" and {len(odd) - 3} more" if len(odd) > 3 else "")
         raise ShardError(
@@ -54,14 +52,13 @@ def check_registered(groups: Sequence[Any]) -> None:
 
 
 def _refuse_another_kind(group: Any) -> None:
-    if not compat.lazily_initialised(group):
+    """Refuse parameters that went elsewhere: FSDP2 has made its buffers for others."""
+    param, dtype = compat.first_param(group), compat.first_dtype(group)
+    if param.dtype == dtype and not param.is_meta:
         return
-    for param, dtype in zip(compat.sharded_params(group), compat.first_dtypes(group), strict=True):
-        if param.dtype != dtype or param.is_meta:
-            now = "the meta device" if param.is_meta else str(param.dtype)
-            raise ShardError(
-                f"The model went to {now} after its first forward; FSDP2 would go on with buffers "
-                "of before.",
-                numbers=f"{compat.param_names(group)[0]} and others were {dtype} then.",
-                write="model.to(...) before the first forward",
-            )
+    now = "the meta device" if param.is_meta else str(param.dtype)
+    raise ShardError(
+        f"The model went to {now} after its first forward; FSDP2 goes on with buffers of before.",
+        numbers=f"{compat.param_names(group)[0]} and others were {dtype} then.",
+        write="model.to(...) before the first forward",
+    )
