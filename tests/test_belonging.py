@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import UnevenMLP, full, loss_of, seeded, weights
-from ranks import run_ranks
+from ranks import errors_of_ranks, run_ranks
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.utils import parametrizations
@@ -372,3 +372,29 @@ def test_parameters_replaced_after_sharding_are_refused_by_the_next_forward():
         assert full(model.out.weight).dtype == torch.float64
 
     run_ranks(rank, 4)
+
+
+def test_a_parameter_frozen_on_one_rank_alone_is_named_on_every_rank():
+    """Before anything is reduced: also where the whole model is frozen on that rank."""
+
+    def rank(change: Callable[[Any], Any], partition: int) -> None:
+        model = _sharded(partition=partition)
+        _backward(model)
+        if dist.get_rank() == 1:
+            change(model)
+        _backward(model)
+
+    def one(model: Any) -> None:
+        model.blocks[1][0].bias.requires_grad_(False)
+
+    def block(model: Any) -> None:
+        model.blocks[0].requires_grad_(False)
+
+    for change, partition, names in (
+        (one, 2, "1: blocks.1.0.bias; blocks.1.0.bias"),
+        (block, 4, "4: blocks.0.0.weight, blocks.0.0.bias, blocks.0.2.weight and 1 more"),
+    ):
+        for number, text in enumerate(errors_of_ranks(rank, 4, change, partition)):
+            assert "DisagreementError: Some ranks train parameters that others have froz" in text
+            assert names in text
+            assert f"{'is frozen' if number == 1 else 'needs a gradient'} on rank {number}" in text

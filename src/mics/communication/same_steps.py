@@ -32,13 +32,26 @@ class SameSteps:
     """The questions of one mesh to all its ranks: does another micro-step come?
 
     Args:
-        groups: of the mesh. The first question makes a group, collectively.
+        groups: of the mesh.
     """
 
     def __init__(self, groups: Groups) -> None:
         self._ranks = groups.whole.mesh.flatten().tolist()  # not groups, which would keep itself
         self._group: dist.ProcessGroup | None = None
         self._open: dict[int, _Question] = {}  # of every step that is open, by its owner
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The Gloo group of all ranks of the mesh; made by all of them when first asked for."""
+        if self._group is None:
+            self._group = dist.new_group(
+                self._ranks,
+                backend="gloo",
+                use_local_synchronization=True,
+                group_desc="mics_control",
+            )
+        assert self._group is not None
+        return self._group
 
     def ask(self, owner: object, ran: int, *, more: bool, said: Said, normalise: Normalise) -> None:
         """Say whether a micro-step follows the first ``ran`` of a step; ``check`` has the answer.
@@ -50,15 +63,7 @@ class SameSteps:
             said: when this is said.
             normalise: what the step's gradients are divided by.
         """
-        if self._group is None:
-            self._group = dist.new_group(
-                self._ranks,
-                backend="gloo",
-                use_local_synchronization=True,
-                group_desc="mics_control",
-            )
-            assert self._group is not None
-        self._open[id(owner)] = _Question(ran, more, said, normalise, self._group)
+        self._open[id(owner)] = _Question(ran, more, said, normalise, self.group)
 
     def check(self) -> None:
         """Compare the answers to all questions that are open.

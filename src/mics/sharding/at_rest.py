@@ -27,6 +27,7 @@ from torch import nn
 
 from mics import compat
 from mics.sharding.registered import check_registered
+from mics.sharding.units import units_on
 
 
 def rest_after_forward(module: nn.Module) -> None:
@@ -71,7 +72,7 @@ class _Rest:
         if sys.exc_info()[1] is not self._handled:
             compat.reset_around(module)
         elif torch.is_grad_enabled():
-            _keep(groups, output)
+            _keep(module, groups, output)
         else:
             for group in groups:
                 compat.free(group)
@@ -81,12 +82,14 @@ class _Rest:
                 compat.drop_inference_buffers(group)
 
 
-def _keep(groups: Sequence[Any], output: Any) -> None:
+def _keep(module: nn.Module, groups: Sequence[Any], output: Any) -> None:
     """Register the sharded parameters, until a backward pass begins at ``output``."""
     for group in groups:
         compat.register_sharded(group)
 
     def begin_backward(_: torch.Tensor) -> None:
+        for unit in units_on(module):
+            unit.before_backward()
         _register_gathered(groups)
         if not all(compat.reshards_after_backward(group) for group in groups):
             compat.at_end_of_backward(lambda: _register_sharded(groups))

@@ -104,6 +104,8 @@ def refuse_outside(model: nn.Module, units: Sequence[Unit]) -> None:
     if not _has_other_ranks(units):
         return
     inside = {id(param) for unit in units for param in compat.sharded_params(unit.group)}
+    # After a backward that raised they may still be gathered.
+    inside |= {id(param) for unit in units for param in compat.gathered_params(unit.group)}
     ddp = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
     inside |= {id(param) for module in ddp for param in module.parameters()}
     outside = [

@@ -29,6 +29,7 @@ from mics.errors import MicroStepError, MicsWarning
 from mics.quantities import MIB
 from mics.sharding.belonging import refuse_outside
 from mics.sharding.normalisation import divide_by_micro_steps, divide_by_tokens
+from mics.sharding.same_trained import SameTrained
 from mics.sharding.units import Unit, units_of
 
 _ATTRIBUTE = "_mics_open_step"
@@ -60,6 +61,10 @@ class OpenStep:
         self._params = [p for unit in units for p in compat.sharded_params(unit.group)]
         # One of every mesh: a hop 2 asks the one of its own before it waits.
         self._same_steps = list(dict.fromkeys(same_steps_of(unit.groups) for unit in units))
+        self._same_trained = [
+            SameTrained([u for u in units if same_steps_of(u.groups) is questions], questions.group)
+            for questions in self._same_steps
+        ]
         self._normalise = normalise
         self.in_loop = in_loop
         self.index = 0  # micro-steps that have ended
@@ -162,6 +167,15 @@ class OpenStep:
                 write="the same normalise=, and tokens= in all of them or in none",
             )
 
+    def check_trained(self) -> None:
+        """Refuse to reduce gradients of parameters that other ranks have frozen.
+
+        Raises:
+            DisagreementError: they have.
+        """
+        for question in self._same_trained:
+            question.check()
+
     def check_optimizer(self, stepped: set[int]) -> bool:
         """Refuse an optimizer of gradients that are not finished, see ``guard.Owner``."""
         if self._ended:
@@ -204,6 +218,7 @@ class OpenStep:
             questions.ask(self, ran, more=more, said=said, normalise=self._normalise)
 
     def _check(self) -> None:
+        self.check_trained()
         for questions in self._same_steps:
             questions.check()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,13 @@ from mics.errors import ShardError
 from mics.ranks.mesh import Groups, ranks_of
 
 _ATTRIBUTE = "_mics_units"
+
+
+class Step(Protocol):
+    """The open step that a unit belongs to."""
+
+    def check_trained(self) -> None:
+        """Refuse to reduce gradients of parameters that other ranks have frozen."""
 
 
 class Unit:
@@ -72,17 +79,22 @@ class Unit:
         if self.hop_two is not None or self.landing is not None:
             told = outside_graphs(self._before_forward)
             self.forward_hook = module.register_forward_pre_hook(told)
-        self._step: object = None
+        self._step: Step | None = None
         units_on(module).append(self)
 
     @property
-    def step(self) -> object:
+    def step(self) -> Step | None:
         """The open step that will finish the unit's gradients, ``None`` if there is none."""
         return self._step
 
-    def belong_to(self, step: object) -> None:
+    def belong_to(self, step: Step | None) -> None:
         """Remember an open step, which then lasts as long as what it guards; ``None`` ends it."""
         self._step = step
+
+    def before_backward(self) -> None:
+        """Let the open step look, before the first gradient is reduced."""
+        if self._step is not None:
+            self._step.check_trained()
 
     def _before_forward(self) -> None:
         if self.hop_two is not None:
