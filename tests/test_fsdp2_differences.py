@@ -6,6 +6,10 @@ Its parameters are DTensors on the shard axis alone, and between micro-steps gra
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -210,15 +214,28 @@ def test_an_all_reduce_hook_sees_the_gradient_before_hop_two():
         torch.testing.assert_close(torchs[0], mean, rtol=2e-6, atol=2e-6)
 
 
-def test_accumulating_with_hop_two_on_every_backward_warns_once():
-    def script() -> list[str]:
-        model = shard_blocks(mics.fully_shard, seeded(UnevenMLP), mesh=two_axes())
-        with pytest.warns(mics.MicsWarning) as caught:
-            for example in micro_batches(model, 0, 3):
-                loss_of(model, example).backward()
-        return [str(w.message).split(":")[0] for w in caught]
+def test_hop_two_on_every_backward_warns_once_for_the_whole_job():
+    def accumulate(model: Any) -> None:
+        for example in micro_batches(model, 0, 3):
+            loss_of(model, example).backward()
 
-    assert run_ranks(script, 4) == [["Gradients are accumulated without mics.micro_steps"]] * 4
+    def backward_twice(model: Any) -> None:
+        for example in mics.micro_steps(model, micro_batches(model, 0, 2)):
+            for _ in range(2):
+                loss_of(model, example).backward()
+
+    def script(repeat: Callable[[Any], None]) -> list[str]:
+        model = shard_blocks(mics.fully_shard, seeded(UnevenMLP), mesh=two_axes())
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            repeat(model)
+        return [str(w.message) for w in caught if w.category is mics.MicsWarning]
+
+    for repeat in (accumulate, backward_twice):
+        (message,), *others = run_ranks(script, 4, repeat)
+        assert message.startswith("Hop 2 runs more than once a step: in every backward of a model")
+        assert "every further one inside its last micro-step" in message
+        assert others == [[]] * 3
 
 
 def test_meshes_with_more_axes_are_refused_with_what_to_write():

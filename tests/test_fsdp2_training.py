@@ -84,15 +84,15 @@ def test_without_a_mesh_it_shards_over_the_world():
 
 def test_reshard_after_forward_changes_memory_but_not_results():
     def one(fully_shard: FullyShard, mesh: DeviceMesh, reshard: bool | int) -> Answer:
-        held: list[tuple[int, ...]] = []
+        held: list[int] = []  # bytes of a whole padded weight, after forward
+        whole: list[torch.Tensor] = []
 
         def look(model: nn.Module) -> None:
-            def after_forward(*_: object) -> None:
-                weight = model.blocks[0][0].weight
-                local = weight.to_local() if isinstance(weight, DTensor) else weight
-                held.append(tuple(local.shape))
-
-            model.register_forward_hook(after_forward)
+            layer = model.blocks[0][0]
+            layer.register_forward_hook(lambda *_: whole.append(layer.weight))
+            model.register_forward_hook(
+                lambda *_: held.append(whole[-1].untyped_storage().nbytes())
+            )
 
         answer = train(
             fully_shard, UnevenMLP, mesh=mesh, prepare=look, reshard_after_forward=reshard
@@ -108,8 +108,8 @@ def test_reshard_after_forward_changes_memory_but_not_results():
 
     ours = same_as_torch(script)[0][1]
     alone = train_alone(UnevenMLP)
-    for name, rows in {"freed": 9, "kept": 17, "kept on two": 9}.items():
-        assert ours[name].pop("held") == [(rows, 13)] * 2
+    for name, held in {"freed": 0, "kept": 18 * 13 * 4, "kept on two": 0}.items():
+        assert ours[name].pop("held") == [held] * 2
         assert_like_alone(ours[name], alone)
 
 

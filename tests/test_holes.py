@@ -420,8 +420,8 @@ def test_accumulating_without_micro_steps_is_right_and_warns_once_with_the_cost(
     messages, right = _in_ranks(_accumulate_without_micro_steps)
     assert right
     (message,) = messages
-    assert "hop 2 runs on every backward instead of once a step" in message
-    assert "MiB per rank" in message
+    assert "Hop 2 runs more than once a step: in every backward of a model that" in message
+    assert "MiB per rank" in message and "torch.nn.ModuleList([a, b])" in message
 
 
 def _zero_in_place() -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from models import UnevenMLP, seeded
 from parity import Stack, quiet, whole_weights
 from ranks import errors_of_ranks, run_ranks
 from torch import nn
@@ -483,3 +484,16 @@ def test_ranks_compare_what_they_shard_once_for_any_number_of_blocks(how: str) -
     many = run_ranks(_comparisons, 4, 30, how)
     assert few == many
     assert 0 < many[0] <= 4
+
+
+def test_the_output_dtype_is_the_models_and_not_the_blocks() -> None:
+    def rank() -> list[torch.dtype]:
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, output_dtype=torch.float32)
+        model = mics.shard(seeded(UnevenMLP), partition=1, mp_policy=policy)
+        seen: list[torch.dtype] = []
+        for block in model.blocks:
+            block.register_forward_hook(lambda *args: seen.append(args[-1].dtype))
+        output = model(model.example(0)[0])
+        return [*seen, output.dtype]
+
+    assert run_ranks(rank, 1) == [[torch.bfloat16, torch.bfloat16, torch.float32]]

@@ -130,3 +130,18 @@ def test_a_smaller_group_in_backward_keeps_its_gathers_inside() -> None:
     step = traffic.mics(topology, [block], 1)
     assert step.counts[Key(1, "all_gather", "inter")].calls == 1
     assert step.counts[Key(1, "all_gather", "flat")].flow == Flow(Fraction(32), Fraction(0), 1, 0)
+
+
+def test_traffic_is_printed_as_a_table_of_calls_and_bytes() -> None:
+    flow = Flow(intra_bytes=Fraction(3 * M, 4), inter_bytes=Fraction(5, 2), intra_messages=3)
+    table = Traffic(
+        {
+            Key(2, "all_reduce", "flat"): traffic.Count(1, 8, Flow(inter_bytes=Fraction(8))),
+            Key(1, "all_gather", "flat"): traffic.Count(12, M, flow),
+        }
+    )
+    assert str(table).splitlines() == [
+        "hop collective      stage    calls      bytes intra            inter",
+        "1   all_gather      flat        12          786,432                2",
+        "2   all_reduce      flat         1                0                8",
+    ]

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from mics.planning.api import plan as plan
     from mics.planning.api import simulate as simulate
     from mics.ranks.mesh import init_mesh as init_mesh
+    from mics.sharding.clipping import clip_grad_norm_ as clip_grad_norm_
     from mics.sharding.fully_shard import fully_shard as fully_shard
     from mics.sharding.micro_steps import finish_step as finish_step
     from mics.sharding.micro_steps import micro_step as micro_step
@@ -54,6 +55,7 @@ _HOME = {
     "ShardError": "mics.errors",
     "Topology": "mics.topology",
     "TopologyError": "mics.errors",
+    "clip_grad_norm_": "mics.sharding.clipping",
     "fully_shard": "mics.sharding.fully_shard",
     "finish_step": "mics.sharding.micro_steps",
     "init_mesh": "mics.ranks.mesh",

@@ -386,11 +386,6 @@ def has_whole_gradients(group: Any) -> bool:
     )
 
 
-def free(group: Any) -> None:
-    """Bring a group's parameters back to shards; what ``FSDPModule.reshard`` does for a module."""
-    group.reshard()
-
-
 def pass_through(group: Any) -> None:
     """Gather a group and free it again, as a forward of its modules does for communication."""
     group.pre_forward(modules_of(group)[0], (), {})
@@ -498,6 +493,153 @@ def _reset_by_hand(root: FSDPModule, groups: list[Any]) -> None:
         group._to_sharded()
 
 
+# 2.11 to 2.15: what is registered on the modules of a group, and what is in memory, are one state
+# there, and nothing public tells it or sets one without the other.
+
+
+def is_outermost(module: nn.Module) -> bool:
+    """Whether no other sharded module's forward is around this one's, as FSDP2 keeps count."""
+    state: Any = module._get_fsdp_state()  # type: ignore[operator]
+    return state._state_ctx.iter_forward_root in (None, state)
+
+
+def runs_on(module: nn.Module) -> bool:
+    """Whether a forward of a module's state is under way that began before."""
+    state: Any = module._get_fsdp_state()  # type: ignore[operator]
+    return state._state_ctx.iter_forward_root is state
+
+
+def groups_beside(module: nn.Module) -> list[Any]:
+    """Every group under the root of a sharded module; under the module itself before lazy init."""
+    state: Any = module._get_fsdp_state()  # type: ignore[operator]
+    if state._state_ctx.all_states:
+        return [group for one in state._state_ctx.all_states for group in _groups_of_state(one)]
+    found = [group for inner in module.modules() for group in param_groups(inner)]
+    return list({id(group): group for group in found}.values())
+
+
+def initialise(module: nn.Module) -> None:
+    """Run FSDP2's lazy init outside of inference mode: it may make shards anew, to be trained."""
+    if not is_initialised(module):
+        with torch.inference_mode(False):
+            module._get_fsdp_state()._lazy_init()  # type: ignore[operator]
+
+
+def lazily_initialised(group: Any) -> bool:
+    """Whether the first forward has taken the parameters of a group for good."""
+    return bool(group._reset_sharded_params)
+
+
+def first_param(group: Any) -> nn.Parameter:
+    """The first sharded parameter of a group."""
+    param: nn.Parameter = group.fsdp_params[0].sharded_param
+    return param
+
+
+def first_dtype(group: Any) -> torch.dtype:
+    """The dtype of a group's first parameter when FSDP2 made its buffers, in the first forward."""
+    dtype: torch.dtype = group.fsdp_params[0].orig_dtype
+    return dtype
+
+
+def is_untouched(group: Any) -> bool:
+    """Whether the modules of a group have what FSDP2 registered last, the sharded parameters."""
+    return group.is_sharded and all(
+        (place := fsdp_param._module_info).module._parameters.get(place.param_name)
+        is fsdp_param.sharded_param
+        for fsdp_param in group.fsdp_params
+    )
+
+
+def registered_params(group: Any) -> list[nn.Parameter | None]:
+    """What stands on the modules where the parameters of a group should be."""
+    places = [fsdp_param._module_info for fsdp_param in group.fsdp_params]
+    return [place.module._parameters.get(place.param_name) for place in places]
+
+
+def expected_params(group: Any) -> list[nn.Parameter]:
+    """What FSDP2 registered last on the modules of a group, unless it is kept."""
+    if group.is_unsharded:
+        return [fsdp_param._unsharded_param for fsdp_param in group.fsdp_params]
+    return sharded_params(group)
+
+
+def gathered_params(group: Any) -> list[nn.Parameter]:
+    """The whole parameters that autograd saw of a group, in memory or not."""
+    found = (getattr(fsdp_param, "_unsharded_param", None) for fsdp_param in group.fsdp_params)
+    return [param for param in found if param is not None]
+
+
+def whole_gradient_bytes(group: Any) -> int:
+    """Bytes of the gradients of a group that a backward pass has left unreduced."""
+    wholes = [p.grad for p in gathered_params(group)]
+    wholes += [fsdp_param.unsharded_accumulated_grad for fsdp_param in group.fsdp_params]
+    return sum(whole.nbytes for whole in wholes if whole is not None)
+
+
+def is_kept(group: Any) -> bool:
+    """Whether its sharded parameters are registered, but more of them is in memory."""
+    if group.is_sharded or not group.fsdp_params:
+        return False
+    first = group.fsdp_params[0]
+    place = first._module_info
+    return place.module._parameters.get(place.param_name) is first.sharded_param
+
+
+def register_sharded(group: Any) -> None:
+    """Register the sharded parameters, and leave in memory what is there."""
+    drop_gather(group)
+    if not group.is_sharded:
+        for fsdp_param in group.fsdp_params:
+            fsdp_param._setattr_on_modules(fsdp_param.sharded_param)
+
+
+def register_gathered(group: Any) -> None:
+    """Register the whole parameters of a group that has them in memory."""
+    if group.is_unsharded:
+        for fsdp_param in group.fsdp_params:
+            fsdp_param._setattr_on_modules(fsdp_param._unsharded_param)
+
+
+def free(group: Any) -> None:
+    """Reshard a group, whatever FSDP2 takes it to be doing."""
+    drop_gather(group)
+    group._to_sharded()
+
+
+def drop_gather(group: Any) -> None:
+    """Wait for a gather that nobody has waited for, and drop it: it ages."""
+    gathered = group._all_gather_result
+    if gathered is None:
+        return
+    if gathered.all_gather_event is not None:
+        group.device_handle.current_stream().wait_event(gathered.all_gather_event)
+    if isinstance(gathered.all_gather_work, dist.Work):
+        gathered.all_gather_work.wait()
+    group._all_gather_result = None
+
+
+def drop_inference_buffers(group: Any) -> None:
+    """Drop buffers made under ``inference_mode``, which autograd would refuse ever after."""
+    for fsdp_param in group.fsdp_params:
+        if any(buffer.is_inference() for buffer in fsdp_param.all_gather_outputs):
+            fsdp_param.all_gather_outputs = []
+            fsdp_param._unsharded_inner_tensors = []
+            del fsdp_param._unsharded_param
+
+
+def reshards_after_backward(group: Any) -> bool:
+    """The flag ``FSDPModule.set_reshard_after_backward`` sets; it has no getter."""
+    return bool(group.reshard_after_backward)
+
+
+def reset_around(module: nn.Module) -> None:
+    """Bring the root that a sharded module is under back to rest after an exception."""
+    states = module._get_fsdp_state()._state_ctx.all_states  # type: ignore[operator]
+    if states:
+        reset_iteration(states[0]._modules[0])
+
+
 def checkpoint_activations(block: nn.Module) -> None:
     """Make ``block`` recompute its activations in backward, its structure and names unchanged.
 
@@ -531,6 +673,11 @@ def at_end_of_backward(callback: Callable[[], None]) -> None:
 def num_gradient_hooks(param: torch.Tensor) -> int:
     """How many post-accumulate-gradient hooks ``param`` has; torch only offers to add one."""
     return len(getattr(param, "_post_accumulate_grad_hooks", None) or ())
+
+
+def num_hooks(param: torch.Tensor) -> int:
+    """How many hooks ``param`` has that see or replace its gradient."""
+    return num_gradient_hooks(param) + len(param._backward_hooks or ())
 
 
 def times_written(tensor: torch.Tensor) -> int:

@@ -89,6 +89,16 @@ class Traffic:
 
     counts: Mapping[Key, Count]
 
+    def __str__(self) -> str:
+        """A line per collective and stage: calls, and the bytes this rank sends over each link."""
+        lines = [
+            f"{'hop':<4}{'collective':<16}{'stage':<7}{'calls':>7}{'bytes intra':>17}{'inter':>17}"
+        ]
+        for key, count in sorted(self.counts.items()):
+            sent = f"{float(count.flow.intra_bytes):>17,.0f}{float(count.flow.inter_bytes):>17,.0f}"
+            lines.append(f"{key.hop:<4}{key.collective:<16}{key.stage:<7}{count.calls:>7}{sent}")
+        return "\n".join(lines)
+
     def __add__(self, other: Traffic) -> Traffic:
         keys = dict.fromkeys([*self.counts, *other.counts])
         return Traffic(

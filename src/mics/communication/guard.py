@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -24,7 +25,11 @@ class Owner(Protocol):
         """
 
 
+Watcher = Callable[[torch.optim.Optimizer, set[int]], None]
+"""Sees every optimizer before it uses gradients, and the ids of its parameters; may refuse it."""
+
 _owners: dict[int, weakref.ref[Any]] = {}
+_watchers: dict[Watcher, None] = {}  # in order
 _steps = 0
 
 
@@ -34,6 +39,12 @@ def guard(owner: Owner) -> None:
     key = id(owner)
     _owners.pop(key, None)
     _owners[key] = weakref.ref(owner, lambda _: _owners.pop(key, None))
+
+
+def watch(watcher: Watcher) -> None:
+    """Show every optimizer to ``watcher`` from now on, ahead of all owners."""
+    watch_optimizers()
+    _watchers[watcher] = None
 
 
 def optimizer_steps() -> int:
@@ -49,12 +60,35 @@ def watch_optimizers() -> None:
 
 def _before_step(
     optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Check before gradients are used: at once, or each time a closure has made them."""
     global _steps
     _steps += 1
-    if not _owners:
-        return
+    _, *given = args  # the optimizer comes first
+    if given and callable(given[0]):
+        return (optimizer, _checked(given[0], optimizer), *given[1:]), kwargs
+    if callable(kwargs.get("closure")):
+        return args, {**kwargs, "closure": _checked(kwargs["closure"], optimizer)}
+    _check(optimizer)
+    return None
+
+
+def _checked(closure: Callable[[], Any], optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+    """A closure whose gradients are checked when it has run."""
+
+    @functools.wraps(closure, updated=())
+    def run() -> Any:
+        result = closure()
+        _check(optimizer)
+        return result
+
+    return run
+
+
+def _check(optimizer: torch.optim.Optimizer) -> None:
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for watcher in list(_watchers):
+        watcher(optimizer, stepped)
     for key, reference in reversed(list(_owners.items())):
         owner = reference()
         if owner is None or not owner.check_optimizer(stepped):

@@ -58,6 +58,7 @@ from mics.communication.same_steps import same_steps_of
 from mics.communication.used import Used
 from mics.errors import MicroStepError, MicsWarning
 from mics.quantities import MIB
+from mics.ranks.console import speaks
 from mics.ranks.issuing import all_reduce
 from mics.ranks.mesh import Groups, ranks_of
 from mics.traffic import StageMessage
@@ -333,14 +334,16 @@ _warned_about_repeats = False
 
 def _warn_once_about_repeats(replicas: int, shard_bytes: int) -> None:
     global _warned_about_repeats
-    if _warned_about_repeats:
+    if _warned_about_repeats or not speaks():
         return
     _warned_about_repeats = True
     cost = 2 * (replicas - 1) * shard_bytes / replicas / MIB
     warnings.warn(
-        "Gradients are accumulated without mics.micro_steps: hop 2 runs on every backward instead "
-        f"of once a step. Each extra run sends {cost:.2f} MiB per rank for the first group alone. "
-        "Write: for batch in mics.micro_steps(model, batches): ...",
+        "Hop 2 runs more than once a step: in every backward of a model that mics.micro_steps was "
+        "not given, and in every further one inside its last micro-step. Each extra run sends "
+        f"{cost:.2f} MiB per rank for the first group alone. Write: for batch in "
+        "mics.micro_steps(model, batches): ..., with one backward for each of them, and with "
+        "torch.nn.ModuleList([a, b]) for model where one step trains several.",
         MicsWarning,
         stacklevel=2,
     )

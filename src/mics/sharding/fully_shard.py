@@ -17,6 +17,9 @@ from mics.errors import ShardError
 from mics.ranks.device import default_device_type
 from mics.ranks.mesh import Groups, groups_of, post_forward_mesh, start
 from mics.ranks.whereabouts import during
+from mics.sharding.at_rest import rest_after_forward
+from mics.sharding.belonging import remember_replaced, remember_unit
+from mics.sharding.other_axes import check_names, refuse_overlap
 from mics.sharding.same_model import check_same_model, on_meta
 from mics.sharding.same_start import same_start
 from mics.sharding.units import Unit
@@ -75,7 +78,9 @@ def fully_shard(
     if dp_mesh_dims is not None:
         groups = groups_of(_axes(mesh, dp_mesh_dims), gpus_per_node=gpus_per_node)
     else:
+        check_names(mesh)
         groups = groups_of(mesh, gpus_per_node=gpus_per_node)
+        refuse_overlap(modules, mesh)
     ignored = ignored_params or set()
     arguments = {
         "reshard_after_forward": reshard_after_forward,
@@ -158,13 +163,19 @@ def shard_unit(
         dims = options.axes.dims
         shard_only = type(dims)(shard=dims.shard_names[0])
         keywords |= {"mesh": options.axes.mesh, "dp_mesh_dims": shard_only}
-    sharded = torch_fully_shard(module, **keywords)
-    owner = module[0] if isinstance(module, list) else module
+    modules = module if isinstance(module, list) else [module]
+    with remember_replaced(modules):
+        sharded = torch_fully_shard(module, **keywords)
+    for one in modules:
+        rest_after_forward(one)
+    owner = modules[0]
     for group in compat.param_groups(owner):
         if compat.shard_group(group) is groups.shard:
             if smaller is not None:
                 compat.reshard_to(group, smaller)
-            Unit(owner, group, groups, collectives=options.collectives, overlap=options.overlap)
+            remember_unit(
+                Unit(owner, group, groups, collectives=options.collectives, overlap=options.overlap)
+            )
     return sharded
 
 

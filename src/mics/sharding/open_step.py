@@ -31,6 +31,7 @@ from mics.communication.settling import settle
 from mics.communication.step_facts import Normalise, Said
 from mics.errors import MicroStepError, MicsWarning
 from mics.quantities import MIB
+from mics.sharding.belonging import refuse_outside
 from mics.sharding.normalisation import divide_by_micro_steps, divide_by_tokens
 from mics.sharding.passes import Passes, passes_of
 from mics.sharding.units import Unit, units_of
@@ -47,13 +48,14 @@ class OpenStep:
         in_loop: whether ``micro_steps`` runs it, for the words of a refusal.
 
     Raises:
-        ShardError: the model was not sharded by mics.
+        ShardError: the model was not sharded by mics, or not all of it.
         MicroStepError: gradient sync was switched off.
     """
 
     def __init__(self, model: nn.Module, *, normalise: Normalise, in_loop: bool) -> None:
         units = units_of(model)
         refuse_unreduced(units)
+        refuse_outside(model, units)
         _abandon(model, units)
         for unit in units:
             _refuse_other_module(unit.step)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -33,10 +33,12 @@ from mics.ranks.mesh import (
 )
 from mics.ranks.whereabouts import during, world_group
 from mics.recipe import Recipe
+from mics.sharding.belonging import remember_replaced
 from mics.sharding.fully_shard import UnitOptions, shard_unit
 from mics.sharding.gather_ahead import gather_ahead
 from mics.sharding.initialisers import Initialise
 from mics.sharding.materialise import Materialiser
+from mics.sharding.other_axes import check_names, refuse_overlap, refuse_sharded_over_all
 from mics.sharding.partition import FOR_STATES, PartitionChoice, choose_partition, device_memory
 from mics.sharding.same_model import check_same_model, on_meta
 from mics.sharding.same_start import same_start
@@ -78,7 +80,8 @@ def shard(
         gpus_per_node: k, by default what the launcher says.
         blocks: block classes, block modules or a predicate, where they cannot be guessed.
         reshard_after_forward: as FSDP2's, for the blocks; the root follows FSDP2's default.
-        mp_policy: as FSDP2's; by default bf16 computation and fp32 reduction.
+        mp_policy: as FSDP2's; by default bf16 computation and fp32 reduction. Its ``output_dtype``
+            is the model's, not the blocks'.
         offload_policy: as FSDP2's.
         ignored_params: as FSDP2's.
         initialise: sets the values of one module that was on the meta device. By default who set
@@ -108,6 +111,8 @@ def shard(
         collectives=collectives,
         overlap=overlap,
     )
+    # What a block returns is the next one's input.
+    inner = replace(options, mp_policy=replace(policy, output_dtype=None))
     ignored = ignored_params or set()
     arguments = [
         f"partition={partition}",
@@ -131,17 +136,18 @@ def shard(
         seed=_agreed_seed(groups),
         initialise=initialise,
     )
-    for block in found:
-        _materialise(block, materialiser, groups, ignored)
-        if activation_checkpointing:
-            compat.checkpoint_activations(block)
-        if compile:
-            block.compile(**({} if compile is True else compile))
-        for unit in units_of_block(block, ignored):
-            shard_unit(unit, groups, options, reshard_after_forward)
-    _materialise(model, materialiser, groups, ignored)
-    for unit in units_of_block(model, ignored | _sharded(model)):
-        shard_unit(unit, groups, options, None)
+    with remember_replaced([model]):
+        for block in found:
+            _materialise(block, materialiser, groups, ignored)
+            if activation_checkpointing:
+                compat.checkpoint_activations(block)
+            if compile:
+                block.compile(**({} if compile is True else compile))
+            for unit in units_of_block(block, ignored):
+                shard_unit(unit, groups, inner, reshard_after_forward)
+        _materialise(model, materialiser, groups, ignored)
+        for unit in units_of_block(model, ignored | _sharded(model)):
+            shard_unit(unit, groups, options if unit is model else inner, None)
     if overlap and backend_of_mesh(groups).blocks:
         gather_ahead(model, found)
     say(_summary(whole, len(found), groups, reason, policy))
@@ -218,7 +224,9 @@ def _on_given_mesh(
             numbers=f"The mesh has shape {tuple(mesh.shape)}, partition = {partition}.",
             write="one of them",
         )
+    check_names(mesh)
     groups = groups_of(mesh, gpus_per_node=gpus_per_node)
+    refuse_overlap([asked.model], mesh)
     found = asked.agree(groups.axes, groups.device, groups.gpus_per_node)
     return found, groups, f"partition {groups.shard.size()}: the mesh's"
 
@@ -233,6 +241,7 @@ def _on_new_mesh(
     world, launched_per_node = start()
     k = gpus_per_node or launched_per_node
     device = communication_device(default_device_type())
+    refuse_sharded_over_all(asked.model)
     found = asked.agree([world_group()], device, k)
     nodes = Topology.from_world(world, k, k)
     choice = _choose(asked.model, partition, nodes, found, policy)

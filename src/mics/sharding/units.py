@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,14 @@ from mics.sharding.lockstep import Use
 from mics.sharding.passes import Passes, passes_of
 
 _ATTRIBUTE = "_mics_units"
+
+
+class Step(Protocol):
+    """The open step that a unit belongs to."""
+
+    @property
+    def was_left(self) -> bool:
+        """Whether it can not go on."""
 
 
 class Unit:
@@ -63,7 +71,7 @@ class Unit:
 
         self._passes: Passes | None = None
         self._entering = False
-        self._step: object = None
+        self._step: Step | None = None
         self.forward_hooks = [self._hook(one) for one in compat.modules_of(group)]
         units_on(module).append(self)
 
@@ -113,18 +121,18 @@ class Unit:
         return compat.module_name(self.group) or compat.param_names(self.group)[0]
 
     @property
-    def step(self) -> object:
+    def step(self) -> Step | None:
         """The open step that will finish the unit's gradients, ``None`` if there is none."""
         return self._step
 
-    def belong_to(self, step: object) -> None:
+    def belong_to(self, step: Step | None) -> None:
         """Remember an open step, which then lasts as long as what it guards; ``None`` ends it."""
         self._step = step
 
     @property
     def in_step(self) -> bool:
         """Whether an open step will finish the unit's gradients."""
-        return self._step is not None and not getattr(self._step, "was_left", False)
+        return self._step is not None and not self._step.was_left
 
     @property
     def trains(self) -> bool:

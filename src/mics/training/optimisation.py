@@ -6,9 +6,9 @@ import math
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 
+from mics.sharding.clipping import gradient_norm
 from mics.training.config import OptimizerConfig
 
 MEMORY = "adamw-fused"
@@ -72,9 +72,7 @@ def clip_gradients(model: nn.Module, largest: float) -> torch.Tensor:
         The norm before clipping, shape ().
     """
     params = [param for param in model.parameters() if param.grad is not None]
-    norm = get_total_norm([param.grad for param in params if param.grad is not None])
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
+    norm = gradient_norm(params)
     if largest > 0:
         clip_grads_with_norm_(params, largest, norm)
     return norm

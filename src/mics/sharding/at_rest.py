@@ -1,0 +1,106 @@
+"""A module's parameters are the sharded ones between passes, whatever FSDP2 keeps gathered.
+
+[Note: parameters at rest]
+FSDP2 leaves the root, and units with ``reshard_after_forward=False``, gathered after forward, for a
+backward that may not come; with an int the parameters are shards of another mesh. Whoever reads
+``model.parameters()`` then (an optimizer being made, clipping, ``zero_grad``, an average, freezing)
+gets tensors that nobody trains, and the next forward reuses weights that may be old by then. So,
+when the outermost forward ends,
+
+    without gradients   everything is resharded: no backward can come
+    with gradients      the sharded parameters are registered, and what was gathered stays in
+                        memory; the backward pass registers it again, since recomputed
+                        activations look there; another forward gathers anew
+    by an exception     FSDP2 is brought back to rest
+
+A forward under ``inference_mode`` leaves buffers behind that autograd refuses; they are dropped.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from mics import compat
+from mics.sharding.registered import check_registered
+
+
+def rest_after_forward(module: nn.Module) -> None:
+    """Let a sharded module leave its parameters at rest, see [Note: parameters at rest]."""
+    rest = _Rest(module)
+    before: Any = torch.compiler.disable(rest.before_forward, recursive=True)  # type: ignore[no-untyped-call]
+    after: Any = torch.compiler.disable(rest.after_forward, recursive=True)  # type: ignore[no-untyped-call]
+    module.register_forward_pre_hook(before, prepend=True)  # ahead of FSDP2's, which gathers
+    module.register_forward_hook(after, always_call=True)  # behind FSDP2's, and after exceptions
+
+
+class _Rest:
+    """The hooks of one module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._groups = compat.param_groups(module)
+        self._handled: BaseException | None = None  # by whoever called the outermost forward
+
+    def before_forward(self, module: nn.Module, _: Any) -> None:
+        if compat.in_backward():
+            _register_gathered(self._groups)  # a recomputed block
+        elif compat.runs_on(module):
+            _register_gathered(self._groups)  # a further module of a list that is one unit
+        elif compat.is_outermost(module):
+            self._handled = sys.exc_info()[1]
+            if torch.is_inference_mode_enabled():
+                compat.initialise(module)
+            groups = compat.groups_beside(module)
+            for group in groups:
+                if not compat.is_kept(group):
+                    continue
+                if compat.reshards_after_backward(group):
+                    compat.free(group)  # the shards may have changed since
+                else:
+                    compat.register_gathered(group)
+            check_registered(groups)
+
+    def after_forward(self, module: nn.Module, _: Any, output: Any) -> None:
+        if compat.in_backward() or not compat.is_outermost(module):
+            return
+        groups = compat.groups_beside(module)
+        if sys.exc_info()[1] is not self._handled:
+            compat.reset_around(module)
+        elif torch.is_grad_enabled():
+            _keep(module, groups, output)
+        else:
+            for group in groups:
+                compat.free(group)
+        self._handled = None
+        if torch.is_inference_mode_enabled():
+            for group in groups:
+                compat.drop_inference_buffers(group)
+
+
+def _keep(module: nn.Module, groups: Sequence[Any], output: Any) -> None:
+    """Register the sharded parameters, until a backward pass begins at ``output``."""
+    for group in groups:
+        compat.register_sharded(group)
+
+    def begin_backward(_: torch.Tensor) -> None:
+        _register_gathered(groups)
+        if not all(compat.reshards_after_backward(group) for group in groups):
+            compat.at_end_of_backward(lambda: _register_sharded(groups))
+
+    for tensor in compat.tensors_with_grad(output):
+        tensor.register_hook(begin_backward)  # type: ignore[no-untyped-call]
+
+
+def _register_gathered(groups: Sequence[Any]) -> None:
+    for group in groups:
+        if compat.is_kept(group):
+            compat.register_gathered(group)
+
+
+def _register_sharded(groups: Sequence[Any]) -> None:
+    for group in groups:
+        compat.register_sharded(group)

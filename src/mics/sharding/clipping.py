@@ -1,0 +1,126 @@
+"""The norm of whole gradients, over every mesh and every shard, and gradients clipped by it.
+
+torch's ``clip_grad_norm_`` gives the same for norms of finite order over one mesh. It raises where
+a shard is empty and the norm is the largest value, on the ranks that have such a shard, and where
+parameters are on several meshes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from mics.errors import ConfigError
+
+_Split = tuple[DeviceMesh, tuple[int, ...]] | None
+"""The mesh and its axes that a gradient is sharded over; ``None`` for a whole one."""
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: torch.Tensor | Iterable[torch.Tensor], max_norm: float, norm_type: float = 2.0
+) -> torch.Tensor:
+    """Scale gradients in place so that their norm is at most ``max_norm``.
+
+    As ``torch.nn.utils.clip_grad_norm_``, for every norm, also where a rank's shard is empty and
+    where parameters are on several meshes. Collective over the ranks that hold shards, which all
+    pass the same parameters.
+
+    Args:
+        parameters: one or more, sharded or whole.
+        max_norm: of the gradients of all of them, taken as one vector.
+        norm_type: the order of the norm, above 0; ``inf`` takes the largest absolute value.
+
+    Returns:
+        The norm before clipping, the same on every rank. Shape ().
+
+    Raises:
+        ConfigError: there is no norm of this order.
+    """
+    params = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+    norm = gradient_norm(params, norm_type)
+    for alike in _by_split(params).values():  # torch scales DTensors of one mesh at a time
+        with_gradient = [param for param in alike if param.grad is not None]
+        clip_grads_with_norm_(with_gradient, max_norm, norm)
+    return norm
+
+
+@torch.no_grad()
+def gradient_norm(parameters: Iterable[torch.Tensor], norm_type: float = 2.0) -> torch.Tensor:
+    """The norm of the gradients that parameters have, taken as one vector.
+
+    Collective, as ``clip_grad_norm_``.
+
+    Returns:
+        Shape (), in 32 bits or more.
+
+    Raises:
+        ConfigError: there is no norm of this order.
+    """
+    if not norm_type > 0:
+        raise ConfigError(
+            f"norm_type = {norm_type} is not the order of a norm.", write="norm_type=2.0, or inf"
+        )
+    norms = [
+        _norm_of(split, [_local(p.grad) for p in alike if p.grad is not None], norm_type)
+        for split, alike in _by_split(parameters).items()
+    ]
+    return _together(norms, norm_type) if norms else torch.zeros(())
+
+
+def _by_split(parameters: Iterable[torch.Tensor]) -> dict[_Split, list[torch.Tensor]]:
+    """Parameters by how they are split, in the same order on every rank, whatever has gradients."""
+    found: dict[_Split, list[torch.Tensor]] = {}
+    for param in parameters:
+        found.setdefault(_split_of(param), []).append(param)
+    return found
+
+
+def _split_of(param: torch.Tensor) -> _Split:
+    if not isinstance(param, DTensor):
+        return None
+    axes = tuple(i for i, placed in enumerate(param.placements) if not placed.is_replicate())
+    return (param.device_mesh, axes)
+
+
+def _local(gradient: torch.Tensor) -> torch.Tensor:
+    if not isinstance(gradient, DTensor):
+        return gradient
+    assert not any(isinstance(placed, Partial) for placed in gradient.placements)
+    return gradient.to_local()
+
+
+def _norm_of(split: _Split, shards: list[torch.Tensor], order: float) -> torch.Tensor:
+    """The norm of gradients that are split in one way, over all ranks that hold a part."""
+    full = [shard for shard in shards if shard.numel()]  # of nothing there is no largest value
+    norm: torch.Tensor = get_total_norm(full, order) if full else torch.zeros(())
+    norm = norm.to(torch.promote_types(norm.dtype, torch.float32))
+    if split is None:
+        return norm
+    mesh, axes = split
+    norm = norm.to(mesh.device_type)
+    for axis in axes:
+        group = mesh.get_group(axis)
+        if math.isinf(order):
+            norm = norm.nan_to_num(nan=math.inf)  # a maximum need not see what is no number
+            dist.all_reduce(norm, dist.ReduceOp.MAX, group=group)
+        else:
+            norm = norm.pow(order)
+            dist.all_reduce(norm, group=group)
+            norm = norm.pow(1 / order)
+    return norm
+
+
+def _together(norms: list[torch.Tensor], order: float) -> torch.Tensor:
+    first, *rest = norms
+    if not rest:
+        return first
+    stacked = torch.stack([norm.to(first.device) for norm in norms])
+    together: torch.Tensor = torch.linalg.vector_norm(stacked, order)
+    return together
