@@ -226,3 +226,41 @@ def test_another_block_that_runs_again_is_refused_on_every_rank_with_the_rank() 
         assert "Ranks of one partition group used other blocks" in error
         assert "rank 0 gathers blocks.3, rank 1 gathers blocks.2" in error
         assert "Write: blocks that each run at most once in a forward" in error
+
+
+def _not_a_number(partition: int, how: str) -> dict[str, Any]:
+    model = mics.shard(_net(), partition=partition, mp_policy=FULL)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    said = ""
+    for step in range(3):
+        for micro_step in mics.micro_steps(model, range(MICRO_STEPS)):
+            loss = model(_data(micro_step, dist.get_rank()), ALL).square().mean()
+            if step == 1 and micro_step == 0 and dist.get_rank() in (1, 2 if how == "two" else 1):
+                loss = loss * float("nan")
+            loss.backward()
+        if step == 1 and how == "mended":
+            for param in model.parameters():
+                param.grad = torch.zeros_like(param)
+        try:
+            optimizer.step()
+        except mics.MicroStepError as error:
+            said = str(error)
+        optimizer.zero_grad()
+    finite = all(bool(p.to_local().isfinite().all()) for p in model.parameters())  # type: ignore[attr-defined]
+    return {"said": said, "finite": finite}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("partition", [1, 2, 4])
+def test_a_loss_that_is_not_a_number_is_refused_with_its_rank_and_the_next_step_goes_on(
+    partition: int,
+) -> None:
+    def rank() -> list[dict[str, Any]]:
+        return [_not_a_number(partition, how) for how in ("one", "two", "mended")]
+
+    for one, two, mended in run_ranks(quiet, WORLD, rank):
+        assert "not numbers came from the backward of rank 1, and are on every rank" in one["said"]
+        assert "Write: optimizer.zero_grad() in place of optimizer.step()" in one["said"]
+        assert "from rank 1 to rank 2 were infinite" in two["said"]
+        assert mended["said"] == ""
+        assert one["finite"] and two["finite"] and mended["finite"]

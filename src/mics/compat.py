@@ -24,6 +24,7 @@ from torch.distributed.distributed_c10d import (
 )
 from torch.distributed.fsdp import FSDPModule, _common_utils
 from torch.distributed.fsdp._fully_shard._fsdp_common import HSDPMeshInfo, TrainingState
+from torch.distributed.tensor import DTensor
 
 # 2.11 to 2.15: seeing every operator, and the leaves of nested containers, have private homes only.
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
@@ -216,6 +217,17 @@ def fill_unused_gradients(group: Any) -> list[bool]:
         if whole is not None and not used[-1]:
             whole.grad = torch.zeros_like(whole)
     return used
+
+
+def whole_gradients(group: Any) -> list[torch.Tensor]:
+    """The gradients that a backward pass has left on whole parameters, before they are reduced."""
+    whole = [getattr(fsdp_param, "_unsharded_param", None) for fsdp_param in group.fsdp_params]
+    return [local_of(one.grad) for one in whole if one is not None and one.grad is not None]
+
+
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a tensor; a plain one is all here."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def give_gradient(group: Any, index: int, shard: torch.Tensor) -> None:

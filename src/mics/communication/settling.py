@@ -2,7 +2,8 @@
 
 One small message over all ranks of a mesh, on the host, when the last reduction of a step has been
 issued. It says which parameters each rank has used (see [Note: used and unused] in ``used.py``) and
-a digest of the collectives each partition group was given (``issued.py``). Nothing has been changed
+a digest of the collectives each partition group was given (``issued.py``), and whose gradients are
+no numbers (``finite.py``). Nothing has been changed
 by then but gradients, so a step that went wrong is refused before an optimizer sees it.
 """
 
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from mics.communication.finite import finite_of
 from mics.communication.issued import issued_of
 from mics.communication.same_steps import same_steps_of
 from mics.communication.used import Used
@@ -34,29 +36,41 @@ def settle(groups: Groups, used: Sequence[Used]) -> None:
         MicroStepError: on every rank, when the ranks of a partition group issued other collectives.
     """
     flags = [unit.flags() for unit in used]
+    finite = finite_of(groups)
+    here, bad = dist.get_rank(), not finite.take()
+    ranks = (here, here) if bad else None
     if groups.whole.size() > 1:
-        flags = _by_anybody(groups, flags)
+        flags, ranks = _by_anybody(groups, flags, bad=bad)
     issued_of(groups).clear()
+    finite.blame(ranks, [param for unit in used for param in unit.params])
     for unit, by_anybody in zip(used, flags, strict=True):
         unit.settle(by_anybody)
 
 
-def _by_anybody(groups: Groups, flags: list[list[bool]]) -> list[list[bool]]:
-    """What any rank of the mesh has used."""
+def _by_anybody(
+    groups: Groups, flags: list[list[bool]], *, bad: bool
+) -> tuple[list[list[bool]], tuple[int, int] | None]:
+    """What any rank of the mesh has used; the first and the last whose gradients are no numbers."""
     mine = groups.replicas.rank() if groups.replicas is not None else 0
     # The largest and, negated, the smallest digest of each partition group.
     digests = torch.full((2, groups.num_replicas), -(2**31), dtype=torch.int64)
     digest = issued_of(groups).digest()
     digests[:, mine] = torch.tensor([digest, -digest])
     one_list = torch.tensor([flag for unit in flags for flag in unit], dtype=torch.int64)
-    message = torch.cat([digests.flatten(), one_list])
+    # The last bad rank and, counted from the end, the first; 0 if there is none.
+    here, end = dist.get_rank(), dist.get_world_size()
+    whose = torch.tensor([here + 1, end - here] if bad else [0, 0])
+    message = torch.cat([digests.flatten(), whose, one_list])
     control = same_steps_of(groups).group
     all_reduce(message, dist.ReduceOp.MAX, control, name="end of the step")
-    largest, smallest = message[: digests.numel()].view(2, -1)
+    first_part, whose, last_part = message.tensor_split([digests.numel(), digests.numel() + 2])
+    largest, smallest = first_part.view(2, -1)
     if not torch.equal(largest, -smallest):
         raise _other_collectives(groups, control)
-    anybody = iter(message[digests.numel() :].bool().tolist())
-    return [[next(anybody) for _ in unit] for unit in flags]
+    last, first_from_end = (int(number) for number in whose)
+    ranks = (end - first_from_end, last - 1) if last else None
+    anybody = iter(last_part.bool().tolist())
+    return [[next(anybody) for _ in unit] for unit in flags], ranks
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from mics import compat
+from mics.communication.finite import Finite
 
 
 class Used:
@@ -24,10 +25,12 @@ class Used:
 
     Args:
         group: the FSDP2 parameter group.
+        finite: is shown its gradients.
     """
 
-    def __init__(self, group: Any) -> None:
+    def __init__(self, group: Any, finite: Finite) -> None:
         self._group = group
+        self._finite = finite
         self._used: dict[int, bool] = {}  # by position among the trainable parameters
         self._noted = False  # in the backward of this use
 
@@ -40,6 +43,7 @@ class Used:
         if self._noted or not compat.wants_reduce(self._group):
             return
         self._noted = True
+        self._finite.look(compat.whole_gradients(self._group))
         trainable = [p for p in compat.sharded_params(self._group) if p.requires_grad]
         now = compat.fill_unused_gradients(self._group)
         for i, (param, used) in enumerate(zip(trainable, now, strict=True)):
@@ -49,6 +53,11 @@ class Used:
     def before_reduce(self) -> None:
         """FSDP2 reduces what was noted; the next use is noted anew."""
         self._noted = False
+
+    @property
+    def params(self) -> list[torch.Tensor]:
+        """The sharded parameters."""
+        return list(compat.sharded_params(self._group))
 
     def received(self, index: int) -> None:
         """A gradient is what hop 2 brought, this rank's data had no part in it."""

@@ -23,6 +23,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from mics import compat
+from mics.communication.finite import finite_of
 from mics.communication.guard import guard
 from mics.communication.hop_two import HopTwo
 from mics.communication.issued import issued_of
@@ -318,6 +319,7 @@ def _abandon(model: nn.Module, units: list[Unit]) -> None:
     for passes in _passes(units):
         passes.lockstep.forget()
         issued_of(passes.groups).clear()
+        finite_of(passes.groups).take()
     for hop in _hops(units):
         hop.drop_gradients()
     for param in params:

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from mics import compat
 from mics.communication.backend import backend_of_mesh
 from mics.communication.collectives import AllGather, ReduceScatter
+from mics.communication.finite import finite_of
 from mics.communication.forms import Collectives, decide_by, measure
 from mics.communication.hop_two import HopTwo
 from mics.communication.issued import issued_of
@@ -64,7 +65,7 @@ class Unit:
         self.ledger = Ledger(rank=dist.get_rank(), gpus_per_node=groups.gpus_per_node)
 
         self.number = issued_of(groups).number(self.name)
-        self.used = Used(group)
+        self.used = Used(group, finite_of(groups))
         self.hop_two: HopTwo | None = None
         self.landing: Landing | None = None
         self._communicate(overlap=overlap)

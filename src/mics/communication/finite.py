@@ -1,0 +1,100 @@
+"""Whose gradients are not numbers? Asked before the sum over ranks spreads them to everybody.
+
+A loss that is not a number on one rank makes every weight on every rank one, and afterwards nobody
+can tell where it came from. So each rank looks at one small gradient of every backward pass, before
+it is reduced: all that follows from such a loss are no numbers. The end of the step tells the ranks
+(``settling.py``), and an optimizer that would use the gradients is refused; one that is not called,
+because the program drops such steps, is not.
+
+[Note: no waiting for the device]
+The answer is copied to the host beside the backward, and read when the host has issued the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from mics import compat
+from mics.communication.guard import guard
+from mics.errors import MicroStepError
+from mics.ranks.device import on_accelerator
+from mics.ranks.mesh import PerMesh
+
+
+class Finite:
+    """What this rank has seen of its gradients since the last step of one mesh."""
+
+    def __init__(self) -> None:
+        self._looked = -1  # autograd's number of the backward pass
+        self._seen: list[tuple[torch.Tensor, torch.Event | None]] = []
+        self._ranks: tuple[int, int] | None = None  # whose were none: the first, the last
+        self._params: list[torch.Tensor] = []
+
+    def look(self, gradients: Sequence[torch.Tensor]) -> None:
+        """Look at one of the first gradients of a backward pass, on this rank alone.
+
+        Gradients in fp16 are not looked at: a loss scaler tries how large they may become.
+
+        Args:
+            gradients: whole ones, of one unit; none if this rank has not used it.
+        """
+        current = compat.backward_id()
+        if current == self._looked or not gradients:
+            return
+        self._looked = current
+        smallest = min(gradients, key=torch.Tensor.numel)
+        if smallest.dtype == torch.float16:
+            return
+        finite = torch.isfinite(smallest.detach()).all()
+        if not on_accelerator(finite.device):
+            self._seen.append((finite, None))
+            return
+        host = torch.empty((), dtype=torch.bool, pin_memory=True)
+        host.copy_(finite, non_blocking=True)  # see [Note: no waiting for the device]
+        self._seen.append((host, torch.accelerator.current_stream().record_event()))
+
+    def take(self) -> bool:
+        """Whether all that was looked at since the last call were numbers."""
+        seen, self._seen = self._seen, []
+        for _, event in seen:
+            if event is not None:
+                event.synchronize()
+        return all(bool(finite) for finite, _ in seen)
+
+    def blame(self, ranks: tuple[int, int] | None, params: Sequence[torch.Tensor]) -> None:
+        """Know whose gradients were no numbers, until they are dropped.
+
+        Args:
+            ranks: the first and the last one; ``None`` if all were fine.
+            params: what they are the gradients of.
+        """
+        self._ranks, self._params = ranks, list(params) if ranks is not None else []
+        if ranks is not None:
+            guard(self)
+
+    def check_optimizer(self, stepped: set[int]) -> bool:
+        """Refuse an optimizer of gradients that are no numbers, see ``guard.Owner``."""
+        mine = [p.grad for p in self._params if id(p) in stepped and p.grad is not None]
+        if self._ranks is None or not any(p.grad is not None for p in self._params):
+            return False
+        shards = [compat.local_of(gradient) for gradient in mine]
+        held = [shard for shard in shards if shard.numel()]
+        if shards and (not held or not all(bool(torch.isfinite(one).all()) for one in held)):
+            first, last = self._ranks
+            whose = f"rank {first}" if first == last else f"ranks {first} and {last}"
+            raise MicroStepError(
+                f"Gradients that are not numbers came from the backward of {whose}, and are on "
+                "every rank by now.",
+                numbers="A loss there was infinite or not a number."
+                if first == last
+                else f"Losses from rank {first} to rank {last} were infinite or not numbers.",
+                write="optimizer.zero_grad() in place of optimizer.step(), on every rank; or leave "
+                "out the backward of such a loss: its rank then counts as zeros",
+            )
+        return True
+
+
+finite_of = PerMesh(lambda _: Finite())
+"""What is known of the gradients of a mesh."""
