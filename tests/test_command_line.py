@@ -132,4 +132,4 @@ def test_a_file_that_cannot_be_written_is_an_error_of_the_verb(
 ) -> None:
     words = ["--model", "gpt2-tiny", "--nodes", "1", "--sequence", "64", "--micro-batch", "1"]
     assert main([verb, *words, "--json", "/proc/not-there.json"]) == 1
-    assert "mics " + verb + ": [Errno 2] No such file" in capsys.readouterr().err
+    assert f"mics {verb}: /proc/not-there.json cannot be written" in capsys.readouterr().err

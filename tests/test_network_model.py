@@ -262,7 +262,7 @@ def test_a_file_that_is_no_measurement_is_refused(tmp_path: Path, text: str) -> 
 
 
 def test_files_that_do_not_end_are_not_read(tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match=r"no result of mics bench(.|\n)*not a file of at most"):
+    with pytest.raises(PlanError, match=r"no result of mics bench(.|\n)*it is no regular file"):
         measured_node(Path("/dev/zero"), find_gpu("H100"))
     endless, large = tmp_path / "endless.toml", tmp_path / "large.toml"
     endless.symlink_to("/dev/zero")
@@ -272,7 +272,7 @@ def test_files_that_do_not_end_are_not_read(tmp_path: Path) -> None:
         file.truncate(2**40)
     with pytest.raises(PlanError, match=r"large\.toml is too large for a node"):
         find_node(str(large))
-    with pytest.raises(PlanError, match=r"no result of mics bench(.|\n)*not a file of at most"):
+    with pytest.raises(PlanError, match=r"no result of mics bench(.|\n)*it has more than 67,108,864"):
         measured_node(large, find_gpu("H100"))
 
 

@@ -115,8 +115,9 @@ def read_table(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: it holds something else, or is no small file.
     """
+    data = read_small(path)
     try:
-        table = json.loads(read_small(path))
+        table = json.loads(data)
         why = "" if isinstance(table, dict) else f"It holds a {type(table).__name__}."
     except (ValueError, RecursionError) as error:
         table, why = {}, f"{type(error).__name__}: {error}"
