@@ -13,6 +13,7 @@ from parity import WIDTH, Run, Stack, batches, loss_of, quiet
 from ranks import errors_of_ranks, run_ranks
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 
 import mics
 from mics import traffic
@@ -193,6 +194,8 @@ def _roots_that_are_not_the_model(how: str) -> None:
         model = Stack()
         for block in model.blocks:
             mics.fully_shard(block, mesh=mesh)
+        for param in model.parameters():  # what no unit reduces may not train
+            param.requires_grad_(isinstance(param, DTensor))
     predicted = mics.predict_traffic(model, micro_steps=2)
     view = mics.ledger(model)
     view.reset()

@@ -272,7 +272,9 @@ def test_files_that_do_not_end_are_not_read(tmp_path: Path) -> None:
         file.truncate(2**40)
     with pytest.raises(PlanError, match=r"large\.toml is too large for a node"):
         find_node(str(large))
-    with pytest.raises(PlanError, match=r"no result of mics bench(.|\n)*it has more than 67,108,864"):
+    with pytest.raises(
+        PlanError, match=r"no result of mics bench(.|\n)*it has more than 67,108,864"
+    ):
         measured_node(large, find_gpu("H100"))
 
 

@@ -264,3 +264,45 @@ def test_a_loss_that_is_not_a_number_is_refused_with_its_rank_and_the_next_step_
         assert "from rank 1 to rank 2 were infinite" in two["said"]
         assert mended["said"] == ""
         assert one["finite"] and two["finite"] and mended["finite"]
+
+
+class Bare(nn.Module):
+    """Blocks alone: the root has no parameters of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(BLOCKS))
+
+    def forward(self, x: torch.Tensor, uses: Uses) -> torch.Tensor:
+        for i, block in enumerate(self.blocks):
+            if i in uses:
+                x = x + torch.tanh(block(x))
+        return x
+
+
+def _bare(partition: int) -> list[str]:
+    torch.manual_seed(0)
+    alone = Bare()
+    torch.manual_seed(0)
+    model = mics.shard(Bare(), partition=partition, mp_policy=FULL)
+    wrong = []
+    for name in ("layer drop per rank", "the first block on one rank only", "a block nobody uses"):
+        plan = PLANS[name]
+        for micro_step, rank in itertools.product(range(MICRO_STEPS), range(WORLD)):
+            out = alone(_data(micro_step, rank), plan(micro_step, rank) or {})
+            (out.square().mean() / (WORLD * MICRO_STEPS)).backward()
+        _in_loop(model, plan)
+        for right, mine in zip(alone.parameters(), model.parameters(), strict=True):
+            whole = None if mine.grad is None else mine.grad.full_tensor()  # type: ignore[attr-defined]
+            same = (whole is None) == (right.grad is None) and (
+                whole is None or right.grad is None or torch.allclose(whole, right.grad, atol=1e-6)
+            )
+            wrong += [] if same else [name]
+        alone.zero_grad()
+        model.zero_grad()
+    return wrong
+
+
+@pytest.mark.parametrize("partition", [2, 4])
+def test_so_they_are_where_the_root_has_no_parameters(partition: int) -> None:
+    assert run_ranks(quiet, WORLD, lambda: _bare(partition)) == [[]] * WORLD

@@ -384,6 +384,19 @@ def enters_forward(group: Any) -> bool:
     return bool(group._training_state != TrainingState.FORWARD)
 
 
+def completes_forward(group: Any, module: nn.Module) -> bool:
+    """Whether no other module of a group is to end before this use of it has."""
+    if len(modules_of(group)) == 1:
+        return True
+    state: Any = module._get_fsdp_state()  # type: ignore[operator]
+    return bool(state._modules_to_run_forward == {module})
+
+
+def is_whole(group: Any) -> bool:
+    """Whether a group is gathered."""
+    return bool(group.is_unsharded)
+
+
 def is_in_backward(group: Any) -> bool:
     """Whether FSDP2 has gathered a group for backward and not reduced its gradients since."""
     return bool(group._training_state == TrainingState.PRE_BACKWARD)
@@ -424,6 +437,12 @@ def tensors_with_grad(tree: Any) -> tuple[torch.Tensor, ...]:
         return tuple(_collect_grad_tensors(tree))
     leaves: list[Any] = tree_leaves(tree)
     return tuple(leaf for leaf in leaves if getattr(leaf, "requires_grad", False))
+
+
+def outside_graphs(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward hook that, as FSDP2's own, is part of no compiled graph."""
+    outside: Callable[..., Any] = torch.compiler.disable(hook, recursive=True)  # type: ignore[no-untyped-call]
+    return outside
 
 
 def root_module(group: Any) -> nn.Module | None:

@@ -33,6 +33,7 @@ class Used:
         self._finite = finite
         self._used: dict[int, bool] = {}  # by position among the trainable parameters
         self._noted = False  # in the backward of this use
+        self._said = False  # that the first of two buffers is asked for
 
     @torch.no_grad()
     def note(self) -> None:
@@ -42,7 +43,7 @@ class Used:
         """
         if self._noted or not compat.wants_reduce(self._group):
             return
-        self._noted = True
+        self._noted, self._said = True, False
         self._finite.look(compat.whole_gradients(self._group))
         trainable = [p for p in compat.sharded_params(self._group) if p.requires_grad]
         now = compat.fill_unused_gradients(self._group)
@@ -51,7 +52,15 @@ class Used:
             self._used[i] = before or used
 
     def before_reduce(self) -> None:
-        """FSDP2 reduces what was noted; the next use is noted anew."""
+        """FSDP2 reduces what was noted; the next use is noted anew.
+
+        It says so twice, as it asks for two buffers.
+        """
+        again, self._said = self._said, not self._said
+        if again:
+            return
+        if not self._noted:  # FSDP2 reduces what has a gradient, and nothing was filled in
+            self._used.clear()
         self._noted = False
 
     @property

@@ -32,10 +32,9 @@ from mics.sharding.registered import check_registered
 def rest_after_forward(module: nn.Module) -> None:
     """Let a sharded module leave its parameters at rest, see [Note: parameters at rest]."""
     rest = _Rest(module)
-    before: Any = torch.compiler.disable(rest.before_forward, recursive=True)  # type: ignore[no-untyped-call]
-    after: Any = torch.compiler.disable(rest.after_forward, recursive=True)  # type: ignore[no-untyped-call]
-    module.register_forward_pre_hook(before, prepend=True)  # ahead of FSDP2's, which gathers
-    module.register_forward_hook(after, always_call=True)  # behind FSDP2's, and after exceptions
+    # Ahead of FSDP2's, which gathers; behind FSDP2's, and after exceptions.
+    module.register_forward_pre_hook(compat.outside_graphs(rest.before_forward), prepend=True)
+    module.register_forward_hook(compat.outside_graphs(rest.after_forward), always_call=True)
 
 
 class _Rest:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from mics import compat
-from mics.sharding.units import outside_graphs, units_on
+from mics.sharding.units import units_on
 
 
 def gather_ahead(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
@@ -43,4 +43,4 @@ def _start(model: nn.Module, groups: Sequence[Any]) -> Callable[..., None]:
             for group in groups:
                 compat.start_unshard(group)
 
-    return outside_graphs(start)
+    return compat.outside_graphs(start)

@@ -105,6 +105,7 @@ class Lockstep:
     def arrive(self, unit: Skippable, inputs: Any) -> None:
         """A unit's forward begins: those left out before it come first."""
         if not self._open or id(unit) not in self._ids:
+            self._entered[id(unit)] = self._tick()
             return
         place = self._order.index(unit)
         if place >= self._position:
@@ -147,7 +148,8 @@ class Lockstep:
                 continue
             self._entered[id(unit)] = self._tick()
             self._filled.add(id(unit))
-            compat.pass_through(unit.group)
+            if not compat.is_whole(unit.group):  # else a parent uses it by hand: it stays
+                compat.pass_through(unit.group)
             if torch.is_grad_enabled():
                 flows = self._flows or bool(compat.tensors_with_grad(passed_on))
                 self.leave(unit, needs_gradient=flows)
@@ -159,6 +161,15 @@ class Lockstep:
         return self._clock
 
     # -- backward --------------------------------------------------------------------------------
+
+    @property
+    def forward(self) -> int:
+        """The number of the latest forward of the root."""
+        return self._forward
+
+    def begin_forward(self, forward: int) -> None:
+        """The backward of a forward begins."""
+        self._begun.add(forward)
 
     def begin_backward(self, use: Use) -> None:
         """The backward of a use begins: what came after it is over first."""

@@ -62,11 +62,31 @@ class Passes:
         inner = [unit for unit in units if root not in compat.modules_of(unit.group)]
         shares = self.groups.shard.size() > 1
         self.lockstep = Lockstep(inner if shares else [])
+        root.register_forward_pre_hook(compat.outside_graphs(self._open), prepend=True)
+        root.register_forward_hook(compat.outside_graphs(self._close), prepend=True)
+        self.lockstep.open()  # made in the root's first forward
         self._begun = -1  # autograd's number of the pass
         self._ends = -1
         self._ran = False  # a backward, in this micro-step
         for unit in units:
             issued_of(self.groups).rename(unit.number, unit.name)
+
+    def _open(self, root: nn.Module, args: Any) -> None:
+        if not compat.in_backward():
+            self.lockstep.open()
+
+    def _close(self, root: nn.Module, args: Any, output: Any) -> None:
+        if compat.in_backward():
+            return
+        self.lockstep.close(output)
+        if torch.is_grad_enabled():  # ahead of FSDP2's hook, which queues FSDP2's end
+            forward = self.lockstep.forward
+            for one in compat.tensors_with_grad(output):
+                one.register_hook(lambda _: self._begin_forward(forward))  # type: ignore[no-untyped-call]
+
+    def _begin_forward(self, forward: int) -> None:
+        self.begin(None)
+        self.lockstep.begin_forward(forward)
 
     def begin(self, use: Use | None) -> None:
         """The gradient of a unit's output has come."""

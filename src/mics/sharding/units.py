@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
@@ -102,13 +101,13 @@ class Unit:
     def _hook(self, module: nn.Module) -> list[RemovableHandle]:
         """Stand before and behind FSDP2's own hooks on one module."""
         return [
-            module.register_forward_pre_hook(outside_graphs(self._enter), with_kwargs=True),
-            module.register_forward_hook(outside_graphs(self._leave), prepend=True),
+            module.register_forward_pre_hook(compat.outside_graphs(self._enter), with_kwargs=True),
+            module.register_forward_hook(compat.outside_graphs(self._leave), prepend=True),
             self._stand_first(module),
         ]
 
     def _stand_first(self, module: nn.Module) -> RemovableHandle:
-        return module.register_forward_pre_hook(outside_graphs(self._arrive), prepend=True)
+        return module.register_forward_pre_hook(compat.outside_graphs(self._arrive), prepend=True)
 
     def stand_first(self) -> None:
         """Come before the hooks that were put before FSDP2's since the unit was made."""
@@ -163,9 +162,7 @@ class Unit:
             self.landing.reductions.before_forward()
         if compat.in_backward() or not self._entering:
             return
-        passes = self._find_passes()
-        if passes is not None and module is compat.root_module(self.group):
-            passes.lockstep.open()
+        self._find_passes()
         if not torch.is_grad_enabled():
             return
         if self.hop_two is not None:
@@ -177,9 +174,7 @@ class Unit:
         """Stand before FSDP2's own hooks on what the forward returns."""
         if compat.in_backward() or self._passes is None:
             return
-        if module is compat.root_module(self.group):
-            self._passes.lockstep.close(output)
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or not compat.completes_forward(self.group, module):
             return
         outputs = compat.tensors_with_grad(output)
         use = self._passes.lockstep.leave(self, needs_gradient=bool(outputs))
@@ -237,12 +232,6 @@ def units_of(model: nn.Module) -> list[Unit]:
             write="model = mics.shard(model), or mics.fully_shard(block, mesh=mesh) for each block",
         )
     return units
-
-
-def outside_graphs(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward hook that, as FSDP2's own, is part of no compiled graph."""
-    outside: Callable[..., Any] = torch.compiler.disable(hook, recursive=True)  # type: ignore[no-untyped-call]
-    return outside
 
 
 def _measure(group: Any, groups: Groups) -> None:
