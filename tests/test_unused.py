@@ -174,12 +174,17 @@ HIERARCHICAL = {"partition": 4, "gpus_per_node": 2, "collectives": "hierarchical
     [
         {"partition": 1},
         {"partition": 2},
-        {"partition": 2, "overlap": False},
-        {"partition": 4},
         HIERARCHICAL,
-        {**HIERARCHICAL, "overlap": False},
         {"partition": 2, "activation_checkpointing": True},
-        {"partition": 2, "reshard_after_forward": False},
+        *(
+            pytest.param(options, marks=pytest.mark.extra)
+            for options in (
+                {"partition": 2, "overlap": False},
+                {"partition": 4},
+                {**HIERARCHICAL, "overlap": False},
+                {"partition": 2, "reshard_after_forward": False},
+            )
+        ),
     ],
     ids=lambda options: " ".join(f"{key}={value}" for key, value in options.items()),
 )
