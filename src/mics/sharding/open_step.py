@@ -259,7 +259,7 @@ class OpenStep:
         if self._left is None:
             return any(gradient is not None for _, gradient in mine)
         # After an exception or a break: as long as what the step left is still there.
-        left = [(self._left[i], gradient) for i, gradient in mine]
+        left = [(self._left[i], gradient) for i, gradient in mine if gradient is not None]
         return any(ref is not None and ref() is gradient for ref, gradient in left)
 
     def _refuse_another(self, model: nn.Module) -> None:

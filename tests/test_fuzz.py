@@ -1,0 +1,31 @@
+"""A part of ``make fuzz``: seeds that say much in little time, and those that once failed."""
+
+from __future__ import annotations
+
+import pytest
+from fuzzing.alone import train_alone
+from fuzzing.cases import draw_case
+from fuzzing.running import verdicts
+
+FAST = range(12)
+
+
+def test_a_case_is_drawn_from_its_seed_alone_and_spelled_in_few_lines() -> None:
+    for seed in FAST:
+        case = draw_case(seed)
+        assert case == draw_case(seed)
+        assert str(case).startswith(f"seed {seed}: partition=")
+        assert len(str(case).splitlines()) == len(case.steps) + 3
+
+
+def test_one_process_trains_in_every_case() -> None:
+    """Else there would be nothing to compare."""
+    trained = [train_alone(draw_case(seed))[-1].weights for seed in FAST]
+    assert all(weights for weights in trained)
+
+
+@pytest.mark.slow
+def test_random_models_and_schedules_are_trained_as_by_one_process() -> None:
+    found = list(verdicts(FAST))
+    assert [one for one in found if one.kind != "right"] == []
+    assert len(found) == len(FAST)
