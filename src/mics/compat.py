@@ -628,6 +628,8 @@ def make_buffers_of_one(group: Any) -> None:
         return
     with torch.inference_mode(False), torch.no_grad():
         for fsdp_param in group.fsdp_params:
+            if fsdp_param.all_gather_outputs:  # it may be gathered
+                continue
             (shard,) = fsdp_param.all_gather_inputs
             fsdp_param.init_all_gather_outputs([shard.numel()], [shard.dtype], 1, group.device)
 
