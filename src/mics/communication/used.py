@@ -39,8 +39,8 @@ class Used:
         """
         if self._noted or not compat.wants_reduce(self._group):
             return
-        self._noted = True
         trainable = [p for p in compat.sharded_params(self._group) if p.requires_grad]
+        self._noted = bool(trainable)  # a frozen unit is not reduced, and may train later
         now = compat.fill_unused_gradients(self._group)
         for i, (param, used) in enumerate(zip(trainable, now, strict=True)):
             before = param.grad is not None and self._used.get(i, True)

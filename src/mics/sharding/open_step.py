@@ -313,6 +313,7 @@ def _abandon(model: nn.Module, units: list[Unit]) -> None:
     params = [param for unit in units for param in compat.sharded_params(unit.group)]
     dropped = any(param.grad is not None for param in params)
     for unit in units:
+        unit.used.before_reduce()
         if unit.landing is not None:
             unit.landing.reductions.finish()
     for passes in _passes(units):
