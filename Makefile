@@ -9,7 +9,7 @@ BIN := .venv/bin
 # One thread per rank: the ranks of tests and examples share this machine's cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test test-all check lint bench bench-environments clean
+.PHONY: help setup demo test test-all fuzz check lint bench bench-environments clean
 
 help:
 	@echo "make setup   create .venv with the exact versions of constraints.txt"
@@ -18,6 +18,7 @@ help:
 	@echo "make check   make lint, then the fast tests: before every commit"
 	@echo "make test    make check and the slow tests, in under 10 minutes: before every pull request"
 	@echo "make test-all  make test and the extra tests, some minutes more: what CI runs"
+	@echo "make fuzz    300 random models and schedules on 4 ranks against one process, 10 minutes"
 	@echo "make bench   measure everything, write benchmarks/results/ (Linux, root, 2 hours)"
 	@echo "make bench-environments  DeepSpeed, for mics bench, in environments of its own"
 	@echo "make clean   remove .venv and caches"
@@ -37,6 +38,9 @@ test: setup lint
 
 test-all: setup lint
 	$(BIN)/python -m pytest
+
+fuzz: setup
+	$(BIN)/python tests/fuzz.py --seeds 300
 
 check: setup lint
 	$(BIN)/python -m pytest -m "not slow and not extra"

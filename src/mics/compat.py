@@ -650,10 +650,26 @@ def drop_gather(group: Any) -> None:
     group._all_gather_result = None
 
 
+def make_buffers_of_one(group: Any) -> None:
+    """Make the buffers of a group of one rank outside of inference mode.
+
+    2.11 to 2.15: FSDP2 copies into them in a way that buffers made under it refuse.
+    """
+    if group._all_gather_process_group.size() > 1:
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        for fsdp_param in group.fsdp_params:
+            if fsdp_param.all_gather_outputs:  # it may be gathered
+                continue
+            (shard,) = fsdp_param.all_gather_inputs
+            fsdp_param.init_all_gather_outputs([shard.numel()], [shard.dtype], 1, group.device)
+
+
 def drop_inference_buffers(group: Any) -> None:
     """Drop buffers made under ``inference_mode``, which autograd would refuse ever after."""
     for fsdp_param in group.fsdp_params:
-        if any(buffer.is_inference() for buffer in fsdp_param.all_gather_outputs):
+        made = [*fsdp_param.all_gather_outputs, getattr(fsdp_param, "_unsharded_param", None)]
+        if any(buffer is not None and buffer.is_inference() for buffer in made):
             fsdp_param.all_gather_outputs = []
             fsdp_param._unsharded_inner_tensors = []
             del fsdp_param._unsharded_param

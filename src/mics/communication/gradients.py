@@ -48,8 +48,9 @@ def flat_buffer(group: Any) -> torch.Tensor | None:
     for gradient, offset in zip(gradients, offsets_of(group), strict=True):
         if gradient is None or gradient.dtype != first.dtype:
             return None
+        # Empty shards are views too; what they are must not let a rank answer as no other does.
         elsewhere = gradient.untyped_storage().data_ptr() != storage.data_ptr()
-        if gradient.numel() and (elsewhere or gradient.storage_offset() != offset):
+        if elsewhere or gradient.storage_offset() != offset:
             return None
     return first.new_empty(0).set_(storage, 0, (numel,), (1,))
 

@@ -23,7 +23,9 @@ class HopOrder:
 
     def __init__(self, hops: Sequence[HopTwo]) -> None:
         self._hops = tuple(reversed(hops))
-        self._next = len(self._hops)  # the first that has not started
+        # The first that has not started. All are owed at once: the first forward, which makes this,
+        # may be of a step that has begun, and a rank may leave out its backward.
+        self._next = 0
 
     def begin(self) -> None:
         """All units owe a hop 2."""

@@ -224,11 +224,6 @@ class HopTwo:
         if self._unsynced:
             guard(self)
 
-    def land(self) -> None:
-        """Wait until every reduce-scatter of the mesh has landed."""
-        if self._landing is not None:
-            self._landing.reductions.finish()
-
     # -- the all-reduce --------------------------------------------------------------------------
 
     @torch.no_grad()

@@ -171,7 +171,9 @@ class _Optimizers:
 
     def check_optimizer(self, stepped: set[int]) -> bool:
         """Count a step, see ``guard.Owner``; nothing is refused."""
-        self.steps += any(not stepped.isdisjoint(ids) for _, ids in self._models.values())
+        # Ids of a model that is gone may be those of others by now, on some ranks only.
+        watched = [ids for first, ids in self._models.values() if first() is not None]
+        self.steps += any(not stepped.isdisjoint(ids) for ids in watched)
         return True
 
 

@@ -43,9 +43,10 @@ class Used:
         """
         if self._noted or not compat.wants_reduce(self._group):
             return
-        self._noted, self._said = True, False
         self._finite.look(compat.whole_gradients(self._group))
         trainable = [p for p in compat.sharded_params(self._group) if p.requires_grad]
+        # A frozen unit is not reduced, and may train later.
+        self._noted, self._said = bool(trainable), False
         now = compat.fill_unused_gradients(self._group)
         for i, (param, used) in enumerate(zip(trainable, now, strict=True)):
             before = param.grad is not None and self._used.get(i, True)

@@ -55,6 +55,8 @@ class _Rest:
                 compat.initialise(module)
             groups = compat.groups_beside(module)
             for group in groups:
+                if torch.is_inference_mode_enabled():
+                    compat.make_buffers_of_one(group)
                 if not compat.is_kept(group):
                     continue
                 if compat.reshards_after_backward(group):

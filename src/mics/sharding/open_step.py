@@ -260,7 +260,7 @@ class OpenStep:
         if self._left is None:
             return any(gradient is not None for _, gradient in mine)
         # After an exception or a break: as long as what the step left is still there.
-        left = [(self._left[i], gradient) for i, gradient in mine]
+        left = [(self._left[i], gradient) for i, gradient in mine if gradient is not None]
         return any(ref is not None and ref() is gradient for ref, gradient in left)
 
     def _refuse_another(self, model: nn.Module) -> None:
@@ -314,6 +314,7 @@ def _abandon(model: nn.Module, units: list[Unit]) -> None:
     params = [param for unit in units for param in compat.sharded_params(unit.group)]
     dropped = any(param.grad is not None for param in params)
     for unit in units:
+        unit.used.before_reduce()
         if unit.landing is not None:
             unit.landing.reductions.finish()
     for passes in _passes(units):

@@ -20,6 +20,7 @@ from torch import nn
 from mics import compat
 from mics.communication.hop_order import HopOrder
 from mics.communication.issued import issued_of
+from mics.communication.landing import Landing
 from mics.communication.settling import settle
 from mics.ranks.mesh import Groups
 from mics.sharding.lockstep import Lockstep, Skippable, Use
@@ -31,6 +32,7 @@ class Member(Skippable, Protocol):
     """What has to be known of a unit to end its passes (``units.py`` has the units)."""
 
     groups: Groups
+    landing: Landing | None
     number: int
 
     @property
@@ -144,8 +146,9 @@ class Passes:
 
     def _after_the_end(self) -> None:
         self._ends = -1
-        for hop in self._hops:
-            hop.land()
+        for unit in self.units:  # also without replicas: settling comes after every reduction
+            if unit.landing is not None:
+                unit.landing.reductions.finish()
         wanted = any(hop.wanted for hop in self._hops) or not self._hops
         self.order.finish()
         for hop in self._hops:
