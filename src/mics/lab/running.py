@@ -176,7 +176,8 @@ def _wait_for_first_failure(ranks: Sequence[subprocess.Popen[str]]) -> int | Non
         codes = [rank.poll() for rank in ranks]
         failed = [number for number, code in enumerate(codes) if code not in (None, 0)]
         if failed:
-            return failed[0]
+            # Of those that ended since the last look: Gloo aborts ranks whose partner has ended.
+            return min(failed, key=lambda number: (codes[number] == -signal.SIGABRT, number))
         if all(code == 0 for code in codes):
             return None
         time.sleep(0.05)
