@@ -181,6 +181,11 @@ def sharded_params(group: Any) -> list[nn.Parameter]:
     return [fsdp_param.sharded_param for fsdp_param in group.fsdp_params]
 
 
+def trainable_params(group: Any) -> list[nn.Parameter]:
+    """Those of the sharded parameters that need a gradient, in the same order."""
+    return [param for param in sharded_params(group) if param.requires_grad]
+
+
 def trainable_shard_numel(group: Any) -> int:
     """Elements of one rank's padded shard of a group's trainable parameters."""
     return sum(trainable_shard_numels(group))
@@ -221,8 +226,7 @@ def fill_unused_gradients(group: Any) -> list[bool]:
 
 def whole_gradients(group: Any) -> list[torch.Tensor]:
     """The gradients that a backward pass has left on whole parameters, before they are reduced."""
-    whole = [getattr(fsdp_param, "_unsharded_param", None) for fsdp_param in group.fsdp_params]
-    return [local_of(one.grad) for one in whole if one is not None and one.grad is not None]
+    return [local_of(whole.grad) for whole in gathered_params(group) if whole.grad is not None]
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -400,15 +404,6 @@ def is_whole(group: Any) -> bool:
 def is_in_backward(group: Any) -> bool:
     """Whether FSDP2 has gathered a group for backward and not reduced its gradients since."""
     return bool(group._training_state == TrainingState.PRE_BACKWARD)
-
-
-def has_whole_gradients(group: Any) -> bool:
-    """Whether a backward pass has left gradients that FSDP2 has not reduced yet."""
-    return any(
-        getattr(fsdp_param, "_unsharded_param", None) is not None
-        and fsdp_param._unsharded_param.grad is not None
-        for fsdp_param in group.fsdp_params
-    )
 
 
 def pass_through(group: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -76,6 +77,11 @@ def count(number: int) -> str:
         if number >= scale:
             return f"{number / scale:.2f} {unit}"
     return str(number)
+
+
+def first_of(names: Sequence[str]) -> str:
+    """Write some names of many: a, b, c and 2 more."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def percent(share: float | None) -> str:

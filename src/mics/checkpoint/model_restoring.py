@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from mics import compat
 from mics.checkpoint.contents import Contents
 from mics.checkpoint.differences import MOST_NAMED, differ, not_to_be
 from mics.checkpoint.layout import MODEL
@@ -87,7 +88,7 @@ class ModelRestoring:
             CheckpointError: cells that share memory here differ there, or tied parameters do.
         """
         for name, first in self._copies.items():
-            if not _same(_local(self.early[name]), _local(self.early[first])):
+            if not _same(compat.local_of(self.early[name]), compat.local_of(self.early[first])):
                 raise CheckpointError(
                     f"{self._folder} is of another model: other parameters are tied.",
                     numbers=f"{name} and {first} are one here, and differ there.",
@@ -162,10 +163,6 @@ def _one_of_each(tensor: torch.Tensor, expanded: torch.Tensor) -> torch.Tensor:
         if step == 0 and tensor.shape[dim] > 1:
             tensor = tensor.narrow(dim, 0, 1)
     return tensor
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -6,7 +6,6 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from mics import compat
 
@@ -19,8 +18,8 @@ def gradients_of(group: Any) -> list[torch.Tensor]:
 def trainable_gradients(group: Any) -> list[torch.Tensor | None]:
     """The local shard of every trainable parameter's gradient, in group order."""
     with torch.no_grad():
-        params = [p for p in compat.sharded_params(group) if p.requires_grad]
-        return [None if p.grad is None else _local(p.grad) for p in params]
+        params = compat.trainable_params(group)
+        return [None if p.grad is None else compat.local_of(p.grad) for p in params]
 
 
 def offsets_of(group: Any) -> list[int]:
@@ -53,7 +52,3 @@ def flat_buffer(group: Any) -> torch.Tensor | None:
         if elsewhere or gradient.storage_offset() != offset:
             return None
     return first.new_empty(0).set_(storage, 0, (numel,), (1,))
-
-
-def _local(gradient: torch.Tensor) -> torch.Tensor:
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient

@@ -57,7 +57,7 @@ from mics.communication.ledger import Ledger
 from mics.communication.same_steps import same_steps_of
 from mics.communication.used import Used
 from mics.errors import MicroStepError, MicsWarning
-from mics.quantities import MIB
+from mics.quantities import MIB, first_of
 from mics.ranks.console import speaks
 from mics.ranks.issuing import all_reduce
 from mics.ranks.mesh import Groups, ranks_of
@@ -133,10 +133,11 @@ class HopTwo:
         if not self.has_partial_gradients:
             return False
         if any(id(p) in stepped for p in compat.sharded_params(self.group)):
+            names = first_of(compat.param_names(self.group))
             raise MicroStepError(
                 "optimizer.step() was called before the last micro-step: the gradients are sums "
                 "of this replica alone, and the replicas would drift apart.",
-                numbers=f"Hop 2 has not run for the group of {_first_names(self.group)} "
+                numbers=f"Hop 2 has not run for the group of {names} "
                 f"({self._replicas.size()} replicas).",
                 write="let the loop over mics.micro_steps(...) finish, or drop the gradients with "
                 "optimizer.zero_grad()",
@@ -288,14 +289,9 @@ def _other_hook_error(group: Any, replicas: int) -> MicroStepError:
     return MicroStepError(
         "A post-accumulate-gradient hook (an optimizer in backward?) would see the gradient before "
         "hop 2 has averaged it over the replicas.",
-        numbers=f"Group of {_first_names(group)}; {replicas} replicas.",
+        numbers=f"Group of {first_of(compat.param_names(group))}; {replicas} replicas.",
         write="optimizer.step() after backward, or partition=<world size>",
     )
-
-
-def _first_names(group: Any) -> str:
-    names = compat.param_names(group)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _message(group: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

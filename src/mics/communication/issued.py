@@ -16,6 +16,8 @@ from mics.ranks.mesh import PerMesh
 
 Kind = Literal["gathers", "reduces"]
 KINDS: tuple[Kind, ...] = ("gathers", "reduces")
+ENDED = -1
+"""In place of a call: none comes any more."""
 
 
 class Issued:
@@ -52,6 +54,8 @@ class Issued:
 
     def spell(self, call: int) -> str:
         """One of them in words."""
+        if call == ENDED:
+            return "has ended"
         unit, kind = divmod(call, len(KINDS))
         return f"{KINDS[kind]} {self._names[unit]}"
 

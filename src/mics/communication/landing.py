@@ -151,7 +151,7 @@ class Landing:
 
         That is ``output`` while there are no gradients, else the flat buffer behind them.
         """
-        trainable = [p for p in compat.sharded_params(self._group) if p.requires_grad]
+        trainable = compat.trainable_params(self._group)
         if op != dist.ReduceOp.AVG or compat.reads_gradients_at_once(self._group):
             return None
         if self._landed is None and any(compat.num_gradient_hooks(p) for p in trainable):

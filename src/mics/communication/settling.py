@@ -1,22 +1,21 @@
 """The end of a step: what did the ranks use, and did they all do the same?
 
 One small message over all ranks of a mesh, on the host, when the last reduction of a step has been
-issued. It says which parameters each rank has used (see [Note: used and unused] in ``used.py``) and
+issued. It says which parameters each rank has used (see [Note: used and unused] in ``used.py``),
 a digest of the collectives each partition group was given (``issued.py``), and whose gradients are
-no numbers (``finite.py``). Nothing has been changed
-by then but gradients, so a step that went wrong is refused before an optimizer sees it.
+no numbers (``finite.py``). Nothing has been changed by then but gradients, so a step that went
+wrong is refused before an optimizer sees it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from mics.communication.finite import finite_of
-from mics.communication.issued import issued_of
+from mics.communication.issued import ENDED, issued_of
 from mics.communication.same_steps import same_steps_of
 from mics.communication.used import Used
 from mics.errors import MicroStepError
@@ -73,15 +72,6 @@ def _by_anybody(
     return [[next(anybody) for _ in unit] for unit in flags], ranks
 
 
-@dataclass(frozen=True)
-class _Difference:
-    """Where the collectives of two ranks of a partition group part."""
-
-    position: int
-    ranks: tuple[int, int]
-    did: tuple[str, str]
-
-
 def _other_collectives(groups: Groups, control: dist.ProcessGroup) -> MicroStepError:
     """Collect what every rank has issued and say where they part; collective."""
     issued = issued_of(groups)
@@ -89,31 +79,24 @@ def _other_collectives(groups: Groups, control: dist.ProcessGroup) -> MicroStepE
     lengths = torch.zeros(control.size(), dtype=torch.int64)
     lengths[control.rank()] = len(calls)
     all_reduce(lengths, group=control)
-    rows = torch.full((control.size(), int(lengths.max())), -1, dtype=torch.int64)
+    rows = torch.full((control.size(), int(lengths.max())), ENDED, dtype=torch.int64)
     rows[control.rank(), : len(calls)] = calls
     all_reduce(rows, dist.ReduceOp.MAX, control)
     issued.clear()
     ranks = dist.get_process_group_ranks(control)
     by_rank = dict(zip(ranks, rows.tolist(), strict=True))
-    partitions = groups.whole.mesh.view(-1, groups.shard.size()).tolist()
-    for partition in partitions:
-        first, *others = partition
+    for first, *others in groups.whole.mesh.view(-1, groups.shard.size()).tolist():
         for other in others:
-            for position, pair in enumerate(zip(by_rank[first], by_rank[other], strict=True)):
-                if pair[0] != pair[1]:
-                    did = [issued.spell(c) if c >= 0 else "has ended" for c in pair]
-                    found = _Difference(position, (first, other), (did[0], did[1]))
-                    return _refusal(found)
+            pairs = zip(by_rank[first], by_rank[other], strict=True)
+            for position, (did, did_other) in enumerate(pairs, 1):
+                if did != did_other:
+                    return MicroStepError(
+                        "Ranks of one partition group used other blocks, or the same in another "
+                        "order: what they gathered and reduced was mixed up, and the gradients of "
+                        "this step are wrong.",
+                        numbers=f"Collective {position} of the step: rank {first} "
+                        f"{issued.spell(did)}, rank {other} {issued.spell(did_other)}.",
+                        write="blocks that each run at most once in a forward, in one order, of "
+                        "which a rank may skip any",
+                    )
     raise AssertionError("digests differ and calls do not")
-
-
-def _refusal(found: _Difference) -> MicroStepError:
-    (first, other), (did, did_not) = found.ranks, found.did
-    return MicroStepError(
-        "Ranks of one partition group used other blocks, or the same in another order: what they "
-        "gathered and reduced was mixed up, and the gradients of this step are wrong.",
-        numbers=f"Collective {found.position + 1} of the step: rank {first} {did}, rank {other} "
-        f"{did_not}.",
-        write="blocks that each run at most once in a forward, in one order, of which a rank may "
-        "skip any",
-    )

@@ -44,7 +44,7 @@ class Used:
         if self._noted or not compat.wants_reduce(self._group):
             return
         self._finite.look(compat.whole_gradients(self._group))
-        trainable = [p for p in compat.sharded_params(self._group) if p.requires_grad]
+        trainable = compat.trainable_params(self._group)
         # A frozen unit is not reduced, and may train later.
         self._noted, self._said = bool(trainable), False
         now = compat.fill_unused_gradients(self._group)
@@ -75,7 +75,7 @@ class Used:
 
     def flags(self) -> list[bool]:
         """Whether data of this rank has made a gradient, for each trainable parameter."""
-        trainable = [p for p in compat.sharded_params(self._group) if p.requires_grad]
+        trainable = compat.trainable_params(self._group)
         # A gradient that was never noted was set by somebody else, and counts as made.
         return [p.grad is not None and self._used.get(i, True) for i, p in enumerate(trainable)]
 
@@ -85,7 +85,7 @@ class Used:
         Args:
             by_anybody: for each trainable parameter, whether any rank has.
         """
-        trainable = [p for p in compat.sharded_params(self._group) if p.requires_grad]
+        trainable = compat.trainable_params(self._group)
         for param, used in zip(trainable, by_anybody, strict=True):
             if not used:
                 param.grad = None

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mics import compat
 from mics.communication.guard import watch
 from mics.errors import MicroStepError, ShardError
-from mics.quantities import MIB
+from mics.quantities import MIB, first_of
 from mics.sharding.units import Unit
 
 
@@ -170,7 +170,7 @@ def _judge(optimizer: torch.optim.Optimizer, stepped: set[int]) -> _Verdict:
         raise ShardError(
             "The optimizer holds parameters that the sharded model does not have, or not any "
             "more; it would train nothing.",
-            numbers=f"{len(past)} of {len(params)}: {_first(past)}.",
+            numbers=f"{len(past)} of {len(params)}: {first_of(past)}.",
             write=f"torch.optim.{type(optimizer).__name__}(model.parameters(), ...) after "
             "mics.shard, and after whatever replaces parameters",
         )
@@ -203,14 +203,10 @@ def _outside_error(names: Sequence[str]) -> ShardError:
     return ShardError(
         "Parameters outside every unit need a gradient, and nobody would reduce it: they would "
         "differ between ranks after one step.",
-        numbers=f"{len(names)}: {_first(names)}.",
+        numbers=f"{len(names)}: {first_of(names)}.",
         write="mics.shard of the module that holds them too; or param.requires_grad_(False); or "
         "param.register_post_accumulate_grad_hook(...) with a hook that reduces it",
     )
-
-
-def _first(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _spelled(param: Any) -> str:

@@ -141,7 +141,7 @@ class Passes:
     def _before_the_end(self) -> None:
         self.lockstep.end_backward()
         for unit in self.units:
-            if compat.is_in_backward(unit.group) or compat.has_whole_gradients(unit.group):
+            if compat.is_in_backward(unit.group) or compat.whole_gradients(unit.group):
                 unit.used.note()
 
     def _after_the_end(self) -> None:

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from mics import compat
 from mics.errors import ShardError
+from mics.quantities import first_of
 
 
 def check_registered(groups: Sequence[Any]) -> None:
@@ -41,11 +42,10 @@ def check_registered(groups: Sequence[Any]) -> None:
                 odd.append(name if twin is None else f"{name} (tied to {twin})")
             seen.setdefault(id(found[i]), name)
     if odd:
-        named = ", ".join(odd[:3]) + (f" and {len(odd) - 3} more" if len(odd) > 3 else "")
         raise ShardError(
             "Parameters were replaced after the model was sharded; the next gather would "
             "overwrite what was put there.",
-            numbers=f"{len(odd)}: {named}.",
+            numbers=f"{len(odd)}: {first_of(odd)}.",
             write="the change (a new parameter, a tie, a parametrisation, pruning) before "
             "mics.shard; or model.load_state_dict(..., assign=True) for new values",
         )

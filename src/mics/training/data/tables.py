@@ -77,15 +77,7 @@ def _of_lines(stream: BinaryIO, file: Path, field: str) -> Iterator[Row]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise unreadable(place, error, _AS_TEXT) from None
-        if not isinstance(row, dict):
-            raise DataError(
-                f"{place} is no JSON object.",
-                numbers=f"It is of type {type(row).__name__}.",
-                write='one {"text": "..."} a line',
-            )
-        if field not in row:
-            raise no_column(field, list(row), place)
-        yield place, row[field]
+        yield place, _value(row, field, place, 'one {"text": "..."} a line')
 
 
 def _of_document(stream: BinaryIO, file: Path, field: str) -> Iterator[Row]:
@@ -104,15 +96,24 @@ def _of_document(stream: BinaryIO, file: Path, field: str) -> Iterator[Row]:
         raise unreadable(shown, error, _AS_TEXT) from None
     for number, row in enumerate(found if isinstance(found, list) else [found], 1):
         place = f"Entry {number} of {file}" if isinstance(found, list) else str(file)
-        if not isinstance(row, dict):
-            raise DataError(
-                f"{place} is no JSON object.",
-                numbers=f"It is of type {type(row).__name__}.",
-                write='[{"text": "..."}, ...]',
-            )
-        if field not in row:
-            raise no_column(field, list(row), place)
-        yield place, row[field]
+        yield place, _value(row, field, place, '[{"text": "..."}, ...]')
+
+
+def _value(row: object, field: str, place: str, example: str) -> object:
+    """A row's value in one column.
+
+    Raises:
+        DataError: it is no object, or has no such column.
+    """
+    if not isinstance(row, dict):
+        raise DataError(
+            f"{place} is no JSON object.",
+            numbers=f"It is of type {type(row).__name__}.",
+            write=example,
+        )
+    if field not in row:
+        raise no_column(field, list(row), place)
+    return row[field]
 
 
 def _of_cells(stream: BinaryIO, file: Path, field: str) -> Iterator[Row]:
