@@ -92,13 +92,18 @@ def count(partition: int, form: str, repeats: int) -> dict[str, Any]:
 
 def kernel_bytes(work: Callable[[], object]) -> int:
     """What this node sends meanwhile."""
-    dist.barrier()
-    before = bytes_sent()
+    before = sent_so_far()
     work()
+    return sent_so_far() - before
+
+
+def sent_so_far() -> int:
+    """Read between two barriers: no rank of this node sends anything else meanwhile."""
     dist.barrier()
-    after = bytes_sent()
-    assert before is not None and after is not None, "not in a lab"
-    return after - before
+    sent = bytes_sent()
+    assert sent is not None, "not in a lab"
+    dist.barrier()
+    return sent
 
 
 def in_lab(out: Path, repeats: int) -> None:
