@@ -14,6 +14,7 @@ FAILED = {
     179: "buffers were made for inference_mode in a group that was gathered",
     199: "as 175, for an expert",
     213: "one replica: the step was settled before the last reduction had its second stage",
+    262: "gradients dropped between two micro_steps: a step by hand after it was refused",
     278: "as 213",
 }
 """Seeds that once failed, and what they found."""

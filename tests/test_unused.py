@@ -210,6 +210,22 @@ def test_so_they_are_with_frozen_parts(frozen: str) -> None:
     assert got == [{}] * WORLD
 
 
+def _rank_1_runs_nothing(model: nn.Module, plan: Plan) -> None:
+    for micro_step in mics.micro_steps(model, range(MICRO_STEPS)):
+        if dist.get_rank() != 1:
+            _micro_step(model, plan, micro_step)
+
+
+def test_so_they_are_where_a_replica_of_one_rank_runs_no_forward_in_the_very_first_step() -> None:
+    """FSDP2 learns in a root's first forward which module is the root."""
+
+    def rank() -> list[str]:
+        plan: Plan = lambda _, rank: None if rank == 1 else ALL  # noqa: E731
+        return _errors(plan, _rank_1_runs_nothing, "", partition=1)
+
+    assert run_ranks(quiet, WORLD, rank) == [[]] * WORLD
+
+
 def _crossed() -> None:
     class Loop(Net):
         def forward(self, x: torch.Tensor, order: Any) -> torch.Tensor:

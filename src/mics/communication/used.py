@@ -64,6 +64,11 @@ class Used:
             self._used.clear()
         self._noted = False
 
+    def forget(self) -> None:
+        """A step was left: its gradients are dropped."""
+        self._used.clear()
+        self._noted = self._said = False
+
     @property
     def params(self) -> list[torch.Tensor]:
         """The sharded parameters."""

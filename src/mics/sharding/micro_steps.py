@@ -86,7 +86,7 @@ def _loop(
                 yield batch
             batch = following
     except BaseException:
-        step.leave(model)
+        step.leave()
         raise
 
 

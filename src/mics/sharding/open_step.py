@@ -116,7 +116,7 @@ class OpenStep:
         except BaseException as error:
             # A break after the last backward leaves complete gradients, an exception may not.
             self._raised = not isinstance(error, GeneratorExit)
-            self.leave(model)
+            self.leave()
             raise
 
     def finish(self, model: nn.Module) -> None:
@@ -137,20 +137,25 @@ class OpenStep:
             self._check()
             self._end(model)
         except BaseException:
-            self.leave(model)
+            self.leave()
             raise
 
-    def leave(self, model: nn.Module) -> None:
+    def leave(self) -> None:
         """Leave the step before its end; its gradients stay refused until they are dropped."""
         if self._ended:
             return
         self._running = False
-        if open_step(model) is self:  # else another one uses these by now
+        if self._units[0].step is self:  # else another one uses these by now
             for questions in self._same_steps:
                 questions.forget(self)
-            set_all_reduce(model, True)
+            set_all_reduce(self._units, True)
         if self._left is None:
             self._close()
+
+    def before_forward(self) -> None:
+        """A forward begins: outside of a micro-step, and with no gradient left, not of this one."""
+        if not self._running and self.was_left:
+            self.leave()
 
     @property
     def params(self) -> list[nn.Parameter]:
@@ -210,7 +215,7 @@ class OpenStep:
             self._ask(self.index, more=True, said="on arrival")
             self._check()
         self._running, self._last = True, last
-        set_all_reduce(model, bool(last))
+        set_all_reduce(self._units, bool(last))
         for passes in _passes(self._units):
             passes.begin_micro_step()
         if last is not None:
@@ -227,7 +232,9 @@ class OpenStep:
     def _end(self, model: nn.Module) -> None:
         # Only after a last micro-step without a backward, or one not known to be the last, is
         # hop 2 left to do here.
-        set_all_reduce(model, True)
+        set_all_reduce(self._units, True)
+        if any(passes_of(unit) is None for unit in self._units):
+            _find_roots(model)
         for passes in _passes(self._units):
             if not self._last:
                 passes.order.begin()
@@ -304,7 +311,7 @@ def _abandon(model: nn.Module, units: list[Unit]) -> None:
     left = open_step(model)
     if left is None:
         return
-    left.leave(model)
+    left.leave()
     del model.__dict__[_ATTRIBUTE]
     for module in _sharded_modules(model):
         if compat.is_root(module):
@@ -314,7 +321,7 @@ def _abandon(model: nn.Module, units: list[Unit]) -> None:
     params = [param for unit in units for param in compat.sharded_params(unit.group)]
     dropped = any(param.grad is not None for param in params)
     for unit in units:
-        unit.used.before_reduce()
+        unit.used.forget()
         if unit.landing is not None:
             unit.landing.reductions.finish()
     for passes in _passes(units):
@@ -357,14 +364,23 @@ def refuse_unreduced(units: list[Unit]) -> None:
     )
 
 
-def set_all_reduce(model: nn.Module, wanted: bool) -> None:
+def set_all_reduce(units: list[Unit], wanted: bool) -> None:
     """Switch hop 2 on or off for the backward passes to come."""
-    for module in _sharded_modules(model):
+    for unit in units:
+        module = compat.modules_of(unit.group)[0]
+        assert isinstance(module, FSDPModule)
         module.set_requires_all_reduce(wanted, recurse=False)
 
 
 def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def _find_roots(model: nn.Module) -> None:
+    """Let FSDP2 know the roots that this rank has run no forward of yet, as other ranks have."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule) and not any(map(compat.is_initialised, module.modules())):
+            compat.initialise(module)
 
 
 def _passes(units: list[Unit]) -> list[Passes]:

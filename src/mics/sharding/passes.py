@@ -28,6 +28,17 @@ from mics.sharding.lockstep import Lockstep, Skippable, Use
 _ATTRIBUTE = "_mics_passes"
 
 
+class Step(Protocol):
+    """The open step that a unit belongs to."""
+
+    @property
+    def was_left(self) -> bool:
+        """Whether it can not go on."""
+
+    def before_forward(self) -> None:
+        """A forward of its units begins."""
+
+
 class Member(Skippable, Protocol):
     """What has to be known of a unit to end its passes (``units.py`` has the units)."""
 
@@ -40,8 +51,12 @@ class Member(Skippable, Protocol):
         """What it is called under its root."""
 
     @property
+    def step(self) -> Step | None:
+        """The open step that will finish the unit's gradients."""
+
+    @property
     def in_step(self) -> bool:
-        """Whether an open step will finish the unit's gradients."""
+        """Whether it will, and has not been left."""
 
     def peers(self) -> Sequence[Self]:
         """Every unit under the same root and on the same mesh, in module order."""
@@ -74,8 +89,12 @@ class Passes:
             issued_of(self.groups).rename(unit.number, unit.name)
 
     def _open(self, root: nn.Module, args: Any) -> None:
-        if not compat.in_backward():
-            self.lockstep.open()
+        if compat.in_backward():
+            return
+        step = self.units[0].step
+        if step is not None:
+            step.before_forward()
+        self.lockstep.open()
 
     def _close(self, root: nn.Module, args: Any, output: Any) -> None:
         if compat.in_backward():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,17 +23,9 @@ from mics.communication.used import Used
 from mics.errors import ShardError
 from mics.ranks.mesh import Groups, ranks_of
 from mics.sharding.lockstep import Use
-from mics.sharding.passes import Passes, passes_of
+from mics.sharding.passes import Passes, Step, passes_of
 
 _ATTRIBUTE = "_mics_units"
-
-
-class Step(Protocol):
-    """The open step that a unit belongs to."""
-
-    @property
-    def was_left(self) -> bool:
-        """Whether it can not go on."""
 
 
 class Unit:
