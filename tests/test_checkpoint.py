@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -92,11 +93,21 @@ def _save(
     model, optimizer = build(kind, partition)
     train(model, optimizer, 0, 2)
     saved = whole(model, optimizer)
-    pending = mics.save(
-        path, model=model, optimizer=optimizer, extra={"step": 2}, **(keywords or {})
-    )
-    train(model, optimizer, 2, 3)  # an asynchronous save must not see this
-    pending.wait()
+    trained = threading.Event()
+    write = writing.write_tensors
+
+    def after_training(*args: Any) -> Any:
+        assert not (keywords or {}).get("asynchronous") or trained.wait(60)
+        return write(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writing, "write_tensors", after_training)
+        pending = mics.save(
+            path, model=model, optimizer=optimizer, extra={"step": 2}, **(keywords or {})
+        )
+        train(model, optimizer, 2, 3)  # an asynchronous save must not see this
+        trained.set()
+        pending.wait()
     return saved
 
 
