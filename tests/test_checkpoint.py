@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.fsdp import fully_shard as torch_fully_shard
+from torch.distributed.tensor import DTensor
 
 import mics
 from mics.checkpoint import writing
@@ -90,11 +93,21 @@ def _save(
     model, optimizer = build(kind, partition)
     train(model, optimizer, 0, 2)
     saved = whole(model, optimizer)
-    pending = mics.save(
-        path, model=model, optimizer=optimizer, extra={"step": 2}, **(keywords or {})
-    )
-    train(model, optimizer, 2, 3)  # an asynchronous save must not see this
-    pending.wait()
+    trained = threading.Event()
+    write = writing.write_tensors
+
+    def after_training(*args: Any) -> Any:
+        assert not (keywords or {}).get("asynchronous") or trained.wait(60)
+        return write(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writing, "write_tensors", after_training)
+        pending = mics.save(
+            path, model=model, optimizer=optimizer, extra={"step": 2}, **(keywords or {})
+        )
+        train(model, optimizer, 2, 3)  # an asynchronous save must not see this
+        trained.set()
+        pending.wait()
     return saved
 
 
@@ -102,6 +115,9 @@ def _load(path: Path, kind: Callable[[], Any], partition: int) -> tuple[Whole, A
     model, optimizer = build(kind, partition, seed=7)
     train(model, optimizer, 5, 6)
     loaded = mics.load(path, model=model, optimizer=optimizer)
+    for param, state in optimizer.state.items():  # as shards, not as a whole on every rank
+        shards = [value for value in state.values() if isinstance(value, DTensor)]
+        assert len(shards) == 2 and all(one.placements == param.placements for one in shards)
     return whole(model, optimizer), loaded.extra
 
 
@@ -364,6 +380,23 @@ def test_an_existing_folder_is_never_written_over(tmp_path: Path) -> None:
     for text in errors_of_ranks(_save, 2, tmp_path / "c", UnevenMLP, 2):
         assert f"{tmp_path / 'c'} exists; a checkpoint is never written over" in text
     assert list(tmp_path.iterdir()) == [tmp_path / "c"]
+
+
+def test_a_file_of_another_length_than_its_rank_wrote_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a network's folder that shows a rank's file to rank 0 before its end is there."""
+    write = writing.write_tensors
+
+    def without_the_end(path: Path, *rest: Any) -> Any:
+        facts = write(path, *rest)
+        os.truncate(path, facts.bytes - 1)
+        return facts
+
+    monkeypatch.setattr(writing, "write_tensors", without_the_end)
+    with pytest.raises(mics.CheckpointError, match=r"Rank 0 sees another rank-00000\.safetensors"):
+        mics.save(tmp_path / "c", model=seeded(UnevenMLP))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_value_that_json_cannot_hold_is_named(tmp_path: Path) -> None:

@@ -315,3 +315,14 @@ def test_chunks_that_overlap_in_a_corner_are_seen(tmp_path: Path) -> None:
     with pytest.raises(mics.CheckpointError, match="do not make up the tensor"):
         read_manifest(tmp_path)
     assert json.loads((tmp_path / MANIFEST).read_text())["format"] == 1
+
+
+def test_a_chunk_that_lies_on_the_end_of_a_long_one_is_seen(tmp_path: Path) -> None:
+    """Behind a short one; of the right size, with a hole at the end of the second column."""
+    boxes = [((0, 0), (5, 1)), ((0, 1), (3, 1)), ((3, 0), (2, 1))]
+    manifest = grid(5, 2, 3)
+    entry = manifest.tensors["model/x"]
+    entry.chunks[:] = [Chunk(at, size, f"f{n}", "k") for n, (at, size) in enumerate(boxes)]
+    write_manifest(tmp_path, manifest)
+    with pytest.raises(mics.CheckpointError, match="do not make up the tensor"):
+        read_manifest(tmp_path)

@@ -92,6 +92,21 @@ def test_a_tied_model_loads_with_a_wrapper_and_without(tmp_path: Path) -> None:
         table = json.loads((tmp_path / str(at) / "manifest.json").read_text())
         assert table["aliases"] == {"model/o.weight": "model/e.weight"}
 
+    def as_it_was(table: Any) -> None:
+        """Manifests once had the names that the wrapper gives."""
+        kept = [name for name in table["tensors"] if name.startswith("model/")]
+        for name in kept:
+            table["tensors"][wrapped_name(name)] = table["tensors"].pop(name)
+        table["aliases"] = {wrapped_name(n): wrapped_name(f) for n, f in table["aliases"].items()}
+
+    def wrapped_name(name: str) -> str:
+        return name.replace("model/", "model/_orig_mod.")
+
+    forge(tmp_path / "0", as_it_was)
+    again = Tied()
+    load(tmp_path / "0", again)
+    assert torch.equal(again.o.weight, again.e.weight)
+
 
 def test_a_tied_weight_that_was_kept_twice_loads_if_both_are_equal(tmp_path: Path) -> None:
     """Checkpoints of compiled models once held both."""

@@ -189,7 +189,12 @@ def test_groups_are_matched_by_names_and_empty_ones_by_their_order(tmp_path: Pat
     weights = [p for p in model.parameters() if p.ndim == 2]
     biases = [p for p in model.parameters() if p.ndim == 1]
     optimizer = O.AdamW(
-        [{"params": weights, "lr": 0.3}, {"params": [], "lr": 0.7}, {"params": biases}]
+        [
+            {"params": weights, "lr": 0.3},
+            {"params": [], "lr": 0.7},
+            {"params": biases},
+            {"params": [], "lr": 0.9},
+        ]
     )
     step(model, optimizer)
     mics.save(tmp_path / "c", model=model, optimizer=optimizer)
@@ -200,11 +205,12 @@ def test_groups_are_matched_by_names_and_empty_ones_by_their_order(tmp_path: Pat
             {"params": [linears[1].bias], "lr": 0.5},
             {"params": [layer.weight for layer in linears[::-1]]},
             {"params": []},
+            {"params": []},
             {"params": [linears[2].bias, linears[0].bias]},
         ]
     )
     mics.load(tmp_path / "c", model=other, optimizer=fresh)
-    assert [group["lr"] for group in fresh.param_groups] == [1e-3, 0.3, 0.7, 1e-3]
+    assert [group["lr"] for group in fresh.param_groups] == [1e-3, 0.3, 0.7, 0.9, 1e-3]
     for one, two in zip(model.parameters(), other.parameters(), strict=True):
         assert same(dict(optimizer.state[one]), dict(fresh.state[two]))
 

@@ -16,6 +16,7 @@ from mics.communication.backend import Gloo, at_once, run
 from mics.communication.collectives import AllGather, ReduceScatter
 from mics.communication.forms import decide_by
 from mics.communication.ledger import Ledger, Untimed
+from mics.ranks import issuing
 from mics.ranks.mesh import Groups, groups_of, ranks_of, stage_groups
 from mics.traffic import Key
 
@@ -181,6 +182,14 @@ def _exchange(op_name: str, dtype: torch.dtype) -> None:
         if numbers.dtype == torch.int64:
             assert torch.equal(ours, theirs)
         assert torch.allclose(ours, theirs, rtol=4 * torch.finfo(dtype).eps, atol=1e-2)
+    # And one that is waited for in slices, over ranks that are not neighbours.
+    first = dist.get_rank() % 2
+    apart = dist.new_group([first, first + 2], use_local_synchronization=True)
+    ours, theirs, input = (torch.ones(n, dtype=dtype) for n in (N, N, 2 * N))
+    input += torch.arange(2 * N) + dist.get_rank()
+    issuing.reduce_scatter(ours, input.clone(), op, apart)
+    compat.reduce_scatter(theirs, input.clone(), op, apart)
+    assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

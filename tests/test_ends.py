@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from programs import End, run_programs
 
 import mics
 from mics.ranks import issuing
+from mics.ranks.waiting import Place, wait_for_work
+from mics.ranks.whereabouts import Counted
 
 SOON = 15.0  # seconds; patience is 2 s, the rest is the start of 4 ranks on a loaded machine
 Model = tuple[UnevenMLP, torch.optim.Optimizer]
@@ -264,6 +267,26 @@ def test_a_stopped_rank_that_keeps_the_store_is_named(tmp_path: Path) -> None:
         first_rank_stops, tmp_path, world=2, kept_by_first_rank=True, patience=1.0, until=words
     )
     assert words in ends[1].text
+
+
+class _Breaks:
+    """torch's handle of a collective whose peer goes away during the first wait of some length."""
+
+    waits = 0
+
+    def wait(self, timeout: object) -> None:
+        self.waits += 1
+        raise RuntimeError("Connection closed by peer" if self.waits > 2 else "timed out")
+
+    def is_completed(self) -> bool:
+        return True
+
+
+def test_a_collective_that_breaks_while_it_is_waited_for_is_not_over() -> None:
+    group = Counted("a group", [0, 1], on_gloo=True, longest=60.0)
+    work: Any = _Breaks()
+    with pytest.raises(RuntimeError, match="Connection closed by peer"):
+        wait_for_work(work, Place(group, 1, "all-reduce"))
 
 
 def test_a_job_without_other_ranks_has_no_board(tmp_path: Path) -> None:

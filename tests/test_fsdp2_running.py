@@ -32,6 +32,7 @@ from side_by_side import (
 from torch import nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 
@@ -140,9 +141,13 @@ def test_weights_used_by_the_parent_after_unshard_are_synchronised():
             return self.out(x + self.blocks[1](x))
 
     def script(fully_shard: FullyShard) -> Answer:
-        model = shard_blocks(fully_shard, seeded(Reaches), mesh=two_axes())
-        loss_of(model, micro_batches(model, 0, 1)[0]).backward()
-        return {"gradients": gradients(model)}
+        whole = init_device_mesh("cpu", (4, 1), mesh_dim_names=("dp_replicate", "dp_shard"))
+        answer: Answer = {}
+        for mesh in (two_axes(), whole):  # a partition of 2 ranks and one of 1
+            model = shard_blocks(fully_shard, seeded(Reaches), mesh=mesh)
+            loss_of(model, micro_batches(model, 0, 1)[0]).backward()
+            answer[f"{mesh.shape}"] = {"gradients": gradients(model)}
+        return answer
 
     same_as_torch(script)
 

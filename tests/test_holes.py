@@ -483,16 +483,20 @@ def _by_tokens() -> None:
         ]
         for s, row in enumerate(rows)
     ]
-    model = _sharded(mics.fully_shard)
-    for x in mics.micro_steps(model, [micro[rank] for micro in data], normalise=len):
-        (model(x) ** 2).sum().backward()
-
     alone = _model()
     everything = torch.cat([x for micro in data for x in micro])
     ((alone(everything) ** 2).sum() / len(everything)).backward()
-    assert _same(_gradients(model), _gradients(alone))
+    model = _sharded(mics.fully_shard)
+    for factor in (None, 0.5):  # what else divides them makes no difference
+        for module in (model.a, model.b, model):
+            if factor is not None:
+                module.set_force_sum_reduction_for_comms(True)  # Gloo has no other with a factor
+                module.set_gradient_divide_factor(factor)
+        for x in mics.micro_steps(model, [micro[rank] for micro in data], normalise=len):
+            (model(x) ** 2).sum().backward()
+        assert _same(_gradients(model), _gradients(alone)), factor
+        model.zero_grad()
 
-    model.zero_grad()
     with pytest.raises(mics.MicroStepError, match="is not a choice"):
         mics.micro_steps(model, [1], normalise="tokens")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from fractions import Fraction
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,8 @@ from torch.distributed.tensor import DTensor
 
 import mics
 from mics import traffic
-from mics.communication.ledger import Seconds
+from mics.communication import backend, two_stages
+from mics.communication.ledger import Seconds, Untimed
 from mics.topology import possible_partitions
 from mics.traffic import Block, Key
 
@@ -167,6 +169,35 @@ def test_every_stage_has_a_time_and_reset_starts_anew(overlap: bool) -> None:
     assert "sent inter" in table and "ms" in table
 
 
+class _Stage(Untimed):
+    """A stage of a reduction, and a backend that says when it begins and ends."""
+
+    def __init__(self, name: str, happened: list[str]) -> None:
+        self.name, self.happened = name, happened
+
+    def restart(self) -> None:
+        self.happened.append(f"time of {self.name} starts")
+
+    def reduce(self, pieces: Any, op: Any, group: Any, span: Any, issue: Any) -> Any:
+        self.happened.append(f"{span.name} begins")
+        yield
+        self.happened.append(f"{span.name} ends")
+
+
+def test_the_second_stage_of_a_reduction_is_timed_from_the_end_of_the_first() -> None:
+    happened: list[str] = []
+    inter, intra = _Stage("inter", happened), _Stage("intra", happened)
+    two_nodes: Any = SimpleNamespace(inter=SimpleNamespace(size=lambda: 2), intra=None)
+    average: Any = dist.ReduceOp.AVG
+    stages: Any = inter
+    backend.run(two_stages.reduce_scatter(torch.empty(1), torch.ones(4), average, two_nodes,
+                                          (inter, intra), backend.at_once, stages))  # fmt: skip
+    assert happened == [
+        *("intra begins", "intra ends"),
+        *("time of inter starts", "inter begins", "inter ends"),
+    ]
+
+
 def test_time_that_is_unknown_stays_unknown() -> None:
     assert (Seconds(1.0, 0.5) + Seconds(1.0, None)).exposed is None
     assert (Seconds(1.0, 0.5) + Seconds(2.0, 0.25)) == Seconds(3.0, 0.75)
@@ -185,8 +216,8 @@ def test_the_ledger_of_a_model_that_mics_did_not_shard_is_an_error() -> None:
 def _roots_that_are_not_the_model(how: str) -> None:
     """FSDP2 makes every outermost sharded module a root, at its first forward."""
     torch.manual_seed(0)
-    if how == "wrapped":
-        run = Run(2, 2, micro_steps=2, steps=1)
+    if how == "wrapped":  # and with a frozen block, which has no hop 2
+        run = Run(2, 2, micro_steps=2, steps=1, model={"frozen": True})
         model: nn.Module = nn.Sequential(_sharded(run))
     else:
         mesh = mics.init_mesh(partition=2, gpus_per_node=2)

@@ -205,11 +205,13 @@ def test_a_state_dict_between_micro_steps_is_refused_and_after_them_is_not() -> 
         assert "save after the last micro-step" in text
 
 
-def _gradients_after(lasts_before: list[bool | None], leave: str) -> tuple[bool, int]:
+def _gradients_after(
+    lasts_before: list[bool | None], leave: str, partition: int
+) -> tuple[bool, int]:
     """Whether a step is not changed by one that was left before it, and how often that is said."""
-    fresh = sharded()
+    fresh = sharded(partition)
     _step(fresh, [False, True], normalise="micro_steps")
-    model = sharded()
+    model = sharded(partition)
     _step(model, lasts_before, normalise="micro_steps")
     if leave == "exception":
         with (
@@ -228,14 +230,20 @@ def _gradients_after(lasts_before: list[bool | None], leave: str) -> tuple[bool,
     return same, sum(issubclass(warning.category, MicsWarning) for warning in said)
 
 
+def _of_partitions(lasts_before: list[bool | None], leave: str) -> list[tuple[bool, int]]:
+    return [_gradients_after(lasts_before, leave, partition) for partition in (2, 4)]
+
+
 @pytest.mark.parametrize("lasts", [[], [False], [None, None]])
 def test_an_exception_inside_ends_the_step_and_its_gradients_are_dropped(lasts: list[Any]) -> None:
-    assert run_ranks(_gradients_after, 4, lasts, "exception") == [(True, 1)] * 4
+    for of_two_replicas, of_one in run_ranks(_of_partitions, 4, lasts, "exception"):
+        assert of_two_replicas == of_one == (True, 1)
 
 
 @pytest.mark.parametrize("lasts", [[False], [None, None]])
 def test_gradients_that_were_zeroed_end_the_step_too(lasts: list[Any]) -> None:
-    assert run_ranks(_gradients_after, 4, lasts, "zero_grad") == [(True, 0)] * 4
+    for of_two_replicas, of_one in run_ranks(_of_partitions, 4, lasts, "zero_grad"):
+        assert of_two_replicas == of_one == (True, 0)
 
 
 def _as_told(lasts_of_ranks: list[list[bool | None]], finish: bool) -> None:

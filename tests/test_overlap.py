@@ -51,7 +51,7 @@ class Skipping(nn.Module):
 
 def sharded(model: nn.Module, partition: int = 4, **keywords: object) -> nn.Module:
     layout = {"partition": partition, "gpus_per_node": 2, "mp_policy": MixedPrecisionPolicy()}
-    return mics.shard(model, **layout, **keywords)
+    return mics.shard(model, **layout | keywords)
 
 
 def losses_and_weights(run: Run) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -251,3 +251,27 @@ def _reductions_beside(micro_steps: int) -> int:
 
 def test_one_reduction_is_still_under_way_when_the_next_begins_and_no_more() -> None:
     assert run_ranks(_reductions_beside, 8, 2) == [1] * 8
+
+
+def _backwards_and_hops(gpus_per_node: int) -> list[str]:
+    """Backwards of the blocks and beginnings of hop 2, in the last micro-step."""
+    model = sharded(seeded(Skipping), partition=2, gpus_per_node=gpus_per_node, collectives="flat")
+    happened: list[str] = []
+    modules = {"root": model, **{str(number): block for number, block in enumerate(model.blocks)}}
+    for name, module in modules.items():
+        (unit,) = units_on(module)
+        start = unit.hop_two.start
+        unit.hop_two.start = lambda n=name, s=start: (happened.append(f"hop {n}"), s())
+        if name != "root":
+            module.up.register_full_backward_hook(lambda *_, n=name: happened.append(n))
+    for _ in mics.micro_steps(model, range(2)):
+        happened.clear()
+        model(torch.ones(2, WIDTH)).sum().backward()
+    return happened
+
+
+def test_hop_2_of_a_block_starts_beside_the_backward_of_those_before_it() -> None:
+    """In a node at once; between nodes with the next block, when its own reduction has landed."""
+    inside, between = run_ranks(lambda: [_backwards_and_hops(k) for k in (2, 1)], 4)[0]
+    assert inside == ["2", "hop 2", "1", "hop 1", "0", "hop 0", "hop root"]
+    assert between == ["2", "1", "hop 2", "0", "hop 1", "hop 0", "hop root"]

@@ -134,8 +134,10 @@ class Passes:
         self._ends = current
         fresh = any(hop.awaits_backward for hop in self._hops)
         for hop in self._hops:
-            # After a second backward of one forward nobody knows who comes again.
-            hop.begin_pass(unused=fresh and not hop.awaits_backward)
+            # After a second backward of one forward nobody knows who comes again; and a unit that
+            # is whole without a forward may be one that a parent uses by hand.
+            waits = hop.awaits_backward or compat.is_whole(hop.group)
+            hop.begin_pass(unused=fresh and not waits)
         self.order.begin()
         compat.at_end_of_backward(self._after_the_end)
 
