@@ -329,3 +329,92 @@ def _bare(partition: int) -> list[str]:
 def test_so_they_are_where_the_root_has_no_parameters(partition: int) -> None:
     """In the loop and, where nobody knows of steps, by hand."""
     assert run_ranks(quiet, WORLD, lambda: _bare(partition)) == [[]] * WORLD
+
+
+class Tower(nn.Module):
+    """What only some batches need: a unit with blocks that are units of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+
+    def forward(self, x: torch.Tensor, uses: Uses) -> torch.Tensor:
+        x = self.first(x)
+        for i, block in enumerate(self.blocks):
+            if i in uses:
+                x = block(x, uses[i])
+        return self.last(x)
+
+
+class Towers(nn.Module):
+    """A tower whose input needs no gradient, one whose input does, and a block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)
+        self.images, self.sounds, self.text = Tower(), Tower(), Block()
+
+    def forward(self, x: torch.Tensor, uses: dict[str, Uses]) -> torch.Tensor:
+        y = self.first(x)
+        y = y + self.images(x, uses["images"]) if "images" in uses else y
+        y = y + self.sounds(y, uses["sounds"]) if "sounds" in uses else y
+        return self.head(self.text(y, "ab") if "text" in uses else y)
+
+    def units(self) -> list[nn.Module]:
+        blocks = [block for tower in (self.images, self.sounds) for block in tower.blocks]
+        experts = [expert for block in blocks[:3] for expert in (block.a, block.b)]
+        return [*experts, *blocks, self.images, self.sounds, self.text, self]
+
+
+def _random_towers(seed: int, micro_step: int, rank: int) -> dict[str, Uses]:
+    choose = random.Random(1000 * seed + 10 * micro_step + rank)
+    uses = {name: _random(seed)(micro_step, rank) or {} for name in ("images", "sounds", "text")}
+    return {name: used for name, used in uses.items() if choose.random() < 0.6}
+
+
+def _towers(partition: int, gpus_per_node: int, overlap: bool) -> list[str]:
+    wrong = []
+    for seed in range(6):
+        torch.manual_seed(0)
+        alone = Towers()
+        torch.manual_seed(0)
+        model = Towers()
+        mesh = mics.init_mesh(partition=partition, gpus_per_node=gpus_per_node)
+        for unit in model.units():
+            mics.fully_shard(unit, mesh=mesh, overlap=overlap)
+        for step in range(2):
+            seen = range(2 * step, 2 * step + 2)
+            for m in mics.micro_steps(model, seen):
+                out = model(_data(m, dist.get_rank()), _random_towers(seed, m, dist.get_rank()))
+                out.square().mean().backward()
+            for m, rank in itertools.product(seen, range(WORLD)):
+                out = alone(_data(m, rank), _random_towers(seed, m, rank))
+                (out.square().mean() / WORLD).backward()
+            pairs = zip(alone.parameters(), model.named_parameters(), strict=True)
+            for right, (name, mine) in pairs:
+                whole = None if mine.grad is None else mine.grad.full_tensor()  # type: ignore[attr-defined]
+                same = (whole is None) == (right.grad is None) and (
+                    whole is None
+                    or right.grad is None
+                    or torch.allclose(whole, right.grad, rtol=1e-5, atol=1e-6)
+                )
+                wrong += [] if same else [f"{seed}: {name}"]
+            alone.zero_grad()
+            model.zero_grad()
+    return wrong
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("partition", "gpus_per_node", "overlap"),
+    [
+        (2, 4, False),
+        *(pytest.param(*one, marks=pytest.mark.extra) for one in ((1, 4, True), (4, 2, True))),
+    ],
+)
+def test_so_they_are_where_units_are_inside_units(
+    partition: int, gpus_per_node: int, overlap: bool
+) -> None:
+    got = run_ranks(quiet, WORLD, lambda: _towers(partition, gpus_per_node, overlap))
+    assert got == [[]] * WORLD

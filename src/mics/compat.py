@@ -406,9 +406,13 @@ def is_in_backward(group: Any) -> bool:
     return bool(group._training_state == TrainingState.PRE_BACKWARD)
 
 
-def pass_through(group: Any) -> None:
-    """Gather a group and free it again, as a forward of its modules does for communication."""
+def begin_empty_forward(group: Any) -> None:
+    """Gather a group as the forward of its modules does."""
     group.pre_forward(modules_of(group)[0], (), {})
+
+
+def end_empty_forward(group: Any) -> None:
+    """Free a group as the forward of its modules does."""
     group.post_forward(modules_of(group)[0], None, None)
 
 

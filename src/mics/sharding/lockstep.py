@@ -7,16 +7,18 @@ knows beforehand what the others will skip, and asking before each block would c
 all ranks go through the units in one order, that of the model's modules:
 
     forward     a unit whose forward begins lets those before it that were left out be gathered
-                and freed first; the root's end does so for those after the last one
+                and freed first; the root's end does so for those after the last one, a unit's end
+                for those inside it
     backward    a unit whose backward begins lets those that came after it be over first: gathered
                 and reduced with zeros if they have had no backward, reduced if FSDP2 would do so
                 when the pass ends (their inputs needed no gradient, which on another rank they
-                may); the end of the pass does so for the first ones
+                may); the end of the pass does so for the first ones, a unit's end for those inside
 
-A rank that uses every unit once, as all do in most models, finds nothing left out and pays nothing.
-A unit that runs again, or before its turn, is left alone: ranks that differ there are refused at
-the end of the step (``settling.py``). A unit found to run later than its place among the modules is
-moved there, so that this costs one forward.
+Units inside a unit (the blocks of a tower for images) are gathered while it is, and reduced before
+it. A rank that uses every unit once, as all do in most models, finds nothing left out and pays
+nothing. A unit that runs again, or before its turn, is left alone: ranks that differ there are
+refused at the end of the step (``settling.py``). A unit found to run later than its place among the
+modules is moved there, so that this costs one forward.
 """
 
 from __future__ import annotations
@@ -64,9 +66,24 @@ class Use:
     left: int
     begun: bool = False
 
+    def is_inside(self, other: Use) -> bool:
+        """Whether it came while the other was under way."""
+        return self.forward == other.forward and other.entered < self.entered < other.left
+
     def is_after(self, other: Use) -> bool:
         """Whether it is of the same forward and came after the other; one inside it did not."""
         return self.forward == other.forward and self.entered > other.left
+
+
+def _found_inside(units: Sequence[Skippable]) -> dict[int, set[int]]:
+    """Those inside the modules of each unit that has some; all by id."""
+    found: dict[int, set[int]] = {}
+    for unit in units:
+        modules = {id(m) for one in compat.modules_of(unit.group) for m in one.modules()}
+        inside = {id(other) for other in units if id(compat.modules_of(other.group)[0]) in modules}
+        if inside > {id(unit)}:
+            found[id(unit)] = inside - {id(unit)}
+    return found
 
 
 class Lockstep:
@@ -79,6 +96,7 @@ class Lockstep:
     def __init__(self, units: Sequence[Skippable]) -> None:
         self._order = list(units)
         self._ids = {id(unit) for unit in units}
+        self._inside = _found_inside(units)
         self._forward = 0
         self._open = False
         self._clock = 0
@@ -111,11 +129,26 @@ class Lockstep:
         if place >= self._position:
             self._fill(self._order[self._position : place], inputs)
         elif id(unit) in self._filled:  # too early: it runs here
-            self._order.insert(self._position - 1, self._order.pop(place))
-            self._filled.discard(id(unit))
-            place = self._position - 1
+            moved = self._order[place : min(self._end_of(place), self._position)]
+            del self._order[place : place + len(moved)]
+            place = self._position - len(moved)
+            self._order[place:place] = moved
+            for key in self._filled & {id(one) for one in moved}:
+                self._filled.discard(key)
+                del self._entered[key]
         self._position = place + 1
         self._entered[id(unit)] = self._tick()
+
+    def entered(self, unit: Skippable) -> int | None:
+        """When the latest use of a unit with others inside began; ``None`` of another unit."""
+        return self._entered.get(id(unit)) if id(unit) in self._inside else None
+
+    def finish(self, unit: Skippable, outputs: Any) -> None:
+        """A unit's forward is about to end: those inside it that were left out come now."""
+        if self._open and self._inside.get(id(unit)):
+            end = self._end_of(self._order.index(unit))
+            self._fill(self._order[self._position : end], outputs)
+            self._position = max(self._position, end)
 
     def leave(self, unit: Skippable, *, needs_gradient: bool) -> Use:
         """A unit's forward ends, with gradients enabled.
@@ -141,15 +174,32 @@ class Lockstep:
             self._fill(self._order[self._position :], outputs)
         self._open = False
 
+    def _end_of(self, place: int) -> int:
+        """The place behind a unit in the order and those that follow it and are inside it."""
+        inside = self._inside.get(id(self._order[place]), set())
+        end = place + 1
+        while end < len(self._order) and id(self._order[end]) in inside:
+            end += 1
+        return end
+
     def _fill(self, units: Sequence[Skippable], passed_on: Any) -> None:
         """Stand in for units, which would have been given what is now passed on."""
-        for unit in units:
+        rest = list(units)
+        while rest:
+            unit = rest.pop(0)
             if id(unit) in self._entered:
                 continue
+            inside = self._inside.get(id(unit), set())
+            num_inside = next((i for i, one in enumerate(rest) if id(one) not in inside), len(rest))
             self._entered[id(unit)] = self._tick()
             self._filled.add(id(unit))
-            if not compat.is_whole(unit.group):  # else a parent uses it by hand: it stays
-                compat.pass_through(unit.group)
+            by_hand = compat.is_whole(unit.group)  # a parent uses it so: it stays
+            if not by_hand:
+                compat.begin_empty_forward(unit.group)
+            self._fill(rest[:num_inside], passed_on)
+            del rest[:num_inside]
+            if not by_hand:
+                compat.end_empty_forward(unit.group)
             if torch.is_grad_enabled():
                 flows = self._flows or bool(compat.tensors_with_grad(passed_on))
                 self.leave(unit, needs_gradient=flows)
@@ -179,6 +229,18 @@ class Lockstep:
         self._begun.add(use.forward)
         self._end([other for other in self._uses if other.is_after(use)])
 
+    def end_inside(self, unit: Skippable, entered: int) -> None:
+        """The backward of a use is about to end: what came inside it is over first.
+
+        Args:
+            unit: the unit.
+            entered: when its use began, as ``entered`` said then.
+        """
+        for use in self._uses:
+            if use.unit is unit and use.entered == entered:
+                self._end([other for other in self._uses if other.is_inside(use)])
+                return
+
     def end_backward(self) -> None:
         """The pass ends: what came before the first use that had a backward is over now."""
         self._end([use for use in self._uses if use.forward in self._begun])
@@ -202,10 +264,17 @@ class Lockstep:
 
     @staticmethod
     def _end(uses: Sequence[Use]) -> None:
-        for use in reversed(uses):
-            if not use.begun:
+        """Let uses be over, in the reverse of the order in which their forwards began and ended."""
+        beginnings = [(use.left, use, True) for use in uses]
+        endings = [(use.entered, use, False) for use in uses]
+        for _, use, begins in sorted([*beginnings, *endings], key=_when, reverse=True):
+            if begins and not use.begun:
                 use.begun = True
                 compat.begin_empty_backward(use.unit.group)
-            if compat.is_in_backward(use.unit.group):
+            elif not begins and compat.is_in_backward(use.unit.group):
                 use.unit.used.note()
                 compat.end_empty_backward(use.unit.group)
+
+
+def _when(event: tuple[int, Use, bool]) -> int:
+    return event[0]

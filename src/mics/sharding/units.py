@@ -154,19 +154,24 @@ class Unit:
             self.landing.reductions.before_forward()
         if compat.in_backward() or not self._entering:
             return
-        self._find_passes()
+        passes = self._find_passes()
         if not torch.is_grad_enabled():
             return
         if self.hop_two is not None:
             self.hop_two.before_forward()
+        entered = passes.lockstep.entered(self) if passes is not None else None
+        end = partial(self._end_backward, entered)
         for one in compat.tensors_with_grad((args, kwargs)):
-            one.register_hook(self._note)  # type: ignore[no-untyped-call]
+            one.register_hook(end)  # type: ignore[no-untyped-call]
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """Stand before FSDP2's own hooks on what the forward returns."""
         if compat.in_backward() or self._passes is None:
             return
-        if not torch.is_grad_enabled() or not compat.completes_forward(self.group, module):
+        if not compat.completes_forward(self.group, module):
+            return
+        self._passes.lockstep.finish(self, output)
+        if not torch.is_grad_enabled():
             return
         outputs = compat.tensors_with_grad(output)
         use = self._passes.lockstep.leave(self, needs_gradient=bool(outputs))
@@ -186,7 +191,10 @@ class Unit:
         assert self._passes is not None
         self._passes.begin(use)
 
-    def _note(self, gradient: torch.Tensor | None) -> None:
+    def _end_backward(self, entered: int | None, gradient: torch.Tensor | None) -> None:
+        """The gradients of its inputs have come; FSDP2 reduces next."""
+        if entered is not None and self._passes is not None:
+            self._passes.lockstep.end_inside(self, entered)
         self.used.note()
 
     def _before_reduce(self) -> None:
