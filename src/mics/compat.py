@@ -23,7 +23,12 @@ from torch.distributed.distributed_c10d import (
     _get_default_store,
 )
 from torch.distributed.fsdp import FSDPModule, _common_utils
-from torch.distributed.fsdp._fully_shard._fsdp_common import HSDPMeshInfo, TrainingState
+from torch.distributed.fsdp._fully_shard import _fsdp_common
+from torch.distributed.fsdp._fully_shard._fsdp_common import (
+    FSDPMeshInfo,
+    HSDPMeshInfo,
+    TrainingState,
+)
 from torch.distributed.tensor import DTensor
 
 # 2.11 to 2.15: seeing every operator, and the leaves of nested containers, have private homes only.
@@ -159,6 +164,33 @@ def shard_group(group: Any) -> dist.ProcessGroup:
     """The partition group a parameter group is sharded over."""
     shard: dist.ProcessGroup = group.mesh_info.shard_process_group
     return shard
+
+
+# 2.12 and later: parameters of one module on several meshes; the result has a private home only.
+_Placement: Any = getattr(_fsdp_common, "ShardPlacementResult", None)
+
+
+def mesh_of_placement(result: Any) -> DeviceMesh | None:
+    """The mesh that a ``ShardPlacementResult`` names, with its replicate axis; else ``None``."""
+    if _Placement is None or not isinstance(result, _Placement):
+        return None
+    mesh: DeviceMesh = result.mesh_info.mesh
+    return mesh
+
+
+def shard_of_placement(result: Any) -> Any:
+    """The dimension that a ``ShardPlacementResult`` shards, for the module's own mesh."""
+    return result.placement
+
+
+def shard_info(mesh: DeviceMesh) -> Any:
+    """What FSDP2 knows of a 1-D mesh to shard over."""
+    return FSDPMeshInfo(mesh, shard_mesh_dim=0)
+
+
+def placement_on(result: Any, info: Any) -> Any:
+    """The same ``ShardPlacementResult`` on another mesh, see ``shard_info``."""
+    return _Placement(placement=result.placement, mesh_info=info)
 
 
 def is_replicated_by_torch(group: Any) -> bool:
@@ -349,6 +381,17 @@ def divide_factor(group: Any) -> float | None:
     """What ``FSDPModule.set_gradient_divide_factor`` set; it has no getter."""
     factor: float | None = group.gradient_divide_factor
     return factor
+
+
+def divide_by(group: Any, ranks: int) -> None:
+    """Divide the sum over ranks by a number of them, on every backend.
+
+    What ``FSDPModule.set_gradient_divide_factor`` does to all groups of a module; Gloo has no sum
+    of products, which FSDP2 then takes unless sums are forced. 2.11 to 2.15: with one rank it takes
+    none, and divides twice if they are.
+    """
+    group.gradient_divide_factor = float(ranks)
+    group.force_sum_reduction_for_comms = shard_group(group).size() > 1
 
 
 def sums_only(group: Any) -> bool:

@@ -49,7 +49,7 @@ class NodeLayout:
     post_forward: dict[int, DeviceMesh] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Groups:
     """Everything a communication unit needs to know about who it talks to.
 

@@ -93,6 +93,11 @@ def remember_unit(unit: Unit) -> None:
     _known.changes += 1
 
 
+def units_by_param() -> dict[int, Unit]:
+    """The unit of every sharded parameter of this process, by the parameter's id."""
+    return {id(p): unit for unit in _known.units for p in compat.sharded_params(unit.group)}
+
+
 def refuse_outside(model: nn.Module, units: Sequence[Unit]) -> None:
     """Refuse to train a model with parameters that no unit reduces.
 
@@ -152,7 +157,7 @@ def _judge(optimizer: torch.optim.Optimizer, stepped: set[int]) -> _Verdict:
     Raises:
         ShardError: it holds some that a model had once, or has for a moment.
     """
-    owner = {id(p): unit for unit in _known.units for p in compat.sharded_params(unit.group)}
+    owner = units_by_param()
     gathered = {id(p) for unit in _known.units for p in compat.gathered_params(unit.group)}
     units: dict[int, weakref.ref[Unit]] = {}
     outside: set[int] = set()

@@ -2,13 +2,14 @@
 
 torch's ``clip_grad_norm_`` gives the same for norms of finite order over one mesh. It raises where
 a shard is empty and the norm is the largest value, on the ranks that have such a shard, and where
-parameters are on several meshes.
+parameters are on several meshes. Experts that fewer ranks hold than the rest are counted once each.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -17,9 +18,25 @@ from torch.distributed.tensor import DTensor, Partial
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from mics.errors import ConfigError
+from mics.ranks.issuing import all_reduce
+from mics.ranks.mesh import Groups
+from mics.sharding.belonging import units_by_param
 
-_Split = tuple[DeviceMesh, tuple[int, ...]] | None
-"""The mesh and its axes that a gradient is sharded over; ``None`` for a whole one."""
+
+@dataclass(frozen=True)
+class _Split:
+    """How a gradient is spread over ranks.
+
+    Attributes:
+        mesh: of its shards; a whole one has none.
+        axes: of the mesh, those it is sharded over.
+        holders: the ranks that have a part of it or a copy, if the others have another gradient in
+            its place, as with experts; 0 if there are no others.
+    """
+
+    mesh: DeviceMesh | None = None
+    axes: tuple[int, ...] = ()
+    holders: int = 0
 
 
 @torch.no_grad()
@@ -67,26 +84,36 @@ def gradient_norm(parameters: Iterable[torch.Tensor], norm_type: float = 2.0) ->
         raise ConfigError(
             f"norm_type = {norm_type} is not the order of a norm.", write="norm_type=2.0, or inf"
         )
-    norms = [
-        _norm_of(split, [_local(p.grad) for p in alike if p.grad is not None], norm_type)
-        for split, alike in _by_split(parameters).items()
-    ]
+    params, units = list(parameters), units_by_param()
+    ours = [units[id(param)].groups for param in params if id(param) in units]
+    everybody = max(ours, key=lambda groups: groups.whole.size(), default=None)
+    norms = []
+    for split, alike in _by_split(params).items():
+        norm = _norm_of(split, [_local(p.grad) for p in alike if p.grad is not None], norm_type)
+        if split.holders and everybody is not None:
+            norm = _over_others(norm, split.holders, everybody, norm_type)
+        norms.append(norm)
     return _together(norms, norm_type) if norms else torch.zeros(())
 
 
 def _by_split(parameters: Iterable[torch.Tensor]) -> dict[_Split, list[torch.Tensor]]:
     """Parameters by how they are split, in the same order on every rank, whatever has gradients."""
+    params, units = list(parameters), units_by_param()
+    ranks = {id(p): units[id(p)].groups.whole.size() for p in params if id(p) in units}
+    most = max(ranks.values(), default=0)
     found: dict[_Split, list[torch.Tensor]] = {}
-    for param in parameters:
-        found.setdefault(_split_of(param), []).append(param)
+    for param in params:
+        holders = ranks.get(id(param), most)
+        split = _split_of(param, holders if holders < most else 0)
+        found.setdefault(split, []).append(param)
     return found
 
 
-def _split_of(param: torch.Tensor) -> _Split:
+def _split_of(param: torch.Tensor, holders: int) -> _Split:
     if not isinstance(param, DTensor):
-        return None
+        return _Split()
     axes = tuple(i for i, placed in enumerate(param.placements) if not placed.is_replicate())
-    return (param.device_mesh, axes)
+    return _Split(param.device_mesh, axes, holders)
 
 
 def _local(gradient: torch.Tensor) -> torch.Tensor:
@@ -101,18 +128,28 @@ def _norm_of(split: _Split, shards: list[torch.Tensor], order: float) -> torch.T
     full = [shard for shard in shards if shard.numel()]  # of nothing there is no largest value
     norm: torch.Tensor = get_total_norm(full, order) if full else torch.zeros(())
     norm = norm.to(torch.promote_types(norm.dtype, torch.float32))
-    if split is None:
+    if split.mesh is None:
         return norm
-    mesh, axes = split
-    norm = norm.to(mesh.device_type)
-    for axis in axes:
-        group = mesh.get_group(axis)
+    norm = norm.to(split.mesh.device_type)
+    return _over_ranks(norm, [split.mesh.get_group(axis) for axis in split.axes], order)
+
+
+def _over_others(norm: torch.Tensor, holders: int, everybody: Groups, order: float) -> torch.Tensor:
+    """The norm of all gradients that ranks have in each other's place, each held by as many."""
+    share = norm if math.isinf(order) else norm / holders ** (1 / order)
+    return _over_ranks(share, everybody.axes, order)
+
+
+def _over_ranks(
+    norm: torch.Tensor, groups: Iterable[dist.ProcessGroup], order: float
+) -> torch.Tensor:
+    for group in groups:
         if math.isinf(order):
             norm = norm.nan_to_num(nan=math.inf)  # a maximum need not see what is no number
-            dist.all_reduce(norm, dist.ReduceOp.MAX, group=group)
+            all_reduce(norm, dist.ReduceOp.MAX, group, name="norm of the gradients")
         else:
             norm = norm.pow(order)
-            dist.all_reduce(norm, group=group)
+            all_reduce(norm, group=group, name="norm of the gradients")
             norm = norm.pow(1 / order)
     return norm
 

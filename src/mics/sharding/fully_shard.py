@@ -19,7 +19,8 @@ from mics.ranks.mesh import Groups, groups_of, post_forward_mesh, start
 from mics.ranks.whereabouts import during
 from mics.sharding.at_rest import rest_after_forward
 from mics.sharding.belonging import remember_replaced, remember_unit
-from mics.sharding.other_axes import check_names, refuse_overlap
+from mics.sharding.other_axes import check_names, refuse_overlap, unsharded
+from mics.sharding.placements import Placements
 from mics.sharding.same_model import check_same_model, on_meta
 from mics.sharding.same_start import same_start
 from mics.sharding.units import Unit
@@ -80,8 +81,12 @@ def fully_shard(
     else:
         check_names(mesh)
         groups = groups_of(mesh, gpus_per_node=gpus_per_node)
-        refuse_overlap(modules, mesh)
     ignored = ignored_params or set()
+    placements = Placements(shard_placement_fn, groups)
+    elsewhere = placements.elsewhere(modules)
+    if dp_mesh_dims is None:
+        here = {name: p for name, p in unsharded(modules).items() if p not in elsewhere}
+        refuse_overlap(here, mesh)
     arguments = {
         "reshard_after_forward": reshard_after_forward,
         "mp_policy": mp_policy,
@@ -92,20 +97,24 @@ def fully_shard(
         "ranks per node": [str(groups.gpus_per_node)],
         "sharding arguments": [f"{name}={value}" for name, value in arguments.items()],
         "tensors on the meta device": on_meta(modules),
+        "parameters on other meshes": [
+            f"{name} on {tuple(elsewhere[param].whole.shape)}"
+            for name, param in unsharded(modules).items()
+            if param in elsewhere
+        ],
     }
     check_same_model(modules, groups.axes, groups.device, ignored, more)
     for one in modules:
-        same_start(one, groups, ignored)
+        same_start(one, groups, ignored, elsewhere)
     options = UnitOptions(
         mp_policy=mp_policy or MixedPrecisionPolicy(),
         offload_policy=offload_policy or OffloadPolicy(),
         ignored_params=ignored_params,
-        shard_placement_fn=shard_placement_fn,
         axes=None if dp_mesh_dims is None else Axes(mesh, dp_mesh_dims),
         collectives=collectives,
         overlap=overlap,
     )
-    return shard_unit(module, groups, options, reshard_after_forward)
+    return shard_unit(module, placements, options, reshard_after_forward)
 
 
 @dataclass(frozen=True)
@@ -125,13 +134,12 @@ class UnitOptions:
     ignored_params: set[nn.Parameter] | None
     collectives: Collectives
     overlap: bool
-    shard_placement_fn: Callable[[nn.Parameter], Any] | None = None
     axes: Axes | None = None
 
 
 def shard_unit(
     module: Any,
-    groups: Groups,
+    placements: Placements,
     options: UnitOptions,
     reshard_after_forward: bool | int | None,
 ) -> Any:
@@ -139,7 +147,7 @@ def shard_unit(
 
     Args:
         module: as ``fully_shard``.
-        groups: the ranks it is sharded and replicated over.
+        placements: the ranks it is sharded and replicated over; one unit for each mesh of them.
         options: of the model.
         reshard_after_forward: as ``fully_shard``.
 
@@ -149,11 +157,12 @@ def shard_unit(
     Raises:
         ShardError: an argument that cannot be honoured.
     """
+    groups = placements.home
     smaller = _smaller_group(reshard_after_forward, groups)
     keywords: dict[str, Any] = {
         "mesh": groups.mesh,
         "reshard_after_forward": reshard_after_forward if smaller is None else True,
-        "shard_placement_fn": options.shard_placement_fn,
+        "shard_placement_fn": placements.for_torch(),
         "mp_policy": _explicit(options.mp_policy),
         "offload_policy": options.offload_policy,
         "ignored_params": options.ignored_params,
@@ -170,12 +179,11 @@ def shard_unit(
         rest_after_forward(one)
     owner = modules[0]
     for group in compat.param_groups(owner):
-        if compat.shard_group(group) is groups.shard:
-            if smaller is not None:
-                compat.reshard_to(group, smaller)
-            remember_unit(
-                Unit(owner, group, groups, collectives=options.collectives, overlap=options.overlap)
-            )
+        own = placements.of_group(compat.shard_group(group))
+        if smaller is not None and own is groups:
+            compat.reshard_to(group, smaller)
+        unit = Unit(owner, group, own, collectives=options.collectives, overlap=options.overlap)
+        remember_unit(unit)
     return sharded
 
 

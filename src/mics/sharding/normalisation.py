@@ -20,10 +20,10 @@ def divide_by_tokens(units: Sequence[Unit], tokens: Sequence[int | torch.Tensor]
     """Make the mean per token, over all ranks, of gradients of losses that are sums over tokens.
 
     Args:
-        units: of one model, on one mesh.
+        units: of one model; those of the largest mesh know all ranks with tokens.
         tokens: this rank's number of tokens in each of its micro-steps.
     """
-    total = _total(tokens, units[0])
+    total = _total(tokens, max(units, key=lambda unit: unit.groups.whole.size()))
     _scale(units, lambda unit: _ranks_averaged(unit) / total)
 
 

@@ -7,7 +7,7 @@ together, without a word.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -49,7 +49,9 @@ def refuse_sharded_over_all(model: nn.Module) -> None:
     Raises:
         ShardError: there are some.
     """
-    for name, param in _placed(model):
+    for name, param in unsharded([model]).items():
+        if not isinstance(param, DTensor):
+            continue
         raise ShardError(
             "The model's parameters are on a mesh of their own (tensor parallelism?), whose ranks "
             "a mesh over all ranks would take for replicas or shards.",
@@ -59,37 +61,42 @@ def refuse_sharded_over_all(model: nn.Module) -> None:
         )
 
 
-def refuse_overlap(modules: Sequence[nn.Module], mesh: DeviceMesh) -> None:
+def refuse_overlap(params: Mapping[str, nn.Parameter], mesh: DeviceMesh) -> None:
     """Refuse a mesh that shares more than this rank with a mesh that parameters are on.
+
+    Args:
+        params: those to be sharded over it, by name.
+        mesh: with its replicate axis.
 
     Raises:
         ShardError: it does.
     """
     ours = set(mesh.mesh.flatten().tolist())
-    for module in modules:
-        for name, param in _placed(module):
-            shared = sorted(ours & set(param.device_mesh.mesh.flatten().tolist()))
-            if len(shared) > 1:
-                raise ShardError(
-                    "Ranks that hold different parts of a parameter would be taken for replicas or "
-                    "shards of it.",
-                    numbers=f"{name} is on {_spelled(param.device_mesh)}; ranks {shared} of it are "
-                    "in the mesh to shard over.",
-                    write='mesh["replicate", "shard"] of the mesh whose other axis the model is on',
-                )
+    for name, param in params.items():
+        if not isinstance(param, DTensor):
+            continue
+        shared = sorted(ours & set(param.device_mesh.mesh.flatten().tolist()))
+        if len(shared) > 1:
+            raise ShardError(
+                "Ranks that hold different parts of a parameter would be taken for replicas or "
+                "shards of it.",
+                numbers=f"{name} is on {_spelled(param.device_mesh)}; ranks {shared} of it are "
+                "in the mesh to shard over.",
+                write='mesh["replicate", "shard"] of the mesh whose other axis the model is on',
+            )
 
 
-def _placed(module: nn.Module) -> Iterable[tuple[str, DTensor]]:
-    """Parameters that are DTensors and not a unit's."""
+def unsharded(modules: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
+    """The parameters of modules that are no unit's yet, by name."""
     ours = {
         id(param)
+        for module in modules
         for inner in module.modules()
         for group in compat.param_groups(inner)
         for param in compat.sharded_params(group)
     }
-    for name, param in module.named_parameters():
-        if isinstance(param, DTensor) and id(param) not in ours:
-            yield name, param
+    named = (pair for module in modules for pair in module.named_parameters())
+    return {name: param for name, param in named if id(param) not in ours}
 
 
 def _spelled(mesh: DeviceMesh) -> str:

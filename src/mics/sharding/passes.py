@@ -58,8 +58,8 @@ class Member(Skippable, Protocol):
     def in_step(self) -> bool:
         """Whether it will, and has not been left."""
 
-    def peers(self) -> Sequence[Self]:
-        """Every unit under the same root and on the same mesh, in module order."""
+    def tree(self) -> Sequence[Self]:
+        """Every unit under the same root, in module order."""
 
 
 class Passes:
@@ -200,5 +200,20 @@ def passes_of(unit: Member) -> Passes | None:
     made: dict[int, Passes] = root.__dict__.setdefault(_ATTRIBUTE, {})
     key = id(unit.groups.shard)
     if key not in made:
-        made[key] = Passes(unit.peers(), root)
+        tree = unit.tree()
+        average_over_all_ranks(tree)
+        made[key] = Passes([one for one in tree if one.groups.shard is unit.groups.shard], root)
     return made[key]
+
+
+def average_over_all_ranks(units: Sequence[Member]) -> None:
+    """Divide gradients of units on fewer ranks than the others by as many ranks.
+
+    Experts on a mesh of their own are on other ranks too, as other experts, and have been given the
+    tokens of all of them. FSDP2 alone divides by the ranks of their own mesh. A factor that
+    somebody has set stays.
+    """
+    ranks = max(unit.groups.whole.size() for unit in units)
+    for unit in units:
+        if unit.groups.whole.size() < ranks and compat.divide_factor(unit.group) is None:
+            compat.divide_by(unit.group, ranks)

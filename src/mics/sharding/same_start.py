@@ -6,6 +6,8 @@ train a patchwork inside a partition group and different models across replicas,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -20,26 +22,43 @@ def _nothing_yet(_: Groups) -> list[str]:
     return []
 
 
+_NOWHERE: Mapping[nn.Parameter, Groups] = {}
+
 _said_of = PerMesh(_nothing_yet)  # it is said once for a mesh, not for every unit
 
 _PIECE = 2**16
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-@torch.no_grad()
-def same_start(module: nn.Module, groups: Groups, ignored: set[nn.Parameter]) -> None:
+def same_start(
+    module: nn.Module,
+    groups: Groups,
+    ignored: set[nn.Parameter],
+    elsewhere: Mapping[nn.Parameter, Groups] = _NOWHERE,
+) -> None:
     """Give every rank of the mesh the first rank's parameters and buffers.
 
-    Fingerprints are compared first, so equal weights cost one small message. Parameters that are
-    sharded already, on the meta device, or ignored are left alone.
+    Parameters that are sharded already, on the meta device, or ignored are left alone.
+
+    Args:
+        module: its parameters and buffers.
+        groups: of the mesh.
+        ignored: parameters that are.
+        elsewhere: parameters that have another mesh, whose ranks get those of its first rank.
     """
-    tensors = {
-        name: tensor
-        for name, tensor in [*module.named_parameters(), *module.named_buffers()]
-        if not isinstance(tensor, DTensor) and not tensor.is_meta and tensor not in ignored
-    }
-    if not tensors:
-        return
+    tensors: dict[Groups, dict[str, torch.Tensor]] = {groups: {}}
+    for name, param in module.named_parameters():
+        if not isinstance(param, DTensor) and not param.is_meta and param not in ignored:
+            tensors.setdefault(elsewhere.get(param, groups), {})[name] = param
+    tensors[groups] |= {name: one for name, one in module.named_buffers() if not one.is_meta}
+    for mesh, alike in tensors.items():
+        if alike:
+            _give_firsts(alike, mesh)
+
+
+@torch.no_grad()
+def _give_firsts(tensors: Mapping[str, torch.Tensor], groups: Groups) -> None:
+    """Compare fingerprints first, so that equal values cost one small message."""
     names = list(tensors)
     mine = torch.stack([_fingerprint(tensors[name]).to(groups.device) for name in names])
     different = torch.zeros(len(names), dtype=torch.int32, device=groups.device)

@@ -38,8 +38,14 @@ from mics.sharding.fully_shard import UnitOptions, shard_unit
 from mics.sharding.gather_ahead import gather_ahead
 from mics.sharding.initialisers import Initialise
 from mics.sharding.materialise import Materialiser
-from mics.sharding.other_axes import check_names, refuse_overlap, refuse_sharded_over_all
+from mics.sharding.other_axes import (
+    check_names,
+    refuse_overlap,
+    refuse_sharded_over_all,
+    unsharded,
+)
 from mics.sharding.partition import FOR_STATES, PartitionChoice, choose_partition, device_memory
+from mics.sharding.placements import Placements
 from mics.sharding.same_model import check_same_model, on_meta
 from mics.sharding.same_start import same_start
 from mics.topology import Topology
@@ -144,10 +150,10 @@ def shard(
             if compile:
                 block.compile(**({} if compile is True else compile))
             for unit in units_of_block(block, ignored):
-                shard_unit(unit, groups, inner, reshard_after_forward)
+                shard_unit(unit, Placements(None, groups), inner, reshard_after_forward)
         _materialise(model, materialiser, groups, ignored)
         for unit in units_of_block(model, ignored | _sharded(model)):
-            shard_unit(unit, groups, options if unit is model else inner, None)
+            shard_unit(unit, Placements(None, groups), options if unit is model else inner, None)
     if overlap and backend_of_mesh(groups).blocks:
         gather_ahead(model, found)
     say(_summary(whole, len(found), groups, reason, policy))
@@ -226,7 +232,7 @@ def _on_given_mesh(
         )
     check_names(mesh)
     groups = groups_of(mesh, gpus_per_node=gpus_per_node)
-    refuse_overlap([asked.model], mesh)
+    refuse_overlap(unsharded([asked.model]), mesh)
     found = asked.agree(groups.axes, groups.device, groups.gpus_per_node)
     return found, groups, f"partition {groups.shard.size()}: the mesh's"
 

@@ -131,11 +131,10 @@ class Unit:
         """Whether it has a parameter that needs a gradient."""
         return compat.trainable_shard_numel(self.group) > 0
 
-    def peers(self) -> list[Unit]:
-        """Every unit under the same root and on the same mesh, in module order."""
+    def tree(self) -> list[Unit]:
+        """Every unit under the same root, in module order."""
         owners = [(g, compat.modules_of(g)[0]) for g in compat.root_param_groups(self.group)]
-        units = [unit for g, module in owners for unit in units_on(module) if unit.group is g]
-        return [unit for unit in units if unit.groups.shard is self.groups.shard]
+        return [unit for g, module in owners for unit in units_on(module) if unit.group is g]
 
     # -- around the forward of its modules, outside of recomputation ---------------------------
 

@@ -1,0 +1,156 @@
+"""Experts on another mesh than the rest of their block, on four ranks beside one process.
+
+Two experts, spread over two ranks; every rank sends half of its tokens to each. So each expert has
+two holders, ranks apart, and sees the tokens of all four ranks.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, Literal
+
+import pytest
+import torch
+import torch.distributed as dist
+from parity import quiet
+from ranks import run_ranks
+from torch import nn
+from torch.distributed._functional_collectives import all_to_all_single_autograd
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp._fully_shard._fsdp_common import ShardPlacementResult
+from torch.distributed.fsdp._fully_shard._fsdp_init import _get_mesh_info
+from torch.distributed.tensor import Shard
+from torch.nn.utils import get_total_norm
+
+import mics
+
+WORLD, WIDTH, TOKENS, MICRO_STEPS, EXPERTS = 4, 8, 6, 2, 2
+FULL = MixedPrecisionPolicy()
+
+Way = Literal["placed", "own mesh"]
+
+
+class Block(nn.Module):
+    """A layer for all tokens, then one of two experts: even tokens go to the first."""
+
+    def __init__(self, experts: DeviceMesh | None = None) -> None:
+        super().__init__()
+        self.dense = nn.Linear(WIDTH, WIDTH)
+        self.experts = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(EXPERTS))
+        self.spread_over = experts
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.tanh(self.dense(x))
+        sorted_ = torch.cat([y[0::2], y[1::2]])
+        if self.spread_over is None:
+            halves = sorted_.chunk(EXPERTS)
+            out = torch.cat(
+                [expert(half) for expert, half in zip(self.experts, halves, strict=True)]
+            )
+        else:
+            group = self.spread_over.get_group()
+            mine = all_to_all_single_autograd(sorted_, None, None, group)
+            out = all_to_all_single_autograd(self.experts[0](mine), None, None, group)
+        return x + torch.stack(out.chunk(EXPERTS), dim=1).flatten(0, 1)
+
+
+def _net(experts: DeviceMesh | None = None) -> nn.Sequential:
+    torch.manual_seed(0)
+    net = nn.Sequential(*[Block(experts) for _ in range(2)], nn.Linear(WIDTH, 3))
+    if experts is not None:
+        for block in net[:2]:
+            block.experts = nn.ModuleList([block.experts[experts.get_local_rank()]])  # type: ignore[assignment]
+    return net
+
+
+def _meshes(replicated: bool) -> tuple[DeviceMesh, DeviceMesh]:
+    """What experts are spread over, and what each of them is sharded over."""
+    if replicated:
+        whole = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("replicate", "shard", "ep"))
+        return whole["ep"], whole["replicate", "shard"]
+    whole = init_device_mesh("cpu", (2, 2), mesh_dim_names=("efsdp", "ep"))
+    return whole["ep"], whole["efsdp"]
+
+
+def _sharded(way: Way, replicated: bool, partition: int) -> nn.Sequential:
+    over, held_by = _meshes(replicated)
+    net = _net(over)
+    mesh = mics.init_mesh(partition=partition)
+    info = _get_mesh_info(held_by, None)
+    for block in net[:2]:
+        place = None
+        if way == "own mesh":
+            mics.fully_shard(block.experts[0], mesh=held_by, mp_policy=FULL)  # type: ignore[union-attr,index]
+        else:
+            mine = set(block.experts.parameters())  # type: ignore[union-attr]
+
+            def place(param: nn.Parameter, mine: set[nn.Parameter] = mine) -> Any:
+                return ShardPlacementResult(Shard(0), info) if param in mine else None
+
+        mics.fully_shard(block, mesh=mesh, mp_policy=FULL, shard_placement_fn=place)
+    return mics.fully_shard(net, mesh=mesh, mp_policy=FULL)  # type: ignore[no-any-return]
+
+
+def _data(micro_step: int, rank: int) -> torch.Tensor:
+    seed = torch.Generator().manual_seed(10 * micro_step + rank)
+    return torch.randn(TOKENS, WIDTH, generator=seed)
+
+
+def _alone(normalise: Any) -> nn.Sequential:
+    net = _net()
+    for micro_step, rank in itertools.product(range(MICRO_STEPS), range(WORLD)):
+        loss = net(_data(micro_step, rank)).square()
+        if normalise == "tokens":
+            (loss.sum() / (WORLD * MICRO_STEPS * TOKENS)).backward()
+        else:
+            (loss.mean() / (WORLD * (1 if normalise is None else MICRO_STEPS))).backward()
+    return net
+
+
+def _holder_of(name: str, rank: int) -> str:
+    """The name in one process of a parameter of one rank."""
+    return name.replace("experts.0", f"experts.{rank % EXPERTS}")
+
+
+def _gradients(params: dict[str, nn.Parameter]) -> list[torch.Tensor]:
+    return [param.grad for param in params.values() if param.grad is not None]
+
+
+def _errors(way: Way, replicated: bool, partition: int) -> list[str]:
+    wrong = []
+    for normalise in (None, "micro_steps", "tokens"):
+        model = _sharded(way, replicated, partition)
+        right = dict(_alone(normalise).named_parameters())
+        view = mics.ledger(model)
+        view.reset()
+        batches = [_data(m, dist.get_rank()) for m in range(MICRO_STEPS)]
+        how = (lambda batch: TOKENS) if normalise == "tokens" else normalise
+        for batch in mics.micro_steps(model, batches, normalise=how):  # type: ignore[arg-type]
+            loss = model(batch).square()
+            (loss.sum() if normalise == "tokens" else loss.mean()).backward()
+        for name, param in model.named_parameters():
+            mine = param.grad.full_tensor()  # type: ignore[union-attr]
+            whole = right[_holder_of(name, dist.get_rank())].grad
+            assert whole is not None
+            if not torch.allclose(mine, whole, rtol=1e-5, atol=1e-6):
+                ratio = float((mine / whole).nanmedian())
+                wrong.append(f"{normalise}: {name} is {ratio:.3f} times what is right")
+        for order in (2.0, float("inf")):
+            norm = float(mics.clip_grad_norm_(model.parameters(), 1e9, order))
+            if abs(norm / float(get_total_norm(_gradients(right), order)) - 1) > 1e-5:
+                wrong.append(f"{normalise}: the norm of order {order} is {norm}")
+        if view.traffic() != mics.predict_traffic(model, micro_steps=MICRO_STEPS):
+            wrong.append(f"{normalise}: counted {view.traffic()}")
+    return wrong
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("partition", [2, 1])
+@pytest.mark.parametrize("replicated", [False, True])
+@pytest.mark.parametrize("way", ["placed", "own mesh"])
+def test_experts_on_other_ranks_get_the_gradients_of_one_process_and_are_counted(
+    way: Way, replicated: bool, partition: int
+) -> None:
+    got = run_ranks(quiet, WORLD, lambda: _errors(way, replicated, partition))
+    assert got == [[]] * WORLD
