@@ -10,11 +10,12 @@ import subprocess
 import sys
 import traceback
 import warnings
+from collections.abc import Sequence
 from typing import NoReturn
 
-import torch.multiprocessing.spawn  # noqa: F401  for those that hatch
+import torch.multiprocessing.spawn  # noqa: F401  here once, not in each that hatches
 
-import mics.training.launching  # noqa: F401
+import mics.training.loop  # noqa: F401
 
 
 def hatch(
@@ -48,8 +49,18 @@ def hatch(
             stdout=subprocess.PIPE if terminal is None else terminal,
             stderr=subprocess.PIPE if terminal is None else terminal,
             text=True,
+            restore_signals=False,  # a new interpreter would ignore SIGPIPE again
             preexec_fn=be_the_program,
         )
+
+
+def hatch_verb(
+    words: Sequence[str], environment: dict[str, str], terminal: int | None = None
+) -> subprocess.Popen[str]:
+    """Start ``mics`` with these words; on a terminal, it is the one that controls it."""
+    owns = "os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0)" if terminal is not None else ""
+    program = f"import fcntl, os, sys, termios; {owns}\nfrom mics.__main__ import main\n"
+    return hatch(f"{program}sys.exit(main({[*words]!r}))", environment, terminal)
 
 
 def _run(code: object) -> int:

@@ -47,6 +47,7 @@ def run_programs(
     timeout: float = 60.0,
     deadline: float = 40.0,
     until: str = "",
+    of: tuple[int, ...] | None = None,
 ) -> list[End]:
     """Run ``function(rank)`` as the main part of a program on every rank.
 
@@ -59,6 +60,7 @@ def run_programs(
         timeout: of the process group, in seconds.
         deadline: seconds after which ranks that have not ended are killed.
         until: they are killed once one of them has written this.
+        of: they are killed once these have ended; by default all.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -74,7 +76,8 @@ def run_programs(
             process.start()
         processes.append(process)
     ended: dict[int, float] = {}
-    while len(ended) < world and time.monotonic() < began + deadline:
+    awaited = set(range(world) if of is None else of)
+    while not awaited <= ended.keys() and time.monotonic() < began + deadline:
         for rank, process in enumerate(processes):
             if rank not in ended and process.exitcode is not None:
                 ended[rank] = time.monotonic() - began
