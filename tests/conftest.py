@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import tempfile
 from collections.abc import Iterator
 
 import pytest
+
+# Else every program that a test starts compiles all of mics anew, and so does every one of its
+# ranks that is not forked.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from ranks import mesh_of_rank
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -64,7 +65,7 @@ class Run:
     gpus_per_node: int = 2
     micro_steps: int = 3
     collectives: str = "auto"
-    steps: int = 5
+    steps: int = 3
     optimizer: str = "sgd"
     clip: float | None = None
     model: dict[str, Any] = field(default_factory=dict)
@@ -128,8 +129,7 @@ def train_sharded(run: Run) -> Outcome:
     torch.manual_seed(0 if rank == 0 else 1000 + rank)
     model = mics.shard(
         Stack(**run.model),
-        partition=run.partition,
-        gpus_per_node=run.gpus_per_node,
+        mesh=mesh_of_rank(run.partition, run.gpus_per_node),
         collectives=run.collectives,
         mp_policy=run.mp_policy,
         **run.shard,

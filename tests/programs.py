@@ -21,13 +21,15 @@ import torch._dynamo  # FSDP2 imports it on its first call; once here instead of
 import torch.distributed as dist
 import torch.distributed.fsdp
 
+DEADLINE = 40.0  # seconds after which ranks that have not ended are killed
+
 
 @dataclass(frozen=True)
 class End:
     """How one rank ended.
 
     Args:
-        code: its exit code; ``None`` if it had to be killed at the deadline.
+        code: its exit code; ``None`` if it had to be killed.
         seconds: after the start of all.
         text: what it wrote.
     """
@@ -45,8 +47,8 @@ def run_programs(
     kept_by_first_rank: bool = False,
     patience: float = 2.0,
     timeout: float = 60.0,
-    deadline: float = 40.0,
     until: str = "",
+    of: tuple[int, ...] | None = None,
 ) -> list[End]:
     """Run ``function(rank)`` as the main part of a program on every rank.
 
@@ -57,8 +59,8 @@ def run_programs(
         kept_by_first_rank: whether rank 0 keeps the store, which else is a file.
         patience: MICS_WAIT_SECONDS.
         timeout: of the process group, in seconds.
-        deadline: seconds after which ranks that have not ended are killed.
         until: they are killed once one of them has written this.
+        of: they are killed once these have ended; by default all.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -74,7 +76,8 @@ def run_programs(
             process.start()
         processes.append(process)
     ended: dict[int, float] = {}
-    while len(ended) < world and time.monotonic() < began + deadline:
+    awaited = set(range(world) if of is None else of)
+    while not awaited <= ended.keys() and time.monotonic() < began + DEADLINE:
         for rank, process in enumerate(processes):
             if rank not in ended and process.exitcode is not None:
                 ended[rank] = time.monotonic() - began
@@ -87,7 +90,7 @@ def run_programs(
     return [
         End(
             process.exitcode if rank in ended else None,
-            ended.get(rank, deadline),
+            ended.get(rank, DEADLINE),
             (folder / f"{rank}.txt").read_text(),
         )
         for rank, process in enumerate(processes)

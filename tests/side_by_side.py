@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -23,11 +24,13 @@ ON_EVERY_RANK = ("weights", "gradients", "norms")
 """Entries of an answer that are the same on every rank, being whole tensors."""
 
 
+@functools.cache  # new groups for every model cost more than the models; see ranks.py
 def one_axis() -> DeviceMesh:
     """FSDP over the world, as torch's tutorial writes it."""
     return init_device_mesh("cpu", (dist.get_world_size(),))
 
 
+@functools.cache  # new groups for every model cost more than the models; see ranks.py
 def two_axes() -> DeviceMesh:
     """HSDP, two replicas, with the names torchtitan uses."""
     shape = (2, dist.get_world_size() // 2)

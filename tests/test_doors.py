@@ -12,7 +12,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -21,32 +20,24 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 from doors import Listener, attack, listeners, outer_addresses
+from hatching import hatch, hatch_verb
 from test_joining import free_port
 from test_lab import needs_a_lab
 from test_train_command import configuration, environment, wait_for_steps
 
 ROOT = Path(__file__).parents[1]
-MICS = [sys.executable, "-m", "mics"]
 
 
-def watched(
-    commands: Sequence[Sequence[str]], of_each: Sequence[dict[str, str]] = ({},)
-) -> tuple[set[Listener], set[int]]:
-    """Run commands to their end; returns all on which they listened, and their own processes."""
-    started = [
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment() | more
-        )
-        for command, more in zip(commands, of_each, strict=True)
-    ]
+def watched(started: Sequence[subprocess.Popen[str]]) -> tuple[set[Listener], set[int]]:
+    """Watch programs to their end; returns all on which they listened, and their own processes."""
     seen: set[Listener] = set()
     while any(process.poll() is None for process in started):
         for process in started:
             seen |= listeners(process.pid)
         time.sleep(0.05)
-    for command, process in zip(commands, started, strict=True):
-        printed = process.communicate()[0].decode(errors="replace")
-        assert process.returncode == 0, f"{command}\n{printed}"
+    for process in started:
+        printed = "".join(process.communicate())
+        assert process.returncode == 0, printed
     return seen, {process.pid for process in started}
 
 
@@ -60,10 +51,10 @@ def corpus(tmp_path: Path) -> Path:
 def test_ranks_that_a_verb_starts_listen_for_each_other_on_loopback_and_nothing_else_does(
     tmp_path: Path, corpus: Path
 ) -> None:
-    train = [*MICS, "train", str(configuration(tmp_path, corpus, steps=2))]
-    for command in (train, [*MICS, "doctor", "--ranks", "2"]):
+    train = ["train", str(configuration(tmp_path, corpus, steps=2))]
+    for words in (train, ["doctor", "--ranks", "2"]):
         # Variables that name a network are for several nodes.
-        seen, own = watched([command], [{"GLOO_SOCKET_IFNAME": "nowhere0"}])
+        seen, own = watched([hatch_verb(words, environment() | {"GLOO_SOCKET_IFNAME": "nowhere0"})])
         assert {(one.kind, one.address) for one in seen} == {("tcp", "127.0.0.1")}, seen
         assert len({one.pid for one in seen}) == 2, "Gloo of the two ranks"
         assert not own & {one.pid for one in seen}, "who starts ranks waits in silence"
@@ -73,7 +64,7 @@ def test_ranks_that_a_verb_starts_listen_for_each_other_on_loopback_and_nothing_
 @pytest.mark.extra
 def test_verbs_without_ranks_listen_to_nobody(tmp_path: Path, corpus: Path) -> None:
     file = str(configuration(tmp_path, corpus, steps=2))
-    watched([[*MICS, "train", file]])
+    watched([hatch_verb(["train", file], environment())])
     checkpoint = tmp_path / "run" / "step-00000002"
     plan = ["--model", "bert-10b", "--node", "p3dn"]
     for words in (
@@ -84,7 +75,7 @@ def test_verbs_without_ranks_listen_to_nobody(tmp_path: Path, corpus: Path) -> N
         ["simulate", *plan, "--nodes", "2"],
         ["lab", "status"],
     ):
-        seen, _ = watched([[*MICS, *words]])
+        seen, _ = watched([hatch_verb(words, environment())])
         assert seen == set(), words
 
 
@@ -106,7 +97,7 @@ def test_ranks_of_a_launcher_listen_on_loopback_where_they_share_a_machine(
     of_all = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": str(port)}
     of_all |= {"MASTER_ADDR": socket.gethostname()}
     ranks = [of_all | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    seen, own = watched([[*MICS, *words]] * 2, ranks)
+    seen, own = watched([hatch_verb(words, environment() | rank) for rank in ranks])
     assert {(one.kind, one.address) for one in seen} == {("tcp", "127.0.0.1")}, seen
     assert {one.pid for one in seen} == own, "Gloo of the two ranks"
     assert len({one.pid for one in seen if one.port == port}) == 1, "rank 0's store"
@@ -116,7 +107,7 @@ def test_ranks_of_a_launcher_listen_on_loopback_where_they_share_a_machine(
 @pytest.mark.slow
 def test_ranks_of_a_lab_listen_in_its_own_network_only(tmp_path: Path) -> None:
     lab = ["lab", "run", "--nodes", "2", "--gpus-per-node", "1", "--logs", str(tmp_path), "--"]
-    seen, own = watched([[*MICS, *lab, "mics", "doctor"]])
+    seen, own = watched([hatch_verb([*lab, "mics", "doctor"], environment())])
     addresses = {one.pid: one.address for one in seen}
     assert {one.kind for one in seen} == {"tcp"}
     assert set(addresses.values()) == {"10.213.0.1", "10.213.0.2"}, seen
@@ -136,10 +127,8 @@ def test_a_stranger_on_the_network_finds_nothing_to_connect_to(
     )
     assert attack(listeners(os.getpid()), tmp_path / "touched")
     assert torchs.check(["torch.rendezvous.mics"])
-    words = [*MICS, "train", str(configuration(tmp_path, corpus, steps=100_000))]
-    process = subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
-    )
+    words = ["train", str(configuration(tmp_path, corpus, steps=100_000))]
+    process = hatch_verb(words, environment())
     try:
         wait_for_steps(tmp_path / "run", 2, process)
         seen = listeners(process.pid)
@@ -154,37 +143,29 @@ def test_a_stranger_on_the_network_finds_nothing_to_connect_to(
 
 HEARS = """
 import pickle, sys, traceback
+words = {words}
 def hear(event, arguments):
     if event == "pickle.find_class":
         print("UNPICKLED", arguments, "".join(traceback.format_stack()), file=sys.stderr)
 sys.addaudithook(hear)
 from mics.__main__ import main
-if sys.argv[1] == "pickle":
-    pickle.loads(pickle.dumps(main))
-else:
-    sys.exit(main(sys.argv[1:]))
+if words:
+    sys.exit(main(words))
+pickle.loads(pickle.dumps(main))
 """
 
 
 @pytest.mark.slow
 def test_no_rank_unpickles_anything(tmp_path: Path, corpus: Path) -> None:
     """Python tells of every class that a pickle asks for, whoever reads it."""
-    hearing = [sys.executable, "-c", HEARS]
-    heard = subprocess.run(
-        [*hearing, "pickle"], env=environment(), capture_output=True, text=True, check=False
-    )
-    assert "UNPICKLED" in heard.stderr, "the hook is deaf"
-    file = configuration(tmp_path, corpus, steps=2)
-    for words in (["train", str(file)], ["train", str(file), "--run.steps", "4"]):
-        done = subprocess.run(
-            [*hearing, *words],
-            env=environment(),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        assert "UNPICKLED" not in done.stderr, done.stderr
+    file = str(configuration(tmp_path, corpus, steps=2))
+    heard = []
+    for words in ([], ["train", file], ["train", file, "--run.steps", "4"]):
+        process = hatch(HEARS.format(words=words), environment())
+        _, err = process.communicate(timeout=100)
+        assert process.returncode == 0, err
+        heard.append("UNPICKLED" in err)
+    assert heard == [True, False, False], "the hook is deaf, or a rank unpickles"
 
 
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

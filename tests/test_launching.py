@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from hatching import hatch
 
 PROGRAM = """
 import os, signal, sys, time
@@ -31,14 +31,7 @@ sys.exit(run_on_ranks(work, TrainConfig(parallel=ParallelConfig(ranks=3))))
 def start(body: str, before: str = "", terminal: int | None = None) -> subprocess.Popen[str]:
     program = PROGRAM.format(before=before, body=body.strip().replace("\n", "\n    "))
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    return subprocess.Popen(
-        [sys.executable, "-c", program],
-        stdin=terminal,
-        stdout=subprocess.PIPE if terminal is None else terminal,
-        stderr=subprocess.PIPE if terminal is None else terminal,
-        text=True,
-        env=environment | {"PYTHONPATH": str(Path(__file__).parents[1] / "src")},
-    )
+    return hatch(program, environment, terminal)
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, list[str], str]:

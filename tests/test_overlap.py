@@ -66,10 +66,12 @@ def losses_and_weights(run: Run) -> tuple[list[float], dict[str, torch.Tensor]]:
         {"collectives": "hierarchical"},
         {"partition": 2},
         {"partition": 8, "collectives": "hierarchical"},
-        {"collectives": "hierarchical", "model": {"tied": True}},
         {"collectives": "hierarchical", "model": {"frozen": True}},
-        {"collectives": "hierarchical", "model": {"uses": 3}},
         {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)},
+        *(
+            pytest.param({"collectives": "hierarchical", "model": oddity}, marks=pytest.mark.extra)
+            for oddity in ({"tied": True}, {"uses": 3})
+        ),
     ],
     ids=str,
 )

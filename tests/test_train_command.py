@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+from hatching import hatch_verb
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
@@ -125,7 +126,9 @@ def test_a_run_chooses_its_partition_and_compares_what_was_predicted(
 ) -> None:
     file = configuration(tmp_path, corpus, steps=20)
     file.write_text(file.read_text().replace("partition = 2\n", ""))
-    _, err = run("train", str(file), "--parallel.node", "p4d")
+    process = hatch_verb(["train", str(file), "--parallel.node", "p4d"], environment())
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
     # The node is named, so times are known and the fastest is taken, with the planner's reason.
     assert re.search(r"p = \d: \d+\.\d of [\d.]+ GiB, .*; \d would .*as long per token", err), err
     (line,) = [line for line in err.splitlines() if "after 20 steps, predicted against" in line]
@@ -155,7 +158,9 @@ def test_a_signal_saves_and_ends_cleanly_and_the_same_command_goes_on(
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     last = json.loads(lines[-1])["step"]
     assert (tmp_path / "run" / f"step-{last:08d}").is_dir()
-    out, err = run(*words, "--run.steps", str(last + 1))
+    again = hatch_verb([*words, "--run.steps", str(last + 1)], environment())
+    out, err = again.communicate(timeout=60)
+    assert again.returncode == 0, err
     assert f"goes on from {tmp_path / 'run' / f'step-{last:08d}'}, step {last}" in err
     assert f"step {last + 1}/{last + 1}  loss" in out
 
@@ -165,18 +170,7 @@ def test_a_signal_saves_and_ends_cleanly_and_the_same_command_goes_on(
 def test_a_terminal_that_is_closed_saves(live: str, tmp_path: Path, corpus: Path) -> None:
     words = ["train", str(configuration(tmp_path, corpus, steps=100_000)), "--log.live", live]
     outer, inner = pty.openpty()
-    code = (
-        "import fcntl, os, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
-        "os.execv(sys.executable, [sys.executable, '-m', 'mics', *sys.argv[1:]])"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *words],
-        stdin=inner,
-        stdout=inner,
-        stderr=inner,
-        text=True,
-        env=environment(),
-    )
+    process = hatch_verb(words, environment(), inner)
     os.close(inner)
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 100

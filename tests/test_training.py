@@ -114,6 +114,11 @@ def train(config: TrainConfig) -> int:
     return quiet(lambda: loop.train(config))
 
 
+def train_each(*configs: TrainConfig) -> None:
+    for config in configs:
+        assert train(config) == 0
+
+
 def lines(config: TrainConfig, kind: str = "step") -> list[dict[str, Any]]:
     text = (config.run.folder / "metrics.jsonl").read_text()
     return [entry for entry in map(json.loads, text.splitlines()) if entry["kind"] == kind]
@@ -137,7 +142,9 @@ def elsewhere(config: TrainConfig, name: str, **tables: dict[str, Any]) -> Train
 # -- parity ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", TINY)
+@pytest.mark.parametrize(
+    "kind", ["bert", "gpt2", "llama", pytest.param("roberta", marks=pytest.mark.extra)]
+)
 def test_every_family_has_the_losses_of_a_single_process(
     kind: str, tmp_path: Path, corpus: Path
 ) -> None:
@@ -154,8 +161,7 @@ def test_four_micro_steps_equal_one_big_batch(tmp_path: Path, corpus: Path) -> N
     """Token-weighted, so that it holds for masked models too, whose targets vary."""
     config = settings(tmp_path, corpus, "bert", batch={"global_batch": 16, "micro_steps": 4})
     one = elsewhere(config, "one", batch={"global_batch": 16, "micro_steps": 1})
-    run_ranks(train, 2, config)
-    run_ranks(train, 2, one)
+    run_ranks(train_each, 2, config, one)
     assert losses(config) == pytest.approx(losses(one), rel=1e-6)
 
 
@@ -177,8 +183,7 @@ def test_partitions_that_span_nodes_train_the_same(tmp_path: Path, corpus: Path)
         "spanning",
         parallel={"partition": 4, "gpus_per_node": 2, "collectives": "hierarchical"},
     )
-    run_ranks(train, 4, config)
-    run_ranks(train, 4, spanning)
+    run_ranks(train_each, 4, config, spanning)
     assert losses(config) == pytest.approx(losses(spanning), rel=1e-5)
     assert lines(config)[0]["bytes_between_nodes"] > 0
     assert all(entry["traffic_as_predicted"] for entry in lines(spanning))
@@ -187,8 +192,7 @@ def test_partitions_that_span_nodes_train_the_same(tmp_path: Path, corpus: Path)
 def test_activation_checkpointing_changes_no_loss(tmp_path: Path, corpus: Path) -> None:
     config = settings(tmp_path, corpus)
     recomputing = elsewhere(config, "again", parallel={"activation_checkpointing": True})
-    run_ranks(train, 2, config)
-    run_ranks(train, 2, recomputing)
+    run_ranks(train_each, 2, config, recomputing)
     assert losses(config) == losses(recomputing)
     assert all(entry["traffic_as_predicted"] for entry in lines(recomputing))
 
@@ -196,8 +200,7 @@ def test_activation_checkpointing_changes_no_loss(tmp_path: Path, corpus: Path) 
 def test_bf16_stays_within_its_rounding(tmp_path: Path, corpus: Path) -> None:
     config = settings(tmp_path, corpus)
     rounded = elsewhere(config, "bf16", parallel={"dtype": "bf16"})
-    run_ranks(train, 2, config)
-    run_ranks(train, 2, rounded)
+    run_ranks(train_each, 2, config, rounded)
     assert losses(config) != losses(rounded)
     assert losses(config) == pytest.approx(losses(rounded), rel=2**-6)
 
