@@ -375,5 +375,8 @@ DAMAGED = [
 
 
 @pytest.mark.parametrize("text", [*DAMAGED, None])
-def test_a_damaged_or_missing_profile_stops_nobody(text: str | None) -> None:
+def test_a_damaged_or_missing_profile_stops_nobody(
+    text: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where the cache of an account without a home is
     run_ranks(_with_profile, 4, text)
