@@ -179,6 +179,10 @@ class Lockstep:
         self._begun.add(use.forward)
         self._end([other for other in self._uses if other.is_after(use)])
 
+    def end_forward(self, forward: int) -> None:
+        """The backward of a forward is over but for the root's own part."""
+        self._end([use for use in self._uses if use.forward == forward])
+
     def end_backward(self) -> None:
         """The pass ends: what came before the first use that had a backward is over now."""
         self._end([use for use in self._uses if use.forward in self._begun])

@@ -115,8 +115,21 @@ class Passes:
             self._begun = compat.backward_id()
             self._ran = True
             compat.at_end_of_backward(self._before_the_end)
+            # The root gathers ahead as its backward begins: before anything is filled in, since
+            # an output may be a block's own and a rank's loss may use another one.
+            for unit in self.units:
+                if self._root in compat.modules_of(unit.group):
+                    compat.begin_empty_backward(unit.group)
         if use is not None:
             self.lockstep.begin_backward(use)
+
+    def end_forward(self, unit: Member, forward: int) -> None:
+        """The gradients of a unit's inputs are there, and FSDP2 reduces it next.
+
+        The root comes last on every rank, also on one that left out the first units.
+        """
+        if self._root in compat.modules_of(unit.group):
+            self.lockstep.end_forward(forward)
 
     def begin_empty(self) -> None:
         """A pass begins in which no unit of this rank has a gradient."""

@@ -159,8 +159,9 @@ class Unit:
             return
         if self.hop_two is not None:
             self.hop_two.before_forward()
+        forward = self._passes.lockstep.forward if self._passes is not None else None
         for one in compat.tensors_with_grad((args, kwargs)):
-            one.register_hook(self._note)  # type: ignore[no-untyped-call]
+            one.register_hook(partial(self._note, forward))  # type: ignore[no-untyped-call]
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """Stand before FSDP2's own hooks on what the forward returns."""
@@ -186,7 +187,9 @@ class Unit:
         assert self._passes is not None
         self._passes.begin(use)
 
-    def _note(self, gradient: torch.Tensor | None) -> None:
+    def _note(self, forward: int | None, gradient: torch.Tensor | None) -> None:
+        if self._passes is not None and forward is not None:
+            self._passes.end_forward(self, forward)
         self.used.note()
 
     def _before_reduce(self) -> None:
