@@ -240,6 +240,57 @@ def test_so_they_are_where_a_replica_of_one_rank_runs_no_forward_in_the_very_fir
     assert run_ranks(quiet, WORLD, rank) == [[]] * WORLD
 
 
+class _Exits(nn.Module):
+    """Every block has a head of its own; the loss of a rank may need some of them alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.heads = nn.ModuleList(nn.Linear(WIDTH, 1) for _ in range(3))
+
+    def forward(self, x: torch.Tensor, skipped: int = -1) -> list[torch.Tensor]:
+        x, outputs = self.first(x), []
+        for i, (block, head) in enumerate(zip(self.blocks, self.heads, strict=True)):
+            if i != skipped:
+                x = x + torch.tanh(block(x))
+            outputs.append(head(x))
+        return outputs
+
+
+def _off_with_exits(loss: Callable[[nn.Module, int], torch.Tensor]) -> float:
+    torch.manual_seed(0)
+    alone = _Exits()
+    for rank in range(2):
+        (loss(alone, rank) / 2).backward()  # type: ignore[no-untyped-call]
+    torch.manual_seed(0)
+    model = mics.shard(_Exits(), partition=2, mp_policy=FULL)
+    for _ in mics.micro_steps(model, range(1)):
+        loss(model, dist.get_rank()).backward()  # type: ignore[no-untyped-call]
+    pairs = zip(model.parameters(), alone.parameters(), strict=True)
+    return max(float((a.grad.full_tensor() - b.grad).abs().max()) for a, b in pairs)  # type: ignore
+
+
+def test_ranks_of_a_partition_group_may_have_losses_of_other_heads() -> None:
+    """A root that returns what blocks return gathers ahead of what other ranks leave out."""
+
+    def loss(model: nn.Module, rank: int) -> torch.Tensor:
+        used: list[torch.Tensor] = model(_data(0, rank))[: 3 - rank]
+        return torch.cat(used, 1).square().mean()
+
+    assert max(run_ranks(quiet, 2, lambda: _off_with_exits(loss))) < 1e-6
+
+
+def test_so_they_are_where_inputs_need_a_gradient_and_the_first_block_is_skipped() -> None:
+    """The root is reduced as soon as its inputs have their gradient."""
+
+    def loss(model: nn.Module, rank: int) -> torch.Tensor:
+        outputs = model(_data(0, rank).requires_grad_(), 0 if rank else -1)
+        return torch.cat(outputs, 1).square().mean()
+
+    assert max(run_ranks(quiet, 2, lambda: _off_with_exits(loss))) < 1e-6
+
+
 def _crossed() -> None:
     class Loop(Net):
         def forward(self, x: torch.Tensor, order: Any) -> torch.Tensor:

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -46,6 +46,18 @@ class Skippable(Protocol):
     @property
     def trains(self) -> bool:
         """Whether it has a parameter that needs a gradient."""
+
+
+class Moment(NamedTuple):
+    """When a use of a unit began.
+
+    Attributes:
+        forward: the number of the forward.
+        clock: among all beginnings and ends of uses.
+    """
+
+    forward: int
+    clock: int
 
 
 @dataclass(eq=False)
@@ -139,9 +151,9 @@ class Lockstep:
         self._position = place + 1
         self._entered[id(unit)] = self._tick()
 
-    def entered(self, unit: Skippable) -> int | None:
-        """When the latest use of a unit with others inside began; ``None`` of another unit."""
-        return self._entered.get(id(unit)) if id(unit) in self._inside else None
+    def now(self, unit: Skippable) -> Moment:
+        """When the latest use of a unit began."""
+        return Moment(self._forward, self._entered.get(id(unit), self._clock))
 
     def finish(self, unit: Skippable, outputs: Any) -> None:
         """A unit's forward is about to end: those inside it that were left out come now."""
@@ -229,17 +241,18 @@ class Lockstep:
         self._begun.add(use.forward)
         self._end([other for other in self._uses if other.is_after(use)])
 
-    def end_inside(self, unit: Skippable, entered: int) -> None:
-        """The backward of a use is about to end: what came inside it is over first.
-
-        Args:
-            unit: the unit.
-            entered: when its use began, as ``entered`` said then.
-        """
+    def end_inside(self, unit: Skippable, moment: Moment) -> None:
+        """The backward of a use is about to end: what came inside it is over first."""
+        if id(unit) not in self._inside:
+            return
         for use in self._uses:
-            if use.unit is unit and use.entered == entered:
+            if use.unit is unit and use.entered == moment.clock:
                 self._end([other for other in self._uses if other.is_inside(use)])
                 return
+
+    def end_forward(self, forward: int) -> None:
+        """The backward of a forward is over but for the root's own part."""
+        self._end([use for use in self._uses if use.forward == forward])
 
     def end_backward(self) -> None:
         """The pass ends: what came before the first use that had a backward is over now."""

@@ -23,7 +23,7 @@ from mics.communication.issued import issued_of
 from mics.communication.landing import Landing
 from mics.communication.settling import settle
 from mics.ranks.mesh import Groups
-from mics.sharding.lockstep import Lockstep, Skippable, Use
+from mics.sharding.lockstep import Lockstep, Moment, Skippable, Use
 
 _ATTRIBUTE = "_mics_passes"
 
@@ -115,8 +115,24 @@ class Passes:
             self._begun = compat.backward_id()
             self._ran = True
             compat.at_end_of_backward(self._before_the_end)
+            # The root gathers ahead as its backward begins: before anything is filled in, since
+            # an output may be a block's own and a rank's loss may use another one.
+            for unit in self.units:
+                if self._root in compat.modules_of(unit.group):
+                    compat.begin_empty_backward(unit.group)
         if use is not None:
             self.lockstep.begin_backward(use)
+
+    def end_use(self, unit: Member, moment: Moment) -> None:
+        """The gradients of a unit's inputs are there, and FSDP2 reduces it next.
+
+        What came inside it is over first. The root comes last on every rank, also on one that left
+        out the first units.
+        """
+        if self._root in compat.modules_of(unit.group):
+            self.lockstep.end_forward(moment.forward)
+        else:
+            self.lockstep.end_inside(unit, moment)
 
     def begin_empty(self) -> None:
         """A pass begins in which no unit of this rank has a gradient."""

@@ -22,7 +22,7 @@ from mics.communication.ledger import Ledger
 from mics.communication.used import Used
 from mics.errors import ShardError
 from mics.ranks.mesh import Groups, ranks_of
-from mics.sharding.lockstep import Use
+from mics.sharding.lockstep import Moment, Use
 from mics.sharding.passes import Passes, Step, passes_of
 
 _ATTRIBUTE = "_mics_units"
@@ -158,8 +158,7 @@ class Unit:
             return
         if self.hop_two is not None:
             self.hop_two.before_forward()
-        entered = passes.lockstep.entered(self) if passes is not None else None
-        end = partial(self._end_backward, entered)
+        end = partial(self._end_backward, passes.lockstep.now(self) if passes else None)
         for one in compat.tensors_with_grad((args, kwargs)):
             one.register_hook(end)  # type: ignore[no-untyped-call]
 
@@ -190,10 +189,10 @@ class Unit:
         assert self._passes is not None
         self._passes.begin(use)
 
-    def _end_backward(self, entered: int | None, gradient: torch.Tensor | None) -> None:
+    def _end_backward(self, moment: Moment | None, gradient: torch.Tensor | None) -> None:
         """The gradients of its inputs have come; FSDP2 reduces next."""
-        if entered is not None and self._passes is not None:
-            self._passes.lockstep.end_inside(self, entered)
+        if moment is not None and self._passes is not None:
+            self._passes.end_use(self, moment)
         self.used.note()
 
     def _before_reduce(self) -> None:
