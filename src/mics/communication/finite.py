@@ -1,13 +1,15 @@
 """Whose gradients are not numbers? Asked before the sum over ranks spreads them to everybody.
 
 A loss that is not a number on one rank makes every weight on every rank one, and afterwards nobody
-can tell where it came from. So each rank looks at one small gradient of every backward pass, before
-it is reduced: all that follows from such a loss are no numbers. The end of the step tells the ranks
-(``settling.py``), and an optimizer that would use the gradients is refused; one that is not called,
-because the program drops such steps, is not.
+can tell where it came from. So each rank looks at one small gradient of every unit in every
+backward pass, before it is reduced: all that follows from such a loss, or from a layer, are no
+numbers. On an accelerator only the first unit of a pass is looked at. The end of the step tells the
+ranks (``settling.py``), and an optimizer that would use the gradients is refused; one that is not
+called, because the program drops such steps, is not.
 
 [Note: no waiting for the device]
 The answer is copied to the host beside the backward, and read when the host has issued the rest.
+That of the last unit would be there only when the backward has ended, and the host would wait.
 """
 
 from __future__ import annotations
@@ -33,24 +35,26 @@ class Finite:
         self._params: list[torch.Tensor] = []
 
     def look(self, gradients: Sequence[torch.Tensor]) -> None:
-        """Look at one of the first gradients of a backward pass, on this rank alone.
+        """Look at one of the gradients of a unit, on this rank alone.
 
         Gradients in fp16 are not looked at: a loss scaler tries how large they may become.
 
         Args:
             gradients: whole ones, of one unit; none if this rank has not used it.
         """
-        current = compat.backward_id()
-        if current == self._looked or not gradients:
+        if not gradients:
             return
-        self._looked = current
         smallest = min(gradients, key=torch.Tensor.numel)
         if smallest.dtype == torch.float16:
             return
-        finite = torch.isfinite(smallest.detach()).all()
-        if not on_accelerator(finite.device):
-            self._seen.append((finite, None))
+        if not on_accelerator(smallest.device):
+            self._seen.append((torch.isfinite(smallest.detach()).all(), None))
             return
+        current = compat.backward_id()
+        if current == self._looked:
+            return
+        self._looked = current
+        finite = torch.isfinite(smallest.detach()).all()
         host = torch.empty((), dtype=torch.bool, pin_memory=True)
         host.copy_(finite, non_blocking=True)  # see [Note: no waiting for the device]
         self._seen.append((host, torch.accelerator.current_stream().record_event()))

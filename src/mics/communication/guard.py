@@ -30,6 +30,7 @@ Watcher = Callable[[torch.optim.Optimizer, set[int]], None]
 
 _owners: dict[int, weakref.ref[Any]] = {}
 _watchers: dict[Watcher, None] = {}  # in order
+_last_watchers: dict[Watcher, None] = {}
 _steps = 0
 
 
@@ -41,10 +42,10 @@ def guard(owner: Owner) -> None:
     _owners[key] = weakref.ref(owner, lambda _: _owners.pop(key, None))
 
 
-def watch(watcher: Watcher) -> None:
-    """Show every optimizer to ``watcher`` from now on, ahead of all owners."""
+def watch(watcher: Watcher, *, last: bool = False) -> None:
+    """Show every optimizer to ``watcher`` from now on, ahead of all owners or behind them."""
     watch_optimizers()
-    _watchers[watcher] = None
+    (_last_watchers if last else _watchers)[watcher] = None
 
 
 def optimizer_steps() -> int:
@@ -89,7 +90,13 @@ def _check(optimizer: torch.optim.Optimizer) -> None:
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for watcher in list(_watchers):
         watcher(optimizer, stepped)
-    for key, reference in reversed(list(_owners.items())):
-        owner = reference()
+    asked: set[int] = set()
+    # One of them may end a step, which may find something that yet another one then guards.
+    while waiting := [key for key in reversed(_owners) if key not in asked]:
+        key = waiting[0]
+        asked.add(key)
+        owner = _owners[key]()
         if owner is None or not owner.check_optimizer(stepped):
             _owners.pop(key, None)
+    for watcher in list(_last_watchers):
+        watcher(optimizer, stepped)

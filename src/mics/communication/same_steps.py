@@ -10,6 +10,7 @@ Numbers that are equal on all ranks unless one of them does what the others do n
 
     optimizer steps    taken so far by optimizers of the model: one that was left out on a rank, or
                        taken once more, leaves its shard behind the others
+    optimizers         a checksum of what they stepped: of two, one may have stepped twice
     trained            a checksum of every parameter's ``requires_grad``: a parameter frozen on one
                        rank alone leaves its reduce-scatter another size
     collectives        issued so far in this rank's partition group, which have to be equal inside
@@ -41,6 +42,7 @@ from mics.communication.step_facts import (
     facts,
     in_words,
 )
+from mics.communication.used import Used
 from mics.errors import MicroStepError
 from mics.ranks.issuing import all_gather, all_reduce, make_group
 from mics.ranks.mesh import Groups, PerMesh
@@ -55,6 +57,10 @@ class Asker(Protocol):
     @property
     def params(self) -> Sequence[nn.Parameter]:
         """What the step makes gradients of, in an order that is the same on every rank."""
+
+    @property
+    def used(self) -> Used:
+        """The first unit's, which lasts as long as the parameters."""
 
 
 class SameSteps:
@@ -102,7 +108,7 @@ class SameSteps:
         if is_first:
             self._begun += 1
             self._steps[id(owner)] = self._begun, _trained(owner.params)
-            self._optimizers.watch(owner.params)
+            self._optimizers.watch(owner.params, owner.used)
         step, trained = self._steps[id(owner)]
         in_step(step, ran + (said == "on arrival"))
         mine = facts(
@@ -111,6 +117,7 @@ class SameSteps:
             said=said,
             normalise=normalise,
             optimizer_steps=self._optimizers.steps,
+            optimizers=self._optimizers.digest,
             trained=trained,
             collectives=self._collectives(),
         )
@@ -133,6 +140,24 @@ class SameSteps:
         while self._open:
             owner = next(iter(self._open))
             self._open.pop(owner).check()
+
+    def at_the_end(self, params: Sequence[nn.Parameter], used: Used) -> Facts:
+        """What this rank says of a step that nobody may have asked about; see ``Asker``."""
+        self._optimizers.watch(params, used)
+        return facts(
+            1,
+            more=False,
+            said="afterwards",
+            normalise=None,
+            optimizer_steps=self._optimizers.steps,
+            optimizers=self._optimizers.digest,
+            trained=_trained(params),
+            collectives=0,
+        )
+
+    def refuse(self, mine: Facts) -> MicroStepError:
+        """The error of ranks that have said different things; collective over all of them."""
+        return _disagreement(mine, self.group, self._ranks, self._replicas, "ends of the step")
 
     def end(self, owner: Asker) -> None:
         """Forget a step that has ended."""
@@ -160,20 +185,25 @@ class _Optimizers:
 
     def __init__(self) -> None:
         self.steps = 0
-        self._models: dict[int, tuple[weakref.ref[nn.Parameter], set[int]]] = {}
+        self.digest = 0
+        # No weak reference to a parameter: ``module.to`` could not swap it.
+        self._models: dict[int, tuple[weakref.ref[Used], dict[int, int]]] = {}
 
-    def watch(self, params: Sequence[nn.Parameter]) -> None:
-        """Count the optimizers of these parameters."""
-        ids = {id(param) for param in params}
+    def watch(self, params: Sequence[nn.Parameter], used: Used) -> None:
+        """Count the optimizers of these parameters, as long as ``used`` lasts."""
+        ids = {id(param): place for place, param in enumerate(params)}
         self._models = {key: model for key, model in self._models.items() if model[0]() is not None}
-        self._models[id(params[0])] = weakref.ref(params[0]), ids
+        self._models[id(used)] = weakref.ref(used), ids
         guard(self)
 
     def check_optimizer(self, stepped: set[int]) -> bool:
         """Count a step, see ``guard.Owner``; nothing is refused."""
         # Ids of a model that is gone may be those of others by now, on some ranks only.
         watched = [ids for first, ids in self._models.values() if first() is not None]
-        self.steps += any(not stepped.isdisjoint(ids) for ids in watched)
+        places = [[place for key, place in ids.items() if key in stepped] for ids in watched]
+        if any(places):
+            self.steps += 1
+            self.digest = zlib.crc32(repr(places).encode(), self.digest) & 2**31 - 1
         return True
 
 
@@ -233,19 +263,8 @@ class _Question:
         different = self._different()
         if not different:
             return
-        mine = torch.tensor(self._mine, dtype=torch.int32)
-        rows = torch.empty(len(self._ranks) * len(self._mine), dtype=torch.int32)
-        all_gather(
-            rows,
-            mine,
-            self._group,
-            name=f"comparison of the ranks' {in_words(different[0])}, which differ",
-        )
-        table = rows.view(-1, len(self._mine)).tolist()
-        in_order = dist.get_process_group_ranks(self._group)  # which need not be the mesh's
-        said = {rank: Facts(*row) for rank, row in zip(in_order, table, strict=True)}
-        by_partition = {rank: said[rank] for rank in self._ranks}
-        raise disagreement(by_partition, len(self._ranks) // self._replicas)
+        what = in_words(different[0])
+        raise _disagreement(self._mine, self._group, self._ranks, self._replicas, what)
 
     def _different(self) -> list[str]:
         """Names of the facts that are not the same on all ranks that have to agree."""
@@ -253,3 +272,20 @@ class _Question:
         names = [*NAMES, *NAMES[-1:] * (self._replicas - 1)]
         pairs = zip(names, largest, minus_least, strict=True)
         return [name for name, most, minus in pairs if most != -minus and most != _NOBODY]
+
+
+def _disagreement(
+    mine: Facts, group: dist.ProcessGroup, ranks: Sequence[int], replicas: int, what: str
+) -> MicroStepError:
+    """Bring every rank's facts together and say where they differ; collective."""
+    rows = torch.empty(len(ranks) * len(mine), dtype=torch.int32)
+    all_gather(
+        rows,
+        torch.tensor(mine, dtype=torch.int32),
+        group,
+        name=f"comparison of the ranks' {what}, which differ",
+    )
+    table = rows.view(-1, len(mine)).tolist()
+    in_order = dist.get_process_group_ranks(group)  # which need not be the mesh's
+    said = {rank: Facts(*row) for rank, row in zip(in_order, table, strict=True)}
+    return disagreement({rank: said[rank] for rank in ranks}, len(ranks) // replicas)

@@ -2,9 +2,10 @@
 
 One small message over all ranks of a mesh, on the host, when the last reduction of a step has been
 issued. It says which parameters each rank has used (see [Note: used and unused] in ``used.py``),
-a digest of the collectives each partition group was given (``issued.py``), and whose gradients are
-no numbers (``finite.py``). Nothing has been changed by then but gradients, so a step that went
-wrong is refused before an optimizer sees it.
+a digest of the collectives each partition group was given (``issued.py``), what optimizers have
+done and what is trained (``step_facts.py``), and whose gradients are no numbers (``finite.py``).
+Nothing has been changed by then but gradients, so a step that went wrong is refused before an
+optimizer sees it.
 """
 
 from __future__ import annotations
@@ -32,37 +33,50 @@ def settle(groups: Groups, used: Sequence[Used]) -> None:
         used: of all units of the step on that mesh, in one order.
 
     Raises:
-        MicroStepError: on every rank, when the ranks of a partition group issued other collectives.
+        MicroStepError: on every rank, when the ranks of a partition group issued other collectives,
+            or when ranks have taken other optimizer steps or train other parameters.
     """
     flags = [unit.flags() for unit in used]
+    params = [param for unit in used for param in unit.params]
     finite = finite_of(groups)
     here, bad = dist.get_rank(), not finite.take()
     ranks = (here, here) if bad else None
     if groups.whole.size() > 1:
-        flags, ranks = _by_anybody(groups, flags, bad=bad)
+        flags, ranks = _by_anybody(groups, used, flags, bad=bad)
     issued_of(groups).clear()
-    finite.blame(ranks, [param for unit in used for param in unit.params])
+    finite.blame(ranks, params)
     for unit, by_anybody in zip(used, flags, strict=True):
         unit.settle(by_anybody)
 
 
 def _by_anybody(
-    groups: Groups, flags: list[list[bool]], *, bad: bool
+    groups: Groups, used: Sequence[Used], flags: list[list[bool]], *, bad: bool
 ) -> tuple[list[list[bool]], tuple[int, int] | None]:
     """What any rank of the mesh has used; the first and the last whose gradients are no numbers."""
-    mine = groups.replicas.rank() if groups.replicas is not None else 0
+    params = [param for unit in used for param in unit.params]
+    replica = groups.replicas.rank() if groups.replicas is not None else 0
     # The largest and, negated, the smallest digest of each partition group.
     digests = torch.full((2, groups.num_replicas), -(2**31), dtype=torch.int64)
     digest = issued_of(groups).digest()
-    digests[:, mine] = torch.tensor([digest, -digest])
-    one_list = torch.tensor([flag for unit in flags for flag in unit], dtype=torch.int64)
+    digests[:, replica] = torch.tensor([digest, -digest])
+    # As long on a rank that trains fewer parameters than the others, which is refused.
+    one_list = torch.zeros(len(params), dtype=torch.int64)
+    together = [flag for unit in flags for flag in unit]
+    one_list[: len(together)] = torch.tensor(together, dtype=torch.int64)
     # The last bad rank and, counted from the end, the first; 0 if there is none.
     here, end = dist.get_rank(), dist.get_world_size()
     whose = torch.tensor([here + 1, end - here] if bad else [0, 0])
-    message = torch.cat([digests.flatten(), whose, one_list])
-    control = same_steps_of(groups).group
+    questions = same_steps_of(groups)
+    mine = questions.at_the_end(params, used[0])
+    said = torch.tensor([mine, [-number for number in mine]]).flatten()
+    message = torch.cat([digests.flatten(), said, whose, one_list])
+    control = questions.group
     all_reduce(message, dist.ReduceOp.MAX, control, name="end of the step")
-    first_part, whose, last_part = message.tensor_split([digests.numel(), digests.numel() + 2])
+    sizes = [digests.numel(), said.numel(), len(whose), len(one_list)]
+    first_part, said, whose, last_part = torch.split(message, sizes)
+    if not torch.equal(said[: len(mine)], -said[len(mine) :]):
+        issued_of(groups).clear()
+        raise questions.refuse(mine)
     largest, smallest = first_part.view(2, -1)
     if not torch.equal(largest, -smallest):
         raise _other_collectives(groups, control)

@@ -32,6 +32,7 @@ class Facts(NamedTuple):
         moment: when this is said, by its place in ``Said``.
         divides: what the gradients are divided by, by its place among the choices.
         optimizer_steps: taken so far by optimizers of the mesh's models.
+        optimizers: a checksum of what they stepped, in order.
         trained: a checksum of ``requires_grad``.
         collectives: issued so far in the partition group; equal inside of it alone.
     """
@@ -41,6 +42,7 @@ class Facts(NamedTuple):
     moment: int
     divides: int
     optimizer_steps: int
+    optimizers: int
     trained: int
     collectives: int
 
@@ -56,6 +58,7 @@ def facts(
     said: Said,
     normalise: Normalise,
     optimizer_steps: int,
+    optimizers: int,
     trained: int,
     collectives: int,
 ) -> Facts:
@@ -66,6 +69,7 @@ def facts(
         _SAID.index(said),
         _NORMALISE.index(normalise),
         optimizer_steps & _LARGEST,
+        optimizers & _LARGEST,
         trained & _LARGEST,
         collectives & _LARGEST,
     )
@@ -122,6 +126,13 @@ _WRONG = [
         "optimizer.step() on every rank or on none, by what all ranks know (an all-reduced loss)",
     ),
     _Wrong(
+        "optimizers",
+        "Ranks have stepped other optimizers, or the same in another order: their parameters "
+        "belong to different steps by now.",
+        lambda optimizers: f"the checksum {optimizers:08x}",
+        "the same optimizers on every rank, in the same order",
+    ),
+    _Wrong(
         "trained",
         "Ranks train different parameters: requires_grad was changed on some of them only.",
         lambda trained: f"the checksum {trained:08x}",
@@ -141,6 +152,7 @@ def in_words(fact: str) -> str:
     """What the numbers of a fact are, in the plural."""
     return {
         "optimizer_steps": "optimizer steps",
+        "optimizers": "optimizers",
         "trained": "trained parameters",
         "collectives": "forward and backward passes",
     }.get(fact, "micro-steps")

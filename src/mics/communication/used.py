@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from mics import compat
 from mics.communication.finite import Finite
@@ -70,9 +71,9 @@ class Used:
         self._noted = self._said = False
 
     @property
-    def params(self) -> list[torch.Tensor]:
+    def params(self) -> list[nn.Parameter]:
         """The sharded parameters."""
-        return list(compat.sharded_params(self._group))
+        return compat.sharded_params(self._group)
 
     def received(self, index: int) -> None:
         """A gradient is what hop 2 brought, this rank's data had no part in it."""

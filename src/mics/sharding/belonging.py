@@ -89,6 +89,7 @@ def remember_replaced(modules: Sequence[nn.Module]) -> Iterator[None]:
 def remember_unit(unit: Unit) -> None:
     """Know a unit's parameters when an optimizer steps."""
     watch(_check_optimizer)
+    watch(_free_gathered, last=True)
     _known.units[unit] = [id(param) for param in compat.sharded_params(unit.group)]
     _known.changes += 1
 
@@ -134,8 +135,14 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, stepped: set[int]) -> Non
     if trained and _has_other_ranks(units):
         raise _outside_error([_spelled(param) for param in trained])
     _refuse_whole_gradients(units)
-    for unit in units:
-        compat.free(unit.group)  # what is gathered still will be old
+
+
+def _free_gathered(optimizer: torch.optim.Optimizer, _: set[int]) -> None:
+    """Free what will be old; behind owners, one of which may have a backward to take part in."""
+    for reference in _verdicts[optimizer].units:
+        unit = reference()
+        if unit is not None:
+            compat.free(unit.group)
 
 
 def _holds(verdict: _Verdict, stepped: set[int]) -> bool:

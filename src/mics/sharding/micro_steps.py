@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from mics.errors import MicroStepError
-from mics.sharding.open_step import OpenStep, open_step, refuse_unreduced
+from mics.sharding.open_step import OpenStep, open_step
 from mics.sharding.units import units_of
+from mics.sharding.unreduced import refuse_unreduced
 
 Batch = TypeVar("Batch")
 

@@ -30,12 +30,13 @@ from mics.communication.issued import issued_of
 from mics.communication.same_steps import same_steps_of
 from mics.communication.settling import settle
 from mics.communication.step_facts import Normalise, Said
+from mics.communication.used import Used
 from mics.errors import MicroStepError, MicsWarning
-from mics.quantities import MIB
 from mics.sharding.belonging import refuse_outside
 from mics.sharding.normalisation import divide_by_micro_steps, divide_by_tokens
 from mics.sharding.passes import Passes, passes_of
 from mics.sharding.units import Unit, units_of
+from mics.sharding.unreduced import refuse_unreduced
 
 _ATTRIBUTE = "_mics_open_step"
 
@@ -64,6 +65,7 @@ class OpenStep:
             module.reshard()  # what an evaluation left gathered may be older than the shards
         for passes in _passes(units):
             passes.lockstep.forget()  # a forward before the step has its backward before it too
+        self._model = weakref.ref(model)
         self._units = units
         self._params = [p for unit in units for p in compat.sharded_params(unit.group)]
         # One of every mesh: a hop 2 asks the one of its own before it waits.
@@ -104,15 +106,8 @@ class OpenStep:
             if tokens is not None:
                 self._tokens.append(tokens)
             yield
-            self._running = False
-            self._refuse_another(model)
-            for passes in _passes(self._units):
-                passes.end_micro_step()
-            self._check()
-            self.index += 1
-            self._has_gradients = any(p.grad is not None for p in self._params)
-            if last:
-                self._end(model)
+            if not self._ended:
+                self._complete(model)
         except BaseException as error:
             # A break after the last backward leaves complete gradients, an exception may not.
             self._raised = not isinstance(error, GeneratorExit)
@@ -163,6 +158,11 @@ class OpenStep:
         return self._params
 
     @property
+    def used(self) -> Used:
+        """The first unit's, which lasts as long as the parameters."""
+        return self._units[0].used
+
+    @property
     def was_left(self) -> bool:
         """Whether it can not go on: it was left, or its gradients have been dropped."""
         dropped = self._has_gradients and all(p.grad is None for p in self._params)
@@ -185,6 +185,12 @@ class OpenStep:
     def check_optimizer(self, stepped: set[int]) -> bool:
         """Refuse an optimizer of gradients that are not finished, see ``guard.Owner``."""
         if self._ended:
+            return False
+        if self._is_over(stepped):
+            model = self._model()
+            assert model is not None
+            with torch.enable_grad():  # a rank may have left out its backward
+                self._complete(model)
             return False
         if not self._owes(stepped):
             return True
@@ -220,6 +226,18 @@ class OpenStep:
             passes.begin_micro_step()
         if last is not None:
             self._ask(self.index + 1, more=not last, said="beforehand")
+
+    def _complete(self, model: nn.Module) -> None:
+        """End a micro-step, and the step if it is the last."""
+        self._running = False
+        self._refuse_another(model)
+        for passes in _passes(self._units):
+            passes.end_micro_step()
+        self._check()
+        self.index += 1
+        self._has_gradients = any(p.grad is not None for p in self._params)
+        if self._last:
+            self._end(model)
 
     def _ask(self, ran: int, *, more: bool, said: Said) -> None:
         for questions in self._same_steps:
@@ -258,6 +276,11 @@ class OpenStep:
     def _close(self) -> None:
         self._state_dict_hook.remove()
         self._left = [None if p.grad is None else weakref.ref(p.grad) for p in self._params]
+
+    def _is_over(self, stepped: set[int]) -> bool:
+        """Whether an optimizer steps inside the last micro-step, where nothing is owed any more."""
+        over = self._running and self._last and self._normalise is None and not self._raised
+        return bool(over) and any(id(p) in stepped for p in self._params)
 
     def _owes(self, stepped: set[int]) -> bool:
         """Whether an optimizer of these parameters would use gradients that are not finished."""
@@ -339,29 +362,6 @@ def _abandon(model: nn.Module, units: list[Unit]) -> None:
             MicsWarning,
             stacklevel=4,
         )
-
-
-def refuse_unreduced(units: list[Unit]) -> None:
-    """Refuse a model whose gradient sync was switched off.
-
-    Raises:
-        MicroStepError: it was.
-    """
-    unreduced = [unit for unit in units if not compat.wants_reduce(unit.group)]
-    if not unreduced:
-        return
-    size = sum(
-        compat.trainable_shard_numel(unit.group)
-        * unit.groups.shard.size()
-        * compat.reduce_dtype(unit.group).itemsize
-        for unit in unreduced
-    )
-    raise MicroStepError(
-        "set_requires_gradient_sync(False) is in force: it keeps whole gradients on every rank "
-        "instead of shards, which is the memory MiCS saves.",
-        numbers=f"{len(unreduced)} group(s), {size / MIB:.2f} MiB of unsharded gradients.",
-        write="model.set_requires_gradient_sync(True); micro_steps defers hop 2 by itself",
-    )
 
 
 def set_all_reduce(units: list[Unit], wanted: bool) -> None:
