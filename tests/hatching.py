@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import torch.multiprocessing.spawn  # noqa: F401  here once, not in each that hatches
 
-import mics.training.loop  # noqa: F401
+import mics.ranks.starting  # noqa: F401
 
 
 def hatch(
@@ -54,13 +54,30 @@ def hatch(
         )
 
 
-def hatch_verb(
+def start(
+    program: str, environment: dict[str, str], terminal: int | None = None
+) -> subprocess.Popen[str]:
+    """As ``hatch``, in an interpreter of its own.
+
+    For programs that read tables or tokenize: what they use has threads, which a fork does not.
+    """
+    return subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdin=terminal,
+        stdout=subprocess.PIPE if terminal is None else terminal,
+        stderr=subprocess.PIPE if terminal is None else terminal,
+        text=True,
+        env=environment,
+    )
+
+
+def start_verb(
     words: Sequence[str], environment: dict[str, str], terminal: int | None = None
 ) -> subprocess.Popen[str]:
     """Start ``mics`` with these words; on a terminal, it is the one that controls it."""
     owns = "os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0)" if terminal is not None else ""
     program = f"import fcntl, os, sys, termios; {owns}\nfrom mics.__main__ import main\n"
-    return hatch(f"{program}sys.exit(main({[*words]!r}))", environment, terminal)
+    return start(f"{program}sys.exit(main({[*words]!r}))", environment, terminal)
 
 
 def _run(code: object) -> int:

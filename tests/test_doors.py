@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 from doors import Listener, attack, listeners, outer_addresses
-from hatching import hatch, hatch_verb
+from hatching import start, start_verb
 from test_joining import free_port
 from test_lab import needs_a_lab
 from test_train_command import configuration, environment, wait_for_steps
@@ -54,7 +54,7 @@ def test_ranks_that_a_verb_starts_listen_for_each_other_on_loopback_and_nothing_
     train = ["train", str(configuration(tmp_path, corpus, steps=2))]
     for words in (train, ["doctor", "--ranks", "2"]):
         # Variables that name a network are for several nodes.
-        seen, own = watched([hatch_verb(words, environment() | {"GLOO_SOCKET_IFNAME": "nowhere0"})])
+        seen, own = watched([start_verb(words, environment() | {"GLOO_SOCKET_IFNAME": "nowhere0"})])
         assert {(one.kind, one.address) for one in seen} == {("tcp", "127.0.0.1")}, seen
         assert len({one.pid for one in seen}) == 2, "Gloo of the two ranks"
         assert not own & {one.pid for one in seen}, "who starts ranks waits in silence"
@@ -64,7 +64,7 @@ def test_ranks_that_a_verb_starts_listen_for_each_other_on_loopback_and_nothing_
 @pytest.mark.extra
 def test_verbs_without_ranks_listen_to_nobody(tmp_path: Path, corpus: Path) -> None:
     file = str(configuration(tmp_path, corpus, steps=2))
-    watched([hatch_verb(["train", file], environment())])
+    watched([start_verb(["train", file], environment())])
     checkpoint = tmp_path / "run" / "step-00000002"
     plan = ["--model", "bert-10b", "--node", "p3dn"]
     for words in (
@@ -75,7 +75,7 @@ def test_verbs_without_ranks_listen_to_nobody(tmp_path: Path, corpus: Path) -> N
         ["simulate", *plan, "--nodes", "2"],
         ["lab", "status"],
     ):
-        seen, _ = watched([hatch_verb(words, environment())])
+        seen, _ = watched([start_verb(words, environment())])
         assert seen == set(), words
 
 
@@ -97,7 +97,7 @@ def test_ranks_of_a_launcher_listen_on_loopback_where_they_share_a_machine(
     of_all = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": str(port)}
     of_all |= {"MASTER_ADDR": socket.gethostname()}
     ranks = [of_all | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    seen, own = watched([hatch_verb(words, environment() | rank) for rank in ranks])
+    seen, own = watched([start_verb(words, environment() | rank) for rank in ranks])
     assert {(one.kind, one.address) for one in seen} == {("tcp", "127.0.0.1")}, seen
     assert {one.pid for one in seen} == own, "Gloo of the two ranks"
     assert len({one.pid for one in seen if one.port == port}) == 1, "rank 0's store"
@@ -107,7 +107,7 @@ def test_ranks_of_a_launcher_listen_on_loopback_where_they_share_a_machine(
 @pytest.mark.slow
 def test_ranks_of_a_lab_listen_in_its_own_network_only(tmp_path: Path) -> None:
     lab = ["lab", "run", "--nodes", "2", "--gpus-per-node", "1", "--logs", str(tmp_path), "--"]
-    seen, own = watched([hatch_verb([*lab, "mics", "doctor"], environment())])
+    seen, own = watched([start_verb([*lab, "mics", "doctor"], environment())])
     addresses = {one.pid: one.address for one in seen}
     assert {one.kind for one in seen} == {"tcp"}
     assert set(addresses.values()) == {"10.213.0.1", "10.213.0.2"}, seen
@@ -128,7 +128,7 @@ def test_a_stranger_on_the_network_finds_nothing_to_connect_to(
     assert attack(listeners(os.getpid()), tmp_path / "touched")
     assert torchs.check(["torch.rendezvous.mics"])
     words = ["train", str(configuration(tmp_path, corpus, steps=100_000))]
-    process = hatch_verb(words, environment())
+    process = start_verb(words, environment())
     try:
         wait_for_steps(tmp_path / "run", 2, process)
         seen = listeners(process.pid)
@@ -161,7 +161,7 @@ def test_no_rank_unpickles_anything(tmp_path: Path, corpus: Path) -> None:
     file = str(configuration(tmp_path, corpus, steps=2))
     heard = []
     for words in ([], ["train", file], ["train", file, "--run.steps", "4"]):
-        process = hatch(HEARS.format(words=words), environment())
+        process = start(HEARS.format(words=words), environment())
         _, err = process.communicate(timeout=100)
         assert process.returncode == 0, err
         heard.append("UNPICKLED" in err)

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hatching import hatch_verb
+from hatching import start_verb
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
@@ -126,7 +126,7 @@ def test_a_run_chooses_its_partition_and_compares_what_was_predicted(
 ) -> None:
     file = configuration(tmp_path, corpus, steps=20)
     file.write_text(file.read_text().replace("partition = 2\n", ""))
-    process = hatch_verb(["train", str(file), "--parallel.node", "p4d"], environment())
+    process = start_verb(["train", str(file), "--parallel.node", "p4d"], environment())
     _, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
     # The node is named, so times are known and the fastest is taken, with the planner's reason.
@@ -158,7 +158,7 @@ def test_a_signal_saves_and_ends_cleanly_and_the_same_command_goes_on(
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     last = json.loads(lines[-1])["step"]
     assert (tmp_path / "run" / f"step-{last:08d}").is_dir()
-    again = hatch_verb([*words, "--run.steps", str(last + 1)], environment())
+    again = start_verb([*words, "--run.steps", str(last + 1)], environment())
     out, err = again.communicate(timeout=60)
     assert again.returncode == 0, err
     assert f"goes on from {tmp_path / 'run' / f'step-{last:08d}'}, step {last}" in err
@@ -170,7 +170,7 @@ def test_a_signal_saves_and_ends_cleanly_and_the_same_command_goes_on(
 def test_a_terminal_that_is_closed_saves(live: str, tmp_path: Path, corpus: Path) -> None:
     words = ["train", str(configuration(tmp_path, corpus, steps=100_000)), "--log.live", live]
     outer, inner = pty.openpty()
-    process = hatch_verb(words, environment(), inner)
+    process = start_verb(words, environment(), inner)
     os.close(inner)
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 100
