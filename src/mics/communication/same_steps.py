@@ -201,9 +201,11 @@ class _Optimizers:
         # Ids of a model that is gone may be those of others by now, on some ranks only.
         watched = [ids for first, ids in self._models.values() if first() is not None]
         places = [[place for key, place in ids.items() if key in stepped] for ids in watched]
-        if any(places):
+        # A model that is gone on some ranks only, so far, has none.
+        stepped_here = sorted(some for some in places if some)
+        if stepped_here:
             self.steps += 1
-            self.digest = zlib.crc32(repr(places).encode(), self.digest) & 2**31 - 1
+            self.digest = zlib.crc32(repr(stepped_here).encode(), self.digest) & 2**31 - 1
         return True
 
 
