@@ -47,14 +47,14 @@ class Finite:
         smallest = min(gradients, key=torch.Tensor.numel)
         if smallest.dtype == torch.float16:
             return
-        if not on_accelerator(smallest.device):
-            self._seen.append((torch.isfinite(smallest.detach()).all(), None))
-            return
-        current = compat.backward_id()
-        if current == self._looked:
+        waits, current = on_accelerator(smallest.device), compat.backward_id()
+        if waits and current == self._looked:
             return
         self._looked = current
         finite = torch.isfinite(smallest.detach()).all()
+        if not waits:
+            self._seen.append((finite, None))
+            return
         host = torch.empty((), dtype=torch.bool, pin_memory=True)
         host.copy_(finite, non_blocking=True)  # see [Note: no waiting for the device]
         self._seen.append((host, torch.accelerator.current_stream().record_event()))

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from mics.communication.finite import finite_of
 from mics.communication.issued import ENDED, issued_of
@@ -42,7 +43,7 @@ def settle(groups: Groups, used: Sequence[Used]) -> None:
     here, bad = dist.get_rank(), not finite.take()
     ranks = (here, here) if bad else None
     if groups.whole.size() > 1:
-        flags, ranks = _by_anybody(groups, used, flags, bad=bad)
+        flags, ranks = _by_anybody(groups, used[0], flags, params, bad=bad)
     issued_of(groups).clear()
     finite.blame(ranks, params)
     for unit, by_anybody in zip(used, flags, strict=True):
@@ -50,10 +51,14 @@ def settle(groups: Groups, used: Sequence[Used]) -> None:
 
 
 def _by_anybody(
-    groups: Groups, used: Sequence[Used], flags: list[list[bool]], *, bad: bool
+    groups: Groups,
+    first: Used,
+    flags: list[list[bool]],
+    params: Sequence[nn.Parameter],
+    *,
+    bad: bool,
 ) -> tuple[list[list[bool]], tuple[int, int] | None]:
     """What any rank of the mesh has used; the first and the last whose gradients are no numbers."""
-    params = [param for unit in used for param in unit.params]
     replica = groups.replicas.rank() if groups.replicas is not None else 0
     # The largest and, negated, the smallest digest of each partition group.
     digests = torch.full((2, groups.num_replicas), -(2**31), dtype=torch.int64)
@@ -67,7 +72,7 @@ def _by_anybody(
     here, end = dist.get_rank(), dist.get_world_size()
     whose = torch.tensor([here + 1, end - here] if bad else [0, 0])
     questions = same_steps_of(groups)
-    mine = questions.at_the_end(params, used[0])
+    mine = questions.at_the_end(params, first)
     said = torch.tensor([mine, [-number for number in mine]]).flatten()
     message = torch.cat([digests.flatten(), said, whose, one_list])
     control = questions.group
