@@ -144,15 +144,18 @@ JOB = """
 import sys, torch, torch.distributed as dist
 from datetime import timedelta
 dist.init_process_group("gloo", timeout=timedelta(seconds=8))
-x = torch.ones(250_000)
-for step in range(int(sys.argv[1])):
-    dist.all_reduce(x)
-    if dist.get_rank() == 0:
-        print("step", step, flush=True)
-if len(sys.argv) > 2 and dist.get_rank() == 1:
-    raise ValueError("rank one broke")
-dist.barrier()
-dist.destroy_process_group()
+try:
+    x = torch.ones(250_000)
+    for step in range(int(sys.argv[1])):
+        dist.all_reduce(x)
+        if dist.get_rank() == 0:
+            print("step", step, flush=True)
+    if len(sys.argv) > 2 and dist.get_rank() == 1:
+        raise ValueError("rank one broke")
+    dist.barrier()
+finally:  # closes its connections, which the other rank hears of, before its words are written
+    if len(sys.argv) < 4:
+        dist.destroy_process_group()
 """
 
 
@@ -180,15 +183,35 @@ def test_a_job_runs_on_every_node_and_its_bytes_are_counted(
 
 @needs_a_lab
 @pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["stay"]], ids=["closes", "stays"])
 def test_the_first_failing_ranks_own_traceback_is_returned(
-    job: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    job: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], more: list[str]
 ) -> None:
     words = ["lab", "run", "--gpus-per-node", "1", "--logs", str(tmp_path / "logs"), "--"]
-    assert main([*words, job, "1", "break"]) == 1
+    assert main([*words, job, "1", "break", *more]) == 1
     err = capfd.readouterr().err
     assert "rank 1:" in err
     assert err.rstrip().endswith("ValueError: rank one broke")
     assert not [lab for lab in state.noted() if lab.owner == os.getpid()]
+
+
+@needs_a_lab
+@pytest.mark.slow
+def test_a_rank_that_was_killed_is_named_and_not_those_that_lost_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text(
+        "import os, torch.distributed as dist\n"
+        "dist.init_process_group('gloo')\n"
+        "dist.barrier()\n"
+        "if dist.get_rank() == 1:\n"
+        "    os.kill(os.getpid(), 9)\n"
+        "dist.barrier()\n"
+    )
+    words = ["lab", "run", "--gpus-per-node", "1", "--logs", str(tmp_path / "logs"), "--"]
+    assert main([*words, str(script)]) == 137
+    assert "rank 1 ended with exit code -9 and said nothing" in capfd.readouterr().err
 
 
 @needs_a_lab

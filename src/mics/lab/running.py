@@ -6,6 +6,7 @@ unpickles what it finds there.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
@@ -25,6 +26,8 @@ from mics.lab.system import find_program
 
 _PORT = 29511
 _OUT, _ERR = "stdout.log", "stderr.log"
+_LOST = "gloo/transport/tcp"  # where Gloo's errors about connections come from
+_LAST_WORDS_SECONDS = 2.0
 _GRACE_SECONDS = 20.0
 _SAID = re.compile(r"^mics( \w+)?: ", re.MULTILINE)  # how a message of ours begins
 
@@ -61,8 +64,9 @@ def run(lab: Lab, words: Sequence[str], logs: Path, *, screen: IO[str] | None = 
     stop = _Stop(ranks)
     readers = _show(ranks[0], _folder_of(lab, 0, logs), screen or sys.stdout)
     with stop:
-        first = _wait_for_first_failure(ranks)
-        if first is not None:
+        failed = not _all_end_well(ranks)
+        if failed:
+            _wait(ranks, _LAST_WORDS_SECONDS)
             _end(ranks)
         for rank in ranks:
             rank.wait()
@@ -72,11 +76,10 @@ def run(lab: Lab, words: Sequence[str], logs: Path, *, screen: IO[str] | None = 
     per_node = [b - a for a, b in zip(before, traffic(lab), strict=True)]
     if stop.asked is not None:
         return Finished(128 + stop.asked, "interrupted", spent, per_node)
-    if first is None:
+    if not failed:
         return Finished(0, "", spent, per_node)
-    code = ranks[first].returncode
-    words_of_first = _words(logs, lab, ranks, began)
-    return Finished(code if code > 0 else 128 - code, words_of_first, spent, per_node)
+    code, words_of_first = _first_failure(logs, lab, ranks, began)
+    return Finished(code, words_of_first, spent, per_node)
 
 
 def in_node(lab: Lab, index: int, words: Sequence[str]) -> list[str]:
@@ -171,16 +174,27 @@ def _read(pipe: IO[str], log: Path, screen: IO[str], lock: threading.Lock) -> No
                 screen.flush()
 
 
-def _wait_for_first_failure(ranks: Sequence[subprocess.Popen[str]]) -> int | None:
+def _all_end_well(ranks: Sequence[subprocess.Popen[str]]) -> bool:
+    """Wait until every rank has ended, or the first one badly."""
     while True:
         codes = [rank.poll() for rank in ranks]
-        failed = [number for number, code in enumerate(codes) if code not in (None, 0)]
-        if failed:
-            # Of those that ended since the last look: Gloo aborts ranks whose partner has ended.
-            return min(failed, key=lambda number: (codes[number] == -signal.SIGABRT, number))
+        if any(code not in (None, 0) for code in codes):
+            return False
         if all(code == 0 for code in codes):
-            return None
+            return True
         time.sleep(0.05)
+
+
+def _wait(ranks: Sequence[subprocess.Popen[str]], seconds: float) -> None:
+    """Wait for ranks that end by themselves.
+
+    The rank that failed first need not be the first to end: one that waited for it may hear of
+    closed connections while its traceback is still being written.
+    """
+    deadline = time.monotonic() + seconds
+    for rank in ranks:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            rank.wait(max(0.0, deadline - time.monotonic()))
 
 
 def _end(ranks: Sequence[subprocess.Popen[str]], number: int = signal.SIGTERM) -> None:
@@ -196,29 +210,39 @@ def _end(ranks: Sequence[subprocess.Popen[str]], number: int = signal.SIGTERM) -
             os.killpg(rank.pid, signal.SIGKILL)
 
 
-def _words(logs: Path, lab: Lab, ranks: Sequence[subprocess.Popen[str]], began: float) -> str:
-    """Return the end of what the rank that failed first, by the time of writing, had to say.
+def _first_failure(
+    logs: Path, lab: Lab, ranks: Sequence[subprocess.Popen[str]], began: float
+) -> tuple[int, str]:
+    """Return the exit code and the words of the rank that failed first.
 
-    A folder may hold the logs of an earlier run, from before ``began``.
+    A rank that lost its connections, or that Gloo aborted without a word, failed because of
+    another; among the others the first by the time of writing. A folder may hold the logs of an
+    earlier run, from before ``began``.
     """
-    spoken, silent = [], []
+    failed = []
     for number, rank in enumerate(ranks):
         file = _folder_of(lab, number, logs) / _ERR
-        text = file.read_text(errors="replace").strip()
-        if file.stat().st_mtime >= began and ("Error" in text or _SAID.search(text)):
-            spoken.append((file.stat().st_mtime, number, text))
-        elif rank.returncode not in (0, -signal.SIGTERM):
-            silent.append(f"rank {number} ended with exit code {rank.returncode} and said nothing")
-    if not spoken:
-        return "\n".join([*silent[:1], f"see {logs}"])
-    _, number, text = min(spoken)
+        text, written = file.read_text(errors="replace").strip(), file.stat().st_mtime
+        spoke = written >= began and bool("Error" in text or _SAID.search(text))
+        follows = (_LOST in text) if spoke else rank.returncode == -signal.SIGABRT
+        if rank.returncode != 0:
+            ended = rank.returncode == -signal.SIGTERM
+            failed.append((ended, follows, not spoke, written, number))
+    *_, silent, _, number = min(failed)
+    code = ranks[number].returncode
+    if silent:
+        words = f"rank {number} ended with exit code {code} and said nothing\nsee {logs}"
+        return (code if code > 0 else 128 - code), words
+    text = (_folder_of(lab, number, logs) / _ERR).read_text(errors="replace").strip()
     # Python's own words carry the rank; what a library prints when it is torn down does not.
     own = [
         line.removeprefix(f"[rank{number}]: ")
         for line in text.splitlines()
         if line.startswith(f"[rank{number}]: ") or _SAID.match(line)
     ]
-    return f"rank {number}:\n" + "\n".join(own or text.splitlines()[-20:])
+    words = f"rank {number}:\n" + "\n".join(own or text.splitlines()[-20:])
+    # A thread of Gloo that wants the interpreter while it ends aborts what had ended with 1.
+    return (1 if code == -signal.SIGABRT else code if code > 0 else 128 - code), words
 
 
 class _Stop:
