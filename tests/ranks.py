@@ -7,6 +7,7 @@ one GPU, each being told that it is a host of its own (NCCL refuses a GPU twice 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import functools
 import multiprocessing as mp
 import os
@@ -17,6 +18,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -103,7 +105,7 @@ def collect_ranks(
                     try:
                         results[rank] = pickle.loads(pipe.recv_bytes())
                     except EOFError:
-                        results[rank] = ("raised", f"rank {rank} died without a word")
+                        results[rank] = ("raised", _last_words(processes[rank], rank, folder))
                 if stop_at_first and any(kind == "raised" for kind, _ in results.values()):
                     break
         finally:
@@ -139,11 +141,20 @@ class Place:
     backend: str
 
 
+def _last_words(process: mp.process.BaseProcess, rank: int, folder: str) -> str:
+    """Return how a rank ended that could not answer, and where its threads were then."""
+    process.join(10)
+    stacks = Path(folder, f"stacks{rank}").read_text()
+    return f"rank {rank} died, exit code {process.exitcode}; its stacks: {stacks or 'none'}"
+
+
 def _rank_main(
     place: Place, pipe: Connection, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
     _set_environment(place)
     torch.set_num_threads(1)
+    # What ends a rank between two lines of Python leaves its stacks.
+    faulthandler.enable(os.open(f"{place.folder}/stacks{place.rank}", os.O_CREAT | os.O_WRONLY))
     try:
         if place.backend == "nccl":
             torch.accelerator.set_device_index(place.rank % torch.accelerator.device_count())
