@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import mics
+from mics.errors import MicsWarning
 
 WORLD, WIDTH = 4, 6
 FULL = MixedPrecisionPolicy()
@@ -178,3 +180,63 @@ def test_a_loop_by_hand_is_told_of_optimizers_that_differ(difference: str, parti
     for one in said:
         assert SAID[difference] in one
         assert "rank(s) 3:" in one
+
+
+def _written_in_between(partition: int) -> list[str]:
+    model, said = _sharded(partition), []
+    optimizers = [torch.optim.AdamW(model.parameters(), fused=fused) for fused in (False, True)]
+    optimizers += [torch.optim.SGD(model.heads.parameters(), 0.1)]
+    values = model.state_dict()
+    for write in (*[one.step for one in optimizers], lambda: model.load_state_dict(values)):
+        model(_data(0, 0)).square().mean().backward()
+        loss = model(_data(0, 1)).square().mean()
+        write()
+        try:
+            loss.backward()
+        except mics.MicroStepError as error:
+            said.append(str(error))
+        model.zero_grad()
+        with pytest.warns(MicsWarning, match="A backward raised before its end"):
+            model(_data(0, 0)).square().mean().backward()
+        mine = [param.full_tensor().clone() for param in _gradients(model)]  # type: ignore[attr-defined]
+        model.zero_grad()
+        model(_data(0, 0)).square().mean().backward()
+        right = [param.full_tensor() for param in _gradients(model)]  # type: ignore[attr-defined]
+        assert all(torch.equal(a, b) for a, b in zip(mine, right, strict=True))
+        model.zero_grad()
+    return said
+
+
+def _gradients(model: nn.Module) -> list[torch.Tensor]:
+    return [param.grad for param in model.parameters() if param.grad is not None]
+
+
+@pytest.mark.parametrize("partition", [1, 2])
+def test_weights_written_between_a_forward_and_its_backward_are_refused(partition: int) -> None:
+    for said in run_ranks(quiet, WORLD, lambda: _written_in_between(partition)):
+        assert len(said) == 4
+        for one in said:
+            assert "were written between a forward and its backward" in one
+            assert "write(s) of its" in one
+            assert "or a new forward" in one
+
+
+def _saved_after_a_step_less(folder: str) -> str:
+    model = _sharded(2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for step in range(2):
+        model(_data(step, dist.get_rank())).square().mean().backward()
+        if (step, dist.get_rank()) != (1, 1):
+            optimizer.step()
+        optimizer.zero_grad()
+    with pytest.raises(mics.CheckpointError) as raised:
+        mics.save(f"{folder}/checkpoint", model=model, optimizer=optimizer)
+    return str(raised.value)
+
+
+def test_a_rank_that_has_left_out_its_last_step_is_told_when_saving(tmp_path: Path) -> None:
+    for said in run_ranks(quiet, WORLD, lambda: _saved_after_a_step_less(str(tmp_path))):
+        assert "optimizer steps taken" in said
+        assert "1 optimizer step(s)" in said
+        assert "2 optimizer step(s)" in said
+    assert not list(tmp_path.iterdir())

@@ -520,14 +520,15 @@ def is_root(module: FSDPModule) -> bool:
     return bool(module._get_fsdp_state()._is_root)
 
 
-def reset_iteration(root: FSDPModule) -> None:
+def reset_iteration(root: nn.Module) -> None:
     """Bring FSDP2 back to rest after an exception inside forward or backward.
 
     2.13 and later: the public ``reset_iter_state``; 2.11 and 2.12 have none, so what it resets is
     reset here. No version drops the whole gradients of a unit whose backward was cut short; they
     would be added to the next ones.
     """
-    groups = [group for module in root.modules() for group in param_groups(module)]  # type: ignore[attr-defined]
+    assert isinstance(root, FSDPModule)
+    groups = [group for module in root.modules() for group in param_groups(module)]
     if hasattr(root, "reset_iter_state"):
         root.reset_iter_state()
     else:

@@ -41,9 +41,11 @@ from mics.checkpoint.manifest import (
 from mics.checkpoint.optimizers import Optimizers
 from mics.checkpoint.peers import Peers
 from mics.checkpoint.randomness import random_state
-from mics.errors import CheckpointError
+from mics.communication.same_steps import same_steps_of
+from mics.errors import CheckpointError, ShardError
 from mics.quantities import dtype_name
 from mics.ranks.whereabouts import during
+from mics.sharding.units import units_of
 
 
 @during("mics.save")
@@ -214,7 +216,7 @@ def _plan_of(
     peers.together(look)
     contents = found[0]
     # Every rank writes its part of one list, and what is not sharded is rank 0's.
-    peers.agree(facts_of_contents(contents))
+    peers.agree(facts_of_contents(contents) | {"optimizer steps taken": _steps_of(model)})
     making, path = _make_folder(target, peers)
     return _Plan(
         target=target,
@@ -232,6 +234,19 @@ def _plan_of(
         extra=extra,
         assets=config_of(model) | assets,
     )
+
+
+def _steps_of(model: nn.Module) -> list[str]:
+    """What optimizers of a model have done on this rank, a line for each of its meshes.
+
+    A rank that has left out its last step would add a shard of the step before.
+    """
+    try:
+        units = units_of(model)
+    except ShardError:  # plain, or FSDP2's
+        return []
+    meshes = dict.fromkeys(same_steps_of(unit.groups) for unit in units)
+    return [mesh.spelled_optimizers() for mesh in meshes]
 
 
 def _check_kept(extra: Mapping[str, Any], assets: Mapping[str, Any]) -> None:

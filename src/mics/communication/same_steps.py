@@ -155,6 +155,10 @@ class SameSteps:
             collectives=0,
         )
 
+    def spelled_optimizers(self) -> str:
+        """What optimizers of the mesh's models have done on this rank, to be compared in words."""
+        return f"{self._optimizers.steps} optimizer step(s), checksum {self._optimizers.digest:08x}"
+
     def refuse(self, mine: Facts) -> MicroStepError:
         """The error of ranks that have said different things; collective over all of them."""
         return _disagreement(mine, self.group, self._ranks, self._replicas, "ends of the step")

@@ -142,6 +142,7 @@ def _free_gathered(optimizer: torch.optim.Optimizer, _: set[int]) -> None:
     for reference in _verdicts[optimizer].units:
         unit = reference()
         if unit is not None:
+            unit.stepped()
             compat.free(unit.group)
 
 

@@ -23,10 +23,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from mics import compat
-from mics.communication.finite import finite_of
 from mics.communication.guard import guard
 from mics.communication.hop_two import HopTwo
-from mics.communication.issued import issued_of
 from mics.communication.same_steps import same_steps_of
 from mics.communication.settling import settle
 from mics.communication.step_facts import Normalise, Said
@@ -34,7 +32,7 @@ from mics.communication.used import Used
 from mics.errors import MicroStepError, MicsWarning
 from mics.sharding.belonging import refuse_outside
 from mics.sharding.normalisation import divide_by_micro_steps, divide_by_tokens
-from mics.sharding.passes import Passes, passes_of
+from mics.sharding.passes import Passes, drop_unfinished, passes_of
 from mics.sharding.units import Unit, units_of
 from mics.sharding.unreduced import refuse_unreduced
 
@@ -336,25 +334,7 @@ def _abandon(model: nn.Module, units: list[Unit]) -> None:
         return
     left.leave()
     del model.__dict__[_ATTRIBUTE]
-    for module in _sharded_modules(model):
-        if compat.is_root(module):
-            compat.reset_iteration(module)
-    # Units whose backward had ended are ahead of the others, by a micro-step or by hop 2: what is
-    # there is no step's gradient.
-    params = [param for unit in units for param in compat.sharded_params(unit.group)]
-    dropped = any(param.grad is not None for param in params)
-    for unit in units:
-        unit.used.forget()
-        if unit.landing is not None:
-            unit.landing.reductions.finish()
-    for passes in _passes(units):
-        passes.lockstep.forget()
-        issued_of(passes.groups).clear()
-        finite_of(passes.groups).take()
-    for hop in _hops(units):
-        hop.drop_gradients()
-    for param in params:
-        param.grad = None
+    dropped = drop_unfinished(units, _passes(units))
     if dropped:
         warnings.warn(
             f"A step was left in its micro-step {left.index + 1}, before its end; its gradients "

@@ -11,6 +11,7 @@ end, after      it: reductions land, hop 2 of the rest, and the step is settled,
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, Protocol, Self
 
@@ -18,10 +19,12 @@ import torch
 from torch import nn
 
 from mics import compat
+from mics.communication.finite import finite_of
 from mics.communication.hop_order import HopOrder
 from mics.communication.issued import issued_of
 from mics.communication.landing import Landing
 from mics.communication.settling import settle
+from mics.errors import MicsWarning
 from mics.ranks.mesh import Groups
 from mics.sharding.lockstep import Lockstep, Moment, Skippable, Use
 
@@ -85,6 +88,7 @@ class Passes:
         self._begun = -1  # autograd's number of the pass
         self._ends = -1
         self._ran = False  # a backward, in this micro-step
+        self._under_way = False
         for unit in units:
             issued_of(self.groups).rename(unit.number, unit.name)
 
@@ -94,7 +98,20 @@ class Passes:
         step = self.units[0].step
         if step is not None:
             step.before_forward()
+        if self._under_way and not any(unit.in_step for unit in self.units):
+            self._drop_what_raised()
         self.lockstep.open()
+
+    def _drop_what_raised(self) -> None:
+        """A backward has raised, outside of a step that would know: it is no part of a gradient."""
+        tree = self.units[0].tree()
+        if drop_unfinished(tree, [one for one in map(passes_of, tree) if one is not None]):
+            warnings.warn(
+                "A backward raised before its end; the gradients accumulated so far have been "
+                "dropped.",
+                MicsWarning,
+                stacklevel=4,
+            )
 
     def _close(self, root: nn.Module, args: Any, output: Any) -> None:
         if compat.in_backward():
@@ -113,7 +130,7 @@ class Passes:
         """The gradient of a unit's output has come."""
         if compat.backward_id() != self._begun:
             self._begun = compat.backward_id()
-            self._ran = True
+            self._ran = self._under_way = True
             compat.at_end_of_backward(self._before_the_end)
             # The root gathers ahead as its backward begins: before anything is filled in, since
             # an output may be a block's own and a rank's loss may use another one.
@@ -175,7 +192,15 @@ class Passes:
         for unit in self.units:
             compat.free(unit.group)
 
+    def forget(self) -> None:
+        """What has begun was cut short, and does not go on."""
+        self._under_way = False
+        self.lockstep.forget()
+        issued_of(self.groups).clear()
+        finite_of(self.groups).take()
+
     def _before_the_end(self) -> None:
+        self._under_way = False
         self.lockstep.end_backward()
         for unit in self.units:
             if compat.is_in_backward(unit.group) or compat.whole_gradients(unit.group):
@@ -220,6 +245,38 @@ def passes_of(unit: Member) -> Passes | None:
         average_over_all_ranks(tree)
         made[key] = Passes([one for one in tree if one.groups.shard is unit.groups.shard], root)
     return made[key]
+
+
+def drop_unfinished(units: Sequence[Member], passes: Sequence[Passes]) -> bool:
+    """Clear what a backward or a step that was cut short has left behind.
+
+    Units whose backward had ended are ahead of the others, by a micro-step or by hop 2: what is
+    there is no step's gradient.
+
+    Args:
+        units: of whole trees.
+        passes: theirs, of those that have run a forward.
+
+    Returns:
+        Whether there were gradients.
+    """
+    roots = dict.fromkeys(root for unit in units if (root := compat.root_module(unit.group)))
+    for root in roots:
+        compat.reset_iteration(root)
+    params = [param for unit in units for param in compat.sharded_params(unit.group)]
+    dropped = any(param.grad is not None for param in params)
+    for unit in units:
+        unit.used.forget()
+        if unit.landing is not None:
+            unit.landing.reductions.finish()
+    for one in passes:
+        one.forget()
+    for unit in units:
+        if unit.hop_two is not None:
+            unit.hop_two.drop_gradients()
+    for param in params:
+        param.grad = None
+    return dropped
 
 
 def average_over_all_ranks(units: Sequence[Member]) -> None:

@@ -20,7 +20,7 @@ from mics.communication.issued import issued_of
 from mics.communication.landing import Landing
 from mics.communication.ledger import Ledger
 from mics.communication.used import Used
-from mics.errors import ShardError
+from mics.errors import MicroStepError, ShardError
 from mics.ranks.mesh import Groups, ranks_of
 from mics.sharding.lockstep import Moment, Use
 from mics.sharding.passes import Passes, Step, passes_of
@@ -64,6 +64,7 @@ class Unit:
         self._passes: Passes | None = None
         self._entering = False
         self._step: Step | None = None
+        self._optimizer_steps = 0
         self.forward_hooks = [self._hook(one) for one in compat.modules_of(group)]
         units_on(module).append(self)
 
@@ -173,7 +174,7 @@ class Unit:
             return
         outputs = compat.tensors_with_grad(output)
         use = self._passes.lockstep.leave(self, needs_gradient=bool(outputs))
-        begin = partial(self._begin_backward, use)
+        begin = partial(self._begin_backward, use, self._written())
         for one in outputs:
             one.register_hook(begin)  # type: ignore[no-untyped-call]
 
@@ -183,10 +184,30 @@ class Unit:
             self._passes = passes_of(self)
         return self._passes
 
+    def stepped(self) -> None:
+        """An optimizer of its parameters is about to write them."""
+        self._optimizer_steps += 1
+
+    def _written(self) -> int:
+        """How often its weights were written so far.
+
+        Autograd counts the writes of all optimizers but the fused ones on DTensors.
+        """
+        params = compat.sharded_params(self.group)
+        return self._optimizer_steps + sum(compat.times_written(param) for param in params)
+
     # -- in backward -----------------------------------------------------------------------------
 
-    def _begin_backward(self, use: Use | None, gradient: torch.Tensor | None) -> None:
+    def _begin_backward(self, use: Use, written: int, gradient: torch.Tensor | None) -> None:
         assert self._passes is not None
+        if writes := self._written() - written:
+            params = len(self.used.params)
+            raise MicroStepError(
+                f"The weights of {self.name} were written between a forward and its backward, "
+                "which would use the new ones.",
+                numbers=f"{writes} write(s) of its {params} parameter(s) in between.",
+                write="the backward of a loss before its weights change; or a new forward",
+            )
         self._passes.begin(use)
 
     def _end_backward(self, moment: Moment | None, gradient: torch.Tensor | None) -> None:
