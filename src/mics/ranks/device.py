@@ -6,12 +6,15 @@ see ``communication/backend.py``.
 
 from __future__ import annotations
 
+import os
 import sys
 
 import torch
 
 HOST = "cpu"
 """torch's name of the device that every machine has."""
+
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
 
 def on_accelerator(device: torch.device | str) -> bool:
@@ -41,6 +44,24 @@ def use_local_device(local_rank: int, device_type: str) -> None:
     if on_accelerator(device_type):
         count = max(1, torch.accelerator.device_count())
         torch.accelerator.set_device_index(local_rank % count)
+
+
+def expand_segments(device_type: str) -> None:
+    """Let the allocator of this process's accelerator grow its segments; do nothing on the host.
+
+    Gathered blocks of unequal sizes come and go all the time, and fragment what is not. To be
+    called before the first allocation. What the user has set for the allocator stays.
+    """
+    if on_accelerator(device_type) and not any(name in os.environ for name in _ALLOCATOR):
+        os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is issued now is recorded in a graph, to be replayed, and does not run."""
+    if not on_accelerator(device):
+        return False
+    tell = getattr(torch.get_device_module(device), "is_current_stream_capturing", None)
+    return tell is not None and bool(tell())
 
 
 def num_devices(device_type: str) -> int:

@@ -24,7 +24,8 @@ from mics.communication.hop_order import HopOrder
 from mics.communication.issued import issued_of
 from mics.communication.landing import Landing
 from mics.communication.settling import settle
-from mics.errors import MicsWarning
+from mics.errors import MicroStepError, MicsWarning
+from mics.ranks.device import is_capturing
 from mics.ranks.mesh import Groups
 from mics.sharding.lockstep import Lockstep, Moment, Skippable, Use
 
@@ -95,6 +96,14 @@ class Passes:
     def _open(self, root: nn.Module, args: Any) -> None:
         if compat.in_backward():
             return
+        if is_capturing(self.groups.device):
+            raise MicroStepError(
+                "A graph of the accelerator is being captured around a sharded model: replayed, "
+                "its collectives would be neither counted nor followed by hop 2.",
+                numbers=f"{len(self.units)} unit(s) on this mesh.",
+                write="graphs inside of a block, such as mics.shard(model, compile={'mode': "
+                "'reduce-overhead'})",
+            )
         step = self.units[0].step
         if step is not None:
             step.before_forward()

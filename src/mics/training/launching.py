@@ -8,7 +8,7 @@ import torch
 
 from mics.errors import ConfigError
 from mics.ranks.console import say
-from mics.ranks.device import default_device_type, on_accelerator
+from mics.ranks.device import default_device_type, expand_segments, on_accelerator
 from mics.ranks.launcher import Launch, allocated_tasks, more_ranks, read_launch
 from mics.ranks.starting import MOST_RANKS, leave_groups, run_local_ranks
 from mics.training.config import TrainConfig
@@ -28,6 +28,7 @@ def run_on_ranks(work: Work, config: TrainConfig) -> int:
         ConfigError: the number of ranks contradicts the launcher, or there are no such devices.
         MicsError: this is a rank of a launcher, and the work raised it.
     """
+    expand_segments(default_device_type())
     launch = read_launch()
     ranks = num_ranks(config, launch)
     if launch is None:
