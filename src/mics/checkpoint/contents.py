@@ -20,6 +20,9 @@ from mics.checkpoint.manifest import PLAIN, Json
 from mics.checkpoint.names import parameter_names, plain_names
 from mics.checkpoint.optimizers import Optimizers, list_optimizers, optimizer_contents
 from mics.checkpoint.values import encode
+from mics.errors import CheckpointError
+from mics.quantities import dtype_name
+from mics.sharding.tensor_parts import kind_of, values_of
 from mics.sharding.units import units_on
 
 
@@ -72,11 +75,27 @@ def contents_of(model: nn.Module, optimizer: Optimizers | None) -> Contents:
         if first != plain and MODEL + first in known:
             aliases[name] = MODEL + first
         elif isinstance(value, torch.Tensor):
-            tensors[name] = value
+            tensors[name] = _plain(name, value)
         else:
             values[name] = encode(name, value)
     kept = optimizer_contents(model, list_optimizers(optimizer))
     return Contents(tensors | kept.tensors, aliases, values | kept.values, kept.forms, state, keys)
+
+
+def _plain(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor without the library's type around its values, in the same memory.
+
+    Raises:
+        CheckpointError: its values are not one tensor of its shape.
+    """
+    values = values_of(tensor)
+    if values is None:
+        raise CheckpointError(
+            f"{name} cannot be kept: its values are not one tensor of its shape and dtype.",
+            numbers=f"It is {tuple(tensor.shape)} {dtype_name(tensor.dtype)} {kind_of(tensor)}.",
+            write="the adapters alone, or the parameter in a dtype of torch",
+        )
+    return values
 
 
 def facts_of_contents(contents: Contents) -> dict[str, list[str]]:

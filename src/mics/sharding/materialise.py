@@ -17,6 +17,7 @@ from mics import compat
 from mics.errors import ShardError
 from mics.ranks.device import on_accelerator
 from mics.sharding.initialisers import WRITE, Initialise, Owners, reset, tensors_of
+from mics.sharding.tensor_parts import times_written
 from mics.sharding.writes import Writes
 
 
@@ -67,7 +68,7 @@ class Materialiser:
         untied = self._untie(modules)
         for module in modules:
             self._allocate(module, made, writes)
-        versions = {t: compat.times_written(t) for m in modules for t in _own(m) if t not in real}
+        versions = {t: times_written(t) for m in modules for t in _own(m) if t not in real}
         fresh = {id(t) for t in versions}
         devices = [self._device.index] if on_accelerator(self._device) else []
         with torch.random.fork_rng(devices, device_type=self._device.type if devices else "cuda"):
@@ -131,7 +132,8 @@ class Materialiser:
             if param not in made:
                 value = _unset(torch.empty_like(param, device=self._device))
                 made[param] = nn.Parameter(value, requires_grad=param.requires_grad)
-                made[param].__dict__.update(param.__dict__)
+                # A tensor subclass keeps its parts there, and has made new ones.
+                made[param].__dict__ |= {**param.__dict__, **made[param].__dict__}
             setattr(module, name, made[param])
             writes.watch(made[param], built=param, holder=module)
         for name, buffer in list(module.named_buffers(recurse=False)):
@@ -169,11 +171,11 @@ class Materialiser:
         if owner is None or any(path + n in self._real for n, _ in module.named_parameters()):
             return
         others = [(n, p) for n, p in module.named_parameters() if id(p) not in fresh]
-        times = [compat.times_written(param) for _, param in others]
+        times = [times_written(param) for _, param in others]
         with writes.counted(module):
             self._seeded(module, owner.initialise)
         for (name, param), before in zip(others, times, strict=True):
-            if compat.times_written(param) != before:
+            if times_written(param) != before:
                 kind = type(module).__name__
                 raise ShardError(
                     f"{name} has its values already, and {kind} around it sets them once more.",
@@ -226,7 +228,7 @@ def _is_unset(tensor: torch.Tensor, versions: Mapping[torch.Tensor, int]) -> boo
     if tensor.is_floating_point():
         return bool(tensor.isnan().any())
     # No integer or bool can be a mark; but who sets it, edits or replaces the tensor.
-    return versions.get(tensor) == compat.times_written(tensor)
+    return versions.get(tensor) == times_written(tensor)
 
 
 def _consists_of(module: nn.Module, fresh: set[int]) -> bool:

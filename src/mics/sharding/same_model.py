@@ -10,6 +10,7 @@ from torch import nn
 
 from mics.ranks.agreement import check_agreement
 from mics.ranks.mesh import versions
+from mics.sharding.tensor_parts import kind_of
 
 
 def check_same_model(
@@ -43,7 +44,8 @@ def check_same_model(
 
 
 def _spelled(tensor: torch.Tensor) -> str:
-    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+    spelled = f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+    return f"{spelled} {kind_of(tensor)}".rstrip()
 
 
 def on_meta(modules: list[nn.Module]) -> list[str]:

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from mics.ranks import issuing
 from mics.ranks.console import say
 from mics.ranks.mesh import Groups, PerMesh
+from mics.sharding.tensor_parts import plain_parts
 
 
 def _nothing_yet(_: Groups) -> list[str]:
@@ -52,8 +53,9 @@ def same_start(
             tensors.setdefault(elsewhere.get(param, groups), {})[name] = param
     tensors[groups] |= {name: one for name, one in module.named_buffers() if not one.is_meta}
     for mesh, alike in tensors.items():
-        if alike:
-            _give_firsts(alike, mesh)
+        parts = dict(part for pair in alike.items() for part in plain_parts(*pair))
+        if parts:
+            _give_firsts(parts, mesh)
 
 
 @torch.no_grad()

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from mics import compat
 from mics.sharding.initialisers import Owners, is_torchs, tensors_of
+from mics.sharding.tensor_parts import times_written
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Writes:
     def watch(self, param: torch.Tensor, *, built: torch.Tensor, holder: nn.Module) -> None:
         """Watch a tensor of ``holder`` that takes the place of ``built``, on the meta device."""
         if param not in self._watched:
-            times = compat.times_written(built)
+            times = times_written(built)
             self._watched[param] = _Watched(times, self._owners.built(built))
         self._watched[param].holders.append(holder)
 
@@ -53,10 +53,10 @@ class Writes:
     def counted(self, module: nn.Module) -> Iterator[None]:
         """Count what is written below ``module`` meanwhile."""
         below = [t for m in module.modules() for _, t in tensors_of(m) if t in self._watched]
-        before = [compat.times_written(param) for param in below]
+        before = [times_written(param) for param in below]
         yield
         for param, times in zip(below, before, strict=True):
-            if written := compat.times_written(param) - times:
+            if written := times_written(param) - times:
                 watched = self._watched[param]
                 watched.counts.append(watched.counts[-1] + written)
                 watched.writers.append(module)
