@@ -48,11 +48,31 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+# What Gloo and NCCL both move; float8, complex and short integers are among the others.
+_KNOWN_DTYPES = {
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+}
+
+
+def as_known(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as bytes where a backend may not know the dtype; for what is not reduced."""
+    return tensor if tensor.dtype in _KNOWN_DTYPES else tensor.view(-1).view(torch.uint8)
+
+
 def all_gather(
     output: torch.Tensor, input: torch.Tensor, group: dist.ProcessGroup, async_op: bool = False
 ) -> dist.Work | None:
     """All-gather ``input`` of ``group.rank()`` into row ``group.rank()`` of ``output``."""
-    work: dist.Work | None = _all_gather(output, input, group=group, async_op=async_op)
+    whole, shard = as_known(output), as_known(input)
+    work: dist.Work | None = _all_gather(whole, shard, group=group, async_op=async_op)
     return work
 
 
@@ -293,18 +313,45 @@ def module_name(group: Any) -> str:
     return name or ""
 
 
-def gather_dtype(group: Any) -> torch.dtype:
-    """The dtype a group is all-gathered in: uint8 when its parameters travel in several."""
-    dtypes = {_travel_dtype(group, param) for param in sharded_params(group)}
-    return dtypes.pop() if len(dtypes) == 1 else torch.uint8
+def has_gather_hook(param: torch.Tensor) -> bool:
+    """Whether a parameter's tensor says itself what FSDP2 gathers of it."""
+    return hasattr(local_of(param), "fsdp_pre_all_gather")
 
 
-def gathered_shard_bytes(group: Any) -> int:
-    """Bytes of one rank's padded shard of a group, in the dtypes it is all-gathered in."""
-    return sum(
-        fsdp_param.padded_sharded_param_size.numel()
-        * _travel_dtype(group, fsdp_param.sharded_param).itemsize
-        for fsdp_param in group.fsdp_params
+def with_gather_hook(group: Any) -> list[Any]:
+    """Those of a group's parameters that do, as FSDP2 keeps them."""
+    return [one for one in group.fsdp_params if has_gather_hook(one.sharded_param)]
+
+
+def sent_as_they_are(group: Any) -> list[tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtype and padded shape of what one rank gathers of the other parameters of a group."""
+    return [
+        sent_as_it_is(group, one)
+        for one in group.fsdp_params
+        if not has_gather_hook(one.sharded_param)
+    ]
+
+
+def sent_as_it_is(group: Any, fsdp_param: Any) -> tuple[torch.dtype, tuple[int, ...]]:
+    """Dtype and padded shape of one rank's shard of a parameter on its way."""
+    dtype = _travel_dtype(group, fsdp_param.sharded_param)
+    return dtype, tuple(fsdp_param.padded_sharded_param_size)
+
+
+def gathered_of_hook(group: Any, fsdp_param: Any) -> list[tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtype and elements of what one rank gave to the last gather of a parameter; [] before it."""
+    p = shard_group(group).size()
+    return [(whole.dtype, (whole.numel() // p,)) for whole in fsdp_param.all_gather_outputs]
+
+
+def arguments_of_hook(fsdp_param: Any) -> tuple[torch.Tensor, tuple[Any, ...]]:
+    """This rank's part of a parameter, and what FSDP2 calls its ``fsdp_pre_all_gather`` with."""
+    return fsdp_param._sharded_local_tensor, (
+        fsdp_param.shard_mesh_from_root,
+        fsdp_param._orig_size,
+        fsdp_param._contiguous_orig_stride,
+        fsdp_param._module_info.module,
+        fsdp_param.mp_policy,
     )
 
 

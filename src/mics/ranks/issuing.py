@@ -160,7 +160,7 @@ def broadcast(tensor: torch.Tensor, group: dist.ProcessGroup) -> None:
     """Give every rank of a group the tensor of its first one."""
 
     def call(async_op: bool) -> Any:
-        return dist.broadcast(tensor, group=group, group_src=0, async_op=async_op)
+        return dist.broadcast(compat.as_known(tensor), group=group, group_src=0, async_op=async_op)
 
     _issue(call, "broadcast", tensor, group, async_op=False)
 

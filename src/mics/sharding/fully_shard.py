@@ -19,6 +19,7 @@ from mics.ranks.mesh import Groups, groups_of, post_forward_mesh, start
 from mics.ranks.whereabouts import during
 from mics.sharding.at_rest import rest_after_forward
 from mics.sharding.belonging import remember_replaced, remember_unit
+from mics.sharding.gather_hooks import check_gather_hooks
 from mics.sharding.other_axes import check_names, refuse_overlap, unsharded
 from mics.sharding.placements import Placements
 from mics.sharding.same_model import check_same_model, on_meta
@@ -104,10 +105,19 @@ def fully_shard(
         ],
     }
     check_same_model(modules, groups.axes, groups.device, ignored, more)
+    policy = mp_policy or MixedPrecisionPolicy()
+    check_gather_hooks(
+        modules,
+        groups,
+        policy,
+        ignored=ignored,
+        elsewhere=elsewhere,
+        reshard_after_forward=reshard_after_forward,
+    )
     for one in modules:
         same_start(one, groups, ignored, elsewhere)
     options = UnitOptions(
-        mp_policy=mp_policy or MixedPrecisionPolicy(),
+        mp_policy=policy,
         offload_policy=offload_policy or OffloadPolicy(),
         ignored_params=ignored_params,
         axes=None if dp_mesh_dims is None else Axes(mesh, dp_mesh_dims),

@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch import nn
 
 from mics import compat
+from mics.communication.gathered import gathered
 from mics.communication.ledger import LedgerView
 from mics.ranks.mesh import ranks_of
 from mics.sharding.units import Unit, units_of
@@ -31,7 +32,7 @@ def predict_traffic(model: nn.Module, *, micro_steps: int = 1) -> Traffic:
         groups, sizes = unit.groups, bytes_of(unit, model)
         replicas = (rank,) if groups.replicas is None else ranks_of(groups.replicas)
         partition = ranks_of(groups.shard)
-        gather, reduce = compat.gather_dtype(unit.group), compat.reduce_dtype(unit.group)
+        gather, reduce = gathered(unit.group).dtype, compat.reduce_dtype(unit.group)
         total += unit_traffic(
             View(rank, partition, replicas, groups.gpus_per_node),
             sizes,
@@ -57,7 +58,7 @@ def bytes_of(unit: Unit, model: nn.Module) -> UnitBytes:
         else:
             backward_gathers = 1
     return UnitBytes(
-        gather_bytes=compat.gathered_shard_bytes(group) * p,
+        gather_bytes=gathered(group).shard_bytes * p,
         reduce_bytes=shard_numel * p * reduce_itemsize,
         sync_bytes=shard_numel * reduce_itemsize,
         gathers=gathers,

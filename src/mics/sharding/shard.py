@@ -36,6 +36,7 @@ from mics.recipe import Recipe
 from mics.sharding.belonging import remember_replaced
 from mics.sharding.fully_shard import UnitOptions, shard_unit
 from mics.sharding.gather_ahead import gather_ahead
+from mics.sharding.gather_hooks import check_gather_hooks
 from mics.sharding.initialisers import Initialise
 from mics.sharding.materialise import Materialiser
 from mics.sharding.other_axes import (
@@ -134,6 +135,9 @@ def shard(
         found, groups, reason = _on_new_mesh(asked, partition, gpus_per_node, policy)
     else:
         found, groups, reason = _on_given_mesh(asked, partition, gpus_per_node, mesh)
+    check_gather_hooks(
+        [model], groups, policy, ignored=ignored, reshard_after_forward=reshard_after_forward
+    )
     whole = f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters"
     same_start(model, groups, ignored)
     materialiser = Materialiser(

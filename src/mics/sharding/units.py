@@ -15,6 +15,7 @@ from mics.communication.backend import backend_of_mesh
 from mics.communication.collectives import AllGather, ReduceScatter
 from mics.communication.finite import finite_of
 from mics.communication.forms import Collectives, decide_by, measure
+from mics.communication.gathered import gathered
 from mics.communication.hop_two import HopTwo
 from mics.communication.issued import issued_of
 from mics.communication.landing import Landing
@@ -257,8 +258,8 @@ def _measure(group: Any, groups: Groups) -> None:
     """Let the form of every collective of a group be chosen."""
     shard_ranks = ranks_of(groups.shard)
     p = groups.shard.size()
-    gather, reduce = compat.gather_dtype(group), compat.reduce_dtype(group)
-    gather_bytes = compat.gathered_shard_bytes(group) * p
+    sent, reduce = gathered(group), compat.reduce_dtype(group)
+    gather, gather_bytes = sent.dtype, sent.shard_bytes * p
     reduce_bytes = compat.trainable_shard_numel(group) * reduce.itemsize * p
     measure(groups, groups.shard, shard_ranks, "all_gather", gather_bytes, gather)
     measure(groups, groups.shard, shard_ranks, "reduce_scatter", reduce_bytes, reduce)
