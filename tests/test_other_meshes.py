@@ -7,6 +7,7 @@ two holders, ranks apart, and sees the tokens of all four ranks.
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -20,10 +21,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.fsdp._fully_shard._fsdp_common import ShardPlacementResult
 from torch.distributed.fsdp._fully_shard._fsdp_init import _get_mesh_info
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.utils import get_total_norm
 
 import mics
+from mics.errors import CheckpointError
 
 WORLD, WIDTH, TOKENS, MICRO_STEPS, EXPERTS = 4, 8, 6, 2, 2
 FULL = MixedPrecisionPolicy()
@@ -154,3 +156,37 @@ def test_experts_on_other_ranks_get_the_gradients_of_one_process_and_are_counted
 ) -> None:
     got = run_ranks(quiet, WORLD, lambda: _errors(way, replicated, partition))
     assert got == [[]] * WORLD
+
+
+def _refusals(folder: Path) -> list[str]:
+    """What saving says of experts under one name, with state, and of ones that are not sharded."""
+    model = _sharded("own mesh", replicated=True, partition=2)
+    for batch in mics.micro_steps(model, [_data(0, dist.get_rank())]):
+        model(batch).square().mean().backward()
+    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer.step()
+    alone = nn.Linear(2, 2)
+    with torch.no_grad():
+        alone.weight.fill_(dist.get_rank() % 2)
+        alone.bias.zero_()
+    pair = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))["b"]
+    rows_or_columns = [Shard(int(dist.get_rank() > 1))]
+    askew = nn.ParameterList([distribute_tensor(torch.zeros(4, 4), pair, rows_or_columns)])
+    said = []
+    for kept, state in ((model, optimizer), (alone, None), (askew, None)):
+        with pytest.raises(CheckpointError) as raised:
+            mics.save(folder / "kept", model=kept, optimizer=state)
+        said.append(str(raised.value))
+    return [*said, *(path.name for path in folder.iterdir())]
+
+
+def test_experts_under_one_name_with_other_values_are_not_saved_as_one(tmp_path: Path) -> None:
+    for said, plain, askew, *left in run_ranks(quiet, WORLD, lambda: _refusals(tmp_path)):
+        assert "Ranks hold different values of model/0.experts.0.weight" in said
+        assert "a checkpoint would have those of one" in said
+        assert "Ranks 0 and 1 both have the part of it at [0, 0], with other values" in said
+        assert 'DTensor.from_local(weights, mesh["ep"], [Shard(0)])' in said
+        assert "Ranks disagree on parameters that are not sharded: rank(s) 1, 3 differ" in plain
+        assert "Ranks hold model/0 in parts that do not fit together" in askew
+        assert "Their parts have 32 cells together, and it has 16" in askew
+        assert left == []

@@ -1,18 +1,14 @@
-"""What a model and its optimizers have to keep, by name, and who writes which part of it."""
+"""What a model and its optimizers have to keep, by name."""
 
 from __future__ import annotations
 
-import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.default_planner import create_default_local_save_plan
-from torch.distributed.checkpoint.utils import find_state_dict_object
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
 from mics.checkpoint.layout import MODEL
@@ -22,8 +18,8 @@ from mics.checkpoint.optimizers import Optimizers, list_optimizers, optimizer_co
 from mics.checkpoint.values import encode
 from mics.errors import CheckpointError
 from mics.quantities import dtype_name
+from mics.sharding.same_start import fingerprint
 from mics.sharding.tensor_parts import kind_of, values_of
-from mics.sharding.units import units_on
 
 
 @dataclass(frozen=True)
@@ -31,7 +27,8 @@ class Contents:
     """Tensors (sharded or whole) and other values, as JSON, by their names in the manifest.
 
     ``state`` is what ``state_dict`` of the model returned, with the names that ``keys`` gives the
-    entries in the manifest. ``forms`` says what tensors of optimizers are (``Entry.form``).
+    entries in the manifest. ``forms`` says what tensors of optimizers are (``Entry.form``), and
+    ``alone`` names the parameters that are not sharded.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -40,15 +37,7 @@ class Contents:
     forms: dict[str, str]
     state: dict[str, Any]
     keys: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A box of a tensor that this rank writes."""
-
-    name: str
-    offset: tuple[int, ...]
-    values: torch.Tensor
+    alone: set[str]
 
 
 def contents_of(model: nn.Module, optimizer: Optimizers | None) -> Contents:
@@ -78,8 +67,11 @@ def contents_of(model: nn.Module, optimizer: Optimizers | None) -> Contents:
             tensors[name] = _plain(name, value)
         else:
             values[name] = encode(name, value)
+    alone = {n for n in tensors if n.removeprefix(MODEL) in first_of} - _sharded(tensors)
     kept = optimizer_contents(model, list_optimizers(optimizer))
-    return Contents(tensors | kept.tensors, aliases, values | kept.values, kept.forms, state, keys)
+    return Contents(
+        tensors | kept.tensors, aliases, values | kept.values, kept.forms, state, keys, alone
+    )
 
 
 def _plain(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -101,50 +93,25 @@ def _plain(name: str, tensor: torch.Tensor) -> torch.Tensor:
 def facts_of_contents(contents: Contents) -> dict[str, list[str]]:
     """What all ranks must have in common for their parts to make up one checkpoint, as lines.
 
-    Buffers and extra states may differ, as in any data-parallel training; rank 0's are kept. State
-    of a sharded parameter that is not sharded may not: it could be that of a shard.
+    Buffers and extra states may differ, as in any data-parallel training; rank 0's are kept.
+    Parameters that are not sharded may not: they could be experts that each rank has its own of.
+    State that is not sharded may not: it could be that of a shard.
     """
-    state, alone = [], []
+    state, alone, params = [], [], []
     for name, tensor in contents.tensors.items():
         whole = isinstance(tensor, DTensor) or not name.startswith(MODEL)
         state.append(f"{name} {tensor.dtype} {list(tensor.shape)}" if whole else name)
         if contents.forms.get(name) == PLAIN:
-            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            alone.append(f"{name} {hashlib.sha256(data.numpy().tobytes()).hexdigest()[:16]}")
+            alone.append(f"{name} {int(fingerprint(tensor)):x}")
+        if name in contents.alone:
+            params.append(f"{name} {int(fingerprint(tensor)):x}")
     for name, value in contents.values.items():
         state.append(name if name.startswith(MODEL) else f"{name} = {json.dumps(value)}")
-    return {"what is to be saved": state, "optimizer state that is not sharded": alone}
-
-
-def pieces_of_this_rank(contents: Contents, model: nn.Module) -> list[Piece]:
-    """What this rank writes: every box of every tensor is one rank's, and evenly so.
-
-    The replicas hold the same shards, so a tensor is written by one replica: the one that has the
-    fewest bytes so far, largest tensors first. All ranks come to the same answer without asking
-    each other. Tensors that are not sharded (buffers, step counts) are rank 0's.
-    """
-    replicas = _replicas_of_meshes(model)
-    loads: dict[int, list[int]] = {}
-    mine: dict[str, torch.Tensor] = {}
-    largest_first = sorted(contents.tensors.items(), key=lambda item: (-item[1].numel(), item[0]))
-    for name, tensor in largest_first:
-        if isinstance(tensor, DTensor):
-            replica, count = _replica_of(tensor, replicas)
-            load = loads.setdefault(count, [0] * count)
-            writer = load.index(min(load))
-            load[writer] += tensor.numel() * tensor.element_size()
-            if replica == writer:
-                mine[name] = tensor
-        elif not dist.is_initialized() or dist.get_rank() == 0:
-            mine[name] = tensor
-    pieces = []
-    for item in create_default_local_save_plan(mine, is_coordinator=False).items:
-        values = find_state_dict_object(mine, item.index).detach()
-        assert item.tensor_data is not None
-        if values.numel():
-            offset = tuple(item.tensor_data.chunk.offsets)
-            pieces.append(Piece(item.index.fqn, offset, values))
-    return pieces
+    return {
+        "what is to be saved": state,
+        "optimizer state that is not sharded": alone,
+        "parameters that are not sharded": params,
+    }
 
 
 def partition_of(model: nn.Module) -> int:
@@ -161,25 +128,5 @@ def partition_of(model: nn.Module) -> int:
     return 1
 
 
-def _replicas_of_meshes(model: nn.Module) -> dict[DeviceMesh, tuple[int, int]]:
-    """(replica, number of replicas) of the 1-D meshes that mics shards over."""
-    found: dict[DeviceMesh, tuple[int, int]] = {}
-    for module in model.modules():
-        for unit in units_on(module):
-            replicas = unit.groups.replicas
-            if replicas is not None:
-                found[unit.groups.mesh] = (replicas.rank(), replicas.size())
-    return found
-
-
-def _replica_of(tensor: DTensor, replicas: dict[DeviceMesh, tuple[int, int]]) -> tuple[int, int]:
-    """Which of how many equal copies this rank's part of a tensor is."""
-    mesh = tensor.device_mesh
-    replica, count = replicas.get(mesh, (0, 1))
-    coordinate = mesh.get_coordinate()
-    assert coordinate is not None
-    for dim, placement in enumerate(tensor.placements):
-        if isinstance(placement, Replicate):
-            replica = replica * mesh.size(dim) + coordinate[dim]
-            count *= mesh.size(dim)
-    return replica, count
+def _sharded(tensors: Mapping[str, torch.Tensor]) -> set[str]:
+    return {name for name, tensor in tensors.items() if isinstance(tensor, DTensor)}

@@ -21,11 +21,9 @@ from mics.checkpoint.appearing import AppearingFolder
 from mics.checkpoint.configuration import config_of
 from mics.checkpoint.contents import (
     Contents,
-    Piece,
     contents_of,
     facts_of_contents,
     partition_of,
-    pieces_of_this_rank,
 )
 from mics.checkpoint.disk import write_bytes, write_manifest, write_tensors
 from mics.checkpoint.layout import ASSETS, chunk_key, file_of
@@ -40,6 +38,7 @@ from mics.checkpoint.manifest import (
 )
 from mics.checkpoint.optimizers import Optimizers
 from mics.checkpoint.peers import Peers
+from mics.checkpoint.pieces import Piece, pieces_of_this_rank
 from mics.checkpoint.randomness import random_state
 from mics.communication.same_steps import same_steps_of
 from mics.errors import CheckpointError, ShardError
@@ -217,15 +216,13 @@ def _plan_of(
     contents = found[0]
     # Every rank writes its part of one list, and what is not sharded is rank 0's.
     peers.agree(facts_of_contents(contents) | {"optimizer steps taken": _steps_of(model)})
+    pieces = pieces_of_this_rank(contents, model, peers)
     making, path = _make_folder(target, peers)
     return _Plan(
         target=target,
         making=making,
         path=path,
-        pieces=[
-            dataclasses.replace(piece, values=_copy(piece.values))
-            for piece in pieces_of_this_rank(contents, model)
-        ],
+        pieces=[dataclasses.replace(piece, values=_copy(piece.values)) for piece in pieces],
         random={name: _copy(state) for name, state in random_state(peers.rank).items()},
         outline=_outline(contents, peers),
         partition=partition_of(model),

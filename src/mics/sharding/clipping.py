@@ -99,14 +99,24 @@ def gradient_norm(parameters: Iterable[torch.Tensor], norm_type: float = 2.0) ->
 def _by_split(parameters: Iterable[torch.Tensor]) -> dict[_Split, list[torch.Tensor]]:
     """Parameters by how they are split, in the same order on every rank, whatever has gradients."""
     params, units = list(parameters), units_by_param()
-    ranks = {id(p): units[id(p)].groups.whole.size() for p in params if id(p) in units}
-    most = max(ranks.values(), default=0)
+    groups = {id(p): units[id(p)].groups for p in params if id(p) in units}
+    most = max((one.whole.size() for one in groups.values()), default=0)
     found: dict[_Split, list[torch.Tensor]] = {}
     for param in params:
-        holders = ranks.get(id(param), most)
-        split = _split_of(param, holders if holders < most else 0)
-        found.setdefault(split, []).append(param)
+        holders = _num_holders(param, groups[id(param)], most) if id(param) in groups else 0
+        found.setdefault(_split_of(param, holders), []).append(param)
     return found
+
+
+def _num_holders(param: torch.Tensor, groups: Groups, most: int) -> int:
+    """``holders`` of a split, where the units of some parameters are on ``most`` ranks.
+
+    One DTensor may hold all experts, spread over ranks beside those that it is sharded over.
+    """
+    holders = groups.whole.size()
+    if isinstance(param, DTensor) and holders < most:
+        holders = param.device_mesh.size() * groups.num_replicas
+    return holders if holders < most else 0
 
 
 def _split_of(param: torch.Tensor, holders: int) -> _Split:

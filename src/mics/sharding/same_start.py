@@ -62,7 +62,7 @@ def same_start(
 def _give_firsts(tensors: Mapping[str, torch.Tensor], groups: Groups) -> None:
     """Compare fingerprints first, so that equal values cost one small message."""
     names = list(tensors)
-    mine = torch.stack([_fingerprint(tensors[name]).to(groups.device) for name in names])
+    mine = torch.stack([fingerprint(tensors[name]).to(groups.device) for name in names])
     different = torch.zeros(len(names), dtype=torch.int32, device=groups.device)
     chain = groups.axes[::-1]
     for group in chain:
@@ -83,8 +83,8 @@ def _give_firsts(tensors: Mapping[str, torch.Tensor], groups: Groups) -> None:
         )
 
 
-def _fingerprint(tensor: torch.Tensor) -> torch.Tensor:
-    """A sum over the bits, equal on every rank that has the same values. Shape ()."""
+def fingerprint(tensor: torch.Tensor) -> torch.Tensor:
+    """A sum over the bits, equal on every rank that has the same values. Shape (), int64."""
     flat = tensor.detach().contiguous().view(-1)
     if flat.is_complex():
         flat = torch.view_as_real(flat).view(-1)
