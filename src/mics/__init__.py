@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from mics.errors import RankError as RankError
     from mics.errors import ShardError as ShardError
     from mics.errors import TopologyError as TopologyError
+    from mics.interchange.adapters import load_adapters as load_adapters
+    from mics.interchange.adapters import save_adapters as save_adapters
     from mics.planning.api import Cluster as Cluster
     from mics.planning.api import plan as plan
     from mics.planning.api import simulate as simulate
@@ -61,11 +63,13 @@ _HOME = {
     "init_mesh": "mics.ranks.mesh",
     "ledger": "mics.sharding.prediction",
     "load": "mics.checkpoint",
+    "load_adapters": "mics.interchange.adapters",
     "micro_step": "mics.sharding.micro_steps",
     "micro_steps": "mics.sharding.micro_steps",
     "plan": "mics.planning.api",
     "predict_traffic": "mics.sharding.prediction",
     "save": "mics.checkpoint",
+    "save_adapters": "mics.interchange.adapters",
     "shard": "mics.sharding.shard",
     "simulate": "mics.planning.api",
     "steps": "mics.sharding.steps",

@@ -29,7 +29,7 @@ def read_entries(folder: Path) -> dict[str, Entry]:
     index = _index(folder)
     entries: dict[str, Entry] = {}
     for file in _files(folder, index):
-        for name, entry in _entries_of(folder, file).items():
+        for name, entry in entries_of(folder, file).items():
             if name in entries:
                 raise CheckpointError(
                     f"{name} stands in two files of {folder}.",
@@ -45,7 +45,12 @@ def read_entries(folder: Path) -> dict[str, Entry]:
     return entries
 
 
-def _entries_of(folder: Path, file: str) -> dict[str, Entry]:
+def entries_of(folder: Path, file: str) -> dict[str, Entry]:
+    """Name, dtype, shape and place of every tensor of one file, from its header alone.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or holds what models do not train in.
+    """
     if not (folder / file).is_file():  # opening a pipe would wait for its writer
         raise CheckpointError(f"{folder / file} is no file, or not there.", write=_WRITE)
     entries: dict[str, Entry] = {}
