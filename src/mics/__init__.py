@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from mics.sharding.prediction import predict_traffic as predict_traffic
     from mics.sharding.shard import shard as shard
     from mics.sharding.steps import steps as steps
+    from mics.sharding.whole_step import WholeStep as WholeStep
     from mics.topology import Topology as Topology
 
 _HOME = {
@@ -57,6 +58,7 @@ _HOME = {
     "ShardError": "mics.errors",
     "Topology": "mics.topology",
     "TopologyError": "mics.errors",
+    "WholeStep": "mics.sharding.whole_step",
     "clip_grad_norm_": "mics.sharding.clipping",
     "fully_shard": "mics.sharding.fully_shard",
     "finish_step": "mics.sharding.micro_steps",

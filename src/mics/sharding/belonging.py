@@ -23,6 +23,7 @@ from mics import compat
 from mics.communication.guard import watch
 from mics.errors import MicroStepError, ShardError
 from mics.quantities import MIB, first_of
+from mics.sharding.rules import refuse_rule
 from mics.sharding.units import Unit
 
 
@@ -89,6 +90,7 @@ def remember_replaced(modules: Sequence[nn.Module]) -> Iterator[None]:
 def remember_unit(unit: Unit) -> None:
     """Know a unit's parameters when an optimizer steps."""
     watch(_check_optimizer)
+    watch(refuse_rule)
     watch(_free_gathered, last=True)
     _known.units[unit] = [id(param) for param in compat.sharded_params(unit.group)]
     _known.changes += 1
