@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from mics.planning.api import plan as plan
     from mics.planning.api import simulate as simulate
     from mics.ranks.mesh import init_mesh as init_mesh
+    from mics.sharding.average import EMA as EMA
     from mics.sharding.clipping import clip_grad_norm_ as clip_grad_norm_
     from mics.sharding.fully_shard import fully_shard as fully_shard
     from mics.sharding.micro_steps import finish_step as finish_step
@@ -50,6 +51,7 @@ _HOME = {
     "DataError": "mics.errors",
     "DisagreementError": "mics.errors",
     "Cluster": "mics.planning.api",
+    "EMA": "mics.sharding.average",
     "MicroStepError": "mics.errors",
     "MicsError": "mics.errors",
     "MicsWarning": "mics.errors",

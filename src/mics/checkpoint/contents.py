@@ -11,13 +11,15 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 
-from mics.checkpoint.layout import MODEL
+from mics.checkpoint.averages import averages_of
+from mics.checkpoint.layout import AVERAGE_UPDATES, MODEL
 from mics.checkpoint.manifest import PLAIN, Json
 from mics.checkpoint.names import parameter_names, plain_names
 from mics.checkpoint.optimizers import Optimizers, list_optimizers, optimizer_contents
 from mics.checkpoint.values import encode
 from mics.errors import CheckpointError
 from mics.quantities import dtype_name
+from mics.sharding.average import EMA
 from mics.sharding.same_start import fingerprint
 from mics.sharding.tensor_parts import kind_of, values_of
 
@@ -40,14 +42,14 @@ class Contents:
     alone: set[str]
 
 
-def contents_of(model: nn.Module, optimizer: Optimizers | None) -> Contents:
-    """The state of a model and its optimizers; tensors are those in use, not copies.
+def contents_of(model: nn.Module, optimizer: Optimizers | None, ema: EMA | None = None) -> Contents:
+    """The state of a model, its optimizers and its average; tensors are those in use, not copies.
 
     A tied parameter stands once, its other names are aliases. Names are those that the model has
     without wrappers. Nothing is made for what has no state, and nothing is changed.
 
     Raises:
-        CheckpointError: something cannot be kept, or an optimizer is of another model.
+        CheckpointError: something cannot be kept, or an optimizer or average is of another model.
     """
     tensors: dict[str, torch.Tensor] = {}
     aliases: dict[str, str] = {}
@@ -69,9 +71,12 @@ def contents_of(model: nn.Module, optimizer: Optimizers | None) -> Contents:
             values[name] = encode(name, value)
     alone = {n for n in tensors if n.removeprefix(MODEL) in first_of} - _sharded(tensors)
     kept = optimizer_contents(model, list_optimizers(optimizer))
-    return Contents(
-        tensors | kept.tensors, aliases, values | kept.values, kept.forms, state, keys, alone
-    )
+    tensors |= kept.tensors
+    values |= kept.values
+    if ema is not None:
+        tensors |= averages_of(ema, model)
+        values[AVERAGE_UPDATES] = ema.updates
+    return Contents(tensors, aliases, values, kept.forms, state, keys, alone)
 
 
 def _plain(name: str, tensor: torch.Tensor) -> torch.Tensor:

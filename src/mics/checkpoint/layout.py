@@ -11,6 +11,8 @@ from typing import TypeVar
 
 MODEL = "model/"
 OPTIMIZER = "optimizer/"
+AVERAGE = "average/"
+AVERAGE_UPDATES = "averaging/updates"
 ASSETS = "assets/"
 """Names of assets are those of files too, in the checkpoint's folder."""
 

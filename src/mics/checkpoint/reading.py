@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import ReadItem
 
+from mics.checkpoint.averages import plan_average, restore_updates
 from mics.checkpoint.contents import contents_of
 from mics.checkpoint.manifest import Entry, Json, Manifest, read_manifest
 from mics.checkpoint.model_restoring import ModelRestoring
@@ -37,6 +38,7 @@ from mics.checkpoint.verifying import verify_files
 from mics.checkpoint.writing import let_save_end
 from mics.errors import CheckpointError
 from mics.ranks.whereabouts import during
+from mics.sharding.average import EMA
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ def load(
     *,
     model: nn.Module,
     optimizer: Optimizers | None = None,
+    ema: EMA | None = None,
     verify: bool = True,
 ) -> Loaded:
     """Load a checkpoint that ``save`` wrote, in place.
@@ -72,6 +75,7 @@ def load(
         model: one with the names, shapes and dtypes of parameters and buffers that were saved.
         optimizer: its optimizer, or a list or dict of several; ``None`` leaves what was saved of
             one alone.
+        ema: its moving average, likewise.
         verify: check every file's checksum first; the ranks share the work.
 
     Raises:
@@ -82,7 +86,7 @@ def load(
     folder = Path(path)
     peers = Peers()
     plans: list[_Plan] = []
-    peers.together(lambda: plans.append(_plan(folder, model, optimizer, peers.rank)))
+    peers.together(lambda: plans.append(_plan(folder, model, optimizer, ema, peers.rank)))
     plan = plans[0]
     if verify:
         verify_files(folder, plan.manifest, peers)
@@ -111,6 +115,8 @@ class _Plan:
     manifest: Manifest
     model: ModelRestoring
     optimizers: Restoring
+    ema: EMA | None
+    averages: Mapping[str, torch.Tensor]
     random: dict[str, torch.Tensor]
 
     def read_early(self) -> None:
@@ -127,12 +133,16 @@ class _Plan:
         read_tensors(self.folder, self.manifest.tensors, self._late())
         self.model.finish()
         restore_optimizers(self.optimizers)
+        if self.ema is not None:
+            restore_updates(self.manifest, self.ema)
 
     def _late(self) -> dict[str, torch.Tensor]:
-        return self.model.late | self.optimizers.tensors
+        return self.model.late | self.optimizers.tensors | dict(self.averages)
 
 
-def _plan(folder: Path, model: nn.Module, optimizer: Optimizers | None, rank: int) -> _Plan:
+def _plan(
+    folder: Path, model: nn.Module, optimizer: Optimizers | None, ema: EMA | None, rank: int
+) -> _Plan:
     manifest = _under_plain_names(read_manifest(folder))
     contents = contents_of(model, None)
     return _Plan(
@@ -140,6 +150,8 @@ def _plan(folder: Path, model: nn.Module, optimizer: Optimizers | None, rank: in
         manifest,
         ModelRestoring(folder, manifest, model, contents),
         plan_optimizers(folder, manifest, model, list_optimizers(optimizer)),
+        ema,
+        plan_average(folder, manifest, model, ema),
         random_state_to_read(folder, manifest.tensors, rank),
     )
 

@@ -44,6 +44,7 @@ from mics.communication.same_steps import same_steps_of
 from mics.errors import CheckpointError, ShardError
 from mics.quantities import dtype_name
 from mics.ranks.whereabouts import during
+from mics.sharding.average import EMA
 from mics.sharding.units import units_of
 
 
@@ -53,6 +54,7 @@ def save(
     *,
     model: nn.Module,
     optimizer: Optimizers | None = None,
+    ema: EMA | None = None,
     extra: Mapping[str, Json] | None = None,
     assets: Mapping[str, bytes] | None = None,
     asynchronous: bool = False,
@@ -67,6 +69,7 @@ def save(
         path: the folder to be made.
         model: sharded by mics or by FSDP2, or a plain module.
         optimizer: its optimizer, or a list or dict of several.
+        ema: its moving average.
         extra: whatever else JSON can hold: step, position of the data, configuration.
         assets: small files to keep with it, by their names; the same on every rank. The
             configuration of a transformers model is kept without being asked for.
@@ -82,7 +85,8 @@ def save(
     """
     _end_of_last_save()
     peers = Peers()
-    plan = _plan_of(Path(path), model, optimizer, dict(extra or {}), dict(assets or {}), peers)
+    given = dict(extra or {}), dict(assets or {})
+    plan = _plan_of(Path(path), model, optimizer, ema, *given, peers)
     pending = PendingSave(plan.target, plan, peers)
     if asynchronous:
         pending._start()
@@ -199,6 +203,7 @@ def _plan_of(
     target: Path,
     model: nn.Module,
     optimizer: Optimizers | None,
+    ema: EMA | None,
     extra: dict[str, Json],
     assets: dict[str, bytes],
     peers: Peers,
@@ -207,7 +212,7 @@ def _plan_of(
     found: list[Contents] = []
 
     def look() -> None:
-        found.append(contents_of(model, optimizer))
+        found.append(contents_of(model, optimizer, ema))
         if peers.rank == 0:
             # What nobody could read back must not be found out at the end.
             _check_kept(extra, assets)
