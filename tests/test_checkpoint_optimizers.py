@@ -326,6 +326,18 @@ def test_quantised_state_is_refused_when_it_is_saved(tmp_path: Path) -> None:
     assert "Quantised state depends on how its parameter is sharded" in str(caught.value)
 
 
+def test_state_is_not_read_into_quantised_state_which_would_round_it(tmp_path: Path) -> None:
+    """It was saved where shards were too small to be quantised, for one."""
+    model = mlp()
+    optimizer = O.AdamW(model.parameters())
+    step(model, optimizer)
+    mics.save(tmp_path / "c", model=model, optimizer=optimizer)
+    state = optimizer.state[model[0].weight]
+    kept, state["exp_avg"] = state["exp_avg"], state["exp_avg"].clone().as_subclass(Quantised)
+    mics.load(tmp_path / "c", model=model, optimizer=optimizer)
+    assert same(optimizer.state[model[0].weight]["exp_avg"], kept)
+
+
 def test_a_refused_load_leaves_everything_as_it_was(tmp_path: Path) -> None:
     """The weights, state and options of optimizers, a scheduler, the random state, gradients."""
     for name, wide in (("model", True), ("optimizer", False)):
