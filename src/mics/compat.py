@@ -213,6 +213,40 @@ def placement_on(result: Any, info: Any) -> Any:
     return _Placement(placement=result.placement, mesh_info=info)
 
 
+def root_of(mesh: DeviceMesh) -> DeviceMesh:
+    """The mesh that a mesh was cut out of; itself if of none.
+
+    2.11 to 2.15: a mesh tells nobody what else there is beside its axes.
+    """
+    root: DeviceMesh = mesh._get_root_mesh()
+    return root
+
+
+def flattened(mesh: DeviceMesh, names: tuple[str, ...]) -> DeviceMesh:
+    """One axis of several, made once; collective over the mesh the first time.
+
+    2.11 to 2.15: what FSDP2 does with several names in ``dp_mesh_dims`` (2.12 and later), by the
+    same name, so that both share one group.
+    """
+    return mesh[names[0]] if len(names) == 1 else mesh[names]._flatten("_".join(names))
+
+
+def side_by_side(axes: list[DeviceMesh]) -> DeviceMesh:
+    """A mesh of axes of one mesh; 2.11 to 2.15: of flattened ones nothing public makes one."""
+    return axes[0] if len(axes) == 1 else DeviceMesh._concatenate(axes)
+
+
+def reduce_gradients_over(group: Any, names: tuple[str, ...]) -> None:
+    """Leave gradients that are partial sums over some axes to the group's reductions.
+
+    2.12 and later: FSDP2 does so for the axes that it reduces over, and completes the sums over
+    others itself. Hop 2 is ours.
+    """
+    for fsdp_param in group.fsdp_params:
+        axes = fsdp_param._spmd_mesh.mesh_dim_names
+        fsdp_param._dp_dim_indices |= {axes.index(name) for name in names}
+
+
 def is_replicated_by_torch(group: Any) -> bool:
     """Whether torch itself runs hop 2 for this parameter group (a 2-D mesh of its own)."""
     return bool(group._is_hsdp)

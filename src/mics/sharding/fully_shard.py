@@ -15,12 +15,13 @@ from mics import compat
 from mics.communication.forms import Collectives
 from mics.errors import ShardError
 from mics.ranks.device import default_device_type
-from mics.ranks.mesh import Groups, groups_of, post_forward_mesh, start
+from mics.ranks.mesh import Groups, post_forward_mesh, start
 from mics.ranks.whereabouts import during
 from mics.sharding.at_rest import rest_after_forward
 from mics.sharding.belonging import remember_replaced, remember_unit
+from mics.sharding.data_axes import Axes, axes_on, groups_on
 from mics.sharding.gather_hooks import check_gather_hooks
-from mics.sharding.other_axes import check_names, refuse_overlap, unsharded
+from mics.sharding.other_axes import unsharded
 from mics.sharding.placements import Placements
 from mics.sharding.same_model import check_same_model, on_meta
 from mics.sharding.same_start import same_start
@@ -58,7 +59,9 @@ def fully_shard(
             out means another dtype from torch 2.15 on.
         offload_policy: as FSDP2.
         ignored_params: as FSDP2.
-        dp_mesh_dims: as FSDP2 (torch 2.12 and later), one shard and at most one replicate axis.
+        dp_mesh_dims: torch's ``DataParallelMeshDims`` (2.12 and later): which axes of a mesh with
+            others beside them to shard and replicate over; several are flattened into one. As
+            FSDP2, and for plain parameters and those on the other axes too.
         collectives: "auto" measures flat against hierarchical once; or force one of them.
         gpus_per_node: k, if the mesh did not come from ``mics.init_mesh`` and the launcher's word
             is not right.
@@ -77,17 +80,12 @@ def fully_shard(
     """
     mesh = mesh if mesh is not None else _world_mesh()
     modules = module if isinstance(module, list) else [module]
-    if dp_mesh_dims is not None:
-        groups = groups_of(_axes(mesh, dp_mesh_dims), gpus_per_node=gpus_per_node)
-    else:
-        check_names(mesh)
-        groups = groups_of(mesh, gpus_per_node=gpus_per_node)
+    groups = groups_on(mesh, dp_mesh_dims, gpus_per_node)
     ignored = ignored_params or set()
     placements = Placements(shard_placement_fn, groups)
     elsewhere = placements.elsewhere(modules)
-    if dp_mesh_dims is None:
-        here = {name: p for name, p in unsharded(modules).items() if p not in elsewhere}
-        refuse_overlap(here, mesh)
+    here = {n: p for n, p in unsharded(modules).items() if p not in elsewhere and p not in ignored}
+    axes = axes_on(here, mesh, dp_mesh_dims, groups)
     arguments = {
         "reshard_after_forward": reshard_after_forward,
         "mp_policy": mp_policy,
@@ -120,19 +118,11 @@ def fully_shard(
         mp_policy=policy,
         offload_policy=offload_policy or OffloadPolicy(),
         ignored_params=ignored_params,
-        axes=None if dp_mesh_dims is None else Axes(mesh, dp_mesh_dims),
+        axes=axes,
         collectives=collectives,
         overlap=overlap,
     )
     return shard_unit(module, placements, options, reshard_after_forward)
-
-
-@dataclass(frozen=True)
-class Axes:
-    """A mesh with other axes beside those of the data, and which of them those are."""
-
-    mesh: DeviceMesh
-    dims: Any  # torch's DataParallelMeshDims
 
 
 @dataclass(frozen=True)
@@ -180,7 +170,7 @@ def shard_unit(
     if options.axes is not None:
         # Replication is left out: hop 2 is ours.
         dims = options.axes.dims
-        shard_only = type(dims)(shard=dims.shard_names[0])
+        shard_only = type(dims)(shard=dims.shard_names)
         keywords |= {"mesh": options.axes.mesh, "dp_mesh_dims": shard_only}
     modules = module if isinstance(module, list) else [module]
     with remember_replaced(modules):
@@ -189,6 +179,8 @@ def shard_unit(
         rest_after_forward(one)
     owner = modules[0]
     for group in compat.param_groups(owner):
+        if options.axes is not None:
+            compat.reduce_gradients_over(group, options.axes.dims.replicate_names)
         own = placements.of_group(compat.shard_group(group))
         if smaller is not None and own is groups:
             compat.reshard_to(group, smaller)
@@ -233,19 +225,3 @@ def _explicit(policy: MixedPrecisionPolicy) -> MixedPrecisionPolicy:
 def _world_mesh() -> DeviceMesh:
     world, _ = start()
     return init_device_mesh(default_device_type(), (world,), mesh_dim_names=("shard",))
-
-
-def _axes(mesh: DeviceMesh, dims: Any) -> DeviceMesh:
-    """The (replicate, shard) axes, or the shard axis alone, of a mesh with other axes beside them.
-
-    Raises:
-        ShardError: an axis would have to be flattened from several, or there is none to shard on.
-    """
-    names = [*dims.replicate_names, *dims.shard_names]
-    if len(dims.shard_names) != 1 or len(dims.replicate_names) > 1:
-        raise ShardError(
-            "dp_mesh_dims must name one shard axis and at most one replicate axis.",
-            numbers=f"It names shard={dims.shard!r}, replicate={dims.replicate!r}.",
-            write="a mesh whose ranks are flattened into those two axes from the start",
-        )
-    return mesh[tuple(names)]

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from mics.errors import MicroStepError
 from mics.sharding.open_step import OpenStep, open_step
@@ -26,6 +27,7 @@ def micro_steps(
     batches: Iterable[Batch],
     *,
     normalise: Literal["micro_steps"] | Callable[[Any], int | torch.Tensor] | None = None,
+    tokens_shared_over: DeviceMesh | None = None,
 ) -> Iterator[Batch]:
     """Iterate over the micro-batches of one step; hop 2 runs on the last one only.
 
@@ -47,7 +49,9 @@ def micro_steps(
             ``"micro_steps"``: their number, for losses that are means over a micro-batch.
             A function ``batch -> tokens`` (int or scalar tensor): the tokens of all micro-steps of
             all ranks, for losses that are *sums* over tokens. This is the exact mean per token
-            however unevenly tokens are spread.
+            however unevenly tokens are spread. Each rank counts the tokens of its own losses.
+        tokens_shared_over: ``mesh["cp"]`` if the function counts whole sequences, of which each
+            rank along it has a part (context parallelism): they are counted once.
 
     Raises:
         MicroStepError: no batch; ranks with different numbers of batches; gradient sync was
@@ -58,13 +62,17 @@ def micro_steps(
     refuse_unreduced(units_of(model))
     if normalise is not None and normalise != "micro_steps" and not callable(normalise):
         raise _no_choice(normalise, 'None, "micro_steps", or a function from a batch to its tokens')
-    return _loop(model, iter(batches), normalise)
+    if not callable(normalise):
+        _refuse_shared(tokens_shared_over)
+        return _loop(model, iter(batches), normalise)
+    counted, copies = normalise, _copies(model, tokens_shared_over)
+    return _loop(model, iter(batches), lambda batch: _share(counted(batch), copies))
 
 
 def _loop(
     model: nn.Module,
     batches: Iterator[Batch],
-    normalise: Literal["micro_steps"] | Callable[[Any], int | torch.Tensor] | None,
+    normalise: Literal["micro_steps"] | Callable[[Any], float | torch.Tensor] | None,
 ) -> Iterator[Batch]:
     nothing = object()
     batch: Any = next(batches, nothing)
@@ -98,6 +106,7 @@ def micro_step(
     last: bool | None,
     normalise: Literal["micro_steps"] | None = None,
     tokens: int | torch.Tensor | None = None,
+    tokens_shared_over: DeviceMesh | None = None,
 ) -> Iterator[None]:
     """Run the forward and backward of one micro-batch; hop 2 runs in the last one only.
 
@@ -123,6 +132,7 @@ def micro_step(
         tokens: tokens of this micro-batch on this rank, an int or a scalar tensor: the gradients
             are divided by the tokens of all micro-steps of all ranks, for losses that are *sums*
             over tokens. Give it to every micro-step of a step, or to none.
+        tokens_shared_over: as in ``micro_steps``.
 
     Raises:
         MicroStepError: ranks that run different numbers of micro-steps; gradient sync was switched
@@ -139,11 +149,16 @@ def micro_step(
             write="one of them",
         )
     kind: Literal["micro_steps", "tokens"] | None = "tokens" if tokens is not None else normalise
+    counted: float | torch.Tensor | None = None
+    if tokens is None:
+        _refuse_shared(tokens_shared_over)
+    else:
+        counted = _share(tokens, _copies(model, tokens_shared_over))
     step = open_step(model)
     if step is None or step.was_left or step.in_loop:
         step = OpenStep(model, normalise=kind, in_loop=False)
     step.check_normalise(kind)
-    with step.micro_step(model, last=last, tokens=tokens):
+    with step.micro_step(model, last=last, tokens=counted):
         yield
 
 
@@ -168,6 +183,44 @@ def finish_step(model: nn.Module) -> None:
             write="mics.finish_step(model) after micro-steps that said last=None",
         )
     step.finish(model)
+
+
+def _copies(model: nn.Module, shared_over: DeviceMesh | None) -> int:
+    """How many ranks count the same tokens.
+
+    Raises:
+        MicroStepError: tokens are not summed over them.
+    """
+    if shared_over is None:
+        return 1
+    shared = set(shared_over.mesh.flatten().tolist())
+    summed = [unit.groups.whole for unit in units_of(model)]
+    if not any(shared <= set(mesh.mesh.flatten().tolist()) for mesh in summed):
+        raise MicroStepError(
+            "Tokens are not summed over the ranks of tokens_shared_over, which are in no mesh that "
+            "the model is sharded and replicated over: each of them counts for itself.",
+            numbers=f"Its axes are {shared_over.mesh_dim_names}, its ranks {sorted(shared)}; the "
+            f"model's mesh has {summed[0].mesh_dim_names}.",
+            write='nothing for mesh["tp"], where all ranks count alike; mesh["cp"] of the mesh '
+            "whose other axes the model is sharded over",
+        )
+    return shared_over.size()
+
+
+def _share(tokens: int | torch.Tensor, copies: int) -> float | torch.Tensor:
+    """This rank's share of tokens that several count; in 64 bits, to sum up to their number."""
+    if copies == 1:
+        return tokens
+    return (tokens.to(torch.float64) if isinstance(tokens, torch.Tensor) else tokens) / copies
+
+
+def _refuse_shared(shared_over: DeviceMesh | None) -> None:
+    if shared_over is not None:
+        raise MicroStepError(
+            "tokens_shared_over was given where no tokens are counted.",
+            numbers=f"Its axes are {shared_over.mesh_dim_names}.",
+            write="normalise=function with it in micro_steps, tokens=number in micro_step",
+        )
 
 
 def _no_choice(normalise: object, choices: str) -> MicroStepError:

@@ -16,7 +16,7 @@ def divide_by_micro_steps(units: Sequence[Unit], micro_steps: int) -> None:
     _scale(units, lambda unit: 1.0 / micro_steps)
 
 
-def divide_by_tokens(units: Sequence[Unit], tokens: Sequence[int | torch.Tensor]) -> None:
+def divide_by_tokens(units: Sequence[Unit], tokens: Sequence[float | torch.Tensor]) -> None:
     """Make the mean per token, over all ranks, of gradients of losses that are sums over tokens.
 
     Args:
@@ -33,10 +33,10 @@ def _ranks_averaged(unit: Unit) -> float:
     return factor if factor is not None else unit.groups.shard.size() * unit.groups.num_replicas
 
 
-def _total(tokens: Sequence[int | torch.Tensor], unit: Unit) -> torch.Tensor:
+def _total(tokens: Sequence[float | torch.Tensor], unit: Unit) -> torch.Tensor:
     """Tokens of all micro-steps of all ranks, at least 1; no host synchronisation."""
     device = unit.groups.device
-    counts = [torch.as_tensor(n, device=device).to(torch.float64).reshape(()) for n in tokens]
+    counts = [torch.as_tensor(n, dtype=torch.float64, device=device).reshape(()) for n in tokens]
     total = torch.stack(counts).sum()
     for group in unit.groups.axes:
         all_reduce(total, group=group)

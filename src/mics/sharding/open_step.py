@@ -75,7 +75,7 @@ class OpenStep:
         self._running = False
         self._ended = False
         self._raised = False
-        self._tokens: list[int | torch.Tensor] = []
+        self._tokens: list[float | torch.Tensor] = []
         self._has_gradients = False
         self._left: list[weakref.ref[torch.Tensor] | None] | None = None
         self._state_dict_hook = model.register_state_dict_pre_hook(self._refuse_state_dict)  # type: ignore[no-untyped-call]
@@ -86,7 +86,7 @@ class OpenStep:
 
     @contextlib.contextmanager
     def micro_step(
-        self, model: nn.Module, *, last: bool | None, tokens: int | torch.Tensor | None
+        self, model: nn.Module, *, last: bool | None, tokens: float | torch.Tensor | None
     ) -> Iterator[None]:
         """Run the forward and backward of one micro-batch inside; end the step after the last.
 

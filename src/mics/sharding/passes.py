@@ -28,6 +28,7 @@ from mics.errors import MicroStepError, MicsWarning
 from mics.ranks.device import is_capturing
 from mics.ranks.mesh import Groups
 from mics.sharding.lockstep import Lockstep, Moment, Skippable, Use
+from mics.sharding.other_axes import refuse_left_out
 
 _ATTRIBUTE = "_mics_passes"
 
@@ -243,7 +244,11 @@ class _Nothing(torch.autograd.Function):
 
 
 def passes_of(unit: Member) -> Passes | None:
-    """The passes of a unit's tree on its mesh; ``None`` before the first forward of its root."""
+    """The passes of a unit's tree on its mesh; ``None`` before the first forward of its root.
+
+    Raises:
+        ShardError: ranks that see other tokens are in none of its meshes.
+    """
     root = compat.root_module(unit.group)
     if root is None:
         return None
@@ -251,6 +256,8 @@ def passes_of(unit: Member) -> Passes | None:
     key = id(unit.groups.shard)
     if key not in made:
         tree = unit.tree()
+        largest = max(tree, key=lambda one: one.groups.whole.size())
+        refuse_left_out(largest.groups.whole, compat.sharded_params(largest.group))
         average_over_all_ranks(tree)
         made[key] = Passes([one for one in tree if one.groups.shard is unit.groups.shard], root)
     return made[key]

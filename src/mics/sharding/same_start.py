@@ -6,16 +6,18 @@ train a patchwork inside a partition group and different models across replicas,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from mics import compat
 from mics.ranks import issuing
 from mics.ranks.console import say
 from mics.ranks.mesh import Groups, PerMesh
+from mics.sharding.other_axes import unsharded
 from mics.sharding.tensor_parts import plain_parts
 
 
@@ -39,7 +41,9 @@ def same_start(
 ) -> None:
     """Give every rank of the mesh the first rank's parameters and buffers.
 
-    Parameters that are sharded already, on the meta device, or ignored are left alone.
+    Parameters that are sharded already, on the meta device, or ignored are left alone. Of those on
+    an axis beside the mesh (tensor parallelism) each rank along it has its part, which is the first
+    rank's with that part; all else is equal along that axis too.
 
     Args:
         module: its parameters and buffers.
@@ -47,24 +51,39 @@ def same_start(
         ignored: parameters that are.
         elsewhere: parameters that have another mesh, whose ranks get those of its first rank.
     """
-    tensors: dict[Groups, dict[str, torch.Tensor]] = {groups: {}}
-    for name, param in module.named_parameters():
-        if not isinstance(param, DTensor) and not param.is_meta and param not in ignored:
-            tensors.setdefault(elsewhere.get(param, groups), {})[name] = param
-    tensors[groups] |= {name: one for name, one in module.named_buffers() if not one.is_meta}
-    for mesh, alike in tensors.items():
+    tensors: dict[tuple[dist.ProcessGroup, ...], dict[str, torch.Tensor]] = {}
+    home = tuple(groups.axes[::-1])
+    everywhere = (*_beside(module, groups), *home)
+    found = {n: p for n, p in unsharded([module]).items() if p not in ignored}
+    for name, tensor in [*found.items(), *module.named_buffers()]:
+        if tensor.is_meta:
+            continue
+        if isinstance(tensor, nn.Parameter) and tensor in elsewhere:
+            chain = tuple(elsewhere[tensor].axes[::-1])
+        else:
+            chain = home if isinstance(tensor, DTensor) else everywhere
+        tensors.setdefault(chain, {})[name] = compat.local_of(tensor.detach())
+    for chain, alike in tensors.items():
         parts = dict(part for pair in alike.items() for part in plain_parts(*pair))
         if parts:
-            _give_firsts(parts, mesh)
+            _give_firsts(parts, groups, chain)
+
+
+def _beside(module: nn.Module, groups: Groups) -> list[dist.ProcessGroup]:
+    """The groups of the axes beside those of the data that parameters of a module are on."""
+    meshes = [param.device_mesh for param in module.parameters() if isinstance(param, DTensor)]
+    found = [group for mesh in dict.fromkeys(meshes) for group in mesh.get_all_groups()]
+    return [group for group in dict.fromkeys(found) if group not in groups.axes]
 
 
 @torch.no_grad()
-def _give_firsts(tensors: Mapping[str, torch.Tensor], groups: Groups) -> None:
+def _give_firsts(
+    tensors: Mapping[str, torch.Tensor], groups: Groups, chain: Sequence[dist.ProcessGroup]
+) -> None:
     """Compare fingerprints first, so that equal values cost one small message."""
     names = list(tensors)
     mine = torch.stack([fingerprint(tensors[name]).to(groups.device) for name in names])
     different = torch.zeros(len(names), dtype=torch.int32, device=groups.device)
-    chain = groups.axes[::-1]
     for group in chain:
         rows = torch.empty(group.size() * len(names), dtype=torch.int64, device=groups.device)
         issuing.all_gather(rows, mine, group)
@@ -98,8 +117,10 @@ def fingerprint(tensor: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def _broadcast_first(tensor: torch.Tensor, groups: Groups, chain: list[dist.ProcessGroup]) -> None:
+def _broadcast_first(
+    tensor: torch.Tensor, groups: Groups, chain: Sequence[dist.ProcessGroup]
+) -> None:
     on_device = tensor.detach().to(groups.device).contiguous()
-    for group in chain:  # across replicas first, then inside each partition group
+    for group in chain:  # axis by axis
         issuing.broadcast(on_device, group)
     tensor.copy_(on_device)

@@ -34,14 +34,15 @@ from mics.ranks.mesh import (
 from mics.ranks.whereabouts import during, world_group
 from mics.recipe import Recipe
 from mics.sharding.belonging import remember_replaced
+from mics.sharding.data_axes import Axes, axes_on, groups_on
 from mics.sharding.fully_shard import UnitOptions, shard_unit
 from mics.sharding.gather_ahead import gather_ahead
 from mics.sharding.gather_hooks import check_gather_hooks
 from mics.sharding.initialisers import Initialise
 from mics.sharding.materialise import Materialiser
 from mics.sharding.other_axes import (
-    check_names,
-    refuse_overlap,
+    refuse_left_out,
+    refuse_parallel_on_meta,
     refuse_sharded_over_all,
     unsharded,
 )
@@ -60,6 +61,7 @@ def shard(
     *,
     partition: int | Literal["auto"] | PartitionChoice = "auto",
     mesh: DeviceMesh | None = None,
+    dp_mesh_dims: Any = None,
     gpus_per_node: int | None = None,
     blocks: Blocks = None,
     reshard_after_forward: bool | int | None = None,
@@ -84,6 +86,7 @@ def shard(
         partition: p; "auto" takes the smallest that holds the model states and two blocks in 70 %
             of a device. A choice made elsewhere comes with its reason.
         mesh: a mesh to use instead of making one; then ``partition`` must be left alone.
+        dp_mesh_dims: as ``fully_shard``: the axes of ``mesh`` to shard and replicate over.
         gpus_per_node: k, by default what the launcher says.
         blocks: block classes, block modules or a predicate, where they cannot be guessed.
         reshard_after_forward: as FSDP2's, for the blocks; the root follows FSDP2's default.
@@ -118,8 +121,6 @@ def shard(
         collectives=collectives,
         overlap=overlap,
     )
-    # What a block returns is the next one's input.
-    inner = replace(options, mp_policy=replace(policy, output_dtype=None))
     ignored = ignored_params or set()
     arguments = [
         f"partition={partition}",
@@ -132,12 +133,19 @@ def shard(
     ]
     asked = _Asked(model, blocks, ignored, arguments)
     if mesh is None:
+        _refuse_axes_of_no_mesh(dp_mesh_dims)
         found, groups, reason = _on_new_mesh(asked, partition, gpus_per_node, policy)
     else:
-        found, groups, reason = _on_given_mesh(asked, partition, gpus_per_node, mesh)
+        _refuse_partition_of(mesh, partition)
+        groups = groups_on(mesh, dp_mesh_dims, gpus_per_node)
+        found, axes = asked.agree_on_mesh(mesh, dp_mesh_dims, groups)
+        options = replace(options, axes=axes)
+        reason = f"partition {groups.shard.size()}: the mesh's"
     check_gather_hooks(
         [model], groups, policy, ignored=ignored, reshard_after_forward=reshard_after_forward
     )
+    # What a block returns is the next one's input.
+    inner = replace(options, mp_policy=replace(policy, output_dtype=None))
     whole = f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters"
     same_start(model, groups, ignored)
     materialiser = Materialiser(
@@ -202,6 +210,16 @@ class _Asked:
             raise failed
         return list(found.values())
 
+    def agree_on_mesh(
+        self, mesh: DeviceMesh, dims: Any, groups: Groups
+    ) -> tuple[list[nn.Module], Axes | None]:
+        """The blocks, and which axes of a given mesh the data is on; see ``axes_on``."""
+        params = {n: p for n, p in unsharded([self.model]).items() if p not in self.ignored}
+        refuse_parallel_on_meta(params)
+        refuse_left_out(groups.whole, list(params.values()))
+        axes = axes_on(params, mesh, dims, groups)
+        return self.agree(groups.axes, groups.device, groups.gpus_per_node), axes
+
 
 def _materialise(
     module: nn.Module, materialiser: Materialiser, groups: Groups, ignored: set[nn.Parameter]
@@ -221,24 +239,24 @@ def _spelled(blocks: Blocks) -> str:
     return blocks.__name__ if isinstance(blocks, type) else "a function"
 
 
-def _on_given_mesh(
-    asked: _Asked,
-    partition: int | Literal["auto"] | PartitionChoice,
-    gpus_per_node: int | None,
-    mesh: DeviceMesh,
-) -> tuple[list[nn.Module], Groups, str]:
-    """The blocks, the groups of a mesh, and why the partition is what it is."""
+def _refuse_partition_of(
+    mesh: DeviceMesh, partition: int | Literal["auto"] | PartitionChoice
+) -> None:
     if partition != "auto":
         raise ShardError(
             "mesh and partition were both given.",
             numbers=f"The mesh has shape {tuple(mesh.shape)}, partition = {partition}.",
             write="one of them",
         )
-    check_names(mesh)
-    groups = groups_of(mesh, gpus_per_node=gpus_per_node)
-    refuse_overlap(unsharded([asked.model]), mesh)
-    found = asked.agree(groups.axes, groups.device, groups.gpus_per_node)
-    return found, groups, f"partition {groups.shard.size()}: the mesh's"
+
+
+def _refuse_axes_of_no_mesh(dims: Any) -> None:
+    if dims is not None:
+        raise ShardError(
+            "dp_mesh_dims names axes of a mesh, and no mesh was given.",
+            numbers=f"It names shard={dims.shard!r}, replicate={dims.replicate!r}.",
+            write="mesh= and dp_mesh_dims=, or partition= alone",
+        )
 
 
 def _on_new_mesh(
