@@ -65,7 +65,7 @@ class Run:
     gpus_per_node: int = 2
     micro_steps: int = 3
     collectives: str = "auto"
-    steps: int = 3
+    steps: int = 2  # the second has the weights, gradients and optimizer state that the first left
     optimizer: str = "sgd"
     clip: float | None = None
     model: dict[str, Any] = field(default_factory=dict)

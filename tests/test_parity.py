@@ -97,7 +97,7 @@ IN_EVERYTHING = [
 )
 def test_oddities_equal_single_process(oddity: str) -> None:
     runs = [
-        Run(p, 2, collectives=form, steps=3, micro_steps=2, **ODDITIES[oddity])
+        Run(p, 2, collectives=form, micro_steps=2, **ODDITIES[oddity])
         for p, form in [(2, "flat"), (4, "hierarchical"), (8, "hierarchical")]
         if oddity != "reshard_after_forward 2" or p > 2
     ]
@@ -133,7 +133,7 @@ def test_bf16_stays_within_bf16_rounding() -> None:
 def test_partition_size_changes_only_the_rounding_of_the_reduction_order() -> None:
     """Layouts agree with each other in bf16 too, far closer than bf16 rounds."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    runs = [Run(p, 2, collectives="flat", mp_policy=policy, steps=2) for p in (1, 2, 4, 8)]
+    runs = [Run(p, 2, collectives="flat", mp_policy=policy) for p in (1, 2, 4, 8)]
     outcomes = run_ranks(_train_all, WORLD, runs)[0]
     for other in outcomes[1:]:
         assert distance(other, outcomes[0]) <= 2**-9

@@ -445,7 +445,7 @@ def _towers(partition: int, gpus_per_node: int, overlap: bool) -> list[str]:
         alone = Towers()
         torch.manual_seed(0)
         model = Towers()
-        mesh = mics.init_mesh(partition=partition, gpus_per_node=gpus_per_node)
+        mesh = mesh_of_rank(partition, gpus_per_node)
         for unit in model.units():
             mics.fully_shard(unit, mesh=mesh, overlap=overlap)
         for step in range(2):
