@@ -7,6 +7,7 @@ the one process.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import pytest
@@ -28,6 +29,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 import mics
+from mics.errors import MicroStepError
 from mics.sharding.units import units_of
 
 FP32 = MixedPrecisionPolicy()
@@ -276,3 +278,34 @@ def _context_parallel(how: str) -> list[str]:
 @pytest.mark.parametrize("how", ["shard", "fully_shard"])
 def test_context_parallel_models_train_as_in_one_process_with_tokens_counted_once(how: str) -> None:
     assert run_ranks(quiet, 4, lambda: _context_parallel(how)) == [[]] * 4
+
+
+def test_tokens_shared_over_ranks_that_are_not_added_up_are_refused() -> None:
+    def rank() -> list[str]:
+        mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("shard", "tp"))
+        model = mics.fully_shard(nn.Linear(2, 2), mesh=mesh["shard"])
+        calls: list[Callable[[], Any]] = [
+            lambda: mics.micro_steps(model, [1], normalise=int, tokens_shared_over=mesh["tp"]),
+            lambda: mics.micro_step(
+                model, last=True, tokens=1, tokens_shared_over=mesh["tp"]
+            ).__enter__(),
+            lambda: mics.micro_steps(
+                model, [1], normalise="micro_steps", tokens_shared_over=mesh["shard"]
+            ),
+            lambda: mics.micro_step(model, last=True, tokens_shared_over=mesh["shard"]).__enter__(),
+        ]
+        texts = []
+        for call in calls:
+            with pytest.raises(MicroStepError) as raised:
+                call()
+            texts.append(str(raised.value))
+        return texts
+
+    for texts in run_ranks(rank, 2):
+        for text in texts[:2]:
+            assert "Tokens are not summed over the ranks of tokens_shared_over" in text
+            assert "Its axes are ('tp',), its ranks [0, 1]; the model's mesh has ('sh" in text
+            assert 'mesh["cp"] of the mesh whose other axes' in text
+        for text in texts[2:]:
+            assert "tokens_shared_over was given where no tokens are counted" in text
+            assert "Its axes are ('shard',)" in text and "tokens=number in micro_step" in text

@@ -15,9 +15,9 @@ from mics.commands import VERBS
 
 PUBLIC = """
     __version__ traffic
-    init_mesh fully_shard shard micro_steps micro_step finish_step steps clip_grad_norm_ EMA
-    WholeStep ledger predict_traffic save load save_adapters load_adapters plan simulate Cluster
-    Topology
+    init_mesh fully_shard shard micro_steps micro_step finish_step steps clip_grad_norm_
+    get_total_norm EMA WholeStep ledger predict_traffic save load save_adapters load_adapters plan
+    simulate Cluster Topology
     MicsError TopologyError DisagreementError ShardError MicroStepError ConfigError DataError
     CheckpointError PlanError RankError MicsWarning
 """

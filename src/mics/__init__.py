@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from mics.ranks.mesh import init_mesh as init_mesh
     from mics.sharding.average import EMA as EMA
     from mics.sharding.clipping import clip_grad_norm_ as clip_grad_norm_
+    from mics.sharding.clipping import get_total_norm as get_total_norm
     from mics.sharding.fully_shard import fully_shard as fully_shard
     from mics.sharding.micro_steps import finish_step as finish_step
     from mics.sharding.micro_steps import micro_step as micro_step
@@ -64,6 +65,7 @@ _HOME = {
     "clip_grad_norm_": "mics.sharding.clipping",
     "fully_shard": "mics.sharding.fully_shard",
     "finish_step": "mics.sharding.micro_steps",
+    "get_total_norm": "mics.sharding.clipping",
     "init_mesh": "mics.ranks.mesh",
     "ledger": "mics.sharding.prediction",
     "load": "mics.checkpoint",

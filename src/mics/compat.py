@@ -864,6 +864,26 @@ def divide_all(tensors: list[torch.Tensor], divisor: float) -> None:
     torch._foreach_div_(tensors, divisor)
 
 
+def norms(tensors: list[torch.Tensor], order: float, foreach: bool | None) -> list[torch.Tensor]:
+    """The norms of tensors, one by one or by one kernel for those of a device and dtype.
+
+    2.11 to 2.15: what ``torch.nn.utils.get_total_norm`` uses, which cannot be told to add up
+    16-bit values in 32 bits.
+    """
+    found: list[torch.Tensor] = []
+    alike: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+    for tensor in tensors:
+        real = tensor.abs() if tensor.is_complex() else tensor
+        alike.setdefault((real.device, real.dtype), []).append(real)
+    for (_, dtype), group in alike.items():
+        wide = torch.promote_types(dtype, torch.float32)
+        if foreach is False:
+            found += [torch.linalg.vector_norm(one, order, dtype=wide) for one in group]
+        else:
+            found += torch._foreach_norm(group, order, dtype=wide)
+    return found
+
+
 # -- modules and operators -----------------------------------------------------------------------
 
 # 2.11 to 2.15: what ``Tensor.item`` runs; no public operator reads a value.

@@ -51,6 +51,10 @@ class ConfigError(MicsError, ValueError):
     """Options of a run that are unknown, contradict each other or cannot be honoured."""
 
 
+class NormError(MicsError, RuntimeError):
+    """A norm of gradients that is not finite, where it has to be."""
+
+
 class DataError(MicsError, ValueError):
     """Text, tokens or sequences that a model cannot be trained on."""
 

@@ -96,6 +96,11 @@ def remember_unit(unit: Unit) -> None:
     _known.changes += 1
 
 
+def known_units() -> list[Unit]:
+    """The units of this process, oldest first."""
+    return list(_known.units)
+
+
 def units_by_param() -> dict[int, Unit]:
     """The unit of every sharded parameter of this process, by the parameter's id."""
     return {id(p): unit for unit in _known.units for p in compat.sharded_params(unit.group)}

@@ -1,173 +1,180 @@
 """The norm of whole gradients, over every mesh and every shard, and gradients clipped by it.
 
-torch's ``clip_grad_norm_`` gives the same for norms of finite order over one mesh. It raises where
-a shard is empty and the norm is the largest value, on the ranks that have such a shard, and where
-parameters are on several meshes. Experts that fewer ranks hold than the rest are counted once each.
+torch's ``get_total_norm`` and ``clip_grad_norm_`` give the same for norms of finite order over one
+mesh. They raise where a shard is empty and the norm is the largest value, on the ranks that have
+such a shard, and where parameters are on several meshes; of gradients in 16 bits they add up in 16
+bits. Experts that fewer ranks hold than the rest are counted once each.
+
+Nothing is read from a device here, but for ``error_if_nonfinite``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.distributed.tensor import DTensor, Replicate
+from torch.nn.utils import clip_grads_with_norm_
 
-from mics.errors import ConfigError
+from mics import compat
+from mics.errors import ConfigError, NormError
 from mics.ranks.issuing import all_reduce
-from mics.ranks.mesh import Groups
-from mics.sharding.belonging import units_by_param
+from mics.sharding.spread import Spread, spread_of
+
+_WIDE = (torch.float64, torch.complex128)
 
 
-@dataclass(frozen=True)
-class _Split:
-    """How a gradient is spread over ranks.
+@torch.no_grad()
+def get_total_norm(
+    tensors: torch.Tensor | Iterable[torch.Tensor],
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> torch.Tensor:
+    """The norm of tensors, whole ones and shards, all taken as one vector.
 
-    Attributes:
-        mesh: of its shards; a whole one has none.
-        axes: of the mesh, those it is sharded over.
-        holders: the ranks that have a part of it or a copy, if the others have another gradient in
-            its place, as with experts; 0 if there are no others.
+    As ``torch.nn.utils.get_total_norm``: give it gradients, as
+    ``[p.grad for p in model.parameters() if p.grad is not None]``; of parameters it is the norm of
+    the weights. Collective over the ranks that hold shards, not over replicas, but for experts of
+    which a partition group has not all. All ranks pass what they have of the same parameters.
+
+    Args:
+        tensors: one or more; shards are DTensors.
+        norm_type: the order of the norm, above 0; ``inf`` takes the largest absolute value.
+        error_if_nonfinite: raise where the norm is not finite; waits for the device.
+        foreach: as torch's: False takes one kernel for each tensor, None and True one for many.
+
+    Returns:
+        The same on every rank, in 32 bits or more. Shape ().
+
+    Raises:
+        ConfigError: there is no norm of this order, or it cannot be told who holds a tensor.
+        NormError: it is not finite (a RuntimeError, as torch's).
     """
-
-    mesh: DeviceMesh | None = None
-    axes: tuple[int, ...] = ()
-    holders: int = 0
+    found = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
+    _check_order(norm_type)
+    spread = spread_of(found)
+    return _finite(_norm(spread, found, norm_type, foreach), norm_type, error_if_nonfinite)
 
 
 @torch.no_grad()
 def clip_grad_norm_(
-    parameters: torch.Tensor | Iterable[torch.Tensor], max_norm: float, norm_type: float = 2.0
+    parameters: torch.Tensor | Iterable[torch.Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
 ) -> torch.Tensor:
     """Scale gradients in place so that their norm is at most ``max_norm``.
 
     As ``torch.nn.utils.clip_grad_norm_``, for every norm, also where a rank's shard is empty and
-    where parameters are on several meshes. Collective over the ranks that hold shards, which all
-    pass the same parameters.
+    where parameters are on several meshes. Collective as ``get_total_norm``; all ranks pass the
+    same parameters.
 
     Args:
         parameters: one or more, sharded or whole.
         max_norm: of the gradients of all of them, taken as one vector.
         norm_type: the order of the norm, above 0; ``inf`` takes the largest absolute value.
+        error_if_nonfinite: raise where the norm is not finite; waits for the device.
+        foreach: as torch's.
 
     Returns:
-        The norm before clipping, the same on every rank. Shape ().
+        The norm before clipping, the same on every rank, in 32 bits or more. Shape ().
 
     Raises:
         ConfigError: there is no norm of this order.
+        NormError: it is not finite (a RuntimeError, as torch's); no gradient has been scaled.
     """
     params = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
-    norm = gradient_norm(params, norm_type)
-    for alike in _by_split(params).values():  # torch scales DTensors of one mesh at a time
-        with_gradient = [param for param in alike if param.grad is not None]
-        clip_grads_with_norm_(with_gradient, max_norm, norm)
+    _check_order(norm_type)
+    spread = spread_of(params)
+    gradients = [param.grad for param in params]
+    norm = _finite(_norm(spread, gradients, norm_type, foreach), norm_type, error_if_nonfinite)
+    for split in spread.splits:  # torch scales DTensors of one mesh at a time
+        alike = [p for p, one in zip(params, spread.of, strict=True) if one == split]
+        clip_grads_with_norm_(alike, max_norm, norm, foreach)
     return norm
 
 
-@torch.no_grad()
-def gradient_norm(parameters: Iterable[torch.Tensor], norm_type: float = 2.0) -> torch.Tensor:
-    """The norm of the gradients that parameters have, taken as one vector.
-
-    Collective, as ``clip_grad_norm_``.
-
-    Returns:
-        Shape (), in 32 bits or more.
+def _check_order(norm_type: float) -> None:
+    """Refuse what is not the order of a norm.
 
     Raises:
-        ConfigError: there is no norm of this order.
+        ConfigError: it is not.
     """
     if not norm_type > 0:
         raise ConfigError(
             f"norm_type = {norm_type} is not the order of a norm.", write="norm_type=2.0, or inf"
         )
-    params, units = list(parameters), units_by_param()
-    ours = [units[id(param)].groups for param in params if id(param) in units]
-    everybody = max(ours, key=lambda groups: groups.whole.size(), default=None)
-    norms = []
-    for split, alike in _by_split(params).items():
-        norm = _norm_of(split, [_local(p.grad) for p in alike if p.grad is not None], norm_type)
-        if split.holders and everybody is not None:
-            norm = _over_others(norm, split.holders, everybody, norm_type)
-        norms.append(norm)
-    return _together(norms, norm_type) if norms else torch.zeros(())
 
 
-def _by_split(parameters: Iterable[torch.Tensor]) -> dict[_Split, list[torch.Tensor]]:
-    """Parameters by how they are split, in the same order on every rank, whatever has gradients."""
-    params, units = list(parameters), units_by_param()
-    groups = {id(p): units[id(p)].groups for p in params if id(p) in units}
-    most = max((one.whole.size() for one in groups.values()), default=0)
-    found: dict[_Split, list[torch.Tensor]] = {}
-    for param in params:
-        holders = _num_holders(param, groups[id(param)], most) if id(param) in groups else 0
-        found.setdefault(_split_of(param, holders), []).append(param)
-    return found
-
-
-def _num_holders(param: torch.Tensor, groups: Groups, most: int) -> int:
-    """``holders`` of a split, where the units of some parameters are on ``most`` ranks.
-
-    One DTensor may hold all experts, spread over ranks beside those that it is sharded over.
-    """
-    holders = groups.whole.size()
-    if isinstance(param, DTensor) and holders < most:
-        holders = param.device_mesh.size() * groups.num_replicas
-    return holders if holders < most else 0
-
-
-def _split_of(param: torch.Tensor, holders: int) -> _Split:
-    if not isinstance(param, DTensor):
-        return _Split()
-    axes = tuple(i for i, placed in enumerate(param.placements) if not placed.is_replicate())
-    return _Split(param.device_mesh, axes, holders)
-
-
-def _local(gradient: torch.Tensor) -> torch.Tensor:
-    if not isinstance(gradient, DTensor):
-        return gradient
-    assert not any(isinstance(placed, Partial) for placed in gradient.placements)
-    return gradient.to_local()
-
-
-def _norm_of(split: _Split, shards: list[torch.Tensor], order: float) -> torch.Tensor:
-    """The norm of gradients that are split in one way, over all ranks that hold a part."""
-    full = [shard for shard in shards if shard.numel()]  # of nothing there is no largest value
-    norm: torch.Tensor = get_total_norm(full, order) if full else torch.zeros(())
-    norm = norm.to(torch.promote_types(norm.dtype, torch.float32))
-    if split.mesh is None:
-        return norm
-    norm = norm.to(split.mesh.device_type)
-    return _over_ranks(norm, [split.mesh.get_group(axis) for axis in split.axes], order)
-
-
-def _over_others(norm: torch.Tensor, holders: int, everybody: Groups, order: float) -> torch.Tensor:
-    """The norm of all gradients that ranks have in each other's place, each held by as many."""
-    share = norm if math.isinf(order) else norm / holders ** (1 / order)
-    return _over_ranks(share, everybody.axes, order)
-
-
-def _over_ranks(
-    norm: torch.Tensor, groups: Iterable[dist.ProcessGroup], order: float
-) -> torch.Tensor:
-    for group in groups:
-        if math.isinf(order):
-            norm = norm.nan_to_num(nan=math.inf)  # a maximum need not see what is no number
-            all_reduce(norm, dist.ReduceOp.MAX, group, name="norm of the gradients")
-        else:
-            norm = norm.pow(order)
-            all_reduce(norm, group=group, name="norm of the gradients")
-            norm = norm.pow(1 / order)
+def _finite(norm: torch.Tensor, order: float, wanted: bool) -> torch.Tensor:
+    if wanted and not bool(norm.isfinite()):
+        raise NormError(
+            f"The norm of order {order} is not finite, so nothing can be clipped by it.",
+            numbers=f"It is {float(norm)}.",
+            write="optimizer.zero_grad() and the next step; or error_if_nonfinite=False",
+        )
     return norm
 
 
-def _together(norms: list[torch.Tensor], order: float) -> torch.Tensor:
-    first, *rest = norms
-    if not rest:
-        return first
-    stacked = torch.stack([norm.to(first.device) for norm in norms])
-    together: torch.Tensor = torch.linalg.vector_norm(stacked, order)
-    return together
+def _norm(
+    spread: Spread, tensors: Sequence[torch.Tensor | None], order: float, foreach: bool | None
+) -> torch.Tensor:
+    """The norm over all ranks of what each split has of tensors (``None`` is nothing)."""
+    double = any(one is not None and one.dtype in _WIDE for one in tensors)
+    sums = []
+    for split in spread.splits:
+        mine = [
+            _local(tensor)
+            for tensor, one in zip(tensors, spread.of, strict=True)
+            if one == split and tensor is not None
+        ]
+        part = _sum_of(mine, order, foreach)
+        if split.mesh is not None:
+            part = part.to(split.mesh.device_type)
+            part = _over_ranks(part, [split.mesh.get_group(axis) for axis in split.axes], order)
+        if split.copies:
+            part = part if math.isinf(order) else part / split.copies
+            part = _over_ranks(part, spread.others, order)
+        sums.append(part)
+    if not sums:
+        return torch.zeros(())
+    stacked = torch.stack([part.to(sums[0].device) for part in sums])
+    norm = stacked.max() if math.isinf(order) else stacked.sum().pow(1 / order)
+    return norm if double else norm.to(torch.float32)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    if not isinstance(tensor, DTensor):
+        return tensor
+    if any(placed.is_partial() for placed in tensor.placements):
+        whole = [Replicate() if one.is_partial() else one for one in tensor.placements]
+        tensor = tensor.redistribute(placements=whole)
+    return tensor.to_local()
+
+
+def _sum_of(shards: list[torch.Tensor], order: float, foreach: bool | None) -> torch.Tensor:
+    """The sum of absolute values to the power of ``order``, or the largest; 64 bits, shape ()."""
+    full = [shard for shard in shards if shard.numel()]  # of nothing there is no largest value
+    if not full:
+        return torch.zeros((), dtype=torch.float64)
+    norms = [norm.to(torch.float64) for norm in compat.norms(full, order, foreach)]
+    stacked = torch.stack([norm.to(full[0].device) for norm in norms])
+    return stacked.max() if math.isinf(order) else stacked.pow(order).sum()
+
+
+def _over_ranks(
+    part: torch.Tensor, groups: Iterable[dist.ProcessGroup], order: float
+) -> torch.Tensor:
+    for group in groups:
+        if group.size() == 1:
+            continue
+        if math.isinf(order):
+            part = part.nan_to_num(nan=math.inf)  # a maximum need not see what is no number
+            all_reduce(part, dist.ReduceOp.MAX, group, name="norm of the gradients")
+        else:
+            all_reduce(part, group=group, name="norm of the gradients")
+    return part

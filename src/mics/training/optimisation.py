@@ -6,9 +6,8 @@ import math
 
 import torch
 from torch import nn
-from torch.nn.utils import clip_grads_with_norm_
 
-from mics.sharding.clipping import gradient_norm
+from mics.sharding.clipping import clip_grad_norm_, get_total_norm
 from mics.training.config import OptimizerConfig
 
 MEMORY = "adamw-fused"
@@ -61,7 +60,6 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
         group["lr"] = value
 
 
-@torch.no_grad()
 def clip_gradients(model: nn.Module, largest: float) -> torch.Tensor:
     """Scale the gradients so that their global norm is at most ``largest``; 0 leaves them.
 
@@ -71,8 +69,6 @@ def clip_gradients(model: nn.Module, largest: float) -> torch.Tensor:
     Returns:
         The norm before clipping, shape ().
     """
-    params = [param for param in model.parameters() if param.grad is not None]
-    norm = gradient_norm(params)
     if largest > 0:
-        clip_grads_with_norm_(params, largest, norm)
-    return norm
+        return clip_grad_norm_(model.parameters(), largest)
+    return get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
