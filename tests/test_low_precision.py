@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from low_precision import Float8, Int8, Way, cast_linears, unquantised
+from low_precision import Cast, Float8, Int8, Way, cast_linears, unquantised
 from ranks import mesh_of_rank, run_ranks
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -206,6 +206,58 @@ def test_a_gather_of_few_bits_is_predicted_before_the_first_and_counted_in_its_o
     assert run_ranks(both, 2) == [[(12, 12), (28, 28)]] * 2
 
 
+class _Whole(Cast):
+    """A whole weight that knows few operators, as torchao's float8 ones do."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.zeros_like.default:
+            raise NotImplementedError(func)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+class _Wrapped(Int8):
+    """Gives a whole weight of another type to the model."""
+
+    def fsdp_post_all_gather(
+        self, gathered: Any, _: Any, dtype: torch.dtype, *, out: torch.Tensor | None = None
+    ) -> Any:
+        inner = None if out is None else out.values  # type: ignore[attr-defined]
+        given = super().fsdp_post_all_gather(gathered, _, dtype, out=inner)
+        return None if given is None else (_Whole(given[0]), given[1])
+
+
+class _Branches(nn.Module):
+    """Uses one of two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(2))
+
+    def forward(self, x: torch.Tensor, layer: int) -> torch.Tensor:
+        return self.layers[layer](x)
+
+
+def test_a_weight_that_one_rank_alone_uses_gets_its_gradient_whatever_its_type() -> None:
+    def gradients(kind: type[Int8]) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = _Branches()
+        for layer in model.layers:
+            layer.weight = nn.Parameter(kind(layer.weight.detach()))
+        mics.fully_shard(model, mesh=mesh_of_rank(2), mp_policy=FULL)
+        rank = dist.get_rank()
+        for layer in (0, rank):  # rank 0 never uses the second
+            model(torch.full((2, WIDTH), 1.0 + rank), layer).sum().backward()
+        return [p.grad.full_tensor() for p in model.parameters()]  # type: ignore[union-attr]
+
+    def both() -> list[list[torch.Tensor]]:
+        return [gradients(Int8), gradients(_Wrapped)]
+
+    for plain, wrapped in run_ranks(both, 2):
+        assert plain[1][0, 0] == 2 * 2 / 2  # two rows of 2 on rank 1, mean over two ranks
+        assert all(map(torch.equal, plain, wrapped))
+
+
 class _Raises(Int8):
     def fsdp_pre_all_gather(self, mesh: Any) -> Any:
         raise RuntimeError("no scale yet")
@@ -261,7 +313,7 @@ def test_what_fsdp2_would_fail_at_later_is_refused_before_anything_changes() -> 
     assert "FSDP2 cannot reshard such parameters to fewer ranks after forward" in fewer
     assert "Its tensor is of type Float8; reshard_after_forward = 2." in fewer
     assert "Write: reshard_after_forward=True" in fewer
-    assert "weight cannot be asked what is gathered of it" in raising
+    assert "weight cannot be split and asked what is gathered of it" in raising
     assert "_Raises of shape [4, 4]: RuntimeError: no scale yet" in raising
     assert "rank(s) 1 differ from rank 0" in types
     assert "Int8(values torch.float32)" in types and "Float8(values torch.float32)" in types
@@ -330,6 +382,7 @@ def test_few_bits_start_alike_from_the_meta_device_and_are_kept_at_any_layout(
             assert torch.equal(one.full_tensor(), two.full_tensor())
             state = optimizer.state[one]["exp_avg"], later.state[two]["exp_avg"]
             assert torch.equal(state[0].full_tensor(), state[1].full_tensor())
+            assert type(state[1].to_local()) is torch.Tensor
         x = torch.ones(1, WIDTH)
         assert torch.equal(model(x), other(x))
 
@@ -353,3 +406,22 @@ def test_few_bits_start_alike_from_the_meta_device_and_are_kept_at_any_layout(
         assert "(16, 16) float32 Stored(few torch.int8, scale torch.float32)" in said
         assert "Write: the adapters alone, or the parameter in a dtype of torch" in said
     assert not (tmp_path / "stored").exists()
+
+
+def test_a_plan_says_what_it_assumes_of_few_bits() -> None:
+    def loss(model: Any, micro_batch: int, sequence: int) -> torch.Tensor:
+        x = torch.zeros(micro_batch, sequence, WIDTH, device="meta", dtype=torch.bfloat16)
+        value: torch.Tensor = model(x).sum()
+        return value
+
+    def caveats(model: nn.Module) -> str:
+        return "\n".join(mics.plan(model, "p4d:2", sequence=64, loss=loss, blocks=Block).caveats())
+
+    said = "which say themselves what is gathered of them, as bfloat16, in memory and on the links"
+    assert said not in caveats(_net())
+    ways: tuple[Way, ...] = ("float8", "stored")
+    for way in ways:
+        model = _net()
+        cast_linears(model, way)
+        assert f"Assumed: 2,560 parameters, {said}." in caveats(model)
+        assert type(model[0].weight.detach()) is not torch.Tensor  # the user's model is as it was

@@ -306,8 +306,24 @@ def fill_unused_gradients(group: Any) -> list[bool]:
             or (whole is not None and whole.grad is not None)
         )
         if whole is not None and not used[-1]:
-            whole.grad = torch.zeros_like(whole)
+            whole.grad = _zeros_of(whole)
     return used
+
+
+def _zeros_of(whole: torch.Tensor) -> torch.Tensor:
+    """A gradient of zeros, of plain tensors as every gradient is; a float8 weight makes none."""
+    local = whole.to_local() if isinstance(whole, DTensor) else whole
+    zeros = torch.zeros(local.shape, dtype=local.dtype, device=local.device)
+    if not isinstance(whole, DTensor):
+        return zeros
+    return DTensor.from_local(
+        zeros,
+        whole.device_mesh,
+        whole.placements,
+        run_check=False,
+        shape=whole.shape,
+        stride=whole.stride(),
+    )
 
 
 def whole_gradients(group: Any) -> list[torch.Tensor]:

@@ -42,6 +42,8 @@ class Anatomy:
         store: keeps traces for another time.
         positions: tokens of the longest sequence the model takes; ``None`` where there is no limit.
         name: what the model is called; its class by default.
+        hooked: elements of parameters that say themselves what is gathered of them
+            (``fsdp_pre_all_gather``), which sizes and traces do not ask.
 
     Raises:
         ShardError: the model has no blocks.
@@ -55,7 +57,9 @@ class Anatomy:
         store: TraceStore | None = None,
         positions: int | None = None,
         name: str | None = None,
+        hooked: int = 0,
     ) -> None:
+        self.hooked = hooked
         self.name = name or type(model).__name__
         self.positions = positions
         self.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, empty
 
 from mics import compat
 from mics.checkpoint.manifest import PLAIN, REPLICATED, Entry
+from mics.sharding.tensor_parts import plain_like
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Home:
         if not isinstance(param, DTensor) or self._is_plain(entry):
             new = torch.empty(entry.shape, dtype=dtype, device=device)
         elif entry.shape == tuple(param.shape) and entry.form != REPLICATED:
-            new = torch.empty_like(param, dtype=dtype)
+            new = plain_like(param, dtype)
         else:
             mesh = param.device_mesh
             new = empty(entry.shape, dtype=dtype, device_mesh=mesh, placements=self._like(entry))

@@ -19,7 +19,7 @@ from mics.planning.question import Question
 from mics.planning.ranking import error_on
 from mics.planning.reasons import explained
 from mics.planning.table import as_table
-from mics.quantities import GIB
+from mics.quantities import GIB, dtype_name
 
 TOP = 10
 """Lines of a table of plans."""
@@ -141,6 +141,15 @@ class Plans(Sequence[Plan]):
             )
         return notes
 
+    def _hooked(self) -> str:
+        """Say what is assumed of parameters that are gathered in bits of their own choice."""
+        if not self.anatomy.hooked:
+            return ""
+        return (
+            f"Assumed: {self.anatomy.hooked:,} parameters, which say themselves what is gathered "
+            f"of them, as {dtype_name(self.anatomy.dtype)}, in memory and on the links."
+        )
+
     def caveats(self, swept: Sequence[Plan] = ()) -> list[str]:
         """Say what a reader must know of the figures.
 
@@ -159,6 +168,7 @@ class Plans(Sequence[Plan]):
             f"Assumed: {machine.runtime_gib} GiB a GPU for its runtime, {machine.communicator_gib} "
             f"GiB for each group it is in, {machine.fragmentation - 1:.0%} for fragmentation; "
             f"{Reliability()}.",
+            self._hooked(),
             f"Not modelled: {NOT_MODELLED}.",
             _links(node),
             extrapolated(node, largest.nodes),

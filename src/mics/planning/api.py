@@ -47,7 +47,8 @@ def plan(
             or an ``Anatomy`` that was made before.
         cluster: a ``Cluster``, or "p4d:8" for 8 nodes of the catalogue.
         sequence: tokens of one sequence; the model's positions by default, at most 4096.
-        dtype: what is computed in, and gathered; bf16 by default.
+        dtype: what is computed in, and gathered; bf16 by default. Parameters that say themselves
+            what is gathered of them (float8) are planned in it too, and the answer says so.
         loss: ``loss(model, micro_batch, sequence)`` runs a module of one's own on inputs it makes
             on the meta device; see ``subject``.
         blocks: as in ``mics.shard``.

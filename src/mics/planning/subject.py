@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mics import compat
 from mics.anatomy.anatomy import Anatomy, Loss, cast
 from mics.anatomy.blocks import Blocks
 from mics.anatomy.trace_cache import TraceCache
@@ -56,6 +57,7 @@ def subject(
             loss or language_model_loss,
             blocks,
             positions=_positions(config) if loss is None else None,
+            hooked=sum(p.numel() for p in model.parameters() if compat.has_gather_hook(p)),
         )
     with naming_extras("A model by its name"):
         from mics.models.building import build, load_config
@@ -95,7 +97,11 @@ def _on_meta(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
         if id(tensor) not in memo:
-            empty = torch.empty_like(tensor, device="meta")
+            # A tensor that says itself what is gathered of it is planned as what it stands for.
+            if compat.has_gather_hook(tensor):
+                empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+            else:
+                empty = torch.empty_like(tensor, device="meta")
             memo[id(tensor)] = (
                 nn.Parameter(empty, requires_grad=tensor.requires_grad)
                 if isinstance(tensor, nn.Parameter)

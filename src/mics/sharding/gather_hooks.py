@@ -119,7 +119,7 @@ def _check_shards(one: _Hooked, groups: Groups, policy: MixedPrecisionPolicy) ->
         if whole.is_meta:
             return None
         raise ShardError(
-            f"{one.name} cannot be asked what is gathered of it: its fsdp_pre_all_gather raises.",
+            f"{one.name} cannot be split and asked what is gathered of it.",
             numbers=f"{_kind(one.param)} of shape {list(whole.shape)}: {_short(error)}",
             write="the parameter as its library makes it",
         ) from error

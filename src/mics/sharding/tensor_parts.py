@@ -53,6 +53,19 @@ def values_of(tensor: torch.Tensor) -> torch.Tensor | None:
     )
 
 
+def plain_like(tensor: DTensor, dtype: torch.dtype) -> DTensor:
+    """A DTensor without values that is sharded like one, its parts plain tensors."""
+    local = compat.local_of(tensor)
+    return DTensor.from_local(
+        torch.empty(local.shape, dtype=dtype, device=local.device),
+        tensor.device_mesh,
+        tensor.placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )
+
+
 def kind_of(tensor: torch.Tensor) -> str:
     """The type of this rank's part and the dtypes in it; nothing for torch's own types."""
     local: Any = compat.local_of(tensor)
