@@ -1,0 +1,155 @@
+"""torchao's own weights on four ranks beside one process: float8 training, and a frozen NF4 base.
+
+Products of float8 are emulated, because a CPU has none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import mesh_of_rank, run_ranks
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+
+import mics
+
+pytest.importorskip("torchao")
+# torchao and torch warn of each other's changes when it is imported.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+
+WORLD, WIDTH, STEPS, MICRO_STEPS = 4, 64, 2, 2
+FULL = MixedPrecisionPolicy()
+
+
+class Block(nn.Module):
+    """A norm and two linear layers; the second is not used when asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up = nn.Linear(WIDTH, WIDTH)
+        self.down = nn.Linear(WIDTH, WIDTH, bias=False)
+
+    def forward(self, x: torch.Tensor, down: bool = True) -> torch.Tensor:
+        y = torch.tanh(self.up(self.norm(x)))
+        return x + (self.down(y) if down else y)
+
+
+class Model(nn.Module):
+    """Two blocks between two layers; one rank leaves out a layer of the second block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.last = nn.Linear(WIDTH, WIDTH, bias=False)
+
+    def forward(self, x: torch.Tensor, down: bool = True) -> torch.Tensor:
+        return self.last(self.blocks[1](self.blocks[0](self.first(x)), down))
+
+
+class OnNf4(nn.Module):
+    """An adapter beside a frozen base."""
+
+    def __init__(self) -> None:
+        from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
+
+        super().__init__()
+        base = to_nf4(torch.randn(WIDTH, WIDTH), block_size=32, scaler_block_size=2)
+        self.weight = nn.Parameter(base, requires_grad=False)
+        self.down = nn.Linear(WIDTH, 4, bias=False)
+        self.up = nn.Linear(4, WIDTH, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import linear_nf4
+
+        return x + 0.1 * linear_nf4(x, self.weight) + self.up(self.down(x))
+
+
+def _float8(*, gathered: bool) -> nn.Module:
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    torch.manual_seed(0)
+    config = Float8LinearConfig(enable_fsdp_float8_all_gather=gathered, emulate=True)
+    return convert_to_float8_training(Model(), config=config)
+
+
+def _adapters() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(OnNf4(), OnNf4(), nn.Linear(WIDTH, WIDTH))
+
+
+def _batch(step: int, micro_step: int, rank: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(100 * step + 10 * micro_step + rank)
+    return torch.randn(4, WIDTH, generator=generator)
+
+
+def _loss(model: nn.Module, x: torch.Tensor, rank: int) -> torch.Tensor:
+    y = model(x, rank != 1) if isinstance(model, Model) else model(x)
+    value: torch.Tensor = y.square().mean() / MICRO_STEPS
+    return value
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: param for name, param in model.named_parameters() if param.requires_grad}
+
+
+def _whole(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        for name, p in _trained(model).items()
+    }
+
+
+def _by_mics(model: nn.Module, partition: int, precompute: bool, **options: Any) -> Any:
+    from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
+
+    blocks = [m for m in model.modules() if isinstance(m, Block | OnNf4)]
+    mics.shard(model, mesh=mesh_of_rank(partition, 2), blocks=blocks, mp_policy=FULL, **options)
+    optimizer = torch.optim.SGD(_trained(model).values(), lr=0.1)
+    equal, rank = [], dist.get_rank()
+    for step in range(STEPS):
+        mics.ledger(model).reset()
+        batches = [_batch(step, m, rank) for m in range(MICRO_STEPS)]
+        for x in mics.micro_steps(model, batches):
+            _loss(model, x, rank).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if precompute:
+            precompute_float8_dynamic_scale_for_fsdp(model)
+        predicted = mics.predict_traffic(model, micro_steps=MICRO_STEPS)
+        equal.append(mics.ledger(model).traffic() == predicted)
+    return _whole(model), equal
+
+
+def _alone(model: nn.Module) -> dict[str, torch.Tensor]:
+    optimizer = torch.optim.SGD(_trained(model).values(), lr=0.1)
+    for step in range(STEPS):
+        for micro_step in range(MICRO_STEPS):
+            for rank in range(WORLD):
+                (_loss(model, _batch(step, micro_step, rank), rank) / WORLD).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return _whole(model)
+
+
+def test_float8_and_nf4_train_as_one_process_and_are_counted_as_predicted() -> None:
+    def all_ways() -> list[Any]:
+        return [
+            _by_mics(_float8(gathered=True), 4, False, collectives="hierarchical"),
+            _by_mics(_float8(gathered=True), 2, True, overlap=False),
+            _by_mics(_adapters(), 4, False, collectives="hierarchical"),
+            _by_mics(_adapters(), 2, False, reshard_after_forward=False),
+        ]
+
+    float8, adapters = _alone(_float8(gathered=False)), _alone(_adapters())
+    for rank in run_ranks(all_ways, WORLD, ranks_per_node=2):
+        for (weights, equal), alone in zip(rank, 2 * [float8] + 2 * [adapters], strict=True):
+            assert all(equal)
+            assert weights.keys() == alone.keys()
+            for name, weight in alone.items():
+                assert float((weights[name] - weight).norm() / weight.norm()) < 1e-6, name
