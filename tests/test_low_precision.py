@@ -199,11 +199,29 @@ def test_a_gather_of_few_bits_is_predicted_before_the_first_and_counted_in_its_o
         model(torch.ones(1, 3)).sum().backward()
         return predicted, mics.ledger(model).traffic().counts[key].message_bytes
 
-    def both() -> list[tuple[int, int]]:
-        return [gather("float8"), gather("int8")]
+    def plain(dtype: torch.dtype) -> tuple[int, int]:
+        """Frozen values in a dtype of torch that Gloo does not know, beside a bias in full."""
+        model = nn.Linear(3, 4)
+        few = torch.full((4, 3), 1.0 + dist.get_rank()).to(dtype)
+        model.weight = nn.Parameter(few, requires_grad=False)
+        mics.fully_shard(model, mesh=mesh_of_rank(2), mp_policy=FULL)
+        key = Key(1, "all_gather", "flat")
+        predicted = mics.predict_traffic(model).counts[key].message_bytes
+        model.unshard()  # type: ignore[operator]
+        assert torch.equal(model.weight.float(), torch.ones(4, 3))  # the first rank's
+        return predicted, mics.ledger(model).traffic().counts[key].message_bytes
 
-    # 4 x 3 values of a byte; in int8 a scale of 4 bytes for each of 4 rows beside them.
-    assert run_ranks(both, 2) == [[(12, 12), (28, 28)]] * 2
+    def all_of_them() -> list[tuple[int, int]]:
+        return [
+            gather("float8"),
+            gather("int8"),
+            plain(torch.float8_e5m2),
+            plain(torch.int16),
+        ]
+
+    # 4 x 3 values of a byte; in int8 a scale of 4 bytes for each of 4 rows beside them. Then 12
+    # values of 1 and of 2 bytes beside 4 of 4 bytes.
+    assert run_ranks(all_of_them, 2) == [[(12, 12), (28, 28), (28, 28), (40, 40)]] * 2
 
 
 class _Whole(Cast):
@@ -285,6 +303,14 @@ def test_what_fsdp2_would_fail_at_later_is_refused_before_anything_changes() -> 
             mics.fully_shard(model, mesh=mesh_of_rank(2, 2), mp_policy=FULL)
         return str(caught.value)
 
+    def without_values() -> str:
+        with torch.device("meta"):
+            model = _net()
+        cast_linears(model, "stored")
+        with pytest.raises(ShardError) as caught:
+            mics.shard(model, mesh=mesh_of_rank(2, 2), blocks=[model[1], model[2]])
+        return str(caught.value)
+
     def other_types() -> str:
         model = _net()
         cast_linears(model, "float8" if dist.get_rank() == 1 else "int8")
@@ -298,12 +324,13 @@ def test_what_fsdp2_would_fail_at_later_is_refused_before_anything_changes() -> 
             refused("int8", WIDTH, 1),
             refused("float8", WIDTH, 4, reshard_after_forward=2),
             raises(),
+            without_values(),
             other_types(),
         ]
 
     said = run_ranks(all_of_them, WORLD, ranks_per_node=2)
     assert said == [said[0]] * WORLD
-    uneven, alone, fewer, raising, types = said[0]
+    uneven, alone, fewer, raising, meta, types = said[0]
     assert "0.weight cannot be split unevenly" in uneven
     assert "13 rows of Int8 over 4 ranks; the first gives [4, 13] and [4, 1]" in uneven
     assert "the last [1, 13] and [1, 1]" in uneven
@@ -315,6 +342,9 @@ def test_what_fsdp2_would_fail_at_later_is_refused_before_anything_changes() -> 
     assert "Write: reshard_after_forward=True" in fewer
     assert "weight cannot be split and asked what is gathered of it" in raising
     assert "_Raises of shape [4, 4]: RuntimeError: no scale yet" in raising
+    assert "0.weight is on the meta device, and its type makes no tensor that can be" in meta
+    assert "Stored(few torch.int8, scale torch.float32): " in meta
+    assert "Write: a model that was built on the CPU" in meta
     assert "rank(s) 1 differ from rank 0" in types
     assert "Int8(values torch.float32)" in types and "Float8(values torch.float32)" in types
 

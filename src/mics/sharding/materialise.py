@@ -17,7 +17,7 @@ from mics import compat
 from mics.errors import ShardError
 from mics.ranks.device import on_accelerator
 from mics.sharding.initialisers import WRITE, Initialise, Owners, reset, tensors_of
-from mics.sharding.tensor_parts import times_written
+from mics.sharding.tensor_parts import kind_of, times_written
 from mics.sharding.writes import Writes
 
 
@@ -30,6 +30,9 @@ class Materialiser:
         seed: the same on every rank.
         initialise: sets the values of one module's own parameters and buffers. By default the
             module's owner does, as when the model is built (``initialisers.py``).
+
+    Raises:
+        ShardError: a parameter's type makes no tensor that can be set.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class Materialiser:
         self._device = device
         self._seed = seed
         self._initialise = initialise
+        _check_types(model)
         self._owners = Owners(model)
         self._real = {name for name, param in model.named_parameters() if not param.is_meta}
 
@@ -216,6 +220,21 @@ class Materialiser:
                     numbers=f"Shape {tuple(tensor.shape)}, in a {type(module).__name__}.",
                     write=WRITE.format(kind=type(module).__name__),
                 )
+
+
+def _check_types(model: nn.Module) -> None:
+    """Refuse types of a library's own that know too few operators to be given values later."""
+    for name, param in model.named_parameters():
+        if not param.is_meta or not kind_of(param):
+            continue
+        try:
+            _unset(torch.empty_like(param))
+        except Exception as error:  # a library's code
+            raise ShardError(
+                f"{name} is on the meta device, and its type makes no tensor that can be set.",
+                numbers=f"{kind_of(param)}: {type(error).__name__}.",
+                write="a model that was built on the CPU",
+            ) from error
 
 
 def _unset(value: torch.Tensor) -> torch.Tensor:
