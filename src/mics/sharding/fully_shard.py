@@ -106,10 +106,9 @@ def fully_shard(
     policy = mp_policy or MixedPrecisionPolicy()
     check_gather_hooks(
         modules,
-        groups,
+        placements,
         policy,
         ignored=ignored,
-        elsewhere=elsewhere,
         reshard_after_forward=reshard_after_forward,
     )
     for one in modules:

@@ -7,7 +7,7 @@ the first rank's part and for the last one's, and all of them refuse alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from mics.communication.gathered import Answer, Sent, ask, num_arguments
 from mics.errors import ShardError
 from mics.ranks.console import say
 from mics.ranks.mesh import Groups, PerMesh
+from mics.sharding.placements import Placements
 
 
 class _Hooked(NamedTuple):
@@ -27,9 +28,6 @@ class _Hooked(NamedTuple):
     name: str
     param: nn.Parameter
     module: nn.Module
-
-
-_NOWHERE: Mapping[nn.Parameter, Groups] = {}
 
 
 def _nothing_yet(_: Groups) -> list[str]:
@@ -41,21 +39,19 @@ _said_of = PerMesh(_nothing_yet)  # it is said once for a mesh, not for every un
 
 def check_gather_hooks(
     modules: Sequence[nn.Module],
-    groups: Groups,
+    placements: Placements,
     policy: MixedPrecisionPolicy,
     *,
     ignored: set[nn.Parameter],
-    elsewhere: Mapping[nn.Parameter, Groups] = _NOWHERE,
     reshard_after_forward: bool | int | None,
 ) -> None:
     """Refuse a hook that cannot be sharded as asked, before anything is.
 
     Args:
         modules: what is to be sharded.
-        groups: of its mesh.
+        placements: where its parameters go.
         policy: the hooks are given it.
         ignored: parameters that are.
-        elsewhere: parameters that go to another mesh.
         reshard_after_forward: as FSDP2's.
 
     Raises:
@@ -63,10 +59,10 @@ def check_gather_hooks(
     """
     apart: dict[str, Answer] = {}
     for one in _hooked(modules, ignored):
-        own = elsewhere.get(one.param, groups)
+        own = placements.of(one.param)
         p = own.shard.size()
         fewer = type(reshard_after_forward) is int and reshard_after_forward not in (1, p)
-        if fewer and own is groups:
+        if fewer and own is placements.home:
             raise ShardError(
                 f"{one.name} says itself what is gathered of it, and FSDP2 cannot reshard such "
                 "parameters to fewer ranks after forward.",
@@ -74,11 +70,11 @@ def check_gather_hooks(
                 f"{reshard_after_forward}.",
                 write="reshard_after_forward=True",
             )
-        answer = _check_shards(one, own, policy)
+        answer = _check_shards(one, own, placements.dim_of(one.param), policy)
         if answer is not None and answer.apart and p > 1:
             apart[one.name] = answer
     if apart:
-        _tell(apart, groups)
+        _tell(apart, placements.home)
 
 
 def _hooked(modules: Sequence[nn.Module], ignored: set[nn.Parameter]) -> Iterator[_Hooked]:
@@ -92,14 +88,18 @@ def _hooked(modules: Sequence[nn.Module], ignored: set[nn.Parameter]) -> Iterato
     for top in modules:
         for path, module in top.named_modules():
             for name, param in module.named_parameters(recurse=False):
-                if id(param) in ours or param in ignored or not compat.has_gather_hook(param):
+                if id(param) in ours or param in ignored or not param.dim():
+                    continue
+                if not compat.has_gather_hook(param):
                     continue
                 ours.add(id(param))
                 yield _Hooked(f"{path}.{name}".lstrip("."), param, module)
 
 
 @torch.no_grad()
-def _check_shards(one: _Hooked, groups: Groups, policy: MixedPrecisionPolicy) -> Answer | None:
+def _check_shards(
+    one: _Hooked, groups: Groups, dim: int, policy: MixedPrecisionPolicy
+) -> Answer | None:
     """Ask the hook for the first rank's part, and for the last one's where it is shorter.
 
     Returns:
@@ -109,11 +109,11 @@ def _check_shards(one: _Hooked, groups: Groups, policy: MixedPrecisionPolicy) ->
         ShardError: the parts would be gathered in other sizes, or FSDP2 would drop some of them.
     """
     whole, p = compat.local_of(one.param), groups.shard.size()
-    longest = -(-whole.shape[0] // p)
-    shortest = max(0, whole.shape[0] - (p - 1) * longest)
+    longest = -(-whole.shape[dim] // p)
+    shortest = max(0, whole.shape[dim] - (p - 1) * longest)
     arguments = (groups.mesh, whole.shape, whole.stride(), one.module, policy)
     try:
-        first = whole.split(longest)[0] if p > 1 else whole  # type: ignore[no-untyped-call]
+        first = whole.split(longest, dim)[0] if p > 1 else whole  # type: ignore[no-untyped-call]
         answer = ask(first, arguments)
     except Exception as error:  # a user's code
         if whole.is_meta:
@@ -130,7 +130,7 @@ def _check_shards(one: _Hooked, groups: Groups, policy: MixedPrecisionPolicy) ->
             numbers=f"Its tensor is of type {_kind(one.param)}; the partition group has 1 rank.",
             write="a partition of 2 or more ranks",
         )
-    if shortest < longest:
+    if shortest < longest and dim == 0:  # FSDP2 splits others evenly, or refuses
         last = _last(first, shortest, arguments)
         if last != answer.tensors:
             raise _uneven(one, p, answer.tensors, last)

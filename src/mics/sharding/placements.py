@@ -45,8 +45,17 @@ class Placements:
         Raises:
             TopologyError: the mesh would be taken for what it is not.
         """
+        if self.place is None:
+            return self.home
         mesh = compat.mesh_of_placement(self._asked(param))
         return self.home if mesh is None else self._on(mesh)
+
+    def dim_of(self, param: nn.Parameter) -> int:
+        """The dimension that a parameter will be sharded along."""
+        placement = None if self.place is None else self._asked(param)
+        if compat.mesh_of_placement(placement) is not None:
+            placement = compat.shard_of_placement(placement)
+        return 0 if placement is None else int(placement.dim) % max(1, param.dim())
 
     def of_group(self, shard: dist.ProcessGroup) -> Groups:
         """The groups behind a partition group that parameters were placed on."""

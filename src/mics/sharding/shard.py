@@ -141,8 +141,9 @@ def shard(
         found, axes = asked.agree_on_mesh(mesh, dp_mesh_dims, groups)
         options = replace(options, axes=axes)
         reason = f"partition {groups.shard.size()}: the mesh's"
+    placements = Placements(None, groups)
     check_gather_hooks(
-        [model], groups, policy, ignored=ignored, reshard_after_forward=reshard_after_forward
+        [model], placements, policy, ignored=ignored, reshard_after_forward=reshard_after_forward
     )
     # What a block returns is the next one's input.
     inner = replace(options, mp_policy=replace(policy, output_dtype=None))
@@ -162,10 +163,10 @@ def shard(
             if compile:
                 block.compile(**({} if compile is True else compile))
             for unit in units_of_block(block, ignored):
-                shard_unit(unit, Placements(None, groups), inner, reshard_after_forward)
+                shard_unit(unit, placements, inner, reshard_after_forward)
         _materialise(model, materialiser, groups, ignored)
         for unit in units_of_block(model, ignored | _sharded(model)):
-            shard_unit(unit, Placements(None, groups), options if unit is model else inner, None)
+            shard_unit(unit, placements, options if unit is model else inner, None)
     if overlap and backend_of_mesh(groups).blocks:
         gather_ahead(model, found)
     say(_summary(whole, len(found), groups, reason, policy))
