@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,13 +53,27 @@ def data(step: int) -> torch.Tensor:
     return torch.randn(WORLD, ROWS, WIDTH, generator=torch.Generator().manual_seed(step))
 
 
+def is_sharded(model: nn.Module) -> bool:
+    return any(isinstance(param, DTensor) for param in model.parameters())
+
+
+def one_step_of(*models: nn.Module) -> contextlib.ExitStack:
+    """The micro-step of every model that is sharded."""
+    stack = contextlib.ExitStack()
+    for model in filter(is_sharded, models):
+        stack.enter_context(mics.micro_step(model, last=True))
+    return stack
+
+
+def batch_for(model: nn.Module, step: int) -> torch.Tensor:
+    return data(step)[dist.get_rank()] if is_sharded(model) else data(step).flatten(0, 1)
+
+
 def backward(model: nn.Module, step: int) -> None:
     """One step's gradients: by all ranks together, or by one process alone."""
-    if any(isinstance(param, DTensor) for param in model.parameters()):
-        for batch in mics.micro_steps(model, [data(step)[dist.get_rank()]]):
-            model(batch).pow(3).mean().backward()
-    else:
-        model(data(step).flatten(0, 1)).pow(3).mean().backward()
+    batch = batch_for(model, step)
+    with one_step_of(model):
+        model(batch.to(next(model.parameters()).dtype)).pow(3).mean().backward()
 
 
 def train(model: nn.Module, optimizers: list[Any], steps: range) -> None:
@@ -275,3 +292,166 @@ def test_whole_parameters_are_stepped_as_by_the_rule_itself() -> None:
     loss = mine.step(lambda: model(data(0)).square().mean().backward() or 5.0)
     assert loss == 5.0
     assert mics.WholeStep([{"params": model.parameters()}], O.SGD).defaults["lr"] == 1e-3
+
+
+# -- loops of one step, of several models, of several optimizers -----------------------------------
+
+
+class Layers(nn.Module):
+    """Two layers of a generator or of its critic."""
+
+    def __init__(self, inside: int, out: int) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(WIDTH, inside), nn.Linear(inside, out)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(torch.tanh(self.a(x)))  # type: ignore[no-any-return]
+
+
+def adversaries(partition: int | None) -> list[nn.Module]:
+    torch.manual_seed(1)
+    models = [Layers(9, WIDTH), Layers(7, 1)]
+    if partition is None:
+        return models
+    mesh, policy = mesh_of_rank(partition), MixedPrecisionPolicy()
+    return [mics.shard(m, mesh=mesh, blocks=nn.Linear, mp_policy=policy) for m in models]
+
+
+def play(generator: nn.Module, critic: nn.Module, *, both: bool) -> nn.Module:
+    """A critic that is used three times in its step, and whose gradients of the other are dropped.
+
+    Args:
+        generator: of what the critic judges.
+        critic: of the real and the made.
+        both: whether the critic is in the step of the generator too, or only passed through.
+    """
+    makes = O.AdamW(generator.parameters(), lr=0.01)
+    judges = O.SGD(critic.parameters(), lr=0.1, momentum=0.5)
+    for step in range(4):
+        real, noise = batch_for(critic, step), batch_for(critic, 100 + step)
+        judges.zero_grad()
+        with one_step_of(critic):
+            made = generator(noise).detach()
+            (critic(made).mean() - critic(real).mean() + critic(real).square().mean()).backward()
+        judges.step()
+        makes.zero_grad()
+        with one_step_of(generator, *([critic] if both else [])):
+            (-critic(generator(noise)).mean()).backward()
+        makes.step()
+    return nn.ModuleList([generator, critic])
+
+
+def use_twice(model: nn.Module, *, backwards: int) -> nn.Module:
+    optimizer = O.SGD(model.parameters(), lr=0.005)
+    for step in range(4):
+        one, other = batch_for(model, step), batch_for(model, 50 + step)
+        with one_step_of(model):
+            if backwards == 1:
+                (model(one) * model(other)).mean().backward()
+            else:
+                model(one).pow(3).mean().backward()
+                model(other).pow(3).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def scale(model: nn.Module, *, clip: bool, fused: bool) -> tuple[nn.Module, list[float]]:
+    """A loss scaler, and in the third step a loss that is infinite on one rank.
+
+    A fused optimizer is called for that step too: its kernel leaves it out.
+    """
+    optimizer = O.AdamW(model.parameters(), lr=0.01, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=3)
+    scales = []
+    for step in range(6):
+        with one_step_of(model):
+            loss = model(batch_for(model, step)).pow(3).mean()
+            if step == 2 and (dist.get_rank() == WORLD - 1 or not is_sharded(model)):
+                loss = loss * float("inf")
+            scaler.scale(loss).backward()
+        if clip:
+            scaler.unscale_(optimizer)
+            mics.clip_grad_norm_(model.parameters(), 0.05)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        scales.append(scaler.get_scale())
+    return model, scales
+
+
+def take_turns(model: nn.Module) -> nn.Module:
+    """Two optimizers, one of which steps every other time on the sum of two gradients."""
+    every, second = O.AdamW(vectors(model), lr=0.01), O.SGD(matrices(model), lr=0.05)
+    for step in range(4):
+        backward(model, step)
+        every.step()
+        every.zero_grad()
+        if step % 2:
+            second.step()
+            second.zero_grad()
+    return model
+
+
+def loops() -> dict[str, float]:
+    warnings.simplefilter("ignore", mics.MicsWarning)  # hop 2 runs more than once in some of them
+    found = {}
+    for both in (False, True):
+        ours, alone = (play(*adversaries(p), both=both) for p in (2, None))
+        found[f"a critic {'in' if both else 'beside'} the step"] = off(ours, alone)
+    for times in (1, 2):
+        ours, alone = (use_twice(m, backwards=times) for m in (sharded(2), net()))
+        found[f"used twice, {times} backward"] = off(ours, alone)
+    for clip, fused in itertools.product((False, True), repeat=2):
+        (ours, scales), (alone, right) = (
+            scale(m, clip=clip, fused=fused) for m in (sharded(2), net())
+        )
+        assert scales == right == [256.0, 256.0, 128.0, 128.0, 128.0, 256.0]
+        found[f"scaled, clip={clip}, fused={fused}"] = off(ours, alone)
+    found["two optimizers"] = off(take_turns(sharded(2)), take_turns(net()))
+    for partition in (2, 4):
+        ours, alone = sharded(partition).bfloat16(), net().bfloat16()
+        mine, right = O.AdamW(ours.parameters(), lr=0.01), O.AdamW(alone.parameters(), lr=0.01)
+        assert go_on_together(ours, [mine], alone, [right], range(3))
+        assert {s["exp_avg"].dtype for s in mine.state.values()} == {torch.bfloat16}
+    return found
+
+
+@pytest.mark.slow
+def test_loops_of_several_models_passes_and_optimizers_are_one_processs() -> None:
+    for found in run_ranks(quiet, WORLD, loops):
+        assert len(found) == 9
+        assert max(found.values()) < 1e-5, found
+
+
+def free_of_schedules(kind: Any, model: nn.Module) -> tuple[nn.Module, torch.Tensor, Any]:
+    optimizer, outputs = kind(model.parameters(), lr=0.01, warmup_steps=2), []
+    for step in range(4):
+        optimizer.train()
+        train(model, [optimizer], range(step, step + 1))
+        optimizer.eval()
+        with torch.no_grad():
+            outputs.append(model(data(77).flatten(0, 1)))
+    return model, torch.stack(outputs), optimizer
+
+
+def schedule_free(folder: Path, kind: Any) -> dict[str, Any]:
+    alone, right, _ = free_of_schedules(kind, net(8))
+    ours, outputs, optimizer = free_of_schedules(kind, sharded(2, 8))
+    found = {"off": off(ours, alone), "evaluated": float((outputs - right).abs().max())}
+    mics.save(folder / "c", model=ours, optimizer=optimizer)
+    other = sharded(4, 8)
+    loaded = kind(other.parameters(), lr=0.01, warmup_steps=2)
+    mics.load(folder / "c", model=other, optimizer=loaded)
+    for model, one in ((ours, optimizer), (other, loaded)):
+        one.train()
+        train(model, [one], range(4, 6))
+        one.eval()
+    return found | {"goes on": off(other, ours)}
+
+
+@pytest.mark.slow
+def test_a_schedule_free_optimizer_is_one_processs_in_both_of_its_modes(tmp_path: Path) -> None:
+    kind = pytest.importorskip("schedulefree").AdamWScheduleFree
+    for found in run_ranks(quiet, WORLD, lambda: schedule_free(tmp_path, kind)):
+        assert found["off"] < 1e-5 and found["evaluated"] < 1e-4 and found["goes on"] < 1e-5, found

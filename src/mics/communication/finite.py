@@ -15,11 +15,12 @@ That of the last unit would be there only when the backward has ended, and the h
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from mics import compat
-from mics.communication.guard import guard
+from mics.communication.guard import guard, watch
 from mics.errors import MicroStepError
 from mics.ranks.device import on_accelerator
 from mics.ranks.mesh import PerMesh
@@ -76,6 +77,7 @@ class Finite:
         """
         self._ranks, self._params = ranks, list(params) if ranks is not None else []
         if ranks is not None:
+            watch(_see_scaler)
             guard(self)
 
     def check_optimizer(self, stepped: set[int]) -> bool:
@@ -83,6 +85,8 @@ class Finite:
         mine = [p.grad for p in self._params if id(p) in stepped and p.grad is not None]
         if self._ranks is None or not any(p.grad is not None for p in self._params):
             return False
+        if _scaler.skips:
+            return True
         shards = [compat.local_of(gradient) for gradient in mine]
         held = [shard for shard in shards if shard.numel()]
         if shards and (not held or not all(bool(torch.isfinite(one).all()) for one in held)):
@@ -98,6 +102,25 @@ class Finite:
                 "out the backward of such a loss: its rank then counts as zeros",
             )
         return True
+
+
+@dataclass
+class _Scaler:
+    """What is known of a loss scaler around the optimizer that is about to step.
+
+    Args:
+        skips: whether the optimizer's kernel leaves out a step for it, as fused ones do.
+    """
+
+    skips: bool = False
+
+
+_scaler = _Scaler()
+
+
+def _see_scaler(optimizer: torch.optim.Optimizer, _: set[int]) -> None:
+    """Look for what ``torch.amp.GradScaler`` lends a fused optimizer, see ``guard.Watcher``."""
+    _scaler.skips = getattr(optimizer, "found_inf", None) is not None
 
 
 finite_of = PerMesh(lambda _: Finite())
