@@ -43,8 +43,9 @@ def side(diff: str, sign: str) -> str:
 
 FROM_FSDP2, FROM_DDP = blocks("README.md", "diff")
 PYTHON = [(document, code) for document in DOCUMENTS for code in blocks(document, "python")]
-ACCUMULATING = [code for _, code in PYTHON if ".backward()" in code]
-SAVING = [code for _, code in PYTHON if "mics.save(" in code]
+AVERAGING = [code for _, code in PYTHON if "mics.EMA(" in code]
+ACCUMULATING = [code for _, code in PYTHON if ".backward()" in code and code not in AVERAGING]
+SAVING = [code for _, code in PYTHON if "mics.save(" in code and code not in AVERAGING]
 PLANNING = [code for _, code in PYTHON if "mics.plan(" in code]
 
 
@@ -71,8 +72,8 @@ def test_python_in_documents_compiles() -> None:
 def test_every_block_of_python_is_run_by_a_test() -> None:
     backends = [code for document, code in PYTHON if document == "CONTRIBUTING.md"]
     assert len(backends) == 1  # run in test_backend.py, the others here
-    assert len(ACCUMULATING) + len(SAVING) + len(PLANNING) + 1 == len(PYTHON)
-    assert ACCUMULATING and SAVING and PLANNING
+    assert len(ACCUMULATING + AVERAGING + SAVING + PLANNING) + 1 == len(PYTHON)
+    assert ACCUMULATING and AVERAGING and SAVING and PLANNING
 
 
 def _model() -> nn.Sequential:
@@ -184,6 +185,29 @@ def _trained_alone(steps: int) -> list[torch.Tensor]:
         torch.stack(losses).mean().backward()
         optimizer.step()
     return [p.detach() for p in model.parameters()]
+
+
+def test_the_lines_that_average_train_and_give_average_and_weights_back(tmp_path: Path) -> None:
+    (code,) = AVERAGING
+    training, loading = code.split("mics.load(")
+
+    def run() -> Any:
+        os.chdir(tmp_path)
+        printed: list[float] = []
+        model = mics.shard(_model(), partition=2, mp_policy=MixedPrecisionPolicy())
+        names = {"mics": mics, "torch": torch, "model": model, "loader": [_batch()] * 8}
+        names |= {"loss": nn.functional.mse_loss, "print": lambda one: printed.append(one.item())}
+        exec(training, names)
+        averages = [average.full_tensor() for average in names["ema"].averages.values()]
+        names["ema"] = mics.EMA(model)
+        exec(f"mics.load({loading}", names)
+        there = [average.full_tensor() for average in names["ema"].averages.values()]
+        x, y = _batch()[-1]
+        last = nn.functional.mse_loss(model(x), y).item()
+        return all(map(torch.equal, averages, there)), printed, last
+
+    for equal, (average,), last in run_ranks(run, 4):
+        assert equal and average != last
 
 
 def test_the_lines_that_save_and_load_give_the_weights_back(tmp_path: Path) -> None:
