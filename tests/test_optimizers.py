@@ -14,10 +14,12 @@ import torch
 import torch.distributed as dist
 from models import full
 from parity import quiet
-from ranks import mesh_of_rank, run_ranks
+from ranks import errors_of_ranks, mesh_of_rank, run_ranks
+from test_other_meshes import _data, _sharded
 from torch import nn
 from torch import optim as O
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import StepLR
 
@@ -422,6 +424,43 @@ def test_loops_of_several_models_passes_and_optimizers_are_one_processs() -> Non
     for found in run_ranks(quiet, WORLD, loops):
         assert len(found) == 9
         assert max(found.values()) < 1e-5, found
+
+
+def overflow_of_an_expert(scaler: torch.amp.GradScaler) -> list[float]:
+    """The gradient of an expert's weight overflows in the second step, on one rank alone."""
+    net = _sharded("own mesh", replicated=False, partition=2)
+    optimizer = O.SGD(sorted(net.parameters(), key=torch.Tensor.numel), lr=0.01)
+    scales = []
+    for step in range(3):
+        for batch in mics.micro_steps(net, [_data(step, dist.get_rank())]):
+            scaler.scale(net(batch).square().mean()).backward()
+        if step == 1 and dist.get_rank() == 1:
+            net[0].experts[0].weight.grad.to_local().fill_(float("inf"))  # type: ignore[union-attr,index]
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        scales.append(scaler.get_scale())
+    return scales
+
+
+def scale_experts() -> None:
+    warnings.simplefilter("ignore", UserWarning)  # torch makes replicated tensors of the scale
+    everybody = ShardedGradScaler("cpu", init_scale=256.0)
+    assert overflow_of_an_expert(everybody) == [256.0, 128.0, 128.0]
+    overflow_of_an_expert(torch.amp.GradScaler("cpu", init_scale=256.0))
+
+
+@pytest.mark.slow
+def test_torchs_sharded_scaler_skips_a_step_on_every_rank_where_an_expert_overflows() -> None:
+    """GradScaler asks the ranks of one mesh only; the next step names who skipped."""
+    for text in errors_of_ranks(scale_experts, WORLD):
+        assert "Ranks have taken different numbers of optimizer steps" in text
+        assert (
+            "  Write: optimizer.step() on every rank or on none, by what all ranks know (an "
+            "all-reduced loss; for experts on a mesh of their own torch's ShardedGradScaler, not "
+            "GradScaler)" in text
+        )
 
 
 def free_of_schedules(kind: Any, model: nn.Module) -> tuple[nn.Module, torch.Tensor, Any]:

@@ -123,7 +123,8 @@ _WRONG = [
         "Ranks have taken different numbers of optimizer steps: their shards belong to different "
         "steps by now.",
         lambda steps: f"{steps} optimizer step(s)",
-        "optimizer.step() on every rank or on none, by what all ranks know (an all-reduced loss)",
+        "optimizer.step() on every rank or on none, by what all ranks know (an all-reduced loss; "
+        "for experts on a mesh of their own torch's ShardedGradScaler, not GradScaler)",
     ),
     _Wrong(
         "optimizers",
