@@ -13,9 +13,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+# What every rank imports that trains, saves and plots: here once, for the ranks of all tests.
+import matplotlib.backends.backend_agg  # noqa: F401
+import PIL.Image
 import pytest
 import torch
 import torch.distributed as dist
+import transformers.models.bert.modeling_bert
+import transformers.models.gpt2.modeling_gpt2
+import transformers.models.llama.modeling_llama
+import transformers.models.roberta.modeling_roberta  # noqa: F401
 from parity import quiet
 from ranks import errors_of_ranks, run_ranks
 
@@ -38,6 +45,7 @@ from mics.training.config import (
 from mics.training.settings import read_settings
 from mics.training.signals import StopRequest
 
+PIL.Image.preinit()
 pytestmark = [
     # transformers' models return views, of which FSDP2 warns; nothing edits an output in place
     pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor:UserWarning"),
