@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from models import FrozenBlock, TiedTransformer, UnevenMLP, full, loss_of, seeded, shard_blocks
 from parity import quiet
-from ranks import errors_of_ranks, run_ranks
+from ranks import errors_of_ranks, mesh_of_rank, run_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -50,8 +50,7 @@ def build(kind: Callable[[], Any], partition: int, seed: int = 0) -> tuple[Any, 
     quiet(
         lambda: mics.shard(
             model,
-            partition=partition,
-            gpus_per_node=2,
+            mesh=mesh_of_rank(partition, 2),
             blocks=list(model.blocks),
             mp_policy=FP32,
             collectives="flat",

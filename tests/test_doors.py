@@ -148,10 +148,10 @@ def hear(event, arguments):
     if event == "pickle.find_class":
         print("UNPICKLED", arguments, "".join(traceback.format_stack()), file=sys.stderr)
 sys.addaudithook(hear)
-from mics.__main__ import main
 if words:
+    from mics.__main__ import main
     sys.exit(main(words))
-pickle.loads(pickle.dumps(main))
+pickle.loads(pickle.dumps(hear))
 """
 
 

@@ -7,7 +7,7 @@ from fuzzing.alone import train_alone
 from fuzzing.cases import draw_case
 from fuzzing.running import verdicts
 
-FAST = range(12)
+FAST = range(8)
 FAILED = {
     128: "a rank with empty shards took gradients of two buffers for one, and reduced later",
     175: "a unit that was frozen in the first step was not filled in where a rank skips it",

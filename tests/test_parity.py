@@ -89,15 +89,17 @@ IN_EVERYTHING = [
 
 
 @pytest.mark.parametrize(
-    "oddity",
+    "oddities",
     [
-        *(oddity for oddity in ODDITIES if oddity not in IN_EVERYTHING),
-        *(pytest.param(oddity, marks=pytest.mark.extra) for oddity in IN_EVERYTHING),
+        [oddity for oddity in ODDITIES if oddity not in IN_EVERYTHING],
+        pytest.param(IN_EVERYTHING, marks=pytest.mark.extra),
     ],
+    ids=["one by one and all", "those that all has"],
 )
-def test_oddities_equal_single_process(oddity: str) -> None:
+def test_oddities_equal_single_process(oddities: list[str]) -> None:
     runs = [
         Run(p, 2, collectives=form, micro_steps=2, **ODDITIES[oddity])
+        for oddity in oddities
         for p, form in [(2, "flat"), (4, "hierarchical"), (8, "hierarchical")]
         if oddity != "reshard_after_forward 2" or p > 2
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 from collections.abc import Callable
@@ -102,6 +103,7 @@ def _net(frozen: str = "") -> Net:
     return net
 
 
+@functools.cache
 def _alone(plan: Plan, frozen: str) -> dict[str, torch.Tensor | None]:
     net = _net(frozen)
     for micro_step, rank in itertools.product(range(MICRO_STEPS), range(WORLD)):
@@ -165,6 +167,15 @@ def _compare(names: list[str], train: Any, frozen: str, options: dict[str, Any])
     return quiet(each)
 
 
+def _differences(
+    names: list[str], train: Any, frozen: str, options: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """What is wrong on each rank, by name of the plan."""
+    for name in names:
+        _alone(PLANS[name], frozen)  # once for all ranks of all tests
+    return run_ranks(_compare, WORLD, names, train, frozen, options)
+
+
 HIERARCHICAL = {"partition": 4, "gpus_per_node": 2, "collectives": "hierarchical"}
 
 
@@ -189,7 +200,7 @@ HIERARCHICAL = {"partition": 4, "gpus_per_node": 2, "collectives": "hierarchical
     ids=lambda options: " ".join(f"{key}={value}" for key, value in options.items()),
 )
 def test_gradients_are_one_processs_whatever_a_rank_skips(options: dict[str, Any]) -> None:
-    assert run_ranks(_compare, WORLD, list(PLANS), _in_loop, "", options) == [{}] * WORLD
+    assert _differences(list(PLANS), _in_loop, "", options) == [{}] * WORLD
 
 
 BY_HAND = [name for name in PLANS if "backward" not in name]
@@ -206,8 +217,7 @@ BY_HAND = [name for name in PLANS if "backward" not in name]
     ],
 )
 def test_so_they_are_in_every_kind_of_loop(partition: int, train: Any, names: list[str]) -> None:
-    got = run_ranks(_compare, WORLD, names, train, "", {"partition": partition})
-    assert got == [{}] * WORLD
+    assert _differences(names, train, "", {"partition": partition}) == [{}] * WORLD
 
 
 @pytest.mark.slow
@@ -220,8 +230,7 @@ def test_so_they_are_in_every_kind_of_loop(partition: int, train: Any, names: li
     ],
 )
 def test_so_they_are_with_frozen_parts(frozen: str) -> None:
-    got = run_ranks(_compare, WORLD, list(PLANS), _in_loop, frozen, {"partition": 2})
-    assert got == [{}] * WORLD
+    assert _differences(list(PLANS), _in_loop, frozen, {"partition": 2}) == [{}] * WORLD
 
 
 def _rank_1_runs_nothing(model: nn.Module, plan: Plan) -> None:
