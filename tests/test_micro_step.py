@@ -11,14 +11,14 @@ import torch
 import torch.distributed as dist
 from models import UnevenMLP
 from parity import quiet
-from ranks import errors_of_ranks, run_ranks
+from ranks import errors_of_ranks, mesh_of_rank, run_ranks
 from torch import nn
 
 import mics
 from mics.errors import MicroStepError, MicsWarning
 from mics.traffic import Traffic
 
-STEPS, MICRO_STEPS = 3, 3
+STEPS, MICRO_STEPS = 2, 3
 Losses = list[float]
 
 
@@ -27,11 +27,7 @@ def sharded(partition: int = 2, **keywords: Any) -> UnevenMLP:
     model = UnevenMLP()
     quiet(
         lambda: mics.shard(
-            model,
-            partition=partition,
-            gpus_per_node=2,
-            blocks=list(model.blocks),
-            **keywords,
+            model, mesh=mesh_of_rank(partition, 2), blocks=list(model.blocks), **keywords
         )
     )
     return model
@@ -48,7 +44,7 @@ def loss_of(model: UnevenMLP, example: tuple[torch.Tensor, torch.Tensor]) -> tor
 
 
 def train(run_step: Callable[..., Losses], **keywords: Any) -> tuple[Losses, Traffic]:
-    """Losses of three steps, and what was sent."""
+    """Losses of two steps, and what was sent."""
     model = sharded(**keywords)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     losses = []
