@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from hatching import hatch
 from ranks import errors_of_ranks, run_ranks
 
 from mics.checkpoint.appearing import AppearingFolder, appearing
@@ -62,10 +62,10 @@ def test_a_folder_is_gone_after_an_error(tmp_path: Path) -> None:
 
 
 WRITER = """
-import sys, time
+import time
 from pathlib import Path
 from mics.checkpoint.appearing import AppearingFolder
-folder = AppearingFolder(Path(sys.argv[1]))
+folder = AppearingFolder(Path({target!r}))
 (folder.path / "file").write_text("half")
 print(folder.path, flush=True)
 time.sleep(60)
@@ -76,8 +76,7 @@ def test_the_next_writer_removes_what_a_dead_one_left_and_nothing_else(tmp_path:
     target = tmp_path / "step"
     (tmp_path / "step.mine.tmp").mkdir()  # a user's own
     (tmp_path / "steps.01234567.tmp").mkdir()  # of another name
-    program = [sys.executable, "-c", WRITER, str(target)]
-    with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as writer:
+    with hatch(WRITER.format(target=str(target)), dict(os.environ)) as writer:
         assert writer.stdout is not None
         half = Path(writer.stdout.readline().strip())
         assert half.is_dir()
@@ -98,9 +97,9 @@ children = []
 for _ in range(4):
     pid = os.fork()
     if pid == 0:
-        end = time.monotonic() + 1.5
+        end = time.monotonic() + 1
         while time.monotonic() < end:
-            AppearingFolder(Path(sys.argv[1])).discard()
+            AppearingFolder(Path({target!r})).discard()
         os._exit(0)
     children.append(pid)
 sys.exit(max(os.waitpid(pid, 0)[1] for pid in children) != 0)
@@ -108,9 +107,9 @@ sys.exit(max(os.waitpid(pid, 0)[1] for pid in children) != 0)
 
 
 def test_writers_of_one_name_at_the_same_time_do_not_fail(tmp_path: Path) -> None:
-    program = [sys.executable, "-c", MAKERS, str(tmp_path / "step")]
-    done = subprocess.run(program, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
+    process = hatch(MAKERS.format(target=str(tmp_path / "step")), dict(os.environ))
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
     assert names_in(tmp_path) == []
 
 
@@ -204,4 +203,6 @@ def test_nothing_is_registered_at_exit_before_a_save_runs_beside_training() -> N
         "    w.save(folder / name, model=model, asynchronous=True).wait()\n"
         "assert registered == [w._tell_at_exit], registered\n"
     )
-    subprocess.run([sys.executable, "-c", program], check=True)
+    process = hatch(program, dict(os.environ))
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
