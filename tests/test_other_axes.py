@@ -145,6 +145,29 @@ def test_a_placement_on_an_axis_that_is_not_for_data_is_refused_by_name():
     assert "The axis 'tp' of a mesh would be taken for (shard)" in texts[2]
 
 
+def test_resharding_a_tensor_parallel_model_to_fewer_ranks_is_refused_before_the_first_forward():
+    def rank() -> list[str]:
+        mesh = init_device_mesh("cpu", (4, 1), mesh_dim_names=("shard", "tp"))
+        texts = []
+        for shard in (mics.shard, mics.fully_shard):
+            model = _blocks()
+            for block in model:
+                plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+                parallelize_module(block, mesh["tp"], plan)
+            with pytest.raises(ShardError) as raised:
+                shard(model, mesh=mesh["shard"], reshard_after_forward=2)
+            texts.append(str(raised.value))
+            shard(model, mesh=mesh["shard"], reshard_after_forward=4)
+        return texts
+
+    for texts in run_ranks(rank, 4):
+        for text in texts:
+            assert "reshard_after_forward = 2 keeps parameters on fewer ranks" in text
+            assert "0.up.weight is on ('tp',) of ranks" in text
+            assert "the partition group has 4 ranks" in text
+            assert "reshard_after_forward=True, or False" in text
+
+
 def test_an_axis_of_other_tokens_that_is_left_out_is_refused():
     """Nobody would reduce the gradients over it; FSDP2 says nothing."""
 

@@ -21,7 +21,7 @@ from mics.sharding.at_rest import rest_after_forward
 from mics.sharding.belonging import remember_replaced, remember_unit
 from mics.sharding.data_axes import Axes, axes_on, groups_on
 from mics.sharding.gather_hooks import check_gather_hooks
-from mics.sharding.other_axes import unsharded
+from mics.sharding.other_axes import refuse_parallel_resharding, unsharded
 from mics.sharding.placements import Placements
 from mics.sharding.same_model import check_same_model, on_meta
 from mics.sharding.same_start import same_start
@@ -85,6 +85,7 @@ def fully_shard(
     placements = Placements(shard_placement_fn, groups)
     elsewhere = placements.elsewhere(modules)
     here = {n: p for n, p in unsharded(modules).items() if p not in elsewhere and p not in ignored}
+    refuse_parallel_resharding(here, reshard_after_forward, groups.shard.size())
     axes = axes_on(here, mesh, dp_mesh_dims, groups)
     arguments = {
         "reshard_after_forward": reshard_after_forward,

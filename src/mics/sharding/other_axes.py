@@ -195,6 +195,32 @@ def refuse_parallel_on_meta(params: Mapping[str, nn.Parameter]) -> None:
             )
 
 
+def refuse_parallel_resharding(
+    params: Mapping[str, nn.Parameter], reshard_after_forward: bool | int | None, partition: int
+) -> None:
+    """Refuse to reshard parts of parameters to fewer ranks; torch raises in the first forward.
+
+    Args:
+        params: those to be sharded, by name.
+        reshard_after_forward: as ``fully_shard``.
+        partition: p.
+
+    Raises:
+        ShardError: it was asked.
+    """
+    if reshard_after_forward in (None, True, False, partition):  # 1 is True
+        return
+    for name, param in params.items():
+        if isinstance(param, DTensor):
+            raise ShardError(
+                f"reshard_after_forward = {reshard_after_forward} keeps parameters on fewer ranks "
+                "than the partition group, which torch cannot do with parts of them.",
+                numbers=f"{name} is on {_spelled(param.device_mesh)}, the partition group has "
+                f"{partition} ranks.",
+                write="reshard_after_forward=True, or False",
+            )
+
+
 def unsharded(modules: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
     """The parameters of modules that are no unit's yet, by name."""
     ours = {

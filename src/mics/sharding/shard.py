@@ -43,6 +43,7 @@ from mics.sharding.materialise import Materialiser
 from mics.sharding.other_axes import (
     refuse_left_out,
     refuse_parallel_on_meta,
+    refuse_parallel_resharding,
     refuse_sharded_over_all,
     unsharded,
 )
@@ -138,7 +139,7 @@ def shard(
     else:
         _refuse_partition_of(mesh, partition)
         groups = groups_on(mesh, dp_mesh_dims, gpus_per_node)
-        found, axes = asked.agree_on_mesh(mesh, dp_mesh_dims, groups)
+        found, axes = asked.agree_on_mesh(mesh, dp_mesh_dims, groups, reshard_after_forward)
         options = replace(options, axes=axes)
         reason = f"partition {groups.shard.size()}: the mesh's"
     placements = Placements(None, groups)
@@ -212,11 +213,16 @@ class _Asked:
         return list(found.values())
 
     def agree_on_mesh(
-        self, mesh: DeviceMesh, dims: Any, groups: Groups
+        self,
+        mesh: DeviceMesh,
+        dims: Any,
+        groups: Groups,
+        reshard_after_forward: bool | int | None,
     ) -> tuple[list[nn.Module], Axes | None]:
         """The blocks, and which axes of a given mesh the data is on; see ``axes_on``."""
         params = {n: p for n, p in unsharded([self.model]).items() if p not in self.ignored}
         refuse_parallel_on_meta(params)
+        refuse_parallel_resharding(params, reshard_after_forward, groups.shard.size())
         refuse_left_out(groups.whole, list(params.values()))
         axes = axes_on(params, mesh, dims, groups)
         return self.agree(groups.axes, groups.device, groups.gpus_per_node), axes
