@@ -59,6 +59,7 @@ def _compare_with_torch() -> None:
         (two, dims(shard=("replicate", "shard"))),
         (three, dims(shard=("dp_shard", "cp"), replicate="dp_replicate")),
         (three, dims(shard=("dp_shard", "cp"))),
+        (three, dims(shard="cp", replicate=("dp_replicate", "dp_shard"))),
     ):
         for split in (False, True):
             ours, spread = _gradients(mics.fully_shard, mesh, named, split)
