@@ -364,8 +364,11 @@ def module_name(group: Any) -> str:
 
 
 def has_gather_hook(param: torch.Tensor) -> bool:
-    """Whether a parameter's tensor says itself what FSDP2 gathers of it."""
-    return hasattr(local_of(param), "fsdp_pre_all_gather")
+    """Whether a parameter's tensor says itself what FSDP2 gathers of it.
+
+    2.11 to 2.15: ``DTensor.to_local`` makes a view, which not every such tensor can be asked for.
+    """
+    return hasattr(getattr(param, "_local_tensor", param), "fsdp_pre_all_gather")
 
 
 def with_gather_hook(group: Any) -> list[Any]:
