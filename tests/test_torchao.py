@@ -5,6 +5,7 @@ Products of float8 are emulated, because a CPU has none.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -135,6 +136,36 @@ def _alone(model: nn.Module) -> dict[str, torch.Tensor]:
         optimizer.step()
         optimizer.zero_grad()
     return _whole(model)
+
+
+def test_float8_weights_and_their_optimizer_are_kept_at_another_layout(tmp_path: Path) -> None:
+    from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
+
+    def sharded(partition: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = _float8(gathered=True)
+        mesh = mesh_of_rank(partition, 2)
+        mics.shard(model, mesh=mesh, blocks=Block, mp_policy=FULL)
+        return model, torch.optim.AdamW(model.parameters(), lr=0.1)
+
+    def both() -> None:
+        x = torch.ones(2, WIDTH)
+        model, optimizer = sharded(2)
+        model(x).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        precompute_float8_dynamic_scale_for_fsdp(model)
+        mics.save(tmp_path / "kept", model=model, optimizer=optimizer)
+        other, later = sharded(4)
+        mics.load(tmp_path / "kept", model=other, optimizer=later)
+        precompute_float8_dynamic_scale_for_fsdp(other)
+        assert torch.equal(model(x), other(x))
+        for one, two in zip(model.parameters(), other.parameters(), strict=True):
+            assert torch.equal(one.full_tensor(), two.full_tensor())
+            state = optimizer.state[one]["exp_avg"], later.state[two]["exp_avg"]
+            assert torch.equal(state[0].full_tensor(), state[1].full_tensor())
+            assert type(state[1].to_local()) is torch.Tensor
+
+    run_ranks(both, WORLD, ranks_per_node=2)
 
 
 def test_float8_and_nf4_train_as_one_process_and_are_counted_as_predicted() -> None:
