@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -113,7 +114,7 @@ def _experts_mesh(replicate: int, ep: int) -> DeviceMesh:
     return init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "efsdp", "ep"))
 
 
-def _sharded(layout: Layout) -> nn.Sequential:
+def _sharded(layout: Layout, around: Callable[[nn.Sequential], nn.Module] = lambda n: n) -> Any:
     whole, mesh = _experts_mesh(layout.replicate, layout.ep), mesh_of_rank(layout.partition)
     held_by = whole["replicate", "efsdp"]
     net = _net(whole["ep"])
@@ -128,7 +129,7 @@ def _sharded(layout: Layout) -> nn.Sequential:
         else:
             place = _placing(experts, held_by, layout.way)
         mics.fully_shard(block, mesh=mesh, mp_policy=FULL, shard_placement_fn=place)
-    return mics.fully_shard(net, mesh=mesh, mp_policy=FULL)  # type: ignore[no-any-return]
+    return mics.fully_shard(around(net), mesh=mesh, mp_policy=FULL)
 
 
 def _placing(experts: Experts, held_by: DeviceMesh, way: str) -> Any:
@@ -295,3 +296,63 @@ def _errors_of_copies(folder: Path) -> list[str]:
 
 def test_what_ranks_beside_each_other_have_copies_of_is_written_once(tmp_path: Path) -> None:
     assert run_ranks(quiet, WORLD, lambda: _errors_of_copies(tmp_path)) == [[]] * WORLD
+
+
+class Skipping(nn.Module):
+    """The net of this file, whose second block is left out where wished."""
+
+    def __init__(self, net: nn.Sequential) -> None:
+        super().__init__()
+        self.first, self.second, self.head = net
+
+    def forward(self, x: torch.Tensor, skip: bool) -> torch.Tensor:
+        x = self.first(x)
+        return self.head(x if skip else self.second(x))  # type: ignore[no-any-return]
+
+
+def _skips(pattern: str, rank: int, micro_step: int) -> bool:
+    """Ranks that exchange tokens, 0 and 1, 2 and 3, do so alike."""
+    return {
+        "one pair": rank < 2,
+        "one pair once": rank < 2 and micro_step == 0,
+        "the other pair": rank > 1,
+        "everybody once": micro_step == 0,
+    }[pattern]
+
+
+def _errors_of_skipping(pattern: str, layout: Layout) -> list[str]:
+    model = _sharded(layout, Skipping)
+    alone = Skipping(_net())
+    for micro_step, rank in itertools.product(range(MICRO_STEPS), range(WORLD)):
+        loss = alone(_data(micro_step, rank), _skips(pattern, rank, micro_step)).square().mean()
+        (loss / (WORLD * MICRO_STEPS)).backward()
+    view = mics.ledger(model)
+    view.reset()
+    batches = [_data(m, dist.get_rank()) for m in range(MICRO_STEPS)]
+    for number, batch in enumerate(mics.micro_steps(model, batches, normalise="micro_steps")):
+        model(batch, _skips(pattern, dist.get_rank(), number)).square().mean().backward()
+    right = dict(alone.named_parameters())
+    wrong = [
+        f"gradient of {name}"
+        for name, param in model.named_parameters()
+        if not torch.allclose(_full(param.grad), right[name].grad, rtol=1e-5, atol=1e-6)  # type: ignore[arg-type]
+    ]
+    if view.traffic() != mics.predict_traffic(model, micro_steps=MICRO_STEPS):
+        wrong.append("bytes")
+    return [f"{pattern}, {layout}: {one}" for one in wrong]
+
+
+def _all_errors_of_skipping() -> list[str]:
+    warnings.simplefilter("ignore")
+    patterns = ("one pair", "one pair once", "the other pair", "everybody once")
+    layouts = (Layout(2, 1, 2), Layout(4, 1, 2, "own mesh"), Layout(2, 2, 2))
+    return [
+        error
+        for pattern, layout in itertools.product(patterns, layouts)
+        for error in _errors_of_skipping(pattern, layout)
+    ]
+
+
+@pytest.mark.slow
+def test_blocks_with_experts_that_some_ranks_skip_get_the_gradients_of_one_process() -> None:
+    assert run_ranks(quiet, WORLD, _all_errors_of_skipping) == [[]] * WORLD

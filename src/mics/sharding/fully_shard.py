@@ -177,7 +177,7 @@ def shard_unit(
         sharded = torch_fully_shard(module, **keywords)
     for one in modules:
         rest_after_forward(one)
-    owner = modules[0]
+    owner, units = modules[0], []
     for group in compat.param_groups(owner):
         if options.axes is not None:
             compat.reduce_gradients_over(group, options.axes.dims.replicate_names)
@@ -186,6 +186,9 @@ def shard_unit(
             compat.reshard_to(group, smaller)
         unit = Unit(owner, group, own, collectives=options.collectives, overlap=options.overlap)
         remember_unit(unit)
+        units.append(unit)
+    for unit in reversed(units):  # so that they arrive in the order in which FSDP2 gathers them
+        unit.stand_first()
     return sharded
 
 

@@ -33,7 +33,7 @@ def gather_ahead(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
     model.register_forward_pre_hook(_start(model, groups[0]))  # after FSDP2's own
     for block, (own, following) in zip(blocks, pairwise([*groups, []]), strict=True):
         block.register_forward_pre_hook(_start(model, [*own, *following]), prepend=True)
-        for unit in units_on(block):
+        for unit in reversed(units_on(block)):
             unit.stand_first()  # what this rank has skipped is gathered before
 
 

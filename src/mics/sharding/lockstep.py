@@ -15,23 +15,27 @@ all ranks go through the units in one order, that of the model's modules:
                 may); the end of the pass does so for the first ones, a unit's end for those inside
 
 Units inside a unit (the blocks of a tower for images) are gathered while it is, and reduced before
-it. A rank that uses every unit once, as all do in most models, finds nothing left out and pays
-nothing. A unit that runs again, or before its turn, is left alone: ranks that differ there are
-refused at the end of the step (``settling.py``). A unit found to run later than its place among the
-modules is moved there, so that this costs one forward.
+it. Units of one module on several meshes are gathered together. A rank that uses every unit once,
+as all do in most models, finds nothing left out and pays nothing. A unit that runs again, or before
+its turn, is left alone: ranks that differ there are refused at the end of the step
+(``settling.py``). A unit found to run later than its place among the modules is moved there, so
+that this costs one forward.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import nn
 
 from mics import compat
 from mics.communication.hop_two import HopTwo
 from mics.communication.used import Used
+from mics.ranks.mesh import Groups
 
 _MOST_FORWARDS = 64  # without a backward, that are remembered
 
@@ -42,6 +46,7 @@ class Skippable(Protocol):
     group: Any
     used: Used
     hop_two: HopTwo | None
+    groups: Groups
 
     @property
     def trains(self) -> bool:
@@ -79,12 +84,18 @@ class Use:
     begun: bool = False
 
     def is_inside(self, other: Use) -> bool:
-        """Whether it came while the other was under way."""
-        return self.forward == other.forward and other.entered < self.entered < other.left
+        """Whether it came while the other was under way, and is of another module."""
+        under_way = other.entered < self.entered < other.left
+        beside = _module(self.unit) is _module(other.unit)
+        return self.forward == other.forward and under_way and not beside
 
     def is_after(self, other: Use) -> bool:
         """Whether it is of the same forward and came after the other; one inside it did not."""
         return self.forward == other.forward and self.entered > other.left
+
+
+def _module(unit: Skippable) -> nn.Module:
+    return compat.modules_of(unit.group)[0]
 
 
 def _found_inside(units: Sequence[Skippable]) -> dict[int, set[int]]:
@@ -92,20 +103,30 @@ def _found_inside(units: Sequence[Skippable]) -> dict[int, set[int]]:
     found: dict[int, set[int]] = {}
     for unit in units:
         modules = {id(m) for one in compat.modules_of(unit.group) for m in one.modules()}
-        inside = {id(other) for other in units if id(compat.modules_of(other.group)[0]) in modules}
-        if inside > {id(unit)}:
-            found[id(unit)] = inside - {id(unit)}
+        others = [other for other in units if _module(other) is not _module(unit)]
+        inside = {id(other) for other in others if id(_module(other)) in modules}
+        if inside:
+            found[id(unit)] = inside
     return found
+
+
+def _first(units: Sequence[Skippable], ids: set[int]) -> list[Skippable]:
+    """Those of some units that come first and are all among ``ids``."""
+    return list(itertools.takewhile(lambda unit: id(unit) in ids, units))
 
 
 class Lockstep:
     """Fills in what a rank leaves out of the units under one root.
 
     Args:
-        units: without the root's, in module order; those that share ranks, p > 1.
+        units: in module order, of all meshes; those whose p is 1 wait for nobody.
+        root: of the tree; its own units are in every forward.
     """
 
-    def __init__(self, units: Sequence[Skippable]) -> None:
+    def __init__(self, units: Sequence[Skippable], root: nn.Module) -> None:
+        self._roots = [unit for unit in units if root in compat.modules_of(unit.group)]
+        shared = [unit for unit in units if unit.groups.shard.size() > 1]
+        units = [unit for unit in shared if unit not in self._roots]
         self._order = list(units)
         self._ids = {id(unit) for unit in units}
         self._inside = _found_inside(units)
@@ -118,6 +139,7 @@ class Lockstep:
         self._flows = False  # whether what has come out of units so far needs a gradient
         self._uses: list[Use] = []  # of forwards whose backward may come
         self._begun: set[int] = set()  # forwards whose backward has begun in this pass
+        self.number = -1  # autograd's, of the pass
 
     # -- forward ---------------------------------------------------------------------------------
 
@@ -196,27 +218,32 @@ class Lockstep:
 
     def _fill(self, units: Sequence[Skippable], passed_on: Any) -> None:
         """Stand in for units, which would have been given what is now passed on."""
-        rest = list(units)
+        rest = [unit for unit in units if id(unit) not in self._entered]
         while rest:
-            unit = rest.pop(0)
-            if id(unit) in self._entered:
-                continue
-            inside = self._inside.get(id(unit), set())
-            num_inside = next((i for i, one in enumerate(rest) if id(one) not in inside), len(rest))
-            self._entered[id(unit)] = self._tick()
-            self._filled.add(id(unit))
-            by_hand = compat.is_whole(unit.group)  # a parent uses it so: it stays
-            if not by_hand:
+            beside = _first(rest, {id(unit) for unit in rest if _module(unit) is _module(rest[0])})
+            rest = rest[len(beside) :]
+            inside = _first(rest, self._inside.get(id(beside[-1]), set()))
+            rest = rest[len(inside) :]
+            # A parent that uses one by hand has gathered it: it stays.
+            to_gather = [unit for unit in beside if not compat.is_whole(unit.group)]
+            for unit in beside:
+                self._entered[id(unit)] = self._tick()
+                self._filled.add(id(unit))
+            for unit in to_gather:
                 compat.begin_empty_forward(unit.group)
-            self._fill(rest[:num_inside], passed_on)
-            del rest[:num_inside]
-            if not by_hand:
+            self._fill(inside, passed_on)
+            for unit in to_gather:
                 compat.end_empty_forward(unit.group)
-            if torch.is_grad_enabled():
-                flows = self._flows or bool(compat.tensors_with_grad(passed_on))
-                self.leave(unit, needs_gradient=flows)
-                if unit.hop_two is not None and unit.trains:
-                    unit.hop_two.before_forward()
+            for unit in reversed(beside):
+                self._leave_out(unit, passed_on)
+
+    def _leave_out(self, unit: Skippable, passed_on: Any) -> None:
+        """A unit's forward, in which nothing ran, ends."""
+        if torch.is_grad_enabled():
+            flows = self._flows or bool(compat.tensors_with_grad(passed_on))
+            self.leave(unit, needs_gradient=flows)
+            if unit.hop_two is not None and unit.trains:
+                unit.hop_two.before_forward()
 
     def _tick(self) -> int:
         self._clock += 1
@@ -228,6 +255,16 @@ class Lockstep:
     def forward(self) -> int:
         """The number of the latest forward of the root."""
         return self._forward
+
+    def begin_pass(self, number: int) -> None:
+        """A pass has begun; autograd gives it a number.
+
+        The root gathers ahead as its backward begins: before anything is filled in, since an output
+        may be a block's own and a rank's loss may use another one.
+        """
+        self.number = number
+        for unit in self._roots:
+            compat.begin_empty_backward(unit.group)
 
     def begin_forward(self, forward: int) -> None:
         """The backward of a forward begins."""

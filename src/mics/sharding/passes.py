@@ -1,5 +1,7 @@
 """The backward passes of one FSDP2 tree: how they begin and end for the units of one mesh.
 
+What a rank leaves out is filled in in one order of all units, whatever mesh they are on.
+
 first unit      its output's gradient comes: hop 2 is owed, the end below is queued
 every unit      what was left out after it is filled in (``lockstep.py``), its unused parameters
                 get zeros (``used.py``), FSDP2 reduces, hop 2 starts in turn (``hop_order.py``)
@@ -12,7 +14,7 @@ end, after      it: reductions land, hop 2 of the rest, and the step is settled,
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, Self
 
 import torch
@@ -73,21 +75,25 @@ class Passes:
     Args:
         units: in module order.
         root: of the tree; its own units are in every forward.
+        lockstep: of the tree.
+        beside: the passes of every mesh of the tree, this one too; filled when all are made.
     """
 
-    def __init__(self, units: Sequence[Member], root: nn.Module) -> None:
+    def __init__(
+        self,
+        units: Sequence[Member],
+        root: nn.Module,
+        lockstep: Lockstep,
+        beside: list[Passes],
+    ) -> None:
         self.units = tuple(units)
         self.groups = units[0].groups
         self._hops = [unit.hop_two for unit in units if unit.hop_two is not None]
         self.order = HopOrder(self._hops)
         self._root = root
-        inner = [unit for unit in units if root not in compat.modules_of(unit.group)]
-        shares = self.groups.shard.size() > 1
-        self.lockstep = Lockstep(inner if shares else [])
+        self.lockstep, self._beside = lockstep, beside
         root.register_forward_pre_hook(compat.outside_graphs(self._open), prepend=True)
         root.register_forward_hook(compat.outside_graphs(self._close), prepend=True)
-        self.lockstep.open()  # made in the root's first forward
-        self._begun = -1  # autograd's number of the pass
         self._ends = -1
         self._ran = False  # a backward, in this micro-step
         self._under_way = False
@@ -110,7 +116,6 @@ class Passes:
             step.before_forward()
         if self._under_way and not any(unit.in_step for unit in self.units):
             self._drop_what_raised()
-        self.lockstep.open()
 
     def _drop_what_raised(self) -> None:
         """A backward has raised, outside of a step that would know: it is no part of a gradient."""
@@ -138,15 +143,11 @@ class Passes:
 
     def begin(self, use: Use | None) -> None:
         """The gradient of a unit's output has come."""
-        if compat.backward_id() != self._begun:
-            self._begun = compat.backward_id()
-            self._ran = self._under_way = True
-            compat.at_end_of_backward(self._before_the_end)
-            # The root gathers ahead as its backward begins: before anything is filled in, since
-            # an output may be a block's own and a rank's loss may use another one.
-            for unit in self.units:
-                if self._root in compat.modules_of(unit.group):
-                    compat.begin_empty_backward(unit.group)
+        if compat.backward_id() != self.lockstep.number:
+            for passes in self._beside:
+                passes._ran = passes._under_way = True
+                compat.at_end_of_backward(passes._before_the_end)
+            self.lockstep.begin_pass(compat.backward_id())
         if use is not None:
             self.lockstep.begin_backward(use)
 
@@ -252,15 +253,36 @@ def passes_of(unit: Member) -> Passes | None:
     root = compat.root_module(unit.group)
     if root is None:
         return None
-    made: dict[int, Passes] = root.__dict__.setdefault(_ATTRIBUTE, {})
-    key = id(unit.groups.shard)
-    if key not in made:
-        tree = unit.tree()
-        largest = max(tree, key=lambda one: one.groups.whole.size())
-        refuse_left_out(largest.groups.whole, compat.sharded_params(largest.group))
-        average_over_all_ranks(tree)
-        made[key] = Passes([one for one in tree if one.groups.shard is unit.groups.shard], root)
-    return made[key]
+    if _ATTRIBUTE not in root.__dict__:
+        root.__dict__[_ATTRIBUTE] = _passes_of_tree(unit.tree(), root)
+    made: dict[int, Passes] = root.__dict__[_ATTRIBUTE]
+    return made[id(unit.groups.shard)]
+
+
+def _passes_of_tree(tree: Sequence[Member], root: nn.Module) -> dict[int, Passes]:
+    """The passes of every mesh, by its partition group's id; made in the root's first forward."""
+    largest = max(tree, key=lambda one: one.groups.whole.size())
+    refuse_left_out(largest.groups.whole, compat.sharded_params(largest.group))
+    average_over_all_ranks(tree)
+    lockstep = Lockstep(tree, root)
+    lockstep.open()
+    meshes: dict[int, list[Member]] = {}
+    for unit in tree:
+        meshes.setdefault(id(unit.groups.shard), []).append(unit)
+    root.register_forward_pre_hook(compat.outside_graphs(_opens(lockstep)), prepend=True)
+    beside: list[Passes] = []
+    beside += [Passes(units, root, lockstep, beside) for units in meshes.values()]
+    return dict(zip(meshes, beside, strict=True))
+
+
+def _opens(lockstep: Lockstep) -> Callable[[nn.Module, Any], None]:
+    """A hook that says that the root's forward begins."""
+
+    def hook(_: nn.Module, args: Any) -> None:
+        if not compat.in_backward():
+            lockstep.open()
+
+    return hook
 
 
 def drop_unfinished(units: Sequence[Member], passes: Sequence[Passes]) -> bool:

@@ -218,8 +218,9 @@ class Unit:
         self.used.note()
 
     def _before_reduce(self) -> None:
-        if self._passes is not None:
-            self._passes.before_reduce()
+        passes = self._find_passes()  # also of a unit that this rank has always left out
+        if passes is not None:
+            passes.before_reduce()
         self.used.before_reduce()
         if self.hop_two is not None:
             self.hop_two.before_reduce()
