@@ -190,3 +190,24 @@ def test_experts_under_one_name_with_other_values_are_not_saved_as_one(tmp_path:
         assert "Ranks hold model/0 in parts that do not fit together" in askew
         assert "Their parts have 32 cells together, and it has 16" in askew
         assert left == []
+
+
+def _on_more_ranks_than_the_root() -> str:
+    dense = init_device_mesh("cpu", (2, 2), mesh_dim_names=("shard", "tp"))["shard"]
+    more = init_device_mesh("cpu", (WORLD,), mesh_dim_names=("efsdp",))
+    net = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH))
+    expert = mics.fully_shard(net[1], mesh=more, mp_policy=FULL)
+    mics.fully_shard(net, mesh=dense, mp_policy=FULL)
+    with pytest.raises(mics.ShardError) as raised:
+        net(_data(0, 0))
+    expert.set_gradient_divide_factor(2)
+    expert.set_force_sum_reduction_for_comms(True)  # Gloo can not divide
+    net(_data(0, 0)).square().mean().backward()
+    return str(raised.value)
+
+
+def test_experts_on_more_ranks_than_the_root_need_a_divide_factor() -> None:
+    for said in run_ranks(quiet, WORLD, _on_more_ranks_than_the_root):
+        assert "1 is on more ranks than the root of its model" in said
+        assert "4 ranks, the root is on 2" in said
+        assert "set_gradient_divide_factor(ranks that have other tokens)" in said

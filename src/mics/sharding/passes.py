@@ -26,7 +26,7 @@ from mics.communication.hop_order import HopOrder
 from mics.communication.issued import issued_of
 from mics.communication.landing import Landing
 from mics.communication.settling import settle
-from mics.errors import MicroStepError, MicsWarning
+from mics.errors import MicroStepError, MicsWarning, ShardError
 from mics.ranks.device import is_capturing
 from mics.ranks.mesh import Groups
 from mics.sharding.lockstep import Lockstep, Moment, Skippable, Use
@@ -263,7 +263,7 @@ def _passes_of_tree(tree: Sequence[Member], root: nn.Module) -> dict[int, Passes
     """The passes of every mesh, by its partition group's id; made in the root's first forward."""
     largest = max(tree, key=lambda one: one.groups.whole.size())
     refuse_left_out(largest.groups.whole, compat.sharded_params(largest.group))
-    average_over_all_ranks(tree)
+    average_over_all_ranks(tree, root)
     lockstep = Lockstep(tree, root)
     lockstep.open()
     meshes: dict[int, list[Member]] = {}
@@ -317,14 +317,28 @@ def drop_unfinished(units: Sequence[Member], passes: Sequence[Passes]) -> bool:
     return dropped
 
 
-def average_over_all_ranks(units: Sequence[Member]) -> None:
+def average_over_all_ranks(units: Sequence[Member], root: nn.Module) -> None:
     """Divide gradients of units on fewer ranks than the others by as many ranks.
 
     Experts on a mesh of their own are on other ranks too, as other experts, and have been given the
     tokens of all of them. FSDP2 alone divides by the ranks of their own mesh. A factor that
     somebody has set stays.
+
+    Raises:
+        ShardError: units without such a factor are on more ranks than the root's, which are all
+            that have tokens of their own: nobody knows by what they would have to be divided.
     """
     ranks = max(unit.groups.whole.size() for unit in units)
-    for unit in units:
-        if unit.groups.whole.size() < ranks and compat.divide_factor(unit.group) is None:
+    told = [compat.divide_factor(unit.group) is not None for unit in units]
+    of_root = [u.groups.whole.size() for u in units if root in compat.modules_of(u.group)]
+    for unit, is_told in zip(units, told, strict=True):
+        here = unit.groups.whole.size()
+        if of_root and here > max(of_root) and not is_told:
+            raise ShardError(
+                f"{unit.name} is on more ranks than the root of its model; its gradients would be "
+                "divided by all of them, those of the rest by the root's.",
+                numbers=f"{here} ranks, the root is on {max(of_root)}.",
+                write="set_gradient_divide_factor(ranks that have other tokens) of its module",
+            )
+        if here < ranks and not is_told:
             compat.divide_by(unit.group, ranks)
