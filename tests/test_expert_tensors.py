@@ -30,10 +30,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import DataParallelMeshDims, MixedPrecisionPolicy
 from torch.distributed.fsdp._fully_shard._fsdp_common import ShardPlacementResult
 from torch.distributed.fsdp._fully_shard._fsdp_init import _get_mesh_info
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -62,12 +62,22 @@ class Experts(nn.Module):
         return torch.baddbmm(bias, rows, weight)
 
 
+class Dense(nn.Linear):
+    """Computes with its parameters as they are on this rank."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = self.weight, self.bias
+        if isinstance(weight, DTensor):
+            weight, bias = weight.to_local(), bias.to_local()  # type: ignore[attr-defined]
+        return nn.functional.linear(x, weight, bias)
+
+
 class Block(nn.Module):
     """A layer for all tokens, then one of the experts: they take turns."""
 
     def __init__(self, ep: DeviceMesh | None) -> None:
         super().__init__()
-        self.dense = nn.Linear(WIDTH, WIDTH)
+        self.dense = Dense(WIDTH, WIDTH)
         self.experts = Experts()
         self.ep = ep
 
@@ -91,7 +101,7 @@ class Layout:
     partition: int
     replicate: int
     ep: int
-    way: Literal["placed", "own mesh", "columns"] = "placed"
+    way: Literal["placed", "own mesh", "columns", "named axes"] = "placed"
 
 
 TRAINED = (
@@ -99,13 +109,15 @@ TRAINED = (
     Layout(2, 2, 2),
     Layout(2, 1, 4, "own mesh"),
     Layout(4, 2, 2, "columns"),
+    Layout(2, 1, 2, "named axes"),
+    Layout(2, 2, 2, "named axes"),
 )
-LOADED = (*TRAINED, Layout(4, 1, 1), Layout(1, 1, 2, "own mesh"))
+LOADED = (*TRAINED[:4], Layout(4, 1, 1), Layout(1, 1, 2, "own mesh"))
 
 
 def _net(ep: DeviceMesh | None = None) -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(Block(ep), Block(ep), nn.Linear(WIDTH, 3))
+    return nn.Sequential(Block(ep), Block(ep), Dense(WIDTH, 3))
 
 
 @cache
@@ -130,6 +142,30 @@ def _sharded(layout: Layout, around: Callable[[nn.Sequential], nn.Module] = lamb
             place = _placing(experts, held_by, layout.way)
         mics.fully_shard(block, mesh=mesh, mp_policy=FULL, shard_placement_fn=place)
     return mics.fully_shard(around(net), mesh=mesh, mp_policy=FULL)
+
+
+def _on_whole_meshes(layout: Layout) -> nn.Module:
+    """Every parameter on all ranks of one of two meshes, whose axes are told by their names."""
+    experts, dense = _experts_mesh(layout.replicate, layout.ep), mesh_of_rank(layout.partition)
+    net, place, dims = _net(experts["ep"]), {}, DataParallelMeshDims
+    info = _get_mesh_info(experts, dims(shard="efsdp", replicate="replicate"))
+    for module in net.modules():
+        own = isinstance(module, Experts)
+        axes = [Replicate(), Replicate(), Shard(0)] if own else [Replicate(), Replicate()]
+        for name, param in list(module.named_parameters(recurse=False)):
+            spread = distribute_tensor(param.data, experts if own else dense, axes)
+            setattr(module, name, nn.Parameter(spread))
+            if own:
+                place[getattr(module, name)] = ShardPlacementResult(Shard(0), info)
+    for module in (*net[:2], net):
+        mics.fully_shard(
+            module,
+            mesh=dense,
+            dp_mesh_dims=dims(shard="shard", replicate="replicate"),
+            mp_policy=FULL,
+            shard_placement_fn=place.get,
+        )
+    return net
 
 
 def _placing(experts: Experts, held_by: DeviceMesh, way: str) -> Any:
@@ -161,7 +197,7 @@ def _alone(normalise: Any) -> nn.Sequential:
 
 def _trained(layout: Layout, normalise: Any, wrong: list[str]) -> nn.Sequential:
     """A model with the gradients of a step, compared with one process'."""
-    model = _sharded(layout)
+    model = _on_whole_meshes(layout) if layout.way == "named axes" else _sharded(layout)
     right = dict(_alone(normalise).named_parameters())
     case = f"{layout}, {normalise}"
     view = mics.ledger(model)
@@ -215,7 +251,7 @@ def _errors(folder: Path) -> list[str]:
         optimizer.step()
         saved = _state(model, optimizer)
         mics.save(folder / str(number), model=model, optimizer=optimizer)
-        for other in LOADED[number + 1 : number + 3]:
+        for other in LOADED[(number + 1) % 5 :][:2]:
             into = _sharded(other)
             fresh = _adamw(into)
             mics.load(folder / str(number), model=into, optimizer=fresh)

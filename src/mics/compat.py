@@ -203,9 +203,18 @@ def shard_of_placement(result: Any) -> Any:
     return result.placement
 
 
-def shard_info(mesh: DeviceMesh) -> Any:
-    """What FSDP2 knows of a 1-D mesh to shard over."""
-    return FSDPMeshInfo(mesh, shard_mesh_dim=0)
+def names_its_axes(result: Any) -> bool:
+    """Whether a ``ShardPlacementResult`` is for DTensors on a whole mesh (``dp_mesh_dims``)."""
+    return result.mesh_info.dp_mesh_dims is not None
+
+
+def shard_info(mesh: DeviceMesh, result: Any) -> Any:
+    """What FSDP2 knows of a 1-D mesh to shard over, in place of what a placement says."""
+    given = result.mesh_info
+    if given.dp_mesh_dims is None:
+        return FSDPMeshInfo(mesh, shard_mesh_dim=0)
+    dims = type(given.dp_mesh_dims)(shard=given.dp_mesh_dims.shard)
+    return FSDPMeshInfo(mesh, shard_mesh_dim=0, dp_mesh_dims=dims, spmd_mesh=given.spmd_mesh)
 
 
 def placement_on(result: Any, info: Any) -> Any:

@@ -24,6 +24,7 @@ from mics import compat
 from mics.checkpoint.contents import Contents
 from mics.checkpoint.peers import Peers
 from mics.errors import CheckpointError
+from mics.ranks.mesh import ranks_of
 from mics.sharding.same_start import fingerprint
 from mics.sharding.units import units_on
 
@@ -89,13 +90,19 @@ def _boxes(tensors: Mapping[str, torch.Tensor]) -> list[Piece]:
 
 
 def _replicas_of_meshes(model: nn.Module) -> dict[DeviceMesh, tuple[int, int]]:
-    """(replica, number of replicas) of the meshes that parameters of units are on."""
+    """(replica, number of replicas) of the meshes that parameters of units are on.
+
+    Those of a mesh that has the replicas as an axis of its own are told by the placements.
+    """
     found: dict[DeviceMesh, tuple[int, int]] = {}
     for module in model.modules():
         for unit in units_on(module):
             replicas = unit.groups.replicas
             for param in compat.sharded_params(unit.group):
-                if replicas is not None and isinstance(param, DTensor):
+                if replicas is None or not isinstance(param, DTensor):
+                    continue
+                ranks = set(param.device_mesh.mesh.flatten().tolist())
+                if not ranks.issuperset(ranks_of(replicas)):
                     found[param.device_mesh] = (replicas.rank(), replicas.size())
     return found
 

@@ -73,7 +73,8 @@ class Placements:
         for name, param in unsharded(modules).items():
             groups = self.of(param)
             if groups is not self.home:
-                refuse_overlap({name: param}, groups.whole)
+                if not compat.names_its_axes(self._asked(param)):
+                    refuse_overlap({name: param}, groups.whole)
                 found[param] = groups
         return found
 
@@ -90,7 +91,7 @@ class Placements:
         if groups is self.home:
             return compat.shard_of_placement(result)
         if groups.shard not in self._infos:
-            self._infos[groups.shard] = compat.shard_info(groups.mesh)
+            self._infos[groups.shard] = compat.shard_info(groups.mesh, result)
         return compat.placement_on(result, self._infos[groups.shard])
 
     def _on(self, mesh: DeviceMesh) -> Groups:
