@@ -42,6 +42,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.utils import get_total_norm
 
 import mics
+from mics.errors import ShardError
 
 WORLD, WIDTH, TOKENS, MICRO_STEPS, EXPERTS = 4, 8, 8, 2, 4
 FULL = MixedPrecisionPolicy()
@@ -392,3 +393,23 @@ def _all_errors_of_skipping() -> list[str]:
 @pytest.mark.slow
 def test_blocks_with_experts_that_some_ranks_skip_get_the_gradients_of_one_process() -> None:
     assert run_ranks(quiet, WORLD, _all_errors_of_skipping) == [[]] * WORLD
+
+
+def _word_of_experts_outside() -> str:
+    ep = _experts_mesh(1, 2)["ep"]
+    net = _net(ep)
+    for block in net[:2]:
+        for name, param in list(block.experts.named_parameters()):
+            spread = nn.Parameter(distribute_tensor(param.data, ep, [Shard(0)]))
+            setattr(block.experts, name, spread)
+    for part in (net[0].dense, net[1].dense, net[2]):
+        mics.fully_shard(part, mesh=mesh_of_rank(2))
+    with pytest.raises(ShardError) as raised:
+        next(iter(mics.micro_steps(net, [_data(0, 0)])))
+    return str(raised.value)
+
+
+def test_experts_that_are_spread_and_not_sharded_are_outside_every_unit() -> None:
+    for said in run_ranks(quiet, WORLD, _word_of_experts_outside):
+        assert "Parameters outside every unit need a gradient" in said
+        assert "4: 0.experts.weight, 0.experts.bias, 1.experts.weight and 1 more" in said

@@ -23,6 +23,7 @@ from mics import compat
 from mics.communication.guard import watch
 from mics.errors import MicroStepError, ShardError
 from mics.quantities import MIB, first_of
+from mics.sharding.other_axes import unsharded
 from mics.sharding.rules import refuse_rule
 from mics.sharding.units import Unit
 
@@ -126,6 +127,12 @@ def refuse_outside(model: nn.Module, units: Sequence[Unit]) -> None:
         for name, param in model.named_parameters()
         if id(param) not in inside and _is_unreduced(param)
     ]
+    ranks = max(unit.groups.whole.size() for unit in units)
+    outside += [
+        name
+        for name, param in unsharded([model]).items()
+        if id(param) not in inside and _lacks_ranks(param, ranks)
+    ]
     if outside:
         raise _outside_error(outside)
 
@@ -217,6 +224,13 @@ def _has_other_ranks(units: Sequence[Unit]) -> bool:
 
 def _is_unreduced(param: torch.Tensor) -> bool:
     return param.requires_grad and not isinstance(param, DTensor) and not compat.num_hooks(param)
+
+
+def _lacks_ranks(param: torch.Tensor, ranks: int) -> bool:
+    """Whether a DTensor of no unit is on fewer ranks than the units, as experts over "ep" alone."""
+    if not isinstance(param, DTensor) or not param.requires_grad or compat.num_hooks(param):
+        return False
+    return param.device_mesh.size() < ranks
 
 
 def _outside_error(names: Sequence[str]) -> ShardError:
