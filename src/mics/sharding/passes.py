@@ -302,7 +302,9 @@ def drop_unfinished(units: Sequence[Member], passes: Sequence[Passes]) -> bool:
     for root in roots:
         compat.reset_iteration(root)
     params = [param for unit in units for param in compat.sharded_params(unit.group)]
-    dropped = any(param.grad is not None for param in params)
+    # Zeros are what an optimizer that keeps its memory has left.
+    shards = [compat.local_of(param.grad) for param in params if param.grad is not None]
+    dropped = any(bool(shard.any()) for shard in shards)
     for unit in units:
         unit.used.forget()
         if unit.landing is not None:
