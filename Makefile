@@ -16,7 +16,7 @@ help:
 	@echo "make demo    train a small GPT on 8 ranks: losses, sample, plot, bytes predicted and counted"
 	@echo "make lint    format, lint and types"
 	@echo "make check   make lint, then the fast tests: before every commit"
-	@echo "make test    make check and the slow tests, in under 10 minutes: before every pull request"
+	@echo "make test    make check and the slow tests, some 12 minutes on 2 cores: before every pull request"
 	@echo "make test-all  make test and the extra tests, some minutes more: what CI runs"
 	@echo "make fuzz    300 random models and schedules on 4 ranks against one process, 10 minutes"
 	@echo "make bench   measure everything, write benchmarks/results/ (Linux, root, 2 hours)"

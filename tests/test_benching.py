@@ -47,7 +47,7 @@ def _compared(work: Workload | Stretched) -> list[Compared]:
     return compare(engines, 2, told=lambda *_: None)
 
 
-@pytest.mark.parametrize("kind", ["gpt", "bert", "dilated"])
+@pytest.mark.parametrize("kind", ["gpt", pytest.param("bert", marks=pytest.mark.extra), "dilated"])
 def test_all_engines_have_the_same_losses(kind: str) -> None:
     work: Workload | Stretched = Workload(kind, 16, 2, 1, 16, 2)
     if kind == "dilated":

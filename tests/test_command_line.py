@@ -31,6 +31,7 @@ def as_rank(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.extra
 def test_under_torchrun_bench_says_an_error_once() -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     launch += ["--local-addr", "127.0.0.1", "--nproc-per-node", "2", "-m", "mics", *NO_SIZE]

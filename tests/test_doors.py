@@ -48,6 +48,7 @@ def corpus(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.extra
 def test_ranks_that_a_verb_starts_listen_for_each_other_on_loopback_and_nothing_else_does(
     tmp_path: Path, corpus: Path
 ) -> None:
@@ -105,6 +106,7 @@ def test_ranks_of_a_launcher_listen_on_loopback_where_they_share_a_machine(
 
 @needs_a_lab
 @pytest.mark.slow
+@pytest.mark.extra
 def test_ranks_of_a_lab_listen_in_its_own_network_only(tmp_path: Path) -> None:
     lab = ["lab", "run", "--nodes", "2", "--gpus-per-node", "1", "--logs", str(tmp_path), "--"]
     seen, own = watched([start_verb([*lab, "mics", "doctor"], environment())])

@@ -132,6 +132,7 @@ def test_bf16_stays_within_bf16_rounding() -> None:
             assert abs(ours - exact) <= 2**-7 * exact, run
 
 
+@pytest.mark.extra
 def test_partition_size_changes_only_the_rounding_of_the_reduction_order() -> None:
     """Layouts agree with each other in bf16 too, far closer than bf16 rounds."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)

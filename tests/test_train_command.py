@@ -166,7 +166,8 @@ def test_a_signal_saves_and_ends_cleanly_and_the_same_command_goes_on(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("live", ["off", pytest.param("on", marks=pytest.mark.extra)])
+@pytest.mark.extra
+@pytest.mark.parametrize("live", ["off", "on"])
 def test_a_terminal_that_is_closed_saves(live: str, tmp_path: Path, corpus: Path) -> None:
     words = ["train", str(configuration(tmp_path, corpus, steps=100_000)), "--log.live", live]
     outer, inner = pty.openpty()

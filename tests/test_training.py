@@ -151,7 +151,12 @@ def elsewhere(config: TrainConfig, name: str, **tables: dict[str, Any]) -> Train
 
 
 @pytest.mark.parametrize(
-    "kind", ["bert", "gpt2", "llama", pytest.param("roberta", marks=pytest.mark.extra)]
+    "kind",
+    [
+        "gpt2",
+        "llama",
+        *(pytest.param(kind, marks=pytest.mark.extra) for kind in ("bert", "roberta")),
+    ],
 )
 def test_every_family_has_the_losses_of_a_single_process(
     kind: str, tmp_path: Path, corpus: Path

@@ -186,10 +186,10 @@ HIERARCHICAL = {"partition": 4, "gpus_per_node": 2, "collectives": "hierarchical
         {"partition": 1},
         {"partition": 2},
         HIERARCHICAL,
-        {"partition": 2, "activation_checkpointing": True},
         *(
             pytest.param(options, marks=pytest.mark.extra)
             for options in (
+                {"partition": 2, "activation_checkpointing": True},
                 {"partition": 2, "overlap": False},
                 {"partition": 4},
                 {**HIERARCHICAL, "overlap": False},
@@ -224,9 +224,8 @@ def test_so_they_are_in_every_kind_of_loop(partition: int, train: Any, names: li
 @pytest.mark.parametrize(
     "frozen",
     [
-        "first",
         "blocks.1.a",
-        *(pytest.param(f, marks=pytest.mark.extra) for f in ("blocks.0", "head")),
+        *(pytest.param(f, marks=pytest.mark.extra) for f in ("first", "blocks.0", "head")),
     ],
 )
 def test_so_they_are_with_frozen_parts(frozen: str) -> None:
@@ -346,7 +345,7 @@ def _not_a_number(partition: int, how: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("partition", [1, 2, 4])
+@pytest.mark.parametrize("partition", [1, pytest.param(2, marks=pytest.mark.extra), 4])
 def test_a_loss_that_is_not_a_number_is_refused_with_its_rank_and_the_next_step_goes_on(
     partition: int,
 ) -> None:
