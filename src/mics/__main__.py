@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -15,6 +16,9 @@ from mics.errors import MicsError, naming_extras
 from mics.ranks.launcher import is_first_rank, read_launch
 from mics.version import __version__
 
+# transformers imports torchao where it is installed; what that says of its kernels, and torch of
+# how it registers its types, is no matter of any verb.
+_BESIDE_THE_MATTER = ("torchao", "torch.utils._pytree")
 _PATIENCE_SECONDS = 10.0  # longer than rank 0 takes to leave on a machine that is busy
 
 
@@ -47,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run_verb(name: str, options: list[str]) -> int:
     import tyro
 
+    for logger in _BESIDE_THE_MATTER:
+        logging.getLogger(logger).setLevel(logging.ERROR)
     try:
         with naming_extras(f"mics {name}"):
             verb = importlib.import_module(f"mics.commands.{_module(name)}")
