@@ -19,6 +19,7 @@ from mics.communication.gathered import Answer, Sent, ask, num_arguments
 from mics.errors import ShardError
 from mics.ranks.console import say
 from mics.ranks.mesh import Groups, PerMesh
+from mics.sharding.other_axes import unsharded
 from mics.sharding.placements import Placements
 
 
@@ -78,21 +79,15 @@ def check_gather_hooks(
 
 
 def _hooked(modules: Sequence[nn.Module], ignored: set[nn.Parameter]) -> Iterator[_Hooked]:
-    ours = {
-        id(param)
-        for module in modules
-        for inner in module.modules()
-        for group in compat.param_groups(inner)
-        for param in compat.sharded_params(group)
-    }
+    left = {id(param) for param in unsharded(modules).values()}
     for top in modules:
         for path, module in top.named_modules():
             for name, param in module.named_parameters(recurse=False):
-                if id(param) in ours or param in ignored or not param.dim():
+                if id(param) not in left or param in ignored or not param.dim():
                     continue
                 if not compat.has_gather_hook(param):
                     continue
-                ours.add(id(param))
+                left.remove(id(param))  # a tied one once
                 yield _Hooked(f"{path}.{name}".lstrip("."), param, module)
 
 
