@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mics
 from mics import compat
+from mics.communication import forms
 from mics.communication.backend import Gloo, at_once, run
 from mics.communication.collectives import AllGather, ReduceScatter
 from mics.communication.forms import decide_by
@@ -216,3 +219,23 @@ def _two_groups() -> dict[Any, int]:
 def test_one_object_serves_groups_of_different_size() -> None:
     calls = run_ranks(_two_groups, 8)[0]
     assert calls == {Key(1, "all_gather", "inter"): 2, Key(1, "all_gather", "intra"): 2}
+
+
+def _chosen_beside_each_other() -> dict[Any, str]:
+    """Two meshes that find otherwise which form is faster, of two sizes; one has a profile."""
+    mesh = init_device_mesh("cpu", (4, 2), mesh_dim_names=("shard", "tp"))
+    groups = groups_of(mesh["shard"], gpus_per_node=4)
+    faster = {"flat": (1.0, 2.0), "hierarchical": (2.0, 1.0)}
+    found = faster["flat" if mesh.get_local_rank("tp") else "hierarchical"]
+    forms._time_forms = lambda *_: found  # type: ignore[assignment]
+    os.environ["MICS_PROFILE"] += str(mesh.get_local_rank("tp"))
+    for message_bytes in (2**10, 2**20):
+        ranks = ranks_of(groups.shard)
+        forms.measure(groups, groups.shard, ranks, "all_gather", message_bytes, torch.float32)
+    return dict(forms.choices_of(groups))
+
+
+def test_meshes_beside_each_other_choose_alike_whatever_each_of_them_measures() -> None:
+    first, *others = run_ranks(_chosen_beside_each_other, 8)
+    assert len(first) == 2
+    assert others == [first] * 7

@@ -4,6 +4,12 @@ On slow links the hierarchical form wins by the bytes it saves; on fabrics of hu
 node flat can win for large messages. Nothing but a measurement on the links at hand can tell, so
 each (group, collective, size class, dtype) is timed once before the first step, the slowest rank's
 times are agreed on, and the outcome is kept in a profile file for the next run.
+
+[Note: alike beside each other]
+With tensor parallelism several meshes stand beside each other, and each has copies of what is not
+spread over its axis: norms, biases, embeddings. The two forms add up in another order. Where one
+mesh ran flat and its neighbour in two stages, copies would drift apart bit by bit. So the first
+mesh of a job to choose chooses for all, through the store of the job, and nobody waits for it.
 """
 
 from __future__ import annotations
@@ -18,6 +24,7 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 import torch
 import torch.distributed as dist
 
+from mics import compat
 from mics.communication.collectives import Decide
 from mics.communication.timing import time_in_turn
 from mics.communication.two_stages import hierarchical_all_gather, hierarchical_reduce_scatter
@@ -98,13 +105,14 @@ def measure(
     choice = choice_of(groups, collective, ranks, message_bytes, dtype)
     if choice in choices_of(groups):
         return
-    _read_profile(groups)
-    if choice in choices_of(groups):
+    if (known := _of_profile(groups, choice)) is not None:
+        choices_of(groups)[choice] = _first_word(groups, choice, known)
         return
     numel = 2**choice.size_class // dtype.itemsize // group.size() * group.size()
     numel = max(numel, group.size())
     flat, hierarchical = _time_forms(groups, group, pair, collective, numel, dtype)
-    keep(groups, choice, flat, hierarchical)
+    choices_of(groups)[choice] = _first_word(groups, choice, _faster(flat, hierarchical))
+    _write_profile(groups, choice, flat, hierarchical)
     message = size(2**choice.size_class, "g", least="KiB", most="MiB")
     say(
         f"{collective} of {message} {choice.dtype} over "
@@ -115,9 +123,19 @@ def measure(
 
 def keep(groups: Groups, choice: Choice, flat: float, hierarchical: float) -> None:
     """Choose by two times in seconds, for this run and, in the profile, for the next ones."""
-    wins = hierarchical < flat * (1 - _MARGIN)
-    choices_of(groups)[choice] = "hierarchical" if wins else "flat"
+    choices_of(groups)[choice] = _faster(flat, hierarchical)
     _write_profile(groups, choice, flat, hierarchical)
+
+
+def _faster(flat: float, hierarchical: float) -> Form:
+    return "hierarchical" if hierarchical < flat * (1 - _MARGIN) else "flat"
+
+
+def _first_word(groups: Groups, choice: Choice, mine: Form) -> Form:
+    """What the first mesh of the job to choose has chosen. See [Note: alike beside each other]."""
+    name = f"mics form of {_key(choice)} on {_cluster(groups)}"
+    word = compat.job_store().compare_set(name, "", mine)
+    return cast(Form, bytes(word).decode())
 
 
 def profile_path() -> Path:
@@ -196,16 +214,23 @@ def _is_first(groups: Groups) -> bool:
     return groups.shard.rank() == 0 and (groups.replicas is None or groups.replicas.rank() == 0)
 
 
-def _read_profile(groups: Groups) -> None:
-    """Take over what the first rank's profile knows of this cluster."""
+def _of_profile(groups: Groups, choice: Choice) -> Form | None:
+    """What the first rank's profile says of this choice on this cluster.
+
+    Nothing else is taken over: a mesh that knew more than the one beside it would choose otherwise
+    for sizes that neither has measured.
+    """
     text = ""
     if _is_first(groups):
         known = _load(profile_path()).get(_cluster(groups), {})
-        text = json.dumps(known)
+        text = str(known.get(_key(choice), {}).get("form", ""))
     for axis in groups.axes[::-1]:
         text = gather_text(text, axis, groups.device)[0]
-    for key, entry in json.loads(text).items():
-        choices_of(groups).setdefault(*_parse(key, entry))
+    return cast(Form, text) if text else None
+
+
+def _key(choice: Choice) -> str:
+    return " ".join(map(str, choice))
 
 
 def _write_profile(groups: Groups, choice: Choice, flat: float, hierarchical: float) -> None:
@@ -213,7 +238,7 @@ def _write_profile(groups: Groups, choice: Choice, flat: float, hierarchical: fl
         return
     path = profile_path()
     profile = _load(path)
-    profile.setdefault(_cluster(groups), {})[" ".join(map(str, choice))] = {
+    profile.setdefault(_cluster(groups), {})[_key(choice)] = {
         "form": choices_of(groups)[choice],
         "flat_seconds": flat,
         "hierarchical_seconds": hierarchical,
@@ -238,18 +263,17 @@ def _load(path: Path) -> dict[str, dict[str, dict[str, object]]]:
         clusters: dict[str, dict[str, dict[str, object]]] = document["clusters"]
         for known in clusters.values():
             for key, entry in known.items():
-                _parse(key, entry)
+                _check_entry(key, entry)
     except (AttributeError, KeyError, TypeError, ValueError):
         say(f"{path} is not a profile of format {_FORMAT}; measuring again")
         return {}
     return clusters
 
 
-def _parse(key: str, entry: dict[str, Any]) -> tuple[Choice, Form]:
-    """One entry of a profile; a ValueError, KeyError or TypeError if it is none."""
-    collective, nodes, ranks_per_node, size_class, dtype = key.split(" ")
-    form = entry["form"]
-    if collective not in get_args(Collective) or form not in get_args(Form):
+def _check_entry(key: str, entry: dict[str, Any]) -> None:
+    """Raise a ValueError, KeyError or TypeError unless it is an entry of a profile."""
+    collective, nodes, ranks_per_node, size_class, _ = key.split(" ")
+    if collective not in get_args(Collective) or entry["form"] not in get_args(Form):
         raise ValueError
-    named = cast(Collective, collective)
-    return Choice(named, int(nodes), int(ranks_per_node), int(size_class), dtype), form
+    for number in (nodes, ranks_per_node, size_class):
+        int(number)
