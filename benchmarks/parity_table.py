@@ -6,9 +6,9 @@
 A row is a kind of model in two layouts on eight Gloo ranks, trained for five steps: by mics with
 two-stage and with flat collectives, by FSDP2, and in one process that sees all data. An entry is
 the largest relative difference of a weight (of the tensor's largest) or of a norm from the one
-process in fp32, over all layouts and schedules: 1 and 3 micro-steps, normalised by micro-steps and
-by tokens, with and without clipping. Beside it stands what fp64 makes of the same one process:
-smaller differences than that are rounding.
+process in fp32, over all schedules in the first layout and two of them in the other: 1 and 3
+micro-steps, normalised by micro-steps and by tokens, with and without clipping. Beside it stands
+what fp64 makes of the same one process: smaller differences than that are rounding.
 """
 
 from __future__ import annotations
@@ -204,10 +204,10 @@ def document(results: list[Result], command: str) -> str:
         "# Every kind of model, beside FSDP2 and one process",
         f"`{command}`, {datetime.date.today()}, Python {platform.python_version()}, torch "
         f"{version('torch')}, torchao {version('torchao')}, {WORLD} Gloo ranks.",
-        f"Entries: the largest relative difference of a weight or norm from one process in fp32 "
-        f"after {STEPS} steps, over all schedules in the first layout of the row (1 and 3 micro-steps, "
-        "by micro-steps and by tokens, with and without clipping) and two of them in the second. The "
-        "last column is one process in fp64.",
+        "Entries: the largest relative difference of a weight or norm from one process in fp32 "
+        f"after {STEPS} steps, over all schedules in the first layout of the row (1 and 3 "
+        "micro-steps, by micro-steps and by tokens, with and without clipping) and two of them in "
+        "the other. The last column is one process in fp64.",
     ]
     for optimizer, words in _OPTIMIZERS.items():
         engines = (*ENGINES, FP64)
