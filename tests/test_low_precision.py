@@ -349,21 +349,6 @@ def test_what_fsdp2_would_fail_at_later_is_refused_before_anything_changes() -> 
     assert "Int8(values torch.float32)" in types and "Float8(values torch.float32)" in types
 
 
-def test_what_a_hook_communicates_itself_is_said_once(capfd: pytest.CaptureFixture[str]) -> None:
-    def twice() -> None:
-        for _ in range(2):
-            model = _net()
-            cast_linears(model, "float8")
-            mics.fully_shard(model, mesh=mesh_of_rank(2), mp_policy=FULL)
-
-    run_ranks(twice, 2)
-    said = capfd.readouterr()
-    text = said.out + said.err
-    assert text.count("communicate themselves before each gather (all_reduce of 4 bytes)") == 1
-    assert "the ledger and predict_traffic leave this out" in text
-    assert "precompute_float8_dynamic_scale_for_fsdp" in text
-
-
 @pytest.mark.slow
 def test_few_bits_start_alike_from_the_meta_device_and_are_kept_at_any_layout(
     tmp_path: Path,

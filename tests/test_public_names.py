@@ -16,15 +16,16 @@ from mics.commands import VERBS
 PUBLIC = """
     __version__ traffic
     init_mesh fully_shard shard micro_steps micro_step finish_step steps clip_grad_norm_
-    get_total_norm EMA WholeStep ledger predict_traffic save load save_adapters load_adapters plan
-    simulate Cluster Topology
+    get_total_norm EMA WholeStep precompute_scales ledger predict_traffic save load save_adapters
+    load_adapters plan simulate Cluster Topology
     MicsError TopologyError DisagreementError ShardError MicroStepError ConfigError DataError
     CheckpointError PlanError RankError MicsWarning
 """
 OF_TOPOLOGY = "Ranks Topology possible_partitions nodes_of has_two_stages"
 OF_TRAFFIC = """
     Collective Stage Form Key Flow Count Traffic UnitBytes Block View StageMessage
-    ring_flow stages stage_flow mics unit_traffic block_traffic fsdp hsdp ddp node_inter_bytes
+    ring_flow stages stage_flow message_traffic mics unit_traffic block_traffic fsdp hsdp ddp
+    node_inter_bytes
 """
 OF_THE_COMMAND_LINE = "train plan simulate export import bench lab doctor"
 

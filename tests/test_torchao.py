@@ -107,24 +107,45 @@ def _whole(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _by_mics(model: nn.Module, partition: int, precompute: bool, **options: Any) -> Any:
-    from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
-
     blocks = [m for m in model.modules() if isinstance(m, Block | OnNf4)]
     mics.shard(model, mesh=mesh_of_rank(partition, 2), blocks=blocks, mp_policy=FULL, **options)
     optimizer = torch.optim.SGD(_trained(model).values(), lr=0.1)
     equal, rank = [], dist.get_rank()
+    if precompute:
+        mics.precompute_scales(model)
     for step in range(STEPS):
         mics.ledger(model).reset()
+        predicted = mics.predict_traffic(model, micro_steps=MICRO_STEPS)
         batches = [_batch(step, m, rank) for m in range(MICRO_STEPS)]
         for x in mics.micro_steps(model, batches):
             _loss(model, x, rank).backward()
         optimizer.step()
         optimizer.zero_grad()
         if precompute:
-            precompute_float8_dynamic_scale_for_fsdp(model)
-        predicted = mics.predict_traffic(model, micro_steps=MICRO_STEPS)
-        equal.append(mics.ledger(model).traffic() == predicted)
+            mics.precompute_scales(model)
+        counted = mics.ledger(model).traffic()
+        equal.append(
+            counted == predicted and _scales(counted) == _scales_by_hand(model, precompute)
+        )
     return _whole(model), equal
+
+
+def _scales(traffic: mics.traffic.Traffic) -> tuple[int, int]:
+    """Calls of hop 0 and the bytes of their messages."""
+    counts = [count for key, count in traffic.counts.items() if key.hop == 0]
+    return sum(one.calls for one in counts), sum(one.message_bytes for one in counts)
+
+
+def _scales_by_hand(model: nn.Module, precompute: bool) -> tuple[int, int]:
+    """Four bytes for each weight: in one message a step, or in one for each gather."""
+    weights = [p for p in model.parameters() if hasattr(p.to_local(), "fsdp_pre_all_gather")]  # type: ignore[attr-defined]
+    if precompute:
+        return 1, 4 * len(weights)
+    if not isinstance(model, Model):
+        return 0, 0  # adapters' bases have scales of their own
+    in_blocks = len(weights) - 2  # which are gathered in backward too
+    calls = MICRO_STEPS * (2 * in_blocks + 2)
+    return calls, 4 * calls
 
 
 def _alone(model: nn.Module) -> dict[str, torch.Tensor]:

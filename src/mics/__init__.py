@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from mics.sharding.micro_steps import micro_steps as micro_steps
     from mics.sharding.prediction import ledger as ledger
     from mics.sharding.prediction import predict_traffic as predict_traffic
+    from mics.sharding.scales import precompute_scales as precompute_scales
     from mics.sharding.shard import shard as shard
     from mics.sharding.steps import steps as steps
     from mics.sharding.whole_step import WholeStep as WholeStep
@@ -73,6 +74,7 @@ _HOME = {
     "micro_step": "mics.sharding.micro_steps",
     "micro_steps": "mics.sharding.micro_steps",
     "plan": "mics.planning.api",
+    "precompute_scales": "mics.sharding.scales",
     "predict_traffic": "mics.sharding.prediction",
     "save": "mics.checkpoint",
     "save_adapters": "mics.interchange.adapters",

@@ -417,6 +417,30 @@ def arguments_of_hook(fsdp_param: Any) -> tuple[torch.Tensor, tuple[Any, ...]]:
     )
 
 
+def scales_beforehand(param: torch.Tensor) -> bool:
+    """Whether a parameter is a float8 weight whose scale can be worked out before its gathers.
+
+    torchao 0.17 and 0.18: its weight type has no public name, nor has what says so.
+    """
+    return hasattr(getattr(param, "_local_tensor", param), "_precomputed_scale")
+
+
+def ranks_of_call(func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[int, ...]:
+    """World ranks of the group that an operator of c10d is called with; () where it has none.
+
+    2.11 to 2.15: operators of c10d take the group itself, functional ones its name.
+    """
+    resolve: Any = dist.distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
+    for number, argument in enumerate(func._schema.arguments):
+        value: Any = args[number] if number < len(args) else kwargs.get(argument.name)
+        if argument.name == "process_group":
+            return tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(value)))
+        if argument.name == "group_name":
+            group = resolve(value) if isinstance(value, str) else value
+            return tuple(dist.get_process_group_ranks(group))
+    return ()
+
+
 def reduce_dtype(group: Any) -> torch.dtype:
     """The dtype a group's gradients are reduced in (what ``MixedPrecisionPolicy`` documents)."""
     if group.mp_policy.reduce_dtype is not None:
@@ -782,6 +806,24 @@ def register_gathered(group: Any) -> None:
     if group.is_unsharded:
         for fsdp_param in group.fsdp_params:
             fsdp_param._setattr_on_modules(fsdp_param._unsharded_param)
+
+
+def num_uses(groups: list[Any]) -> int:
+    """How many uses in forward FSDP2 remembers of the groups of a tree, to gather them in backward.
+
+    2.11 to 2.15: it remembers those without gradients too, and gathers one of them once more at the
+    end of the next backward, for nothing.
+    """
+    made = getattr(groups[0].comm_ctx, "post_forward_order", ())  # there is none before lazy init
+    return len(made)
+
+
+def forget_uses(groups: list[Any], first: int) -> None:
+    """Forget those that came after the first ones."""
+    for group in groups:
+        del group.comm_ctx.post_forward_order[first:]
+        indices = group._post_forward_indices
+        indices[:] = [index for index in indices if index < first]
 
 
 def free(group: Any) -> None:

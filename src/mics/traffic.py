@@ -39,7 +39,11 @@ Form = Literal["flat", "hierarchical"]
 
 
 class Key(NamedTuple):
-    """Where traffic belongs: hop 1 or 2, which collective, which stage of it."""
+    """Where traffic belongs: hop 1 or 2, which collective, which stage of it.
+
+    Hop 0 is what weights need beside the two: scales of gathers in few bits (all-reduces), whole
+    matrices of ``mics.WholeStep`` (all-gathers).
+    """
 
     hop: int
     collective: Collective
@@ -111,7 +115,7 @@ class Traffic:
         return sum((c.flow for c in self.counts.values()), Flow())
 
     def hop(self, hop: int) -> Flow:
-        """What this rank sends in hop 1 or hop 2."""
+        """What this rank sends in hop 0, 1 or 2, see ``Key``."""
         return sum((c.flow for key, c in self.counts.items() if key.hop == hop), Flow())
 
 
@@ -209,6 +213,22 @@ def stage_flow(
     return sum((one for _ in range(message.repeats)), Flow())
 
 
+def message_traffic(
+    hop: int,
+    collective: Collective,
+    message: StageMessage,
+    calls: int,
+    rank: int,
+    gpus_per_node: int,
+) -> Traffic:
+    """Traffic of ``rank`` in so many calls of one stage; none among ranks of which there is one."""
+    if not calls or len(message.ranks) == 1:
+        return Traffic({})
+    flow = stage_flow(collective, message, rank, gpus_per_node)
+    once = Count(1, message.message_bytes, flow)
+    return Traffic({Key(hop, collective, message.stage): _times(once, calls)})
+
+
 # -- one step ------------------------------------------------------------------------------------
 
 
@@ -279,11 +299,9 @@ def unit_traffic(
 
     def add(hop: int, collective: Collective, messages: list[StageMessage], calls: int) -> None:
         for message in messages:
-            if calls and len(message.ranks) > 1:
-                flow = stage_flow(collective, message, rank, k)
-                once = Count(1, message.message_bytes, flow)
-                key = Key(hop, collective, message.stage)
-                counts[key] = counts.get(key, Count()) + _times(once, calls)
+            one = message_traffic(hop, collective, message, calls, rank, k)
+            for key, count in one.counts.items():
+                counts[key] = counts.get(key, Count()) + count
 
     gather = stages(partition, rank, unit.gather_bytes, k, all_gather)
     add(1, "all_gather", gather, micro_steps * unit.gathers)

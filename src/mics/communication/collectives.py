@@ -39,6 +39,13 @@ class AllGather:
 
     It only moves bytes, of any dtype, uint8 included. It works for every group FSDP2 passes, also
     the smaller one of ``reshard_after_forward=int``.
+
+    Args:
+        groups: of the unit.
+        ledger: counts the calls.
+        decide: chooses the form.
+        issued: called with every call.
+        prepared: called with every call, of what FSDP2 has let parameters send before it.
     """
 
     def __init__(
@@ -47,11 +54,13 @@ class AllGather:
         ledger: Ledger,
         decide: Decide,
         issued: Callable[[], None] | None = None,
+        prepared: Callable[[], None] | None = None,
     ) -> None:
         self._groups = groups
         self._ledger = ledger
         self._decide = decide
         self._issued = issued
+        self._prepared = prepared
         self._backend = backend_of_mesh(groups)
 
     def allocate(
@@ -70,6 +79,8 @@ class AllGather:
         """Gather; with ``async_op`` return a handle whose ``wait`` completes both stages."""
         if self._issued is not None:
             self._issued()
+        if self._prepared is not None:
+            self._prepared()
         asked = Asked("all_gather", output_tensor, group)
         planned = plan(asked, self._groups, self._ledger, self._decide)
         program = partial(self._program, output_tensor, input_tensor, group, planned)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mics import compat
+from mics.communication.apart import Apart, apart_of
 
 
 class Sent(NamedTuple):
@@ -28,13 +29,6 @@ class Sent(NamedTuple):
     def nbytes(self) -> int:
         """Its bytes."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-
-class Apart(NamedTuple):
-    """A collective that a hook issues itself, of which mics sees nothing."""
-
-    operator: str
-    nbytes: int
 
 
 class Answer(NamedTuple):
@@ -117,10 +111,9 @@ class _KeptBack(compat.TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func.namespace not in ("c10d", "_c10d_functional"):
             return func(*args, **kwargs)
         tensors = [one for one in compat.tree_leaves((args, kwargs)) if _is_tensor(one)]
-        name = func.__name__.partition(".")[0]
-        if not name.startswith(("wait", "_wrap", "barrier")):
-            name = name.strip("_").replace("allreduce", "all_reduce")
-            self.apart.append(Apart(name, tensors[0].nbytes if tensors else 0))
+        one = apart_of(func, args, kwargs)
+        if one is not None:
+            self.apart.append(one)
         out = func(*compat.tree_map(_on_meta, args), **compat.tree_map(_on_meta, kwargs))
 
         def made_up(one: Any) -> Any:

@@ -7,7 +7,8 @@ backward that may not come; with an int the parameters are shards of another mes
 gets tensors that nobody trains, and the next forward reuses weights that may be old by then. So,
 when the outermost forward ends,
 
-    without gradients   everything is resharded: no backward can come
+    without gradients   everything is resharded, and FSDP2's order of uses is what it was before,
+                        since it is gathered along in backward: none can come
     with gradients      the sharded parameters are registered, and what was gathered stays in
                         memory; the backward pass registers it again, since recomputed
                         activations look there; another forward gathers anew
@@ -43,6 +44,7 @@ class _Rest:
     def __init__(self, module: nn.Module) -> None:
         self._groups = compat.param_groups(module)
         self._handled: BaseException | None = None  # by whoever called the outermost forward
+        self._uses = 0  # before it
 
     def before_forward(self, module: nn.Module, _: Any) -> None:
         if compat.in_backward():
@@ -54,6 +56,7 @@ class _Rest:
             if torch.is_inference_mode_enabled():
                 compat.initialise(module)
             groups = compat.groups_beside(module)
+            self._uses = compat.num_uses(groups)
             for group in groups:
                 if torch.is_inference_mode_enabled():
                     compat.make_buffers_of_one(group)
@@ -74,6 +77,7 @@ class _Rest:
         elif torch.is_grad_enabled():
             _keep(module, groups, output)
         else:
+            compat.forget_uses(groups, self._uses)
             for group in groups:
                 compat.free(group)
         self._handled = None

@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from mics import compat
+from mics.communication.apart import Apart, messages_of, unknown
 from mics.communication.gathered import Answer, Sent, ask, num_arguments
 from mics.errors import ShardError
 from mics.ranks.console import say
@@ -58,7 +59,7 @@ def check_gather_hooks(
     Raises:
         ShardError: there is one.
     """
-    apart: dict[str, Answer] = {}
+    apart: dict[str, list[Apart]] = {}
     for one in _hooked(modules, ignored):
         own = placements.of(one.param)
         p = own.shard.size()
@@ -72,8 +73,8 @@ def check_gather_hooks(
                 write="reshard_after_forward=True",
             )
         answer = _check_shards(one, own, placements.dim_of(one.param), policy)
-        if answer is not None and answer.apart and p > 1:
-            apart[one.name] = answer
+        if answer is not None and (left_out := _not_counted(answer, p)):
+            apart[one.name] = left_out
     if apart:
         _tell(apart, placements.home)
 
@@ -166,17 +167,26 @@ def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error)[:300]}"
 
 
-def _tell(apart: dict[str, Answer], groups: Groups) -> None:
+def _not_counted(answer: Answer, p: int) -> list[Apart]:
+    """What a hook communicates that the ledger will not have."""
+    if p > 1:
+        return unknown(answer.apart)
+    # FSDP2 gathers nothing then, and the ledger counts a hook's messages where a gather follows.
+    return [one for one in answer.apart if unknown([one]) or messages_of([one])]
+
+
+def _tell(apart: dict[str, list[Apart]], groups: Groups) -> None:
     """Say what of the traffic the ledger does not see."""
     if _said_of(groups):
         return
-    (name, answer), *_ = apart.items()
+    (name, calls), *_ = apart.items()
     _said_of(groups).append(name)
-    calls = ", ".join(f"{one.operator} of {one.nbytes} bytes" for one in answer.apart)
+    words = ", ".join(
+        f"{one.operator} of {one.nbytes} bytes over {len(one.ranks)} ranks" for one in calls
+    )
     say(
-        f"{name} and others communicate themselves before each gather ({calls}); the ledger and "
-        "predict_traffic leave this out. torchao: precompute_float8_dynamic_scale_for_fsdp after "
-        "optimizer.step() makes it one all-reduce a step"
+        f"{name} communicates itself whenever FSDP2 asks what is gathered of it ({words}); the "
+        "ledger and predict_traffic leave this out"
     )
 
 

@@ -10,11 +10,14 @@ from mics.communication.gathered import gathered
 from mics.communication.ledger import LedgerView
 from mics.ranks.mesh import ranks_of
 from mics.sharding.units import Unit, units_of
-from mics.traffic import Traffic, UnitBytes, View, unit_traffic
+from mics.traffic import Traffic, UnitBytes, View, message_traffic, unit_traffic
 
 
 def predict_traffic(model: nn.Module, *, micro_steps: int = 1) -> Traffic:
     """What one step of ``model`` will send on this rank, every block used once per micro-step.
+
+    Scales of gathers in few bits are asked for as they stand: once ``precompute_scales`` was
+    called, a step has one call of it.
 
     ::
 
@@ -42,6 +45,10 @@ def predict_traffic(model: nn.Module, *, micro_steps: int = 1) -> Traffic:
             reduce_scatter=unit.decide("reduce_scatter", partition, sizes.reduce_bytes, reduce),
             gloo=unit.reduce_scatter.by_all_reduce,
         )
+        gathers = micro_steps * (sizes.gathers + sizes.backward_gathers)
+        own = [(message, gathers) for message in unit.scales.before_each_gather()]
+        for (collective, sent), calls in own + [(one, 1) for one in unit.precomputing]:
+            total += message_traffic(0, collective, sent, calls, rank, groups.gpus_per_node)
     return total
 
 

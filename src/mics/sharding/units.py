@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from mics import compat
+from mics.communication.apart import Message
 from mics.communication.backend import backend_of_mesh
 from mics.communication.collectives import AllGather, ReduceScatter
 from mics.communication.finite import finite_of
@@ -20,6 +21,7 @@ from mics.communication.hop_two import HopTwo
 from mics.communication.issued import issued_of
 from mics.communication.landing import Landing
 from mics.communication.ledger import Ledger
+from mics.communication.scales import Scales
 from mics.communication.used import Used
 from mics.errors import MicroStepError, ShardError
 from mics.ranks.mesh import Groups, ranks_of
@@ -56,6 +58,8 @@ class Unit:
             _measure(group, groups)
         self.ledger = Ledger(rank=dist.get_rank(), gpus_per_node=groups.gpus_per_node)
 
+        self.scales = Scales(group, self.ledger, groups.device)
+        self.precomputing: list[Message] = []  # scales of several units, in the first one's name
         self.number = issued_of(groups).number(self.name)
         self.used = Used(group, finite_of(groups))
         self.hop_two: HopTwo | None = None
@@ -81,7 +85,9 @@ class Unit:
                 group, groups, self.ledger, self.landing, self.used, self._became_ready
             )
         issued = partial(issued_of(groups).add, self.number)
-        self.all_gather = AllGather(groups, self.ledger, self.decide, partial(issued, "gathers"))
+        self.all_gather = AllGather(
+            groups, self.ledger, self.decide, partial(issued, "gathers"), self.scales.sent
+        )
         self.reduce_scatter = ReduceScatter(
             groups,
             self.ledger,
