@@ -29,7 +29,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import (
     HSDPMeshInfo,
     TrainingState,
 )
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Placement
 
 # 2.11 to 2.15: seeing every operator, and the leaves of nested containers, have private homes only.
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
@@ -415,6 +415,17 @@ def arguments_of_hook(fsdp_param: Any) -> tuple[torch.Tensor, tuple[Any, ...]]:
         fsdp_param._module_info.module,
         fsdp_param.mp_policy,
     )
+
+
+def split_of(placement: Placement) -> tuple[int | None, int]:
+    """The dim that a placement splits, ``None`` if it splits none, and its split factor.
+
+    2.11 to 2.15: the placement of an axis that splits what later ones have split is private.
+    """
+    if not hasattr(placement, "dim"):
+        return None, 1
+    dim: int = placement.dim
+    return dim, getattr(placement, "split_factor", 1)
 
 
 def scales_beforehand(param: torch.Tensor) -> bool:

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import torch.distributed as dist
 from torch import nn
 
 from mics import compat
+from mics.communication.apart import Message
 from mics.communication.gathered import gathered
 from mics.communication.ledger import LedgerView
 from mics.ranks.mesh import ranks_of
 from mics.sharding.units import Unit, units_of
+from mics.sharding.whole_step import WholeStep
 from mics.traffic import Traffic, UnitBytes, View, message_traffic, unit_traffic
 
+Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 
-def predict_traffic(model: nn.Module, *, micro_steps: int = 1) -> Traffic:
+
+def predict_traffic(
+    model: nn.Module, *, micro_steps: int = 1, optimizer: Optimizers = ()
+) -> Traffic:
     """What one step of ``model`` will send on this rank, every block used once per micro-step.
 
     Scales of gathers in few bits are asked for as they stand: once ``precompute_scales`` was
-    called, a step has one call of it.
+    called, a step has one call of it. State of an optimizer is gathered from its second step on.
 
     ::
 
@@ -26,9 +35,16 @@ def predict_traffic(model: nn.Module, *, micro_steps: int = 1) -> Traffic:
         ...                                           # one step of 4 micro-steps
         assert view.traffic() == mics.predict_traffic(model, micro_steps=4)
 
+    Args:
+        model: sharded by mics.
+        micro_steps: of the step.
+        optimizer: what steps it; of ``mics.WholeStep`` the gathers are added, as of all parameters
+            that are trained. Others send nothing that mics knows of.
+
     Raises:
         ShardError: the model was not sharded by mics.
     """
+    steppers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else optimizer
     rank = dist.get_rank()
     total = Traffic({})
     for unit in units_of(model):
@@ -47,9 +63,24 @@ def predict_traffic(model: nn.Module, *, micro_steps: int = 1) -> Traffic:
         )
         gathers = micro_steps * (sizes.gathers + sizes.backward_gathers)
         own = [(message, gathers) for message in unit.scales.before_each_gather()]
-        for (collective, sent), calls in own + [(one, 1) for one in unit.precomputing]:
+        once = unit.precomputing + _steps_of(unit, steppers)
+        for (collective, sent), calls in own + [(one, 1) for one in once]:
             total += message_traffic(0, collective, sent, calls, rank, groups.gpus_per_node)
     return total
+
+
+def _steps_of(unit: Unit, optimizers: Sequence[torch.optim.Optimizer]) -> list[Message]:
+    """What optimizers send of the parameters of a unit."""
+    inside = {id(param) for param in compat.sharded_params(unit.group) if param.requires_grad}
+    return [
+        message
+        for one in optimizers
+        if isinstance(one, WholeStep)
+        for group in one.param_groups
+        for param in group["params"]
+        if id(param) in inside
+        for message in one.messages_for(param)
+    ]
 
 
 def bytes_of(unit: Unit, model: nn.Module) -> UnitBytes:

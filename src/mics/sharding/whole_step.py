@@ -5,9 +5,10 @@ of a whole matrix: Muon, Adafactor, SOAP. On sharded parameters torch works out 
 rounding of its own, and raises on others; a kernel that sees only the shard is wrong in silence.
 
 [Note: one matrix at a time]
-Parameter by parameter, the ranks of a partition group gather the weight, its gradient and the state
-of its shape, each of them steps the whole matrix, and keeps its own shard. So there is one whole
-matrix in memory at any time, state is sharded as the parameter is, and a checkpoint loads at
+Parameter by parameter, the ranks that hold its shards gather the weight, its gradient and the state
+of its shape, each of them steps the whole matrix, and keeps its own shard. Those ranks are a
+partition group, and with tensor or expert parallelism the ranks of these axes too. So there is one
+whole matrix in memory at any time, state is sharded as the parameter is, and a checkpoint loads at
 any partition size. State of another shape, as Adafactor's rows and columns, stays whole on every
 rank; all ranks work out the same. Nothing is sent between replicas.
 """
@@ -19,9 +20,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 
-from mics.errors import ConfigError
+from mics.communication.apart import Message
+from mics.communication.ledger import Ledger
+from mics.communication.whole import check_splits, messages_for, part_of, whole_of
+from mics.errors import ConfigError, ShardError
+from mics.sharding.belonging import units_by_param
+from mics.sharding.tensor_parts import kind_of, values_of
 
 _NAMES = ("params", "param_names")
 
@@ -31,8 +37,8 @@ class WholeStep(torch.optim.Optimizer):
 
     ``mics.WholeStep(model.parameters(), torch.optim.Adafactor, lr=0.01)`` is what
     ``torch.optim.Adafactor(model.parameters(), lr=0.01)`` is for one process, groups, schedulers
-    and checkpoints included. A step gathers every matrix inside its partition group; ``ledger``
-    does not count that.
+    and checkpoints included. A step gathers every matrix over the ranks that hold its shards, in
+    hop 0 of ``ledger``; ``predict_traffic`` has it when given the optimizer.
 
     Args:
         params: parameters or groups of them, sharded or whole.
@@ -44,6 +50,8 @@ class WholeStep(torch.optim.Optimizer):
         ValueError: the rule does not take one of the parameters.
         ConfigError: at the first step, before a parameter is changed: the rule keeps something for
             all parameters of a group.
+        ShardError: in a step, before a parameter is changed: a weight or gradient cannot be
+            gathered.
     """
 
     def __init__(
@@ -65,12 +73,25 @@ class WholeStep(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        ledgers = {key: unit.ledger for key, unit in units_by_param().items()}
+        for param in self._with_gradients():
+            check_splits(_values(param))
+            check_splits(param.grad)  # type: ignore[arg-type]
         for group in self.param_groups:
             options = {name: value for name, value in group.items() if name not in _NAMES}
             for param in group["params"]:
                 if param.grad is not None:
-                    self._step(param, options)
+                    self._step(param, options, ledgers.get(id(param)))
         return loss
+
+    def messages_for(self, param: torch.Tensor) -> list[Message]:
+        """What the next step sends of a parameter that has a gradient."""
+        state = [one for one in self.state.get(param, {}).values() if isinstance(one, DTensor)]
+        gradient = param if param.grad is None else param.grad
+        return [sent for one in (param, gradient, *state) for sent in messages_for(one)]
+
+    def _with_gradients(self) -> list[nn.Parameter]:
+        return [p for group in self.param_groups for p in group["params"] if p.grad is not None]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, see torch's."""
@@ -78,14 +99,16 @@ class WholeStep(torch.optim.Optimizer):
         for param in self.param_groups[-1]["params"]:
             self._steppers[param] = self._make(param)
 
-    def _step(self, param: nn.Parameter, options: dict[str, Any]) -> None:
+    def _step(self, param: nn.Parameter, options: dict[str, Any], ledger: Ledger | None) -> None:
         stepper = self._steppers[param]
         stepper.param_groups[0].update(options)
         (whole,) = stepper.param_groups[0]["params"]
-        whole.data = _whole(param.detach())
-        whole.grad = _whole(param.grad)
+        whole.data = _whole(_values(param), ledger)
+        whole.grad = _whole(param.grad, ledger)
         if param in self.state:
-            stepper.state[whole] = {k: _whole(value) for k, value in self.state[param].items()}
+            stepper.state[whole] = {
+                key: _whole(value, ledger) for key, value in self.state[param].items()
+            }
         stepper.step()
         _refuse_shared(stepper, options)
         param.copy_(_shard_like(param, whole.detach()))
@@ -121,9 +144,25 @@ def _nothing(param: torch.Tensor) -> torch.Tensor:
     return torch.empty((0,) * param.ndim, dtype=param.dtype, device=param.device)
 
 
-def _whole(value: Any) -> Any:
-    """All of a tensor, gathered from its partition group; anything else as it is."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
+def _values(param: torch.Tensor) -> torch.Tensor:
+    """The values of a parameter, whatever its library's type.
+
+    Raises:
+        ShardError: they are spread over several tensors.
+    """
+    values = values_of(param.detach())
+    if values is None:
+        raise ShardError(
+            "mics.WholeStep cannot step a parameter whose values are not one tensor.",
+            numbers=f"Shape {list(param.shape)}: {kind_of(param)}.",
+            write="an optimizer of the other parameters",
+        )
+    return values
+
+
+def _whole(value: Any, ledger: Ledger | None) -> Any:
+    """All of a tensor, gathered from the ranks that hold its shards; anything else as it is."""
+    return whole_of(value, ledger) if isinstance(value, DTensor) else value
 
 
 def _is_alike(param: torch.Tensor, value: Any) -> bool:
@@ -132,11 +171,7 @@ def _is_alike(param: torch.Tensor, value: Any) -> bool:
 
 def _shard_like(param: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
     """This rank's part of a tensor that every rank has; sends nothing."""
-    if not isinstance(param, DTensor):
-        return whole
-    mesh = param.device_mesh
-    everywhere = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return everywhere.redistribute(placements=param.placements)
+    return part_of(whole, param) if isinstance(param, DTensor) else whole
 
 
 def _refuse_shared(stepper: torch.optim.Optimizer, options: Mapping[str, Any]) -> None:
