@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
 Way = Literal["float8", "int8", "stored"]
@@ -170,6 +171,7 @@ def scale_of(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _give(whole: torch.Tensor, out: torch.Tensor | None) -> Any:
     if out is None:
         return whole, (whole,)
+    out = out._local_tensor if isinstance(out, DTensor) else out  # of other axes' parallelism
     with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(out):
         out.copy_(whole[: len(out)])  # without padding
     return None

@@ -13,10 +13,13 @@ import torch
 import torch.distributed as dist
 from ranks import mesh_of_rank, run_ranks
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import parallelize_module
 
 import mics
+from mics.traffic import Key
 
 pytest.importorskip("torchao")
 # torchao and torch warn of each other's changes when it is imported.
@@ -205,3 +208,117 @@ def test_float8_and_nf4_train_as_one_process_and_are_counted_as_predicted() -> N
             assert weights.keys() == alone.keys()
             for name, weight in alone.items():
                 assert float((weights[name] - weight).norm() / weight.norm()) < 1e-6, name
+
+
+def _on_tp(precompute: bool, folder: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Weights after two steps of two replicas, and what was not counted as predicted, or kept."""
+    from torchao.float8.float8_tensor_parallel import (
+        Float8ColwiseParallel,
+        Float8RowwiseParallel,
+    )
+
+    mesh = init_device_mesh("cpu", (1, 2, 2), mesh_dim_names=("replicate", "shard", "tp"))
+    model: Any = _float8(gathered=True)
+    for block in model.blocks:
+        plan = {"up": Float8ColwiseParallel(), "down": Float8RowwiseParallel()}
+        parallelize_module(block, mesh["tp"], plan)
+    for module in (*model.blocks, model):
+        mics.fully_shard(module, mesh=mesh["replicate", "shard"], mp_policy=FULL)
+    optimizer = mics.WholeStep(model.parameters(), torch.optim.SGD, lr=0.1)
+    replica, wrong = mesh.get_local_rank("shard"), []
+    if precompute:
+        mics.precompute_scales(model)
+    for step in range(STEPS):
+        mics.ledger(model).reset()
+        predicted = mics.predict_traffic(model, micro_steps=MICRO_STEPS, optimizer=optimizer)
+        for x in mics.micro_steps(model, [_batch(step, m, replica) for m in range(MICRO_STEPS)]):
+            (model(x).square().mean() / MICRO_STEPS).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if precompute:
+            mics.precompute_scales(model)
+        counted = mics.ledger(model).traffic()
+        if counted != predicted:
+            wrong.append(f"counted\n{counted}\npredicted\n{predicted}")
+        # Two weights on the mesh of shards, four on that of two axes, which each have a message.
+        found = counted.counts[Key(0, "all_reduce", "flat")]
+        scales = found.calls, found.message_bytes
+        if precompute and scales != (3, 4 * 2 + 2 * 4 * 4):
+            wrong.append(f"{scales} scales")
+    mics.save(folder, model=model, optimizer=optimizer)
+    other = mics.shard(
+        _float8(gathered=True), mesh=mesh_of_rank(4, 2), blocks=Block, mp_policy=FULL
+    )
+    mics.load(folder, model=other)
+    weights = _whole(model)
+    wrong += [
+        name for name, whole in _whole(other).items() if not torch.equal(whole, weights[name])
+    ]
+    return weights, wrong
+
+
+def test_float8_beside_tensor_parallelism_is_counted_as_predicted_and_kept(tmp_path: Path) -> None:
+    def both() -> list[Any]:
+        return [_on_tp(False, tmp_path / "each"), _on_tp(True, tmp_path / "beforehand")]
+
+    alone = _float8(gathered=False)
+    optimizer = torch.optim.SGD(alone.parameters(), lr=0.1)
+    for step in range(STEPS):
+        for micro_step in range(MICRO_STEPS):
+            for replica in range(2):
+                y = alone(_batch(step, micro_step, replica))
+                (y.square().mean() / MICRO_STEPS / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    right = _whole(alone)
+    for rank in run_ranks(both, WORLD, ranks_per_node=2):
+        for weights, wrong in rank:
+            assert not wrong, wrong[0]
+            for name, weight in right.items():
+                # Pieces of activations, and of weights as well, have scales of their own. Biases
+                # began at zero and are sums of gradients of few bits.
+                most = 5e-3 if weight.ndim == 2 else 0.3
+                assert float((weights[name] - weight).norm() / weight.norm()) < most, name
+
+
+def test_mxfp8_weights_are_gathered_in_bf16_and_train_as_one_process() -> None:
+    def weights() -> nn.Sequential:
+        from torchao.prototype.moe_training.config import MXFP8TrainingOpConfig
+        from torchao.prototype.moe_training.tensor import MXFP8TrainingWeightWrapperTensor
+        from torchao.quantization.quantize_.common import KernelPreference
+
+        config = MXFP8TrainingOpConfig(kernel_preference=KernelPreference.EMULATED)
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(2)))
+        for layer in model.to(torch.bfloat16):
+            layer.weight = nn.Parameter(  # type: ignore[union-attr]
+                MXFP8TrainingWeightWrapperTensor(layer.weight.detach(), config)  # type: ignore[union-attr,operator]
+            )
+        return model
+
+    def rows(rank: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(rank)
+        return torch.randn(32, WIDTH, generator=generator).to(torch.bfloat16)
+
+    def gradients() -> tuple[list[torch.Tensor], int]:
+        model = weights()
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        mics.shard(model, mesh=mesh_of_rank(2, 2), blocks=list(model), mp_policy=policy)
+        predicted = mics.predict_traffic(model)
+        mics.ledger(model).reset()
+        for x in mics.micro_steps(model, [rows(dist.get_rank())]):
+            model(x).square().mean().backward()
+        counted = mics.ledger(model).traffic()
+        assert counted == predicted
+        sent = counted.counts[Key(1, "all_gather", "flat")]
+        found = [param.grad.full_tensor().float() for param in model.parameters()]  # type: ignore[union-attr]
+        return found, sent.message_bytes // sent.calls
+
+    alone = weights()
+    for rank in range(WORLD):
+        (alone(rows(rank)).square().mean() / WORLD).backward()
+    right = [param.grad.float() for param in alone.parameters()]  # type: ignore[union-attr]
+    for found, nbytes in run_ranks(gradients, WORLD, ranks_per_node=2):
+        assert nbytes == 2 * WIDTH * WIDTH
+        for ours, theirs in zip(found, right, strict=True):
+            assert float((ours - theirs).norm() / theirs.norm()) < 1e-2

@@ -417,6 +417,15 @@ def arguments_of_hook(fsdp_param: Any) -> tuple[torch.Tensor, tuple[Any, ...]]:
     )
 
 
+def asked_for_gather(fsdp_param: Any) -> torch.Tensor:
+    """The tensor whose hook FSDP2 calls: this rank's part, moved to the device if offloaded.
+
+    2.11 to 2.15: what a library's type keeps beside its values need not survive the move.
+    """
+    local: torch.Tensor = fsdp_param._sharded_local_tensor
+    return local.to(fsdp_param.device) if fsdp_param.offload_to_cpu else local
+
+
 def split_of(placement: Placement) -> tuple[int | None, int]:
     """The dim that a placement splits, ``None`` if it splits none, and its split factor.
 

@@ -57,7 +57,7 @@ class Scales:
         if known is not None and known[0] == state:
             return known[1]
         try:
-            messages = messages_of(ask(local, arguments).apart)
+            messages = messages_of(ask(compat.asked_for_gather(one), arguments).apart)
         except Exception:  # a user's code, on a device that has no values
             if not local.is_meta:
                 raise
