@@ -162,13 +162,6 @@ def _step(opts: Iterable[torch.optim.Optimizer]) -> None:
         one.zero_grad()
 
 
-def _scales(row: Row, model: nn.Module) -> None:
-    if row.scales:
-        from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
-
-        precompute_float8_dynamic_scale_for_fsdp(model)
-
-
 def own_part(row: Row, place: Place, step: int, micro_step: int) -> tuple[Batch, torch.Tensor]:
     """This rank's part of its data, and how many tokens of the whole count."""
     data = batch(row, step, micro_step, place.data_rank)
@@ -186,8 +179,11 @@ def train_mics(row: Row, place: Place, schedule: Schedule, collectives: str) -> 
     model = by_mics(row, place, collectives)
     opts = optimizers(schedule.optimizer, model, _whole_muon)
     view, norms, as_predicted, once = mics.ledger(model), [], True, True
+    if row.scales:
+        mics.precompute_scales(model)
     for step in range(STEPS):
         view.reset()
+        predicted = mics.predict_traffic(model, micro_steps=schedule.micro_steps, optimizer=opts)
         own = [own_part(row, place, step, m) for m in range(schedule.micro_steps)]
         how: Any = (lambda pair: num_counted(pair[0])) if schedule.by_tokens else "micro_steps"
         for data, counted in mics.micro_steps(model, own, normalise=how):
@@ -195,11 +191,11 @@ def train_mics(row: Row, place: Place, schedule: Schedule, collectives: str) -> 
             (loss if schedule.by_tokens else loss * place.layout.cp / counted).backward()
         if schedule.clip:
             norms.append(float(mics.clip_grad_norm_(model.parameters(), MOST)))
-        predicted = mics.predict_traffic(model, micro_steps=schedule.micro_steps)
-        as_predicted &= view.traffic() == predicted
         once &= _hop_2_once(model)
         _step(opts)
-        _scales(row, model)
+        if row.scales:
+            mics.precompute_scales(model)
+        as_predicted &= view.traffic() == predicted
     return Trained(whole(model), norms, as_predicted, once)
 
 
@@ -241,8 +237,15 @@ def train_fsdp2(row: Row, place: Place, schedule: Schedule) -> Trained:
         if schedule.clip:
             norms.append(_clip(model))
         _step(opts)
-        _scales(row, model)
+        if row.scales:
+            _precompute(model)
     return Trained(whole(model), norms)
+
+
+def _precompute(model: nn.Module) -> None:
+    from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
+
+    precompute_float8_dynamic_scale_for_fsdp(model)
 
 
 def _clip(model: Net) -> float:
