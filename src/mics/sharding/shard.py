@@ -40,6 +40,7 @@ from mics.sharding.gather_ahead import gather_ahead
 from mics.sharding.gather_hooks import check_gather_hooks
 from mics.sharding.initialisers import Initialise
 from mics.sharding.materialise import Materialiser
+from mics.sharding.offload import Offload, refuse_offload
 from mics.sharding.other_axes import (
     refuse_left_out,
     refuse_parallel_on_meta,
@@ -71,6 +72,7 @@ def shard(
     ignored_params: set[nn.Parameter] | None = None,
     initialise: Initialise | None = None,
     activation_checkpointing: bool = False,
+    activation_offload: bool = False,
     compile: bool | Mapping[str, Any] = False,
     collectives: Collectives = "auto",
     overlap: bool = True,
@@ -99,6 +101,8 @@ def shard(
             them when the model was built: transformers' ``_init_weights``, an adapter of peft, or
             the module's ``reset_parameters``; values that somebody else set are refused.
         activation_checkpointing: recompute each block in backward instead of keeping activations.
+        activation_offload: keep what each block saves for backward on the host until then; with
+            checkpointing that is a block's inputs. Weights and buffers stay; see ``offload.py``.
         compile: ``torch.compile`` each block; a mapping is passed on as its keywords.
         collectives: "auto" measures flat against hierarchical once; or force one of them.
         overlap: on the CPU, where Gloo blocks: gather and reduce beside computation, at the price
@@ -156,6 +160,9 @@ def shard(
         seed=_agreed_seed(groups),
         initialise=initialise,
     )
+    if activation_offload:
+        refuse_offload(model)
+        Offload(model, found, groups.device)
     with remember_replaced([model]):
         for block in found:
             _materialise(block, materialiser, groups, ignored)

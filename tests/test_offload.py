@@ -1,0 +1,257 @@
+"""Activations on the host: the same training, less kept on the device, weights left alone."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from ranks import mesh_of_rank, run_ranks
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor, Replicate
+
+import mics
+from mics import compat
+from mics.errors import ShardError
+from mics.sharding.host_copies import Lanes
+from mics.sharding.offload import SMALLEST, Offload, offload_of
+from mics.sharding.units import units_of
+
+WIDTH, ROWS = 64, 256  # a row of activations of every block is as large as the smallest that leaves
+ONE = WIDTH * ROWS * 4
+
+
+class Block(nn.Module):
+    """Saves its input and the norm's output, one each, and a hidden of four; the weights are views
+    of what is gathered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+        self.register_buffer("scale", torch.full((ROWS, WIDTH), 0.5))
+        self.hidden: weakref.ref[torch.UntypedStorage] | None = None
+        self.fails = self.writes = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.relu(self.up(self.norm(x)))
+        self.hidden = weakref.ref(hidden.untyped_storage())
+        if self.fails:
+            raise ValueError("on purpose")
+        if self.writes:
+            out = self.down(hidden)
+            hidden.detach().add_(1)
+            return out
+        return x + self.down(hidden) * self.scale
+
+
+class Model(nn.Module):
+    def __init__(self, uses: int = 1, tied: bool = False) -> None:
+        super().__init__()
+        self.uses = uses
+        self.skip: int | None = None
+        self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.blocks = nn.ModuleList(Block() for _ in range(4))
+        if tied:
+            self.last.weight = self.first.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for number, block in enumerate(self.blocks):
+            for _ in range(0 if number == self.skip else self.uses):
+                x = block(x)
+        return self.last(x)
+
+
+def sharded(partition: int, model: dict[str, Any], **options: Any) -> Model:
+    torch.manual_seed(0)
+    made = Model(**model)
+    mesh = mesh_of_rank(partition)
+    return mics.shard(made, mesh=mesh, mp_policy=MixedPrecisionPolicy(), **options)
+
+
+def trained(
+    partition: int, model: dict[str, Any], *, skips: bool = False, **options: Any
+) -> tuple[list[float], list[torch.Tensor], Offload | None]:
+    one = sharded(partition, model, **options)
+    optimizer = torch.optim.AdamW(one.parameters())
+    losses = []
+    rank = torch.distributed.get_rank()
+    torch.manual_seed(1 + rank)
+    for _ in range(2):
+        one.skip = rank % 3 if skips else None
+        for part in mics.micro_steps(one, list(torch.randn(2, ROWS, WIDTH))):
+            loss = one(part).square().mean()
+            loss.backward()
+            losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            one(torch.ones(ROWS, WIDTH))
+    return losses, [compat.local_of(p).clone() for p in one.parameters()], offload_of(one)
+
+
+CASES: list[dict[str, Any]] = [
+    {},
+    {"activation_checkpointing": True},
+    {"model": {"uses": 2, "tied": True}, "reshard_after_forward": False},
+    {"model": {"uses": 2}, "activation_checkpointing": True},
+    {"skips": True},
+    {"skips": True, "activation_checkpointing": True, "overlap": False},
+]
+
+
+def same(partition: int, case: dict[str, Any]) -> Offload:
+    options = {"model": {}} | case
+    stays, leaves = (
+        trained(partition, **options),
+        trained(partition, **options, activation_offload=True),
+    )
+    assert stays[0] == leaves[0], case
+    assert all(torch.equal(a, b) for a, b in zip(stays[1], leaves[1], strict=True)), case
+    assert stays[2] is None and leaves[2] is not None
+    return leaves[2]
+
+
+def micro_steps_bytes(case: dict[str, Any], blocks: int) -> int:
+    """What leaves in two steps of two micro-steps; a block's output is the next one's input."""
+    uses = case.get("model", {}).get("uses", 1)
+    of_block = 1 if case.get("activation_checkpointing") else 6
+    return 4 * blocks * uses * of_block * ONE
+
+
+def test_four_ranks_train_to_the_same_bits_and_send_what_blocks_save() -> None:
+    def train() -> None:
+        for case in CASES:
+            offload = same(2, case)
+            blocks = 3 if case.get("skips") else 4
+            assert offload.copied_bytes == micro_steps_bytes(case, blocks), case
+            assert offload.host_bytes == 0
+
+    run_ranks(train, 4)
+
+
+def test_on_one_rank_the_device_keeps_what_one_block_saves() -> None:
+    def train() -> None:
+        same(1, {})
+        for checkpointing in (False, True):
+            model = sharded(1, {}, activation_checkpointing=checkpointing, activation_offload=True)
+            loss = model(torch.ones(ROWS, WIDTH)).sum()
+            alive = [
+                block.hidden is not None and block.hidden() is not None for block in model.blocks
+            ]
+            assert alive == [False, False, False, not checkpointing]
+            offload = offload_of(model)
+            assert offload is not None
+            assert offload.host_bytes == 4 * (1 if checkpointing else 6) * ONE
+            assert 0 <= offload.stayed_bytes < SMALLEST
+            loss.backward()
+            del loss
+            assert offload.host_bytes == 0
+            assert offload.most_host_bytes == 4 * (1 if checkpointing else 6) * ONE
+
+    run_ranks(train, 1)
+
+
+def test_a_gathered_weight_is_freed_after_forward_though_backward_needs_it() -> None:
+    def train() -> None:
+        model = sharded(2, {}, activation_offload=True)
+        loss = model(torch.ones(ROWS, WIDTH)).sum()
+        sizes = [
+            compat.local_of(param).untyped_storage().nbytes()
+            for unit in units_of(model)
+            if unit.name.startswith("blocks.") and not unit.name.startswith("blocks.3")
+            for param in compat.gathered_params(unit.group)
+        ]
+        assert sizes and not any(sizes)
+        loss.backward()
+
+    run_ranks(train, 2)
+
+
+def test_a_forward_that_fails_leaves_no_hook_behind() -> None:
+    def train() -> None:
+        model = sharded(1, {}, activation_offload=True)
+        model.blocks[1].fails = True
+        with pytest.raises(ValueError, match="on purpose"):
+            model(torch.ones(ROWS, WIDTH))
+        offload = offload_of(model)
+        assert offload is not None
+        before = offload.copied_bytes
+        torch.ones(ROWS, WIDTH, requires_grad=True).square()
+        assert offload.copied_bytes == before
+
+    run_ranks(train, 1)
+
+
+def test_what_backward_needs_and_somebody_wrote_is_refused() -> None:
+    def train() -> None:
+        for number in (1, 3):  # one whose copy has left, and one whose copy has not
+            model = sharded(1, {}, activation_offload=True)
+            model.blocks[number].writes = True
+            with pytest.raises(ShardError, match="written in place after it was saved"):
+                model(torch.ones(ROWS, WIDTH)).sum().backward()
+
+    run_ranks(train, 1)
+
+
+def test_a_tensor_on_a_mesh_comes_back_as_one() -> None:
+    def train() -> None:
+        mesh = mesh_of_rank(1)["shard"]
+        block = nn.Identity()
+        offload = Offload(nn.Sequential(block), [block], torch.device("cpu"))
+        offload._enter(block, ())
+        whole = DTensor.from_local(torch.randn(ROWS, WIDTH), mesh, [Replicate()])
+        packed = offload._pack(whole.detach().t())
+        offload._leave(block, ())
+        assert offload.copied_bytes == ONE
+        back = offload._unpack(packed)
+        assert isinstance(back, DTensor) and back.placements == whole.placements
+        assert torch.equal(back.to_local(), whole.to_local().t())
+        assert back.stride() == (1, WIDTH)
+
+    run_ranks(train, 1)
+
+
+def test_views_of_one_storage_leave_once_and_graphs_that_are_dropped_free_the_host() -> None:
+    def train() -> None:
+        block = nn.Identity()
+        offload = Offload(nn.Sequential(block), [block], torch.device("cpu"))
+        offload._enter(block, ())
+        x = torch.randn(2, ROWS, WIDTH, requires_grad=True)
+        q, k = (x * 1.0).unbind(0)
+        y = q.sin() * k.cos()
+        offload._leave(block, ())
+        (found,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+        a, b = x.detach().unbind(0)
+        assert torch.equal(found, torch.stack([a.cos() * b.cos(), -a.sin() * b.sin()]))
+        # x is a leaf that x * 1.0 does not save; q and k are views of one; sin and cos are two.
+        assert offload.copied_bytes == 2 * ONE + 2 * ONE
+        del y
+        gc.collect()
+        assert offload.host_bytes == 0
+
+    run_ranks(train, 1)
+
+
+# dynamo looks at .grad of non-leaf tensors itself.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.slow
+def test_compiled_blocks_train_to_the_same_bits() -> None:
+    def train() -> None:
+        compiled = {"compile": {"backend": "aot_eager"}}
+        for more in ({}, {"activation_checkpointing": True}):
+            case = compiled | more
+            assert same(2, case).copied_bytes == micro_steps_bytes(case, 4)
+
+    run_ranks(train, 2)
+
+
+def test_on_the_host_a_copy_is_made_at_once() -> None:
+    source = torch.arange(4)
+    copy = Lanes(torch.device("cpu")).send(source)
+    source.add_(1)
+    assert copy.tolist() == [0, 1, 2, 3]
