@@ -49,7 +49,24 @@ def test_without_communication_a_step_is_its_computation() -> None:
     step = run(UnitSeconds(1.0, 2.0), micro_steps=5, last=0.5)
     assert step.seconds == pytest.approx(5 * BLOCKS * 3.0 + 0.5)
     assert step.compute == pytest.approx(5 * BLOCKS * 3.0)
-    assert step.exposed == {0: 0.5, 1: 0.0, 2: 0.0}
+    assert step.exposed == {0: 0.5, 1: 0.0, 2: 0.0, 3: 0.0}
+
+
+def test_a_copy_to_the_host_that_is_shorter_than_a_block_is_hidden() -> None:
+    step = run(UnitSeconds(1.0, 2.0, copy=1.0), micro_steps=3)
+    assert step.exposed[3] == 0.0
+    assert step.seconds == pytest.approx(3 * BLOCKS * 3.0)
+    assert step.total[3] == pytest.approx(3 * (BLOCKS + BLOCKS - 1))
+
+
+def test_a_longer_one_is_waited_for_after_the_next_block_and_before_its_own_backward() -> None:
+    # Blocks 1 to 3 wait 0.5 for the copy of the one before: it began when theirs did. Backward
+    # computes 2.0, and waits 0.5 for a copy of 2.5.
+    step = run(UnitSeconds(1.0, 2.0, copy=1.5), micro_steps=3)
+    assert step.exposed[3] == pytest.approx(3 * 3 * 0.5)
+    step = run(UnitSeconds(4.0, 2.0, copy=2.5), micro_steps=3)
+    assert step.exposed[3] == pytest.approx(3 * 3 * 0.5)
+    assert "waiting for the host" in str(step)
 
 
 def test_what_is_not_prefetched_is_waited_for() -> None:

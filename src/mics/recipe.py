@@ -57,6 +57,7 @@ class Recipe:
         pipelined: whether a gather's stage between nodes runs beside the stage inside nodes of the
             gather before; on Gloo it always does.
         stack: which software runs it, one of ``hardware.stacks``.
+        offload: whether what blocks save for backward is on the host until then.
 
     Raises:
         PlanError: a figure that cannot be.
@@ -75,12 +76,13 @@ class Recipe:
     prefetch: int = 1
     pipelined: bool = False
     stack: str = "eager"
+    offload: bool = False
 
     def __post_init__(self) -> None:
         check_whole(self, 1, "partition", "micro_batch", "micro_steps", "sequence")
         check_whole(self, 1, "compute_bytes", "reduce_bytes", "master_bytes")
         check_whole(self, 0, "prefetch")
-        check_one_of(self, (False, True), "checkpointing", "pipelined")
+        check_one_of(self, (False, True), "checkpointing", "pipelined", "offload")
         check_one_of(self, ("auto", "flat", "hierarchical"), "form")
 
     def __str__(self) -> str:
@@ -88,8 +90,9 @@ class Recipe:
 
     @property
     def setting(self) -> str:
-        """The micro-batch and what is computed again: a way to run any partition."""
+        """The micro-batch, what is computed again and what leaves: a way to run any partition."""
         extra = ", checkpointing" if self.checkpointing else ""
+        extra += ", offload" if self.offload else ""
         return f"micro-batch {self.micro_batch}{extra}"
 
     def two_stages(self, gpus_per_node: int) -> bool:

@@ -28,6 +28,7 @@ from itertools import accumulate, pairwise
 from typing import Literal
 
 from mics.anatomy.anatomy import Anatomy
+from mics.anatomy.offloaded import away
 from mics.anatomy.sizes import UnitSize
 from mics.anatomy.trace import ROOT, Trace
 from mics.quantities import GIB
@@ -130,7 +131,7 @@ def memory(
     states = _States(anatomy.blocks, anatomy.root, recipe, machine, gpus, gpus_per_node)
     trace = anatomy.trace(recipe.micro_batch, recipe.sequence)
     phases: dict[Phase, Need] = {"optimizer step": states.at_optimizer_step()}
-    for level in _levels(trace, recipe.checkpointing):
+    for level in _levels(trace, recipe.checkpointing, recipe.offload):
         need = states.at(level)
         if level.phase not in phases or need.total > phases[level.phase].total:
             phases[level.phase] = need
@@ -169,13 +170,16 @@ def num_groups(recipe: Recipe, gpus: int, gpus_per_node: int) -> int:
 
 
 @lru_cache(maxsize=256)
-def _levels(trace: Trace, checkpointing: bool) -> tuple[_Level, ...]:
-    return tuple(_each_level(trace, checkpointing))
+def _levels(trace: Trace, checkpointing: bool, offload: bool) -> tuple[_Level, ...]:
+    return tuple(_each_level(trace, checkpointing, offload))
 
 
-def _each_level(trace: Trace, checkpointing: bool) -> Iterator[_Level]:
+def _each_level(trace: Trace, checkpointing: bool, offload: bool) -> Iterator[_Level]:
     blocks = len(trace.block_inputs)
     forgotten = _forgotten(trace) if checkpointing else [0] * (blocks + 1)
+    if offload:
+        gone = away(trace, checkpointing)
+        forgotten = [freed + more for freed, more in zip(forgotten, gone, strict=True)]
     last_forward = max(n for n, s in enumerate(trace.segments) if s.direction == "forward")
     backward_begun = False
     to_come = blocks  # blocks whose backward is still to come

@@ -79,6 +79,10 @@ class Config:
     checkpointing: Literal["both", "none", "full"] = "both"
     """Recompute every block in backward."""
 
+    offload: Literal["auto", "none", "full"] = "auto"
+    """Keep what blocks save for backward on the host, where its link is known; with checkpointing
+    their inputs. "auto" where it does not fit otherwise."""
+
     optimizer: Literal["adamw", "adamw-fused", "sgd-momentum", "sgd"] = "adamw"
     """Which states are kept."""
 
@@ -140,7 +144,9 @@ def run(config: Config) -> int:
 def options_of(config: Config) -> dict[str, Any]:
     """Translate the command's options into those of ``mics.plan``."""
     checkpointing = {"both": (False, True), "none": (False,), "full": (True,)}
+    offload = {"auto": (False, True), "none": (False,), "full": (True,)}
     return {
+        "offload": offload[config.offload],
         "sequence": config.sequence,
         "global_batch": config.global_batch,
         "micro_steps": config.micro_steps,

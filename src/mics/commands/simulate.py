@@ -161,6 +161,7 @@ def _simulate(config: Config) -> int:
         micro_batches=(config.micro_batch,),
         partitions=None if config.partition is None else (config.partition,),
         checkpointing=(config.checkpointing,),
+        offload=(False,),
     )
     plan = _first(config, search(anatomy, cluster, question))
     scale = weak_scaling if config.scaling == "weak" else strong_scaling

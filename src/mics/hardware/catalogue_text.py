@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mics.hardware.cluster import UNMEASURED, Link
+from mics.hardware.cluster import UNMEASURED, Link, Node
 from mics.hardware.lookup import dated, gpus, nodes
 from mics.hardware.stacks import stacks
 from mics.quantities import GIB
@@ -36,7 +36,7 @@ def catalogue() -> str:
             f"{_rate(node.intra):>12}{_rate(node.inter):>12}{_latency(node.intra):>12}"
             f"{_latency(node.inter):>10}{price:>9}"
         )
-        lines.append(f"    {node.source}")
+        lines.append(f"    {_host(node)}; {node.source}")
     lines += ["", f"Software stacks ({dated('stacks')}; factor on the modelled rate)"]
     lines += [f"  {s.name:<12}{s.factor:>6.3f}  {s.calibrated}" for s in stacks().values()]
     lines += ["", "A node of your own, a .toml file:", "", *_FORM]
@@ -51,6 +51,7 @@ _FORM = (
     "  fixed = 5                                     # microseconds of any collective",
     "  intra = { bandwidth = 350, latency = 4 }      # GB/s of a ring, microseconds per hop",
     "  inter = { bandwidth = 180, latency = 20 }",
+    "  host = { memory = 1152, bandwidth = 25 }      # GiB, GB/s of a GPU; may be left out",
     "",
     "  [gpus.ours]                                   # only for a GPU that is not listed",
     "  memory = 96                                   # GiB it is sold with",
@@ -58,6 +59,14 @@ _FORM = (
     "  peak = 500                                    # TFLOPS, 16 bits",
     "  bandwidth = 4000                              # GB/s",
 )
+
+
+def _host(node: Node) -> str:
+    host = node.host
+    if host is None:
+        return "host n/a"
+    memory = "n/a" if host.memory is None else f"{host.memory / GIB:,.0f} GiB"
+    return f"host {memory}, {host.bandwidth / 1e9:.1f} GB/s for a GPU"
 
 
 def _rate(link: Link) -> str:

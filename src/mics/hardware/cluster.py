@@ -92,6 +92,19 @@ class Link:
 
 
 @dataclass(frozen=True)
+class Host:
+    """The host of a node's GPUs.
+
+    Args:
+        memory: of the whole node, in bytes; ``None`` where nobody knows.
+        bandwidth: what one GPU copies to or from it, in bytes per second, both at a time.
+    """
+
+    memory: float | None
+    bandwidth: float
+
+
+@dataclass(frozen=True)
 class Node:
     """A machine with some GPUs.
 
@@ -106,6 +119,7 @@ class Node:
         inside: how many times as long a stage inside the node takes in a step as alone, where ranks
             compute, copy and sum on the same cores; 1 where nobody has measured it.
         machine: what else is assumed of it.
+        host: its own memory and its link to the GPUs; ``None`` where nobody knows.
     """
 
     name: str
@@ -120,6 +134,7 @@ class Node:
     gloo: bool = False
     inside: float = 1.0
     machine: Machine = ON_GPUS
+    host: Host | None = None
 
     @property
     def most_nodes(self) -> int:
@@ -160,6 +175,23 @@ class Cluster:
             f"{self.nodes} x {self.node.name} ({self.gpus} x {self.node.gpu.name}, "
             f"{self.node.gpu.memory / GIB:.4g} GiB each)"
         )
+
+
+def host_of(cluster: Cluster) -> Host:
+    """The host of a cluster's nodes.
+
+    Raises:
+        PlanError: nobody knows its link.
+    """
+    host = cluster.node.host
+    if host is None:
+        raise PlanError(
+            f"How fast GPUs of {cluster.node.name} copy to their host is not known, so that "
+            "nothing is planned to leave them.",
+            write="host = { memory = 1152, bandwidth = 25 } in a .toml file of your own, or no "
+            "offload",
+        )
+    return host
 
 
 def extrapolated(node: Node, count: int) -> str:

@@ -36,7 +36,7 @@ from typing import Literal
 from mics.hardware.cluster import Link, Node
 from mics.traffic import Form
 
-On = Literal["intra", "inter"]
+On = Literal["intra", "inter", "to host", "from host"]
 
 
 @dataclass(frozen=True)

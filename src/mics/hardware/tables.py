@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mics.errors import PlanError
-from mics.hardware.cluster import GIVEN, Gpu, Link, Node
+from mics.hardware.cluster import GIVEN, Gpu, Host, Link, Node
 from mics.quantities import GIB
 
 _MOST = 1 << 17
@@ -27,7 +27,10 @@ _NODE_KEYS = {
     "inter",
     "all_reduce",
     "source",
+    "host",
 }
+_HOST_KEYS = {"memory", "bandwidth"}
+_MOST_HOST = 450.0  # GB/s of a GPU, one way: NVLink-C2C
 _LINK_KEYS = {"line", "bandwidth", "latency", "falls", "fixed"}
 _GPU_KEYS = {
     "memory",
@@ -79,6 +82,7 @@ def node_of(name: str, facts: Mapping[str, Any], known: Mapping[str, Gpu]) -> No
         price=_positive(name, facts, "price"),  # what is not known is left out, not 0
         source=_text(name, facts, "source"),
         measured_nodes=_count(name, facts, "measured_nodes") if measured else None,
+        host=_host(f"host of {name}", facts["host"]) if "host" in facts else None,
     )
 
 
@@ -129,6 +133,22 @@ def _link(of: str, facts: Any, fixed: float) -> Link:
         fixed=(fixed if own is None else own) * 1e-6,
         line=None if line is None else line * 1e9,
     )
+
+
+def _host(of: str, facts: Any) -> Host:
+    if not isinstance(facts, dict):
+        raise PlanError(
+            f"{of} must be a table, got {facts!r}.", write="{ memory = 1152, bandwidth = 25 }"
+        )
+    _check_keys(of, facts, _HOST_KEYS, {"bandwidth"})
+    memory, rate = _positive(of, facts, "memory"), _positive(of, facts, "bandwidth") or 0.0
+    if rate > _MOST_HOST:
+        raise PlanError(
+            f"bandwidth of {of} is more than a GPU copies: {rate:g} GB/s.",
+            numbers=f"The most that is sold is {_MOST_HOST:g} GB/s.",
+            write=f"{rate / 8:g} GB/s, if {rate:g} are Gbit/s",
+        )
+    return Host(None if memory is None else memory * GIB, rate * 1e9)
 
 
 def gpu_of(name: str, facts: Any) -> Gpu:

@@ -9,6 +9,7 @@ from typing import overload
 
 from mics.anatomy.anatomy import Anatomy
 from mics.anatomy.memory import NOT_MODELLED
+from mics.anatomy.offloaded import leaving
 from mics.hardware.cluster import Cluster, Gpu, Node, extrapolated
 from mics.hardware.stacks import find_stack
 from mics.planning.cost import Price, Reliability, price_of
@@ -103,11 +104,30 @@ class Plans(Sequence[Plan]):
                 *self._notes(top),
                 "",
                 f"{len(self.plans)} of {tried} ways fit. Best: {self.best.reason}.",
+                *self.on_host,
                 str(self.price(tokens)),
                 str(self.limits),
                 "",
             ]
         )
+
+    @property
+    def on_host(self) -> list[str]:
+        """Say what the best plan needs of the hosts' memory, where activations leave the GPUs."""
+        best, host = self.best, self.cluster.node.host
+        if not best.way.offload or host is None:
+            return []
+        memory = "n/a" if host.memory is None else f"{host.memory / GIB:,.0f}"
+        each = leaving(
+            self.anatomy.trace(best.way.micro_batch, best.way.sequence), best.way.checkpointing
+        )
+        waits = best.simulated.step.exposed[3] / best.seconds
+        return [
+            f"Activations leave: {sum(each) / GIB:.1f} GiB a GPU and micro-step each way, at "
+            f"{host.bandwidth / 1e9:.1f} GB/s; the GPUs of a node take up to "
+            f"{best.host_needed / GIB:,.1f} of {memory} GiB of its memory, pinned; {waits:.1%} of "
+            "the step waits for the copies."
+        ]
 
     def _work(self) -> str:
         """Say what every row does in a step."""

@@ -54,7 +54,7 @@ def plan(
         blocks: as in ``mics.shard``.
         options: what to try, fields of ``Question``: ``global_batch``, sequences per step, from
             which the micro-steps follow; ``micro_batches``, ``partitions``, ``checkpointing``,
-            ``forms``, lists. How a step is run in any case, fields of ``Recipe``:
+            ``forms``, ``offload``, lists. How a step is run in any case, fields of ``Recipe``:
             ``micro_steps``, ``reduce_bytes``, ``optimizer``, ``prefetch``, ``stack`` and others.
             What is assumed of the machines, fields of ``Machine``: ``fragmentation``, ``sigma``
             and others.
@@ -89,7 +89,7 @@ def plan(
 
 
 _OF_QUESTION = [field.name for field in fields(Question) if field.name != "recipe"]
-_BY_QUESTION = ("partition", "micro_batch", "checkpointing", "form", "sequence")
+_BY_QUESTION = ("partition", "micro_batch", "checkpointing", "form", "sequence", "offload")
 _OF_RECIPE = [field.name for field in fields(Recipe) if field.name not in _BY_QUESTION]
 _OF_MACHINE = [field.name for field in fields(Machine)]
 

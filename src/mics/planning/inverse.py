@@ -147,13 +147,15 @@ def frugal_recipes(cluster: Cluster, question: Question) -> Iterable[Recipe]:
     least = min(batches)
     # The smallest partition has fewest groups, which counts for models that fit anywhere.
     ends = dict.fromkeys((partitions[-1], partitions[0]))
-    for p, checkpointing in product(ends, sorted(question.checkpointing, reverse=True)):
+    again, leave = sorted(question.checkpointing)[::-1], question.offloads(cluster)[::-1]
+    for p, checkpointing, offload in product(ends, again, leave):
         yield replace(
             question.recipe,
             partition=p,
             micro_batch=least,
             micro_steps=steps[least],
             checkpointing=checkpointing,
+            offload=offload,
             form="flat",
         )
 

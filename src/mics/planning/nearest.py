@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NoReturn
 
 from mics.anatomy.anatomy import Anatomy
 from mics.errors import PlanError
@@ -14,7 +15,7 @@ from mics.planning.inverse import (
     longest_sequence,
     with_partition,
 )
-from mics.planning.plan import Search
+from mics.planning.plan import Rejected, Search
 from mics.planning.question import Question
 from mics.planning.weighing import fits, needed_by
 from mics.quantities import GIB
@@ -42,7 +43,10 @@ def check_any(anatomy: Anatomy, cluster: Cluster, question: Question, search: Se
     """
     if search.plans:
         return
-    nearest = min(search.rejected, key=lambda one: one.needed)
+    of_gpus = [one for one in search.rejected if not one.on_host]
+    if not of_gpus:
+        _refuse_host(min(search.rejected, key=lambda one: one.needed), cluster)
+    nearest = min(of_gpus, key=lambda one: one.needed)
     changes = [
         change
         for change in _changes(anatomy, cluster, question, nearest.way)
@@ -54,6 +58,15 @@ def check_any(anatomy: Anatomy, cluster: Cluster, question: Question, search: Se
         numbers=f"It needs {nearest.needed / GIB:.1f} of {nearest.capacity / GIB:.1f} GiB"
         + (f"; {', '.join(saved)}." if saved else "."),
         write=_instead(anatomy, cluster, question, changes),
+    )
+
+
+def _refuse_host(nearest: Rejected, cluster: Cluster) -> NoReturn:
+    raise PlanError(
+        f"Nothing fits: {nearest.way} on {cluster} needs {nearest.missing / GIB:.1f} GiB more of "
+        "a node's own memory.",
+        numbers=f"Its GPUs need {nearest.needed / GIB:.1f} of {nearest.capacity / GIB:.1f} GiB.",
+        write="checkpointing, or a smaller micro-batch",
     )
 
 
@@ -105,7 +118,7 @@ def _changes(
                 break
         return change
 
-    for kind in (_partitions, _micro_batches, _checkpointing, _sequences, _optimizers):
+    for kind in (_partitions, _micro_batches, _checkpointing, _offload, _sequences, _optimizers):
         change = first_enough(kind(cluster, question, recipe))
         if change is not None:
             yield change
@@ -130,6 +143,11 @@ def _micro_batches(cluster: Cluster, question: Question, recipe: Recipe) -> Trie
 def _checkpointing(cluster: Cluster, question: Question, recipe: Recipe) -> Tried:
     if not recipe.checkpointing:
         yield "checkpointing", replace(recipe, checkpointing=True)
+
+
+def _offload(cluster: Cluster, question: Question, recipe: Recipe) -> Tried:
+    if not recipe.offload and cluster.node.host is not None:
+        yield "offload", replace(recipe, offload=True)
 
 
 def _sequences(cluster: Cluster, question: Question, recipe: Recipe) -> Tried:

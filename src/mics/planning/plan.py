@@ -9,11 +9,11 @@ from functools import cached_property
 from mics.anatomy.anatomy import Anatomy
 from mics.anatomy.flops import hardware_flops, model_flops, utilisation
 from mics.anatomy.memory import Memory, Need, with_fragmentation
-from mics.hardware.cluster import Cluster
+from mics.hardware.cluster import Cluster, host_of
 from mics.planning.cost import dollars
 from mics.planning.question import Question
 from mics.planning.ranking import count_equal, error_on, in_order
-from mics.planning.weighing import memory_on, simulate_recipe
+from mics.planning.weighing import fits_host, host_needed_by, memory_on, simulate_recipe
 from mics.quantities import GIB
 from mics.recipe import Recipe
 from mics.simulation.engine_step import Simulated, inter_bytes
@@ -31,6 +31,7 @@ class Plan:
         needed: bytes of a GPU, with fragmentation.
         simulated: its step.
         model_flops: per GPU and step, see ``anatomy.flops``.
+        host_needed: bytes of a node's own memory, for all of its GPUs; 0 where nothing leaves them.
         hardware_flops: those and what checkpointing computes again.
         reason: why this one, a sentence.
     """
@@ -45,6 +46,7 @@ class Plan:
     hardware_flops: float
     anatomy: Anatomy = field(repr=False)
     reason: str = ""
+    host_needed: float = 0.0
 
     def __str__(self) -> str:
         memory = f"{self.needed / GIB:.1f} of {self.cluster.node.gpu.memory / GIB:.4g} GiB"
@@ -115,16 +117,25 @@ class Plan:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A recipe that does not fit, with the bytes it needs of a GPU and those there are."""
+    """A recipe that does not fit, with the bytes it needs of a GPU and those there are.
+
+    Where the GPU has enough and its host has not, they are the host's.
+    """
 
     way: Recipe
     needed: float
     capacity: float
+    on_host: bool = False
 
     @property
     def missing(self) -> float:
-        """Bytes that a GPU lacks."""
+        """Bytes that a GPU, or a host, lacks."""
         return self.needed - self.capacity
+
+    @property
+    def lacking(self) -> str:
+        """The same for people."""
+        return f"{self.missing / GIB:.1f} GiB" + (" of the host's memory" if self.on_host else "")
 
 
 @dataclass(frozen=True)
@@ -196,12 +207,21 @@ def _tried(
     """Weigh and simulate every recipe of a question."""
     plans: list[Plan] = []
     rejected: list[Rejected] = []
+    staying: set[Recipe] = set()  # what fits without: to let activations leave only takes longer
     for recipe in question.recipes(cluster):
+        if recipe.offload and replace(recipe, offload=False) in staying:
+            continue
         need = memory_on(anatomy, cluster, recipe)
         needed, capacity = with_fragmentation(need, cluster.node.machine), cluster.node.gpu.memory
         if needed > capacity:
             rejected.append(Rejected(recipe, needed, capacity))
             continue
+        on_host = host_needed_by(anatomy, cluster, recipe)
+        if not fits_host(cluster, on_host):
+            memory = host_of(cluster).memory or 0.0
+            rejected.append(Rejected(recipe, on_host, memory, on_host=True))
+            continue
+        staying.add(recipe)
         trace = anatomy.trace(recipe.micro_batch, recipe.sequence)
         computed = hardware_flops(trace, checkpointing=recipe.checkpointing)
         plans.append(
@@ -215,6 +235,7 @@ def _tried(
                 model_flops=float(recipe.micro_steps * model_flops(trace)),
                 hardware_flops=float(recipe.micro_steps * computed),
                 anatomy=anatomy,
+                host_needed=on_host,
             )
         )
     return plans, rejected

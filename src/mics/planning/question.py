@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 from mics.anatomy.memory import OPTIMIZERS
 from mics.errors import PlanError
-from mics.hardware.cluster import Cluster
+from mics.hardware.cluster import Cluster, host_of
 from mics.hardware.stacks import find_stack
 from mics.recipe import Recipe, check_one_of, check_whole
 from mics.topology import possible_partitions
@@ -22,12 +23,14 @@ class Question:
 
     Args:
         recipe: what all of them have in common; the lists below take the place of its partition,
-            micro-batch, checkpointing and form.
+            micro-batch, checkpointing, form and offload.
         global_batch: sequences per step, from which the micro-steps follow.
         micro_batches: to try.
         partitions: to try; every legal one by default.
         checkpointing: to try.
         forms: to try where a partition group spans nodes.
+        offload: to try where the link to the host is known; that activations leave is a way of its
+            own only where they do not fit.
 
     Raises:
         PlanError: a figure that cannot be, or an unknown optimizer or software stack.
@@ -39,6 +42,7 @@ class Question:
     partitions: Sequence[int] | None = None
     checkpointing: Sequence[bool] = (False, True)
     forms: Sequence[Form] = ("flat", "hierarchical")
+    offload: Sequence[bool] = (False, True)
 
     def __post_init__(self) -> None:
         given = [name for name in _LISTS if getattr(self, name) is not None]
@@ -51,7 +55,7 @@ class Question:
         if self.global_batch is not None:
             check_whole(self, 1, "global_batch")
         check_whole(self, 1, *(name for name in given if name in _COUNTS))
-        check_one_of(self, (False, True), "checkpointing")
+        check_one_of(self, (False, True), "checkpointing", "offload")
         check_one_of(self, ("flat", "hierarchical"), "forms")
         self._check_recipe()
 
@@ -86,7 +90,9 @@ class Question:
                 if not micro_steps:
                     continue
                 for checkpointing in dict.fromkeys(self.checkpointing):
-                    for form in forms_of(p, cluster.node.gpus_per_node, self.forms):
+                    for form, offload in product(
+                        forms_of(p, cluster.node.gpus_per_node, self.forms), self.offloads(cluster)
+                    ):
                         yield replace(
                             self.recipe,
                             partition=p,
@@ -94,7 +100,19 @@ class Question:
                             micro_steps=micro_steps,
                             checkpointing=checkpointing,
                             form=form,
+                            offload=offload,
                         )
+
+    def offloads(self, cluster: Cluster) -> list[bool]:
+        """Which of the offloads that are asked for can be planned, what stays first.
+
+        Raises:
+            PlanError: nothing but that activations leave is asked for, over a link nobody knows.
+        """
+        if False not in self.offload:
+            host_of(cluster)
+        known = cluster.node.host is not None
+        return sorted({offload for offload in self.offload if known or not offload})
 
     def micro_steps(self, cluster: Cluster, micro_batch: int) -> int:
         """Count the micro-steps that go with a micro-batch; 0 where the global batch has none."""
@@ -119,7 +137,7 @@ class Question:
         return max(1, round((self.global_batch or 0) / least)) * least
 
 
-_LISTS = ("micro_batches", "partitions", "checkpointing", "forms")
+_LISTS = ("micro_batches", "partitions", "checkpointing", "forms", "offload")
 _COUNTS = ("micro_batches", "partitions")
 
 

@@ -65,10 +65,15 @@ def _fits(plan: Plan, search: Search) -> str:
 
 def _bound(plan: Plan) -> str:
     exposed = plan.simulated.step.exposed
-    share = max(exposed[1], exposed[2]) / plan.seconds
+    waits = {
+        "the partition group": exposed[1],
+        "the replicas": exposed[2],
+        "the host": exposed[3],
+    }
+    whom = max(waits, key=lambda who: waits[who])
+    share = waits[whom] / plan.seconds
     if share < 0.005:
         return "communication hidden"
-    whom = "the partition group" if exposed[1] > exposed[2] else "the replicas"
     return f"{share:.0%} of the step waits for {whom}"
 
 
@@ -79,14 +84,14 @@ def _against(plan: Plan, q: int, search: Search) -> str:
         return f"{q} would {_compared(plan, alike)}"
     refused = [one for one in search.rejected if one.way.partition == q]
     lacking = min((one for one in refused if _same(one.way, plan.way)), key=_needed, default=None)
-    text = "" if lacking is None else f"{q} lacks {lacking.missing / GIB:.1f} GiB"
+    text = "" if lacking is None else f"{q} lacks {lacking.lacking}"
     best = _fastest(fitting)
     if best is not None:
         other = f"with {best.way.setting} it would" if text else f"{best.way} would"
         return ", ".join(filter(None, (text, f"{other} {_compared(plan, best)}")))
     frugal = min(refused, key=_needed)
     if lacking is None or _same(frugal.way, plan.way):
-        return f"{q} lacks {frugal.missing / GIB:.1f} GiB with {frugal.way.setting}"
+        return f"{q} lacks {frugal.lacking} with {frugal.way.setting}"
     return f"{text}, and {frugal.missing / GIB:.1f} even with {frugal.way.setting}"
 
 
@@ -109,10 +114,11 @@ def _compared(plan: Plan, other: Plan) -> str:
 
 
 def _same(one: Recipe, other: Recipe) -> bool:
-    return (one.micro_batch, one.micro_steps, one.checkpointing) == (
+    return (one.micro_batch, one.micro_steps, one.checkpointing, one.offload) == (
         other.micro_batch,
         other.micro_steps,
         other.checkpointing,
+        other.offload,
     )
 
 

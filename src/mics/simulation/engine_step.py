@@ -9,8 +9,9 @@ from fractions import Fraction
 from mics import traffic
 from mics.anatomy.anatomy import Anatomy
 from mics.anatomy.memory import OPTIMIZERS
+from mics.anatomy.offloaded import leaving
 from mics.anatomy.sizes import Parameter, UnitSize
-from mics.hardware.cluster import Cluster
+from mics.hardware.cluster import Cluster, host_of
 from mics.hardware.network import Stage, all_reduce_seconds, gather_stages
 from mics.recipe import Recipe
 from mics.simulation.compute import Times
@@ -58,7 +59,7 @@ def simulate_engine(
 
     Args:
         engine: which one.
-        anatomy: sizes of the model's units.
+        anatomy: sizes of the model's units, and a trace where activations leave.
         times: of computation, on the cluster's GPU.
         cluster: nodes and links.
         recipe: how the step is run.
@@ -68,6 +69,9 @@ def simulate_engine(
     build = _Builder(engine, anatomy, cluster, recipe)
     profile, group, gloo = build.profile, build.group, build.on_gloo
     *blocks, root = build.units(times)
+    if recipe.offload:
+        copies = _copies(anatomy, cluster, recipe)
+        blocks = [replace(b, copy=seconds) for b, seconds in zip(blocks, copies, strict=True)]
     shard = sum(u.trained() for u in (*anatomy.blocks, anatomy.root)) // group
     schedule = Schedule(
         micro_steps=recipe.micro_steps,
@@ -93,6 +97,13 @@ def simulate_engine(
 def inter_bytes(engine: EngineName, anatomy: Anatomy, cluster: Cluster, recipe: Recipe) -> Fraction:
     """Count the bytes a node sends to others in a step, as ``traffic.py`` and the ledger do."""
     return _Builder(engine, anatomy, cluster, recipe).inter_bytes()
+
+
+def _copies(anatomy: Anatomy, cluster: Cluster, recipe: Recipe) -> list[float]:
+    """Work out how long each block's copy takes, one way."""
+    rate = host_of(cluster).bandwidth
+    trace = anatomy.trace(recipe.micro_batch, recipe.sequence)
+    return [num_bytes / rate for num_bytes in leaving(trace, recipe.checkpointing)]
 
 
 def _optimizer_seconds(shard: int, cluster: Cluster, optimizer: str) -> float:

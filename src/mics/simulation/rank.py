@@ -12,11 +12,12 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Literal, get_args
 
 from mics.hardware.network import On, Stage
 
-Hop = Literal[0, 1, 2]
+Hop = Literal[0, 1, 2, 3]
+"""What computation waits for; ``Step`` says what 0 and 3 are."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,13 @@ class Rank:
 
     def __init__(self, *, slower: float, held: float, pipelined: bool, timeline: bool) -> None:
         self.now = self.computed = 0.0
-        self.exposed: dict[Hop, float] = {0: 0.0, 1: 0.0, 2: 0.0}
+        self.exposed: dict[Hop, float] = {0: 0.0, 1: 0.0, 2: 0.0, 3: 0.0}
         self.spans: list[Span] = []
         self._slower, self._held, self._pipelined = slower, held, pipelined
         self._timeline = timeline
         self._queues: dict[str, deque[Message]] = {}
         self._stream_free: dict[str, float] = {}
-        self._link_free: dict[On, float] = {"intra": 0.0, "inter": 0.0}
+        self._link_free: dict[On, float] = dict.fromkeys(get_args(On), 0.0)
 
     def compute(self, seconds: float, name: str) -> None:
         """Compute for so long."""

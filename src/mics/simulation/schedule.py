@@ -20,6 +20,7 @@ class UnitSeconds:
         gather: stages of its all-gather.
         reduce: stages of its reduce-scatter.
         sync: stages of its hop 2.
+        copy: of what it saves to the host, or back.
     """
 
     forward: float
@@ -27,6 +28,7 @@ class UnitSeconds:
     gather: tuple[Stage, ...] = ()
     reduce: tuple[Stage, ...] = ()
     sync: tuple[Stage, ...] = ()
+    copy: float = 0.0
 
 
 @dataclass(frozen=True)

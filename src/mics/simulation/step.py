@@ -15,6 +15,7 @@ from statistics import NormalDist
 
 from mics.hardware.network import Stage
 from mics.simulation.on_gloo import OnGloo
+from mics.simulation.on_host import OnHost
 from mics.simulation.on_streams import OnStreams
 from mics.simulation.rank import Hop, Rank, Span
 from mics.simulation.schedule import Schedule, UnitSeconds
@@ -28,7 +29,7 @@ class Step:
         seconds: of the step, ``late`` included.
         compute: of it, computation (with what communication beside it costs).
         exposed: by hop, how long computation waited; hop 0 is the optimizer step and what follows
-            it.
+            it, hop 3 the copies of activations to and from the host.
         total: by hop, how long communication ran.
         timeline: every span, if asked for.
         late: waiting for whoever is late, see ``straggling``.
@@ -49,6 +50,8 @@ class Step:
             "optimizer step": self.exposed[0],
             "waiting for the latest GPU": self.late,
         }
+        if self.total.get(3):
+            parts["waiting for the host"] = self.exposed[3]
         lines = [f"a step of {self.seconds:.4g} s"]
         lines += [
             f"  {name:<28}{value:>10.4g} s{value / self.seconds:>8.1%}"
@@ -87,13 +90,13 @@ def simulate(
     for number in range(simulated):
         _micro_step(rank, blocks, root, schedule, last=number == simulated - 1)
         if number == 0:
-            first = (rank.now, rank.computed, rank.exposed[1], rank.exposed[2])
+            first = (rank.now, rank.computed, *(rank.exposed[hop] for hop in _IN_EVERY))
     _finish(rank, schedule)
     more = schedule.micro_steps - simulated
     seconds, compute = rank.now + more * first[0], rank.computed + more * first[1]
     exposed = dict(rank.exposed)
-    exposed[1] += more * first[2]
-    exposed[2] += more * first[3]
+    for hop, waited in zip(_IN_EVERY, first[2:], strict=True):
+        exposed[hop] += more * waited
     return Step(seconds, compute, exposed, _totals(blocks, root, schedule), tuple(rank.spans))
 
 
@@ -107,6 +110,7 @@ def _micro_step(
 ) -> None:
     """Run forward and backward once."""
     order = OnGloo(rank, blocks, schedule) if schedule.gloo else OnStreams(rank, blocks, schedule)
+    host = OnHost(rank, blocks)
     syncs = schedule.sync == "every" or (schedule.sync == "last" and last)
     if schedule.gathers:
         rank.wait(order.gather(root, "root"), 1)
@@ -115,12 +119,14 @@ def _micro_step(
         if schedule.gathers:
             order.begin(number, range(number + 1, len(blocks)))
         rank.compute(unit.forward, f"forward {number}")
+        host.end_forward(number)
         order.reshard(number)
     rank.compute(root.backward, "loss")
     started = []
     for number in range(len(blocks) - 1, -1, -1):
         if schedule.gathers:
             order.begin(number, range(number - 1, -1, -1))
+        host.begin_backward(number)
         rank.compute(blocks[number].backward, f"backward {number}")
         order.reshard(number)
         started += order.reduce(blocks[number], f"{number}", syncs=syncs)
@@ -150,7 +156,14 @@ def _totals(
         gathers = schedule.gathers * (1 if unit is root else 2)
         hop_1 += s * gathers * _seconds(unit.gather) + s * _seconds(unit.reduce)
         hop_2 += syncs * _seconds(unit.sync)
-    return {0: schedule.last + _seconds(schedule.gathered_at_end), 1: hop_1, 2: hop_2}
+    # Of the last block nothing is fetched.
+    copies = s * sum(2 * unit.copy for unit in blocks) - s * blocks[-1].copy if blocks else 0.0
+    at_end = schedule.last + _seconds(schedule.gathered_at_end)
+    return {0: at_end, 1: hop_1, 2: hop_2, 3: copies}
+
+
+_IN_EVERY: tuple[Hop, ...] = (1, 2, 3)
+"""Hops of every micro-step."""
 
 
 def _seconds(stages: Sequence[Stage]) -> float:

@@ -154,6 +154,10 @@ class ParallelConfig:
     activation_checkpointing: bool = False
     """Recompute each block's activations in backward instead of keeping them."""
 
+    activation_offload: Literal["auto", "on", "off"] = "auto"
+    """Keep what blocks save for backward on the host until then; with checkpointing their inputs.
+    "auto" where --parallel.node is named, and the fastest plan that fits does so."""
+
     compile: bool = False
     """torch.compile each block."""
 

@@ -62,6 +62,7 @@ def describe(config: TrainConfig) -> str:
     cluster = cluster_of(config, ranks, k)
     question = question_of(config, batch, sequence)
     best = _fastest(config, anatomy, cluster, question)
+    offload = best.way.offload if best is not None else min(question.offload)
     if best is not None:
         topology = Topology(topology.nodes, k, best.way.partition)
     model = anatomy.model
@@ -77,7 +78,7 @@ def describe(config: TrainConfig) -> str:
         draw(topology),
         *_choice(config, best),
         "",
-        *_memory(config, anatomy, cluster, question, topology.partition),
+        *_memory(config, anatomy, cluster, question, topology.partition, offload),
     ]
     return "\n".join(lines)
 
@@ -101,10 +102,23 @@ def _fastest(
 def _choice(config: TrainConfig, best: Plan | None) -> list[str]:
     """Say which partition it is, and how long a step takes, where that is known."""
     if best is not None:
-        return [f"  {best.reason}", f"  a step would take {best.seconds:.3f} s"]
+        lines = [f"  {best.reason}", f"  a step would take {best.seconds:.3f} s"]
+        return [*lines, *_on_host(best)]
     if config.parallel.partition == "auto":
         return ["  (a whole node; the run takes the smallest partition that fits its memory)"]
     return []
+
+
+def _on_host(best: Plan) -> list[str]:
+    """Say what the hosts hold, where activations leave."""
+    host = best.cluster.node.host
+    if not best.way.offload or host is None:
+        return []
+    memory = "n/a" if host.memory is None else size(host.memory)
+    return [
+        f"  activations leave: up to {size(best.host_needed)} of {memory} of a node's own memory, "
+        f"{best.simulated.step.exposed[3]:.3f} s of the step waits for copies"
+    ]
 
 
 def list_models() -> str:
@@ -136,19 +150,25 @@ def _work(anatomy: Anatomy, sequence: int, batch: Batching) -> str:
 
 
 def _memory(
-    config: TrainConfig, anatomy: Anatomy, cluster: Cluster, question: Question, chosen: int
+    config: TrainConfig,
+    anatomy: Anatomy,
+    cluster: Cluster,
+    question: Question,
+    chosen: int,
+    offload: bool,
 ) -> list[str]:
     """Write the memory of a GPU for every partition size, tensors alone."""
     known = config.parallel.partition != "auto" or config.parallel.node is not None
     checkpointing = "with" if config.parallel.activation_checkpointing else "without"
+    away = ", activations on the host" if offload else ""
     lines = [
         f"memory per GPU, micro-batch {question.micro_batches[0]}, {checkpointing} activation "
-        "checkpointing (fp32 weights, gradients and Adam; `mics plan` for more)",
+        f"checkpointing{away} (fp32 weights, gradients and Adam; `mics plan` for more)",
         f"  {'partition':>9}{'replicas':>10}{'states':>14}{'gathered':>14}{'activations':>14}"
         f"{'together':>14}  largest in",
     ]
     for p in possible_partitions(cluster.nodes, cluster.node.gpus_per_node):
-        phases = memory(anatomy, recipes_of(question, cluster, p)[0])
+        phases = memory(anatomy, recipes_of(question, cluster, p, offload)[0])
         need = phases.phases[phases.phase]
         states = need.parameters + need.optimizer + need.gradients
         gathered = need.unsharded_blocks + need.prefetched_blocks + need.communication_buffers

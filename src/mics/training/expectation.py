@@ -77,8 +77,17 @@ def question_of(config: TrainConfig, batch: Batching, sequence: int) -> Question
         micro_batches=(batch.micro_batch,),
         partitions=None if options.partition == "auto" else (options.partition,),
         checkpointing=(options.activation_checkpointing,),
+        offload=_offload(config),
         forms=forms[options.collectives],
     )
+
+
+def _offload(config: TrainConfig) -> tuple[bool, ...]:
+    """Which offloads a run may have; both where the times of its nodes are known."""
+    asked = config.parallel.activation_offload
+    if asked != "auto":
+        return (asked == "on",)
+    return (False, True) if config.parallel.node is not None else (False,)
 
 
 def compute_dtype(config: TrainConfig) -> torch.dtype:
@@ -102,14 +111,23 @@ def cluster_of(
     return Cluster(replace(node, machine=machine), max(ranks // gpus_per_node, 1))
 
 
-def recipes_of(question: Question, cluster: Cluster, partition: int) -> list[Recipe]:
+def recipes_of(question: Question, cluster: Cluster, partition: int, offload: bool) -> list[Recipe]:
     """List how a run may run with a partition: one recipe, or two if it measures the forms."""
-    return list(replace(question, partitions=(partition,)).recipes(cluster))
+    asked = replace(question, partitions=(partition,), offload=(False,))
+    return [replace(recipe, offload=offload) for recipe in asked.recipes(cluster)]
 
 
 def fastest(anatomy: Anatomy, cluster: Cluster, question: Question) -> Plan | None:
     """Find the best plan a run may follow, with its reason; ``None`` where none fits."""
     return next(iter(explained(search(anatomy, cluster, question))), None)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a run runs: its partition, or "auto", and whether its activations leave the device."""
+
+    partition: int | Literal["auto"] | PartitionChoice
+    offload: bool
 
 
 @dataclass(frozen=True)
@@ -134,19 +152,24 @@ class Forecast:
     timed: bool
     traced: bool
 
-    def choose(self) -> PartitionChoice | Literal["auto"]:
+    def choose(self, asked: int | Literal["auto"] = "auto") -> Choice:
         """Choose the smallest partition whose memory is there; the fastest, where times are known.
 
-        Collective.
+        Collective. Where nothing but a partition is asked for, that is taken.
+
+        Args:
+            asked: the partition that is asked for.
 
         Returns:
-            "auto" for a model that cannot be traced, which leaves the choice to ``mics.shard``.
+            Partition "auto" for a model that cannot be traced, which leaves it to ``mics.shard``.
 
         Raises:
             ShardError: none fits.
         """
-        if not self.traced:
-            return "auto"
+        least = min(self.question.offload)
+        decided = asked != "auto" and len(set(self.question.offload)) == 1
+        if decided or not self.traced:
+            return Choice(asked, least)
         memory = torch.tensor(device_memory(self.device, self.ranks_per_host), device=self.device)
         all_reduce(memory, dist.ReduceOp.MIN)
         if self.timed:
@@ -154,29 +177,39 @@ class Forecast:
             there = replace(node, gpu=replace(node.gpu, memory=float(memory)))
             best = fastest(self.anatomy, replace(self.cluster, node=there), self.question)
             if best is not None:
-                return PartitionChoice(best.way.partition, best.reason)
-        return choose_partition(
-            self._needed,
+                if best.way.offload:
+                    say("activations leave for the host, as the fastest plan that fits has it")
+                chosen = PartitionChoice(best.way.partition, best.reason)
+                return Choice(chosen if asked == "auto" else asked, best.way.offload)
+        if asked != "auto":
+            return Choice(asked, least)
+        smallest = choose_partition(
+            lambda p: self._needed(p, least),
             int(memory),
             nodes=self.cluster.nodes,
             gpus_per_node=self.cluster.node.gpus_per_node,
         )
+        return Choice(smallest, least)
 
-    def expect(self, partition: int) -> Expectation:
-        """Predict memory, of the form that needs more, and time, of the faster form."""
+    def expect(self, partition: int, offload: bool) -> Expectation:
+        """Predict memory, of the form that needs more, and time, of the faster form.
+
+        The time is not known where activations leave over a link that nobody knows.
+        """
         if not self.traced:
             return Expectation(None, None, None)
         seconds = None
-        if self.timed:
+        if self.timed and not (offload and self.cluster.node.host is None):
             seconds = min(
                 simulate_recipe("mics", self.anatomy, self.cluster, recipe).seconds
-                for recipe in recipes_of(self.question, self.cluster, partition)
+                for recipe in recipes_of(self.question, self.cluster, partition, offload)
             )
         trace = self.anatomy.trace(self.question.micro_batches[0], self.question.recipe.sequence)
-        return Expectation(self._needed(partition), seconds, model_flops(trace))
+        return Expectation(self._needed(partition, offload), seconds, model_flops(trace))
 
-    def _needed(self, partition: int) -> int:
-        recipes = recipes_of(self.question, self.cluster, partition)
+    def _needed(self, partition: int, offload: bool) -> int:
+        leaves = offload and on_accelerator(self.device)  # else it leaves for the same memory
+        recipes = recipes_of(self.question, self.cluster, partition, leaves)
         return round(max(needed_by(self.anatomy, self.cluster, recipe) for recipe in recipes))
 
 

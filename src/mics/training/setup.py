@@ -103,18 +103,18 @@ def set_up(config: TrainConfig) -> Iterator[Run]:
         shape, data, sequence = _shape_and_data(config)
         anatomy = subject(shape, dtype=compute_dtype(config))
         expected = forecast(config, anatomy, batch, sequence, device)
-        wanted = config.parallel.partition
-        partition = expected.choose() if wanted == "auto" else wanted
+        choice = expected.choose(config.parallel.partition)
         before = memory_bytes(device)
         torch.manual_seed(config.run.seed)  # of the weights
         model = anatomy.hand_on(torch.float32)
         parameters = num_parameters(model)
         shard(
             model,
-            partition=partition,
+            partition=choice.partition,
             gpus_per_node=config.parallel.gpus_per_node,
             mp_policy=_precision(config.parallel.dtype),
             activation_checkpointing=config.parallel.activation_checkpointing,
+            activation_offload=choice.offload,
             compile=config.parallel.compile,
             collectives=config.parallel.collectives,
         )
@@ -133,7 +133,7 @@ def set_up(config: TrainConfig) -> Iterator[Run]:
             topology=Topology.from_world(world, groups.gpus_per_node, groups.shard.size()),
             device=device,
             sequence=sequence,
-            expected=expected.expect(groups.shard.size()),
+            expected=expected.expect(groups.shard.size(), choice.offload),
             memory_before=before,
             assets=_assets(config, shape, data.tokenizer),
             folder=folder,
