@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,14 @@ from torch.distributed.tensor import DTensor, Replicate
 
 import mics
 from mics import compat
-from mics.errors import ShardError
+from mics.anatomy.anatomy import Anatomy
+from mics.anatomy.offloaded import away, leaving, pinned_bytes
+from mics.anatomy.trace import ROOT, Segment, Trace
+from mics.errors import PlanError, ShardError
+from mics.hardware.cluster import Cluster, Host, Node
+from mics.hardware.lookup import find_node
+from mics.planning.answer import Plans
+from mics.quantities import GIB
 from mics.sharding.host_copies import Lanes
 from mics.sharding.offload import SMALLEST, Offload, offload_of
 from mics.sharding.units import units_of
@@ -255,3 +263,109 @@ def test_on_the_host_a_copy_is_made_at_once() -> None:
     copy = Lanes(torch.device("cpu")).send(source)
     source.add_(1)
     assert copy.tolist() == [0, 1, 2, 3]
+
+
+# -- what is planned -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_leaves_is_what_was_predicted(checkpointing: bool) -> None:
+    def trace_loss(model: Any, micro_batch: int, sequence: int) -> torch.Tensor:
+        rows = torch.zeros(micro_batch * sequence, WIDTH, device="meta")
+        loss: torch.Tensor = model(rows).square().mean()
+        return loss
+
+    with torch.device("meta"):
+        planned = Anatomy(_Traced(), trace_loss)
+    predicted = sum(leaving(planned.trace(1, ROWS), checkpointing))
+
+    def train() -> int:
+        options: dict[str, Any] = {"activation_checkpointing": checkpointing}
+        model = mics.shard(
+            _Traced(),
+            mesh=mesh_of_rank(1),
+            mp_policy=MixedPrecisionPolicy(),
+            activation_offload=True,
+            **options,
+        )
+        model(torch.ones(ROWS, WIDTH)).square().mean().backward()
+        offload = offload_of(model)
+        assert offload is not None
+        return offload.copied_bytes
+
+    (measured,) = run_ranks(train, 1)
+    small = 4 * 2 * ROWS * 4  # mean and deviation of every norm, which stay
+    assert predicted - (0 if checkpointing else small) == measured
+
+
+class _Traced(Model):
+    """Without what cannot be traced: a block that looks at its own storages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(_Plain() for _ in range(4))
+
+
+class _Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+def _trace(blocks: int = 4) -> Trace:
+    """Every block is given 10 bytes, keeps 30 and its output of 10, and 5 come and go."""
+    start, segments = 10, []
+    for unit in range(blocks):
+        segments.append(Segment(unit, "forward", start, start + 45, 0, start + 40, ()))
+        start += 40
+    segments.append(Segment(ROOT, "forward", start, start + 7, 0, start, ()))
+    for unit in reversed(range(blocks)):
+        segments.append(Segment(unit, "backward", start, start + 5, 0, start - 40, ()))
+        start -= 40
+    return Trace(tuple(segments), (16, *[10] * (blocks - 1)))
+
+
+def test_two_blocks_are_on_the_device_in_backward_and_one_at_the_loss() -> None:
+    trace = _trace()
+    assert leaving(trace, False) == (40, 40, 40, 40)  # of the first block's input 6 stay
+    assert leaving(trace, True) == (10, 10, 10, 10)
+    assert away(trace, False) == [0, 0, 40, 80, 120]
+    assert pinned_bytes(trace, True) == 2 * 40
+
+
+def _node(memory: float | None, rate: float = 25.0) -> Node:
+    host = None if memory is None else Host(memory * GIB, rate * 1e9)
+    return replace(find_node("p4d"), host=host)
+
+
+def planned(node: Node, **options: Any) -> Plans:
+    how = {"partitions": (8,), "micro_batches": (8,), "checkpointing": (False,)} | options
+    return mics.plan("bert-10b", Cluster(node, 4), sequence=512, **how)
+
+
+@pytest.mark.slow
+def test_activations_leave_where_they_do_not_fit_and_the_host_has_the_memory() -> None:
+    best = planned(_node(1152)).best
+    assert best.way.offload and best.way.setting == "micro-batch 8, offload"
+    assert best.simulated.step.exposed[3] > 0
+    assert "up to" in planned(_node(1152)).report()
+    stays = planned(_node(1152), micro_batches=(2,)).best
+    assert not stays.way.offload and stays.host_needed == 0  # it fits, and is faster
+    slower = planned(_node(1152, 5.0)).best
+    assert slower.seconds > best.seconds and slower.host_needed == best.host_needed
+    short = best.host_needed / GIB - 1
+    with pytest.raises(PlanError, match="of a node's own memory"):
+        planned(_node(short), offload=(True,))
+    with pytest.raises(PlanError, match="Nothing fits"):
+        planned(_node(short))
+
+
+def test_a_host_that_nobody_knows_is_not_planned_with() -> None:
+    with pytest.raises(PlanError, match="Nothing fits"):
+        planned(_node(None))
+    with pytest.raises(PlanError, match="copy to their host is not known"):
+        planned(_node(None), offload=(True,))

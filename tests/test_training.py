@@ -202,12 +202,17 @@ def test_partitions_that_span_nodes_train_the_same(tmp_path: Path, corpus: Path)
     assert all(entry["traffic_as_predicted"] for entry in lines(spanning))
 
 
-def test_activation_checkpointing_changes_no_loss(tmp_path: Path, corpus: Path) -> None:
+def test_activations_computed_again_or_kept_on_the_host_change_no_loss(
+    tmp_path: Path, corpus: Path
+) -> None:
     config = settings(tmp_path, corpus)
     recomputing = elsewhere(config, "again", parallel={"activation_checkpointing": True})
-    run_ranks(train_each, 2, config, recomputing)
-    assert losses(config) == losses(recomputing)
-    assert all(entry["traffic_as_predicted"] for entry in lines(recomputing))
+    both = {"activation_checkpointing": True, "activation_offload": "on"}
+    leaving = elsewhere(config, "host", parallel=both)
+    run_ranks(train_each, 2, config, recomputing, leaving)
+    for other in (recomputing, leaving):
+        assert losses(config) == losses(other)
+        assert all(entry["traffic_as_predicted"] for entry in lines(other))
 
 
 def test_bf16_stays_within_its_rounding(tmp_path: Path, corpus: Path) -> None:

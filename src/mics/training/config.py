@@ -156,7 +156,7 @@ class ParallelConfig:
 
     activation_offload: Literal["auto", "on", "off"] = "auto"
     """Keep what blocks save for backward on the host until then; with checkpointing their inputs.
-    "auto" where --parallel.node is named, and the fastest plan that fits does so."""
+    "auto" where --parallel.node is named, and the fastest plan that fits does."""
 
     compile: bool = False
     """torch.compile each block."""
