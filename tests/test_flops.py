@@ -48,6 +48,8 @@ WEIGHTS = {
     "gpt2-tiny": LAYERS * 12 * H * H + HEAD,
     # Two heads of four are shared by keys and values; three matrices of 384 between the layers.
     "llama-tiny": LAYERS * (3 * H * H + 3 * H * 384) + HEAD,
+    # Two of eight experts a token, each of three matrices of 192, and the router of eight.
+    "qwen3-moe-tiny": LAYERS * (3 * H * H + 8 * H + 2 * 3 * H * 192) + HEAD,
     "bert-tiny": LAYERS * 12 * H * H + H * H + HEAD,  # and the head's own layer
 }
 

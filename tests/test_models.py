@@ -30,7 +30,7 @@ from mics.models.building import (
 from mics.models.presets import PRESETS
 from mics.training.data.tokens import Tokenizer, byte_tokenizer, train_bpe
 
-TINY = ["bert-tiny", "roberta-tiny", "gpt2-tiny", "llama-tiny"]
+TINY = ["bert-tiny", "roberta-tiny", "gpt2-tiny", "llama-tiny", "qwen3-moe-tiny"]
 
 
 def preset(name: str) -> Any:
@@ -46,6 +46,8 @@ def preset(name: str) -> Any:
         ("gpt2-10b", 10.01),
         ("llama-8b", 8.03),
         ("gpt2-xl", 1.56),
+        ("mixtral-8x7b", 46.70),
+        ("qwen3-30b-a3b", 30.53),
     ],
 )
 def test_presets_have_the_published_number_of_parameters(name: str, billions: float) -> None:

@@ -43,6 +43,21 @@ def flops_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: A
     return 0
 
 
+def run_on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run one operator on the meta device, in any dtype that a device computes it in.
+
+    CPUs and GPUs multiply groups of rows in fp32 and fp16 too, torch's meta device in bf16 alone
+    (2.13): there the shape is that of bf16, the dtype what it would have been.
+    """
+    if compat.operator_of(func) is not compat.GROUPED_PRODUCTS[0]:
+        return func(*args, **kwargs)
+    factors = {arg.dtype for arg in args[:2]}
+    if factors == {torch.bfloat16} or len(factors) > 1:
+        return func(*args, **kwargs)
+    result = func(*(arg.to(torch.bfloat16) for arg in args[:2]), *args[2:4])
+    return result.new_empty(result.shape, dtype=factors.pop())
+
+
 def _check_dtypes(func: Any, args: tuple[Any, ...]) -> None:
     tensors = [arg for arg in args if isinstance(arg, torch.Tensor) and arg.is_floating_point()]
     dtypes = dict.fromkeys(str(tensor.dtype) for tensor in tensors)

@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from mics import compat
 from mics.anatomy.attention import FusedAttention
-from mics.anatomy.products import flops_of
+from mics.anatomy.products import flops_of, run_on_meta
 from mics.anatomy.trace import ROOT, Operator, Pass, Segment, Trace
 from mics.compat import TorchDispatchMode, tree_leaves, tree_map
 from mics.errors import PlanError
@@ -118,7 +118,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is compat.READ_VALUE:
             return _asked(args[0])
-        result = func(*args, **kwargs)
+        result = run_on_meta(func, args, kwargs)
         read = _tensors((args, kwargs))
         written = _tensors(result)
         for tensor in read:

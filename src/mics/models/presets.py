@@ -1,7 +1,8 @@
 """Models by name: the shapes the paper trains, standard ones, and tiny ones for one machine.
 
 The 10B and 15B shapes are those of MiCS section 5 (BERT: hidden, intermediate and layers as in its
-table of models; vocabularies as there). GPT-2 and Llama shapes are their authors' own.
+table of models; vocabularies as there). The shapes of GPT-2, Llama, Mixtral and Qwen3 are their authors'
+own.
 """
 
 from __future__ import annotations
@@ -42,6 +43,15 @@ def _gpt2(hidden: int, layers: int, heads: int, positions: int, **more: int) -> 
         "n_layer": layers,
         "n_head": heads,
         "n_positions": positions,
+        **more,
+    }
+
+
+def _experts(feed_forward: int, experts: int, chosen: int, **more: int) -> dict[str, int]:
+    return {
+        "moe_intermediate_size": feed_forward,
+        "num_experts": experts,
+        "num_experts_per_tok": chosen,
         **more,
     }
 
@@ -91,6 +101,40 @@ PRESETS: dict[str, Preset] = {
         )
         | {"rms_norm_eps": 1e-5, "rope_theta": 500000.0},
     ),
+    "mixtral-8x7b": Preset(
+        "mixtral",
+        "Mixtral 8x7B, 2 of 8 experts per token",
+        _encoder(
+            4096,
+            14336,
+            32,
+            32,
+            num_key_value_heads=8,
+            num_local_experts=8,
+            num_experts_per_tok=2,
+            vocab_size=32000,
+            max_position_embeddings=32768,
+        )
+        | {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "router_aux_loss_coef": 0.02},
+    ),
+    "qwen3-30b-a3b": Preset(
+        "qwen3_moe",
+        "Qwen3 30B-A3B, 8 of 128 experts per token",
+        _encoder(
+            2048,
+            6144,
+            48,
+            32,
+            num_key_value_heads=4,
+            head_dim=128,
+            vocab_size=151936,
+            max_position_embeddings=40960,
+            bos_token_id=151643,
+            eos_token_id=151645,
+        )
+        | _experts(768, 128, 8)
+        | {"norm_topk_prob": True, "rope_theta": 1e6, "router_aux_loss_coef": 0.001},
+    ),
     "bert-tiny": Preset(
         "bert",
         "BERT for one machine",
@@ -114,6 +158,14 @@ PRESETS: dict[str, Preset] = {
         "llama",
         "Llama for one machine",
         _encoder(128, 384, 4, 4, num_key_value_heads=2, max_position_embeddings=128),
+        vocabulary_of_tokenizer=True,
+    ),
+    "qwen3-moe-tiny": Preset(
+        "qwen3_moe",
+        "Qwen3-MoE for one machine, 2 of 8 experts per token",
+        _encoder(128, 384, 4, 4, num_key_value_heads=2, head_dim=32, max_position_embeddings=128)
+        | _experts(192, 8, 2)
+        | {"norm_topk_prob": True, "router_aux_loss_coef": 0.01},
         vocabulary_of_tokenizer=True,
     ),
 }

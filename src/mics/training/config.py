@@ -44,6 +44,11 @@ class ModelConfig:
     weights: Path | None = None
     """Folder with safetensors to start from instead of random weights."""
 
+    router_loss: float | None = None
+    """Weight of the loss that spreads tokens over the experts of a mixture; 0 trains without it.
+    Default: what the model's configuration says (`output_router_logits`, `router_aux_loss_coef`),
+    for presets without it."""
+
 
 @dataclass(frozen=True, config=_STRICT)
 class DataConfig:

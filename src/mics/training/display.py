@@ -101,6 +101,7 @@ class _LiveDisplay:
         bits = record.bits_per_byte
         rows = [
             ("loss", _loss(record) + ("" if bits is None else f", {bits:.3f} bits/byte")),
+            *([] if record.router_loss is None else [("router loss", f"{record.router_loss:.4f}")]),
             ("held out", self._held_out),
             ("learning rate", f"{record.learning_rate:.2e}"),
             ("gradient norm", f"{record.norm:.3f}"),
@@ -134,6 +135,8 @@ class _LiveDisplay:
 def step_line(record: StepRecord, steps: int) -> str:
     """Write a step as one line."""
     bits = f"  {record.bits_per_byte:.3f} bits/byte" if record.bits_per_byte is not None else ""
+    if record.router_loss is not None:
+        bits += f"  router loss {record.router_loss:.4f}"
     skipped = "" if record.taken else "  SKIPPED (not finite)"
     wire = (
         "" if record.bytes_on_wire is None else f", on node 0's wire {size(record.bytes_on_wire)}"

@@ -15,6 +15,7 @@ from mics.models.building import (
     num_positions,
     task_of,
 )
+from mics.models.experts import ask_for_router_loss
 from mics.models.presets import PRESETS
 from mics.planning.nearest import check_any
 from mics.planning.plan import Plan, search
@@ -52,6 +53,7 @@ def describe(config: TrainConfig) -> str:
     ranks = config.parallel.ranks or num_ranks(config, launch)
     k = config.parallel.gpus_per_node or (launch.ranks_per_node if launch else ranks)
     shape = load_config(config.model.name, vocabulary=_vocabulary(config), separator=0)
+    ask_for_router_loss(shape, config.model.router_loss)
     positions = num_positions(shape)
     sequence = sequence_length(config.data.sequence, positions)
     check_fits(shape, sequence=sequence, vocabulary=0)

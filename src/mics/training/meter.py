@@ -96,6 +96,7 @@ class Meter:
         return StepRecord(
             step=at.step,
             loss=outcome.loss,
+            router_loss=outcome.router_loss,
             bits_per_byte=bits,
             learning_rate=outcome.learning_rate,
             norm=outcome.norm,

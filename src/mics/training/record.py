@@ -14,6 +14,7 @@ class StepRecord:
 
     step: int
     loss: float | None  # nats per predicted token; None where none was to be predicted
+    router_loss: float | None  # of experts, before its weight, not in loss; None without it
     bits_per_byte: float | None  # causal models only
     learning_rate: float
     norm: float  # of the whole gradient, before clipping

@@ -24,6 +24,7 @@ from mics.models.building import (
     num_positions,
     task_of,
 )
+from mics.models.experts import ask_for_router_loss
 from mics.models.small_files import OF_MODELS, small_files
 from mics.planning.subject import subject
 from mics.ranks.device import default_device_type
@@ -145,6 +146,7 @@ def _shape_and_data(config: TrainConfig) -> tuple[PretrainedConfig, Data, int]:
     """The model's configuration needs the tokenizer's size, the data the model's positions."""
     name = config.model.name
     draft = load_config(name, vocabulary=8, separator=0)
+    ask_for_router_loss(draft, config.model.router_loss)  # refused before data are prepared
     sequence = sequence_length(config.data.sequence, num_positions(draft))
     check_fits(draft, sequence=sequence, vocabulary=0)
     data = prepare_data(
@@ -155,6 +157,7 @@ def _shape_and_data(config: TrainConfig) -> tuple[PretrainedConfig, Data, int]:
         folder=config.run.folder,
     )
     shape = load_config(name, vocabulary=data.tokenizer.size, separator=data.tokenizer.separator)
+    ask_for_router_loss(shape, config.model.router_loss)
     check_fits(shape, sequence=sequence, vocabulary=data.tokenizer.size)
     if task_of(shape) == "masked":
         check_mask(shape, data.tokenizer.mask)

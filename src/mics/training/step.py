@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mics.errors import MicsError
+from mics.models.experts import router_loss_weight
 from mics.ranks.issuing import all_reduce
 from mics.sharding.micro_steps import micro_steps
 from mics.training.config import OptimizerConfig
@@ -27,7 +30,8 @@ class Outcome:
     where no token was to be predicted, as may be in a small batch of a masked model. ``taken``
     is False when loss or norm was not finite and every rank left the weights as they were.
     ``stop`` says that some rank was asked to stop. ``sums`` is what the caller had summed over the
-    ranks, by its names.
+    ranks, by its names. ``router_loss`` is the loss that balances experts before its weight, a
+    mean like ``loss`` and no part of it; ``None`` where the model trains without it.
     """
 
     loss: float | None
@@ -37,6 +41,7 @@ class Outcome:
     taken: bool
     stop: bool
     sums: Mapping[str, float]
+    router_loss: float | None = None
 
 
 def take_step(
@@ -56,6 +61,11 @@ def take_step(
     the gradient is the mean per token however unevenly tokens are spread. One all-reduce carries
     the loss, the wish to stop and the caller's sums; every rank decides by the same numbers.
 
+    Where the model's configuration asks for a loss that balances experts, that of each micro-batch
+    is added, weighted by the tokens it predicts. It balances the tokens of one rank's micro-batch,
+    as everywhere: the same micro-batches give the same gradient on any number of ranks and
+    micro-steps, micro-batches of another size another one.
+
     Args:
         model: a sharded transformers model.
         optimizer: the optimizer of its parameters.
@@ -69,17 +79,22 @@ def take_step(
     """
     device = next(model.parameters()).device
     total = torch.zeros((), dtype=torch.float64, device=device)
+    router = torch.zeros_like(total)
+    weight = _weight_of(model)
     targets = 0
     for batch in micro_steps(model, batches, normalise=_num_targets):
-        loss = token_loss(model, batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss, balance = losses(model, batch)
+        minimised = loss if balance is None else loss + weight * balance
+        minimised.backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
+        router += 0 if balance is None else balance.detach()
         targets += batch.num_targets
     norm = clip_gradients(model, config.clip)
     counted = count()
     mine = {"targets": float(targets), "stops": float(stop), **counted}
-    sums = _sum_over_ranks({"loss": total}, mine, same={"norm": norm})
-    mean = sums["loss"] / sums["targets"] if sums["targets"] else None
+    sums = _sum_over_ranks({"loss": total, "router": router}, mine, same={"norm": norm})
+    any_targets = sums["targets"] > 0
+    mean = sums["loss"] / sums["targets"] if any_targets else None
     rate = learning_rate(config, step, steps)
     # Loss and norm are the same numbers on all ranks, so is this verdict.
     taken = math.isfinite(sums["loss"]) and math.isfinite(sums["norm"])
@@ -95,6 +110,7 @@ def take_step(
         taken=taken,
         stop=sums["stops"] > 0,
         sums={name: sums[name] for name in counted},
+        router_loss=sums["router"] / sums["targets"] if weight and any_targets else None,
     )
 
 
@@ -120,10 +136,42 @@ def _sum_over_ranks(
 
 def token_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
     """Cross entropy in nats, summed over the tokens that ``batch`` predicts. Shape ()."""
-    logits = model(input_ids=batch.inputs).logits  # [sequences, length, vocabulary]
+    return _cross_entropy(model(input_ids=batch.inputs), batch)
+
+
+def losses(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """``token_loss``, and the loss that balances experts times the tokens that are predicted.
+
+    The second is ``None`` where the model's configuration does not ask for it.
+
+    Raises:
+        MicsError: the configuration asks for it, and the model has none.
+    """
+    output = model(input_ids=batch.inputs)
+    loss = _cross_entropy(output, batch)
+    if not _weight_of(model):
+        return loss, None
+    balance = getattr(output, "aux_loss", None)
+    if not isinstance(balance, torch.Tensor):
+        raise MicsError(
+            f"{type(model).__name__} returns no loss that balances experts, although its "
+            "configuration asks for one (output_router_logits).",
+            write="--model.router-loss 0",
+        )
+    return loss, balance.float() * batch.num_targets
+
+
+def _cross_entropy(output: Any, batch: Batch) -> torch.Tensor:
+    logits = output.logits  # [sequences, length, vocabulary]
     return F.cross_entropy(
         logits.flatten(0, 1).float(), batch.labels.flatten(), ignore_index=-100, reduction="sum"
     )
+
+
+def _weight_of(model: nn.Module) -> float:
+    """Return the weight of the loss that balances experts; 0 where there is none."""
+    config: Any = getattr(model, "config", None)
+    return (router_loss_weight(config) if config is not None else None) or 0.0
 
 
 def _num_targets(batch: Batch) -> int:
