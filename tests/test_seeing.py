@@ -22,6 +22,7 @@ def a_step(step: int = 3, **more: Any) -> StepRecord:
     values: dict[str, Any] = {
         "step": step,
         "loss": 2.5,
+        "router_loss": None,
         "bits_per_byte": 1.25,
         "learning_rate": 1e-3,
         "norm": 0.75,

@@ -1,8 +1,8 @@
 """Models by name: the shapes the paper trains, standard ones, and tiny ones for one machine.
 
 The 10B and 15B shapes are those of MiCS section 5 (BERT: hidden, intermediate and layers as in its
-table of models; vocabularies as there). The shapes of GPT-2, Llama, Mixtral and Qwen3 are their authors'
-own.
+table of models; vocabularies as there). The shapes of GPT-2, Llama, Mixtral and Qwen3 are their
+authors' own.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def subject(
     config = model
     if not hasattr(config, "to_json_string"):
         config = load_config(str(model), vocabulary=vocabulary, separator=0)
-    # The configuration's own text leaves out which attention and which products of experts are run.
+    # The configuration's own text leaves out which attention and products of experts are run.
     kernels = [getattr(config, f"_{of}_implementation", None) for of in ("attn", "experts")]
     identity = "\n".join([config.to_json_string(), f"{kernels} {dtype} {torch.__version__}"])
     module = cast(build(config).train(), dtype)

@@ -61,11 +61,6 @@ def take_step(
     the gradient is the mean per token however unevenly tokens are spread. One all-reduce carries
     the loss, the wish to stop and the caller's sums; every rank decides by the same numbers.
 
-    Where the model's configuration asks for a loss that balances experts, that of each micro-batch
-    is added, weighted by the tokens it predicts. It balances the tokens of one rank's micro-batch,
-    as everywhere: the same micro-batches give the same gradient on any number of ranks and
-    micro-steps, micro-batches of another size another one.
-
     Args:
         model: a sharded transformers model.
         optimizer: the optimizer of its parameters.
@@ -79,8 +74,7 @@ def take_step(
     """
     device = next(model.parameters()).device
     total = torch.zeros((), dtype=torch.float64, device=device)
-    router = torch.zeros_like(total)
-    weight = _weight_of(model)
+    router, weight = torch.zeros_like(total), _weight_of(model)
     targets = 0
     for batch in micro_steps(model, batches, normalise=_num_targets):
         loss, balance = losses(model, batch)
@@ -93,8 +87,7 @@ def take_step(
     counted = count()
     mine = {"targets": float(targets), "stops": float(stop), **counted}
     sums = _sum_over_ranks({"loss": total, "router": router}, mine, same={"norm": norm})
-    any_targets = sums["targets"] > 0
-    mean = sums["loss"] / sums["targets"] if any_targets else None
+    mean = _mean(sums, "loss")
     rate = learning_rate(config, step, steps)
     # Loss and norm are the same numbers on all ranks, so is this verdict.
     taken = math.isfinite(sums["loss"]) and math.isfinite(sums["norm"])
@@ -110,8 +103,12 @@ def take_step(
         taken=taken,
         stop=sums["stops"] > 0,
         sums={name: sums[name] for name in counted},
-        router_loss=sums["router"] / sums["targets"] if weight and any_targets else None,
+        router_loss=_mean(sums, "router") if weight else None,
     )
+
+
+def _mean(sums: Mapping[str, float], name: str) -> float | None:
+    return sums[name] / sums["targets"] if sums["targets"] else None
 
 
 def _sum_over_ranks(
@@ -142,7 +139,9 @@ def token_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
 def losses(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
     """``token_loss``, and the loss that balances experts times the tokens that are predicted.
 
-    The second is ``None`` where the model's configuration does not ask for it.
+    The second is ``None`` where the model's configuration does not ask for it. It
+    is that of one rank's micro-batch: the same micro-batches give the same gradient on any number
+    of ranks and micro-steps, micro-batches of another size another one.
 
     Raises:
         MicsError: the configuration asks for it, and the model has none.
