@@ -74,8 +74,7 @@ def take_step(
     """
     device = next(model.parameters()).device
     total = torch.zeros((), dtype=torch.float64, device=device)
-    router, weight = torch.zeros_like(total), _weight_of(model)
-    targets = 0
+    router, targets, weight = torch.zeros_like(total), 0, _weight_of(model)
     for batch in micro_steps(model, batches, normalise=_num_targets):
         loss, balance = losses(model, batch)
         minimised = loss if balance is None else loss + weight * balance
