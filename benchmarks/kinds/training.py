@@ -123,24 +123,25 @@ def optimizers(
     return others + ([muon(matrices, lr=0.02)] if matrices else [])
 
 
-def alone(row: Row, schedule: Schedule, data_ranks: int, *, double: bool = False) -> Trained:
+def alone(row: Row, schedule: Schedule, data_ranks: int, *, otherwise: bool = False) -> Trained:
     """One process, which sees the data of all.
 
     Args:
         row: what is trained.
         schedule: how.
         data_ranks: whose data there is.
-        double: compute in fp64, to see what rounding does to one process.
+        otherwise: round otherwise, to see what this does to one process: compute in fp64, and
+            where float8 forbids that, add up the gradients from the last to the first.
     """
     model, norms = build(row.shape), []
-    if double:
+    if otherwise and row.shape.weights != "float8":
         _in_double(model)
     opts = optimizers(schedule.optimizer, model, torch.optim.Muon)
     for step in range(STEPS):
         everybody = itertools.product(range(schedule.micro_steps), range(data_ranks))
         data = [batch(row, step, micro_step, rank) for micro_step, rank in everybody]
         tokens = sum(int(num_counted(one)) for one in data)
-        for one in data:
+        for one in data[::-1] if otherwise else data:
             counted = tokens if schedule.by_tokens else len(data) * num_counted(one)
             (sum_of(model, one) / counted).backward()
         if schedule.clip:
