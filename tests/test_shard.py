@@ -174,7 +174,7 @@ def test_a_model_that_fits_nowhere_says_how_many_ranks_it_needs() -> None:
 
 
 def test_frozen_parameters_need_neither_gradients_nor_moments() -> None:
-    frozen, trained = (UnitSize((Parameter(10, 10, trained),)) for trained in (False, True))
+    frozen, trained = (UnitSize((Parameter((10, 10), trained),)) for trained in (False, True))
     recipe = Recipe(1, optimizer="adamw-fused", compute_bytes=4, micro_steps=2, prefetch=0)
     none = UnitSize(())
     both, alone = (states_and_blocks([u], none, recipe).total for u in (trained, frozen))

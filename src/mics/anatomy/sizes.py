@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -9,28 +10,41 @@ import torch
 from torch import nn
 
 
+def dim_to_split(shape: Sequence[int], partition: int) -> int:
+    """The dimension along which ``mics.shard`` splits a parameter.
+
+    The first, as FSDP2, which pads it: 8 experts over 64 ranks take the memory of 64. So tensors
+    of three and more dimensions whose first is shorter than the partition are split along the next
+    one that divides evenly, if there is one.
+    """
+    if len(shape) < 3 or shape[0] >= partition:
+        return 0
+    return next((dim for dim, n in enumerate(shape) if dim and n % partition == 0), 0)
+
+
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter's shape, as FSDP2 splits it: along its first dim.
+    """One parameter's shape, as ``mics.shard`` splits it.
 
     Args:
-        rows: length of the first dim.
-        row: elements of one row.
+        shape: of the whole; empty for a scalar.
         trained: whether the parameter has a gradient.
     """
 
-    rows: int
-    row: int
+    shape: tuple[int, ...]
     trained: bool
 
     @property
     def numel(self) -> int:
         """Number of elements before padding."""
-        return self.rows * self.row
+        return math.prod(self.shape)
 
     def padded(self, partition: int) -> int:
         """Count the elements of all shards, each as long as the longest."""
-        return -(-self.rows // partition) * partition * self.row
+        if dim_to_split(self.shape, partition) or not self.numel:
+            return self.numel
+        rows = self.shape[0] if self.shape else 1
+        return -(-rows // partition) * partition * (self.numel // rows)
 
 
 @dataclass(frozen=True)
@@ -74,5 +88,4 @@ def _unit(parameters: Iterable[torch.Tensor]) -> UnitSize:
 
 
 def _parameter(param: torch.Tensor) -> Parameter:
-    rows = param.shape[0] if param.dim() else 1
-    return Parameter(rows, param.numel() // max(rows, 1), param.requires_grad)
+    return Parameter(tuple(param.shape), param.requires_grad)

@@ -15,10 +15,24 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 from mics import compat
+from mics.anatomy.sizes import dim_to_split
 from mics.ranks.mesh import Groups, groups_of
 from mics.sharding.other_axes import check_names, refuse_overlap, unsharded
+
+
+def along_longer_dims(home: Groups) -> Placements:
+    """Place parameters as ``dim_to_split`` says, all on the module's mesh."""
+
+    def place(param: nn.Parameter) -> Shard | None:
+        if isinstance(param, DTensor) or compat.has_gather_hook(param):
+            return None  # split over other axes already; cut by a rule of its own
+        dim = dim_to_split(param.shape, home.shard.size())
+        return Shard(dim) if dim else None
+
+    return Placements(place, home)
 
 
 @dataclass

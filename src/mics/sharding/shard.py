@@ -49,7 +49,7 @@ from mics.sharding.other_axes import (
     unsharded,
 )
 from mics.sharding.partition import FOR_STATES, PartitionChoice, choose_partition, device_memory
-from mics.sharding.placements import Placements
+from mics.sharding.placements import along_longer_dims
 from mics.sharding.same_model import check_same_model, on_meta
 from mics.sharding.same_start import same_start
 from mics.topology import Topology
@@ -146,7 +146,7 @@ def shard(
         found, axes = asked.agree_on_mesh(mesh, dp_mesh_dims, groups, reshard_after_forward)
         options = replace(options, axes=axes)
         reason = f"partition {groups.shard.size()}: the mesh's"
-    placements = Placements(None, groups)
+    placements = along_longer_dims(groups)
     check_gather_hooks(
         [model], placements, policy, ignored=ignored, reshard_after_forward=reshard_after_forward
     )
