@@ -23,8 +23,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
 import transformers
+from matplotlib.figure import Figure
 
 import mics
 
@@ -131,6 +133,33 @@ def as_text(results: dict[str, Any]) -> str:
     )
 
 
+def draw(cases: dict[str, Any], to: Path) -> None:
+    """Losses above, below how far they are from those of one process; a column for each case."""
+    with matplotlib.rc_context({"font.size": 10, "axes.spines.top": False}):
+        figure = Figure(figsize=(4.2 * len(cases), 6.2), layout="constrained")
+        above, below = figure.subplots(2, len(cases), sharex=True, sharey="row", squeeze=False)
+        for column, (name, runs) in enumerate(cases.items()):
+            alone = runs["one process"]["losses"]
+            for color, (of, found) in zip(_COLORS, runs.items(), strict=False):
+                steps = range(1, len(alone) + 1)
+                above[column].plot(steps, found["losses"], color=color, linewidth=1, label=of)
+                if of == "one process":
+                    continue
+                apart = [abs(a - b) / b for a, b in zip(found["losses"], alone, strict=True)]
+                seen = [max(one, _LEAST) for one in apart]
+                below[column].semilogy(steps, seen, color=color, linewidth=1, label=of)
+            above[column].set_title(name, fontsize=10)
+            above[column].legend(frameon=False)
+            below[column].set_xlabel("step")
+        above[0].set_ylabel("loss, nats per token")
+        below[0].set_ylabel("relative difference from one process")
+        figure.savefig(to, dpi=110)
+
+
+_COLORS = ("tab:blue", "black", "tab:orange")
+_LEAST = 1e-8  # equal losses are drawn here
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=300)
@@ -162,7 +191,8 @@ def report(cases: dict[str, Any], steps: int) -> None:
     print(text)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "losses.json").write_text(json.dumps(results, indent=1) + "\n")
-    (RESULTS / "losses.md").write_text(text + "\n")
+    (RESULTS / "losses.md").write_text(text + "\n\n![losses](losses.png)\n")
+    draw(cases, RESULTS / "losses.png")
 
 
 if __name__ == "__main__":
