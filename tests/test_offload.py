@@ -245,6 +245,61 @@ def test_views_of_one_storage_leave_once_and_graphs_that_are_dropped_free_the_ho
     run_ranks(train, 1)
 
 
+class Cells(nn.Module):
+    """Writes in place to pieces of one storage that are no views of each other, and saves each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.gru = nn.LSTMCell(WIDTH, WIDTH), nn.GRUCell(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden, cell = self.lstm(x)
+        out: torch.Tensor = self.gru(hidden) + cell
+        return out
+
+
+class Conjugate(nn.Module):
+    """Saves a tensor whose values are the negatives of those in memory."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        negative = torch.complex(x, 2 * x).conj().imag
+        assert negative.is_neg()
+        return negative * x
+
+
+@pytest.mark.parametrize("block", [Cells, Conjugate])
+def test_gradients_are_right_where_memory_is_shared_or_means_something_else(block: Any) -> None:
+    def gradients(leaves: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(block(), block())
+        if leaves:
+            Offload(model, list(model), torch.device("cpu"))
+        x = torch.randn(ROWS, WIDTH, requires_grad=True)
+        inputs = [x, *model.parameters()]
+        return list(torch.autograd.grad(model(x).square().sum(), inputs))
+
+    for stays, leaves in zip(gradients(False), gradients(True), strict=True):
+        assert torch.equal(stays, leaves)
+
+
+def test_writing_to_a_tensor_on_a_mesh_is_noticed() -> None:
+    def train() -> None:
+        mesh = mesh_of_rank(1)["shard"]
+        block = nn.Identity()
+        offload = Offload(nn.Sequential(block), [block], torch.device("cpu"))
+        offload._enter(block, ())
+        whole = DTensor.from_local(torch.ones(ROWS, WIDTH), mesh, [Replicate()])
+        before = offload._pack(whole)
+        whole.add_(1)
+        after = offload._pack(whole)
+        offload._leave(block, ())
+        assert torch.equal(offload._unpack(after).to_local(), torch.full((ROWS, WIDTH), 2.0))
+        with pytest.raises(ShardError, match="written in place after it was saved"):
+            offload._unpack(before)
+
+    run_ranks(train, 1)
+
+
 # dynamo looks at .grad of non-leaf tensors itself.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.slow

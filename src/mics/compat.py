@@ -949,6 +949,15 @@ def times_written(tensor: torch.Tensor) -> int:
     return int(tensor._version)
 
 
+def viewed(tensor: torch.Tensor) -> torch.Tensor:
+    """What a tensor is a view of, or itself: all views of it are counted by ``times_written``.
+
+    2.11 to 2.15: autograd's own record, which has no public name.
+    """
+    base: torch.Tensor | None = tensor._base
+    return tensor if base is None else base
+
+
 def divide_all(tensors: list[torch.Tensor], divisor: float) -> None:
     """Divide tensors in place by one kernel; 2.11 to 2.15: what torch's optimizers use."""
     torch._foreach_div_(tensors, divisor)

@@ -24,14 +24,14 @@ class Copy:
     """One storage that a backward pass needs: on the host, and on the device while it is used.
 
     Args:
-        tensor: a view of the storage.
+        tensor: a view of the storage; on a mesh, this rank's part of it is.
         lanes: where the copy runs.
     """
 
     def __init__(self, tensor: torch.Tensor, lanes: Lanes) -> None:
         self._source: torch.Tensor | None = tensor.detach()
         self._written = compat.times_written(tensor)
-        self._host = lanes.send(_whole(tensor))
+        self._host = lanes.send(_whole(compat.local_of(tensor)))
         self.back: torch.Tensor | None = None
 
     @property
@@ -69,8 +69,9 @@ class Copy:
         there = self._source if self._source is not None else self.back
         assert there is not None
         with torch.no_grad():
-            made = torch.empty(0, dtype=like.dtype, device=there.device)
-            made.set_(there.untyped_storage(), like.offset, like.size, like.stride)
+            storage = compat.local_of(there).untyped_storage()
+            made = torch.empty(0, dtype=like.dtype, device=storage.device)
+            made.set_(storage, like.offset, like.size, like.stride)
         return made
 
     def _check(self) -> None:

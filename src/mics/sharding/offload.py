@@ -1,14 +1,17 @@
 """Activations on the host: what a block saves for its backward leaves the device until then.
 
 [Note: what leaves]
-Autograd offers every tensor that a block saves (``saved_tensors_hooks``). A storage
-leaves once, however many operators save views of it, in one block or in two. What stays:
+Autograd offers every tensor that a block saves (``saved_tensors_hooks``). Its whole storage leaves,
+once for all views of one tensor, however many operators save them, in one block or in two. Tensors
+that share a storage and are no views of one (``unsafe_chunk``, in cells of an LSTM) have counters
+of writes of their own, so that nothing tells whether a copy made for one is new enough for another:
+each has its own. What stays:
 
 - parameters, whole or sharded, views of them, and buffers: FSDP2 frees a whole parameter by
   emptying its storage, and fills the same storage again for backward, so a view of it that is saved
   costs nothing, and a copy would be of memory that is not the graph's;
 - small storages, which would take longer to ask for than to keep;
-- tensors that are no plain memory.
+- tensors that are no plain memory, or whose values are not those in memory.
 
 With checkpointing nothing but a block's inputs is saved (those given by position; torch keeps those
 given by name itself), and they leave the same way. What a recomputed forward saves is used at once
@@ -64,7 +67,7 @@ class Offload:
         self._weights: set[int] = set()
         self._open: list[tuple[nn.Module, saved_tensors_hooks]] = []
         self._visit: Visit | None = None
-        self._known = WeakIdKeyDictionary()  # storages that left, each with its copy
+        self._known = WeakIdKeyDictionary()  # tensors that left, views of them too, and the copy
         self._stayed = WeakIdKeyDictionary()
         for block in blocks:
             # Behind FSDP2's hook, which gathers, and ahead of checkpointing's, which saves inputs.
@@ -97,7 +100,7 @@ class Offload:
             local = compat.local_of(tensor)
             if not self._may_leave(local):
                 return tensor
-            copy = self._copy_of(local)
+            copy = self._copy_of(tensor)
         spec = (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else None
         whole = (tensor.shape, tensor.stride()) if spec else None
         return copy, self._visit, View(local), spec, whole
@@ -118,11 +121,11 @@ class Offload:
 
     def _may_leave(self, tensor: torch.Tensor) -> bool:
         plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout is torch.strided
-        if not plain or tensor.device.type != self._device_type or tensor.is_conj():
+        if not plain or tensor.device.type != self._device_type:
+            return False
+        if tensor.is_conj() or tensor.is_neg():
             return False
         storage = tensor.untyped_storage()
-        if storage in self._known:
-            return True
         memory = storage.data_ptr()
         if memory in self._weights or memory in _memory_of(self._nested):
             return False
@@ -135,13 +138,13 @@ class Offload:
 
     def _copy_of(self, tensor: torch.Tensor) -> Copy:
         """The copy of a tensor's storage as it is now, made where there is none."""
-        storage, written = tensor.untyped_storage(), compat.times_written(tensor)
+        viewed, written = compat.viewed(tensor), compat.times_written(tensor)
         assert self._visit is not None
-        ref, of = self._known.get(storage, (None, -1))  # type: ignore[no-untyped-call]
+        ref, of = self._known.get(viewed, (None, -1))  # type: ignore[no-untyped-call]
         copy: Copy | None = ref() if ref is not None and of == written else None
         if copy is None:
             copy = Copy(tensor, self._lanes)
-            self._known[storage] = (weakref.ref(copy), written)
+            self._known[viewed] = (weakref.ref(copy), written)
             self._count(copy.num_bytes)
             weakref.finalize(copy, self._forget, copy.num_bytes)
         self._visit.add(copy)
