@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
@@ -80,7 +80,7 @@ class Row:
     layouts: tuple[Layout, ...] = (Layout(), Layout(4, 2))
     way: Way = "placed"
     fp32: bool = True  # so that the bounds of fp32 hold for it
-    scales: bool = field(default=False)  # torchao's are worked out once a step
+    scales: bool = False  # torchao's are worked out once a step
 
 
 MOE = Shape(experts=4)
