@@ -19,6 +19,7 @@ from mics import compat
 from mics.communication.apart import Message, count, messages_of
 from mics.communication.gathered import ask
 from mics.communication.ledger import Ledger
+from mics.errors import ShardError
 
 _PLAIN = (bool, int, float, str, torch.dtype, type(None))
 
@@ -37,9 +38,33 @@ class Scales:
         self._ledger = ledger
         self._device = device
         self._known: dict[int, tuple[tuple[object, ...], list[Message]]] = {}
+        self._agreed: dict[int, int] = {}  # by a weight's id, how often it had been written
+
+    def agreed(self, weight: torch.Tensor) -> None:
+        """Remember that the scale of a weight was worked out from the values it has now."""
+        self._agreed[id(weight)] = _times_written(weight)
+
+    def outdate(self, key: int) -> None:
+        """An optimizer steps the weight with this id."""
+        if key in self._agreed:
+            self._agreed[key] = -1
 
     def sent(self) -> None:
-        """Count what the hooks have sent: a gather follows them."""
+        """Count what the hooks have sent: a gather follows them.
+
+        Raises:
+            ShardError: by scales of other values than the weights have now.
+        """
+        for one in compat.with_gather_hook(self._group) if self._agreed else ():
+            weight = one.sharded_param
+            if self._agreed.get(id(weight), written := _times_written(weight)) != written:
+                raise ShardError(
+                    "A float8 weight was written after its scale had been worked out, and would "
+                    "be gathered by the scale of its old values.",
+                    numbers=f"It is one of shape {list(weight.shape)}.",
+                    write="mics.precompute_scales(model) behind every optimizer.step(), mics.load "
+                    "and edit of weights, or nowhere",
+                )
         count(self.before_each_gather(), self._ledger, self._device)
 
     def before_each_gather(self) -> list[Message]:
@@ -64,6 +89,11 @@ class Scales:
             return []
         self._known[number] = state, messages
         return messages
+
+
+def _times_written(weight: torch.Tensor) -> int:
+    """How often its values were written, by operators on the mesh or on this rank's part."""
+    return compat.times_written(weight) + compat.times_written(compat.local_of(weight))
 
 
 def _state(local: torch.Tensor, arguments: Any) -> tuple[object, ...]:

@@ -77,6 +77,7 @@ class EMA:
 
         Raises:
             MicroStepError: the average is swapped in.
+            ConfigError: the model was sharded since the average was made.
         """
         if self._swapped:
             raise MicroStepError(
@@ -84,6 +85,8 @@ class EMA:
                 write="ema.update() behind optimizer.step(), outside of ema.swapped()",
             )
         mine = self._tensors()
+        for name, average in self.averages.items():
+            _refuse_other(name, average, mine[name])
         averages = [compat.local_of(average) for average in self.averages.values()]
         weights = [compat.local_of(mine[name]) for name in self.averages]
         keep = self._decay_now()
@@ -161,6 +164,21 @@ class EMA:
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # what is gathered is of other weights
+
+
+def _refuse_other(name: str, average: torch.Tensor, weight: torch.Tensor) -> None:
+    """Refuse to average parts of another size.
+
+    Raises:
+        ConfigError: they are.
+    """
+    here, there = compat.local_of(weight).shape, compat.local_of(average).shape
+    if here != there:
+        raise ConfigError(
+            f"{name} was sharded, or sharded otherwise, since its average was made.",
+            numbers=f"This rank has {list(here)} of it; its part of the average is {list(there)}.",
+            write="mics.EMA(model) behind mics.shard(model)",
+        )
 
 
 def _in_32_bits(tensor: torch.Tensor) -> torch.Tensor:

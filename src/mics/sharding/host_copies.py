@@ -75,13 +75,22 @@ class Copy:
         return made
 
     def _check(self) -> None:
-        source = self._source
-        if source is not None and compat.times_written(source) != self._written:
-            raise ShardError(
-                "A tensor that backward needs was written in place after it was saved.",
-                numbers=f"Shape {list(source.shape)}, {source.dtype}.",
-                write="the operation that is not in place",
-            )
+        if self._source is not None:
+            refuse_written(self._source, self._written)
+
+
+def refuse_written(tensor: torch.Tensor, times: int) -> None:
+    """Refuse what was written in place since it was saved, when it had been so often.
+
+    Raises:
+        ShardError: it was.
+    """
+    if compat.times_written(tensor) != times:
+        raise ShardError(
+            "A tensor that backward needs was written in place after it was saved.",
+            numbers=f"Shape {list(tensor.shape)}, {tensor.dtype}.",
+            write="the operation that is not in place",
+        )
 
 
 class View:

@@ -33,7 +33,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from mics import compat
 from mics.errors import ShardError
-from mics.sharding.host_copies import Copy, Lanes, View, Visit
+from mics.sharding.host_copies import Copy, Lanes, View, Visit, refuse_written
 
 SMALLEST = 1 << 16
 """Bytes of a storage that leaves: at 25 GB/s it takes as long as starting its copy does."""
@@ -99,15 +99,17 @@ class Offload:
         with torch.no_grad():
             local = compat.local_of(tensor)
             if not self._may_leave(local):
-                return tensor
+                return tensor, compat.times_written(tensor)
             copy = self._copy_of(tensor)
         spec = (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else None
         whole = (tensor.shape, tensor.stride()) if spec else None
         return copy, self._visit, View(local), spec, whole
 
     def _unpack(self, packed: Any) -> torch.Tensor:
-        if isinstance(packed, torch.Tensor):
-            return packed
+        if len(packed) == 2:  # it stayed; autograd does not look at what hooks have given it
+            tensor, written = packed
+            refuse_written(tensor, written)
+            return tensor  # type: ignore[no-any-return]
         copy, visit, view, spec, whole = packed
         self._lanes.begin(visit)
         local: torch.Tensor = copy.view(view)

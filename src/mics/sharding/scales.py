@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from mics import compat
 from mics.communication.apart import Message, Seen, count, messages_of
+from mics.communication.guard import watch
 from mics.errors import ConfigError
 from mics.ranks.mesh import ranks_of
 from mics.sharding.belonging import units_by_param
@@ -22,7 +24,8 @@ def precompute_scales(model: nn.Module) -> None:
     torchao's ``precompute_float8_dynamic_scale_for_fsdp``, to be called behind ``optimizer.step()``
     and ``mics.load``: one all-reduce for the weights of a mesh in place of one for each weight and
     gather. The ledger counts it, and ``predict_traffic`` takes one call a step from the first on.
-    torchao's own function does the same, uncounted. Collective over the ranks of the model.
+    Once it was called, a gather of weights that were written since is refused. torchao's own
+    function does the same, uncounted and unchecked. Collective over the ranks of the model.
 
     Raises:
         ConfigError: the model has no such weights.
@@ -62,6 +65,16 @@ def _precompute(layers: list[nn.Module]) -> None:
         torchao.precompute_float8_dynamic_scale_for_fsdp(nn.ModuleList(layers))
     count(messages_of(seen.apart), units[0].ledger, units[0].groups.device)
     units[0].precomputing = _messages(layers)
+    for weight, unit in zip(weights.values(), units, strict=True):
+        unit.scales.agreed(weight)
+    watch(_outdate)
+
+
+def _outdate(_: torch.optim.Optimizer, stepped: set[int]) -> None:
+    """What an optimizer steps has other scales: not every optimizer leaves a trace in a weight."""
+    for key, unit in units_by_param().items():
+        if key in stepped:
+            unit.scales.outdate(key)
 
 
 def _messages(layers: list[nn.Module]) -> list[Message]:

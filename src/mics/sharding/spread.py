@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from mics import compat
 from mics.errors import ConfigError
-from mics.ranks.mesh import Groups
+from mics.ranks.mesh import Groups, ranks_of
 from mics.sharding.belonging import known_units
 from mics.sharding.units import Unit
 
@@ -149,9 +149,14 @@ def _num_holders(unit: Unit, largest: Unit, ranks: int) -> int:
 
 
 def _beside(unit: Unit) -> list[dist.ProcessGroup]:
-    """The groups of the axes beside those of the data that its parameters are on."""
-    found = [group for mesh in _meshes_of(unit) for group in mesh.get_all_groups()]
-    return [group for group in dict.fromkeys(found) if group not in unit.groups.axes]
+    """The groups of the axes beside those of the data that its parameters are on.
+
+    Told by their ranks: torch gives parameters the first mesh of a process that equals theirs,
+    whose groups are others.
+    """
+    found = {ranks_of(group): group for mesh in _meshes_of(unit) for group in mesh.get_all_groups()}
+    data = {ranks_of(group) for group in unit.groups.axes}
+    return [group for ranks, group in found.items() if ranks not in data]
 
 
 def _meshes_of(unit: Unit) -> list[DeviceMesh]:
