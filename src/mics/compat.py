@@ -345,6 +345,18 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def box_of(tensor: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Offset and shape of this rank's part of a tensor.
+
+    2.11 to 2.15: ``__create_chunk_list__`` is what torch's own checkpoints ask a DTensor, and
+    nothing public knows where the parts of strided shards are.
+    """
+    if not isinstance(tensor, DTensor):
+        return (0,) * tensor.ndim, tuple(tensor.shape)
+    (box,) = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
+    return tuple(box.offsets), tuple(box.sizes)
+
+
 def give_gradient(group: Any, index: int, shard: torch.Tensor) -> None:
     """Make ``shard`` the gradient of the group's trainable parameter number ``index``.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from mics.checkpoint.averages import averages_of
 from mics.checkpoint.layout import AVERAGE_UPDATES, MODEL
 from mics.checkpoint.manifest import PLAIN, Json
-from mics.checkpoint.names import parameter_names, plain_names
+from mics.checkpoint.names import frozen_names, parameter_names, plain_names
 from mics.checkpoint.optimizers import Optimizers, list_optimizers, optimizer_contents
 from mics.checkpoint.values import encode
 from mics.errors import CheckpointError
@@ -30,7 +30,8 @@ class Contents:
 
     ``state`` is what ``state_dict`` of the model returned, with the names that ``keys`` gives the
     entries in the manifest. ``forms`` says what tensors of optimizers are (``Entry.form``), and
-    ``alone`` names the parameters that are not sharded.
+    ``alone`` names the parameters that are not sharded. ``left_out`` are the parameters that are
+    not kept, which ``tensors`` does not have.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -40,13 +41,26 @@ class Contents:
     state: dict[str, Any]
     keys: dict[str, str]
     alone: set[str]
+    left_out: dict[str, torch.Tensor]
 
 
-def contents_of(model: nn.Module, optimizer: Optimizers | None, ema: EMA | None = None) -> Contents:
+def contents_of(
+    model: nn.Module,
+    optimizer: Optimizers | None,
+    ema: EMA | None = None,
+    *,
+    without: Collection[str] = (),
+) -> Contents:
     """The state of a model, its optimizers and its average; tensors are those in use, not copies.
 
     A tied parameter stands once, its other names are aliases. Names are those that the model has
     without wrappers. Nothing is made for what has no state, and nothing is changed.
+
+    Args:
+        model: sharded or not.
+        optimizer: its optimizer, or several.
+        ema: its moving average.
+        without: parameters that are left out, by their names in the manifest.
 
     Raises:
         CheckpointError: something cannot be kept, or an optimizer or average is of another model.
@@ -54,7 +68,9 @@ def contents_of(model: nn.Module, optimizer: Optimizers | None, ema: EMA | None 
     tensors: dict[str, torch.Tensor] = {}
     aliases: dict[str, str] = {}
     values: dict[str, Json] = {}
+    left_out: dict[str, torch.Tensor] = {}
     first_of = parameter_names(model)[0]
+    frozen = frozen_names(model)
     with torch.no_grad():
         state = model.state_dict()
     keys = {key: MODEL + name for key, name in plain_names(model, state).items()}
@@ -65,8 +81,10 @@ def contents_of(model: nn.Module, optimizer: Optimizers | None, ema: EMA | None 
         first = first_of.get(plain, plain)
         if first != plain and MODEL + first in known:
             aliases[name] = MODEL + first
+        elif name in without:
+            left_out[name] = value
         elif isinstance(value, torch.Tensor):
-            tensors[name] = _plain(name, value)
+            tensors[name] = _plain(name, value, frozen=name in frozen)
         else:
             values[name] = encode(name, value)
     alone = {n for n in tensors if n.removeprefix(MODEL) in first_of} - _sharded(tensors)
@@ -76,10 +94,10 @@ def contents_of(model: nn.Module, optimizer: Optimizers | None, ema: EMA | None 
     if ema is not None:
         tensors |= averages_of(ema, model)
         values[AVERAGE_UPDATES] = ema.updates
-    return Contents(tensors, aliases, values, kept.forms, state, keys, alone)
+    return Contents(tensors, aliases, values, kept.forms, state, keys, alone, left_out)
 
 
-def _plain(name: str, tensor: torch.Tensor) -> torch.Tensor:
+def _plain(name: str, tensor: torch.Tensor, *, frozen: bool) -> torch.Tensor:
     """A tensor without the library's type around its values, in the same memory.
 
     Raises:
@@ -90,7 +108,11 @@ def _plain(name: str, tensor: torch.Tensor) -> torch.Tensor:
         raise CheckpointError(
             f"{name} cannot be kept: its values are not one tensor of its shape and dtype.",
             numbers=f"It is {tuple(tensor.shape)} {dtype_name(tensor.dtype)} {kind_of(tensor)}.",
-            write="the adapters alone, or the parameter in a dtype of torch",
+            write="mics.save(..., frozen=False), which leaves out what does not train, and a load "
+            "of what that wrote"
+            if frozen
+            else "requires_grad_(False) on it and mics.save(..., frozen=False), or the parameter "
+            "in a dtype of torch",
         )
     return values
 
@@ -114,6 +136,7 @@ def facts_of_contents(contents: Contents) -> dict[str, list[str]]:
         state.append(name if name.startswith(MODEL) else f"{name} = {json.dumps(value)}")
     return {
         "what is to be saved": state,
+        "frozen parameters that are left out": list(contents.left_out),
         "optimizer state that is not sharded": alone,
         "parameters that are not sharded": params,
     }

@@ -6,6 +6,7 @@
      "tensors": {"model/NAME": {"dtype": "float32", "shape": [6, 4], "chunks":
          [{"offset": [0, 0], "shape": [3, 4], "file": "rank-00000.safetensors", "key": "..."}]}},
      "aliases": {"model/SECOND_NAME": "model/NAME"},       # tied parameters
+     "frozen": {"model/NAME": "bfloat16 [6, 4] 9e37..."},  # left out: what its values were
      "values": {"optimizer/param_groups.NAME.lr": 0.001},  # what is no tensor
      "extra": {...},                                       # the caller's
      "files": {"rank-00000.safetensors": {"bytes": 96, "sha256": "..."}}}
@@ -21,7 +22,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,7 @@ class Manifest:
     values: dict[str, Json]
     extra: dict[str, Json]
     files: dict[str, FileFacts]
+    frozen: dict[str, str] = field(default_factory=dict)
     mics: str = __version__
     torch: str = str(torch.__version__)
     format: int = FORMAT
@@ -170,8 +172,11 @@ def _parse(table: dict[str, Any]) -> Manifest:
     if needed > stored:
         raise ValueError(f"the tensors have {needed} bytes, all files together {stored}")
     aliases = {str(name): str(first) for name, first in _object(table["aliases"]).items()}
+    frozen = {str(name): str(value) for name, value in _object(table.get("frozen", {})).items()}
+    if twice := tensors.keys() & frozen.keys():
+        raise ValueError(f"{min(twice)} is there and left out")
     for name, first in aliases.items():
-        if first not in tensors or name in tensors:
+        if (first not in tensors and first not in frozen) or name in tensors or name in frozen:
             raise ValueError(f"{name} is the same as {first}, which is not there")
     return Manifest(
         mics=str(table["mics"]),
@@ -183,6 +188,7 @@ def _parse(table: dict[str, Any]) -> Manifest:
         values=_object(table["values"]),
         extra=_object(table["extra"]),
         files=files,
+        frozen=frozen,
     )
 
 

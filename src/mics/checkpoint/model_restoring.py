@@ -25,14 +25,15 @@ from mics.checkpoint.names import is_extra_state
 from mics.checkpoint.values import decode
 from mics.errors import CheckpointError
 from mics.quantities import dtype_name
+from mics.sharding.tensor_parts import values_of
 
 
 class ModelRestoring:
     """A model that is about to load a checkpoint; made, it has only been compared with it.
 
-    ``early`` are the tensors to be read before anything is changed, ``late`` those that are read in
-    place, by their names in the manifest; ``copies`` are those of ``early`` that are read under
-    other names, because two names are one tensor here.
+    ``contents`` is its state now. ``early`` are the tensors to be read before anything is changed,
+    ``late`` those that are read in place, by their names in the manifest; ``copies`` are those of
+    ``early`` that are read under other names, because two names are one tensor here.
 
     Args:
         folder: the checkpoint, for messages.
@@ -47,7 +48,7 @@ class ModelRestoring:
     def __init__(
         self, folder: Path, manifest: Manifest, model: nn.Module, contents: Contents
     ) -> None:
-        self._folder, self._model, self._contents = folder, model, contents
+        self._folder, self._model, self.contents = folder, model, contents
         self.early: dict[str, torch.Tensor] = {}
         self.late: dict[str, torch.Tensor] = {}
         here = {name: t for name, t in contents.tensors.items() if name.startswith(MODEL)}
@@ -72,7 +73,7 @@ class ModelRestoring:
     def _plan_anew(self, name: str, manifest: Manifest) -> None:
         if name in manifest.tensors:
             entry = manifest.tensors[name]
-            now = self._contents.tensors.get(name)
+            now = self.contents.tensors.get(name)
             device = now.device if now is not None else "cpu"
             self.early[name] = torch.empty(entry.shape, dtype=entry.torch_dtype, device=device)
             return
@@ -95,7 +96,7 @@ class ModelRestoring:
                     write="the model it was saved from",
                 )
         for name, value in self.early.items():
-            now = self._contents.tensors.get(name)
+            now = self.contents.tensors.get(name)
             if now is None or not _overlaps(now) or name in self._anew:
                 continue
             if not _same(_one_of_each(value, now).expand_as(value), value):
@@ -129,19 +130,23 @@ class ModelRestoring:
         """Let the model load everything, when it has been read."""
         with torch.no_grad():
             for name, value in self.early.items():
-                now = self._contents.tensors.get(name)
+                now = self.contents.tensors.get(name)
                 if now is not None and _overlaps(now) and name not in self._anew:
                     _one_of_each(now, now).copy_(_one_of_each(value, now))
         self._load(self._values | {n: t for n, t in self.early.items() if n in self._anew})
 
     def _load(self, extra: Mapping[str, Any]) -> None:
         """The model's ``load_state_dict``, of the tensors in use and of extra states."""
-        contents = self._contents
+        contents = self.contents
         state = contents.state.copy()  # torch's own class, with the versions of the modules
-        left_out = []
+        left_out: list[str] = []
+        spread = {n for n, value in contents.left_out.items() if values_of(value) is None}
         for key, name in contents.keys.items():
             if name in extra:
                 state[key] = extra[name]
+            elif name in spread:
+                left_out.append(key)  # the model's own stay, and could not be copied
+                del state[key]
             elif isinstance(state[key], torch.Tensor) and _overlaps(state[key]):
                 left_out.append(key)  # torch cannot copy into it
                 del state[key]
@@ -174,7 +179,7 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def _check_names(folder: Path, manifest: Manifest, contents: Contents) -> dict[str, str]:
     """Raise where names or ties differ; return what is tied here and was kept twice there."""
-    there = _names(manifest.tensors, manifest.aliases, manifest.values)
+    there = _names(manifest.tensors, manifest.aliases, manifest.values, manifest.frozen)
     here = set(contents.keys.values())
     if there != here:
         raise CheckpointError(
@@ -183,6 +188,12 @@ def _check_names(folder: Path, manifest: Manifest, contents: Contents) -> dict[s
             write="the model it was saved from",
         )
     tied_there, tied_here = _ties(manifest.aliases), _ties(contents.aliases)
+    # Of what is left out only the fingerprints can be compared, and they are.
+    tied_here = {
+        name: first
+        for name, first in tied_here.items()
+        if not {name, first} <= manifest.frozen.keys()
+    }
     twice = {n: first for n, first in tied_here.items() if n not in tied_there}
     if tied_there != {n: first for n, first in tied_here.items() if n not in twice} or any(
         name not in manifest.tensors

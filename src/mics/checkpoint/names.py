@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from mics.checkpoint.layout import MODEL
 from mics.errors import CheckpointError
 
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
@@ -61,6 +62,12 @@ def parameter_names(model: nn.Module) -> tuple[dict[str, str], dict[int, str]]:
         plain[name]: firsts.setdefault(id(param), plain[name]) for name, param in parameters.items()
     }
     return first_of, firsts
+
+
+def frozen_names(model: nn.Module) -> set[str]:
+    """The parameters that do not train, by their names in the manifest; of a tied one the first."""
+    firsts = parameter_names(model)[1]
+    return {MODEL + firsts[id(p)] for p in model.parameters() if not p.requires_grad}
 
 
 def unwrapped(name: str) -> str:

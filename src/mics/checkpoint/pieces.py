@@ -150,11 +150,11 @@ def _written_by_first(apart: Mapping[str, torch.Tensor], peers: Peers) -> list[P
             box = number, tuple(offset), tuple(shape)
             holder, others = first.setdefault(box, (rank, value))
             if value != others:
-                raise _other_values(sorted(apart)[number], tuple(offset), holder, rank)
+                raise other_values(sorted(apart)[number], tuple(offset), holder, rank)
     for name, number in numbers.items():
         cells = sum(prod(shape) for n, _, shape in first if n == number)
         if cells != apart[name].numel():
-            raise _other_layouts(name, cells, apart[name].numel())
+            raise other_layouts(name, cells, apart[name].numel())
     return [
         piece
         for piece in held
@@ -162,7 +162,8 @@ def _written_by_first(apart: Mapping[str, torch.Tensor], peers: Peers) -> list[P
     ]
 
 
-def _other_values(name: str, offset: tuple[int, ...], one: int, other: int) -> CheckpointError:
+def other_values(name: str, offset: tuple[int, ...], one: int, other: int) -> CheckpointError:
+    """The error for a part of a tensor that two ranks have with other values."""
     return CheckpointError(
         f"Ranks hold different values of {name} (experts that each rank has its own of?): a "
         "checkpoint would have those of one.",
@@ -173,7 +174,8 @@ def _other_values(name: str, offset: tuple[int, ...], one: int, other: int) -> C
     )
 
 
-def _other_layouts(name: str, held: int, cells: int) -> CheckpointError:
+def other_layouts(name: str, held: int, cells: int) -> CheckpointError:
+    """The error for parts of a tensor that have more cells together, or fewer, than it."""
     return CheckpointError(
         f"Ranks hold {name} in parts that do not fit together.",
         numbers=f"Their parts have {held} cells together, and it has {cells}.",

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 
 from mics.checkpoint.averages import plan_average, restore_updates
 from mics.checkpoint.contents import contents_of
+from mics.checkpoint.frozen import check_base, check_frozen
 from mics.checkpoint.manifest import Entry, Json, Manifest, read_manifest
 from mics.checkpoint.model_restoring import ModelRestoring
 from mics.checkpoint.names import unwrapped
@@ -80,7 +81,9 @@ def load(
 
     Raises:
         CheckpointError: on every rank, before anything is changed: a file is damaged (it is named),
-            the checkpoint is of another model or optimizer (the first differences are named).
+            the checkpoint is of another model or optimizer (the first differences are named). One
+            that was saved with ``frozen=False``: the model's own values of a parameter that was
+            left out are not those it was trained with, or it trains here.
     """
     let_save_end()
     folder = Path(path)
@@ -88,6 +91,7 @@ def load(
     plans: list[_Plan] = []
     peers.together(lambda: plans.append(_plan(folder, model, optimizer, ema, peers.rank)))
     plan = plans[0]
+    check_base(folder, plan.manifest, plan.model.contents, peers)
     if verify:
         verify_files(folder, plan.manifest, peers)
     peers.together(plan.read_early)
@@ -144,7 +148,8 @@ def _plan(
     folder: Path, model: nn.Module, optimizer: Optimizers | None, ema: EMA | None, rank: int
 ) -> _Plan:
     manifest = _under_plain_names(read_manifest(folder))
-    contents = contents_of(model, None)
+    check_frozen(folder, manifest, model)
+    contents = contents_of(model, None, without=manifest.frozen)
     return _Plan(
         folder,
         manifest,
@@ -168,6 +173,7 @@ def _under_plain_names(manifest: Manifest) -> Manifest:
         tensors={plain(name): entry for name, entry in manifest.tensors.items()},
         aliases={plain(name): plain(first) for name, first in manifest.aliases.items()},
         values={plain(name): value for name, value in manifest.values.items()},
+        frozen={plain(name): value for name, value in manifest.frozen.items()},
     )
 
 

@@ -26,6 +26,7 @@ from mics.checkpoint.contents import (
     partition_of,
 )
 from mics.checkpoint.disk import write_bytes, write_manifest, write_tensors
+from mics.checkpoint.frozen import prints_of
 from mics.checkpoint.layout import ASSETS, chunk_key, file_of
 from mics.checkpoint.manifest import (
     Chunk,
@@ -36,6 +37,7 @@ from mics.checkpoint.manifest import (
     file_name,
     whole_entry,
 )
+from mics.checkpoint.names import frozen_names
 from mics.checkpoint.optimizers import Optimizers
 from mics.checkpoint.peers import Peers
 from mics.checkpoint.pieces import Piece, pieces_of_this_rank
@@ -57,6 +59,7 @@ def save(
     ema: EMA | None = None,
     extra: Mapping[str, Json] | None = None,
     assets: Mapping[str, bytes] | None = None,
+    frozen: bool = True,
     asynchronous: bool = False,
 ) -> PendingSave:
     """Write a checkpoint of a sharded model: a folder that loads at any world and partition size.
@@ -73,6 +76,8 @@ def save(
         extra: whatever else JSON can hold: step, position of the data, configuration.
         assets: small files to keep with it, by their names; the same on every rank. The
             configuration of a transformers model is kept without being asked for.
+        frozen: keep parameters that do not train. False leaves them out: the model that loads such
+            a checkpoint brings its own, and is refused if their values or types are others.
         asynchronous: return when the tensors are copied to the CPU and write beside training. At
             most one save is under way: the next one waits for it.
 
@@ -81,12 +86,13 @@ def save(
 
     Raises:
         CheckpointError: on every rank: the path exists, a rank cannot write (it is named), a value
-            or an asset cannot be kept. Nothing is left behind.
+            or an asset cannot be kept, or left out because its type does not say where its values
+            are. Nothing is left behind.
     """
     _end_of_last_save()
     peers = Peers()
     given = dict(extra or {}), dict(assets or {})
-    plan = _plan_of(Path(path), model, optimizer, ema, *given, peers)
+    plan = _plan_of(Path(path), model, optimizer, ema, *given, frozen, peers)
     pending = PendingSave(plan.target, plan, peers)
     if asynchronous:
         pending._start()
@@ -197,6 +203,7 @@ class _Plan:
     values: dict[str, Json]
     extra: dict[str, Json]
     assets: dict[str, bytes]
+    frozen: dict[str, str]
 
 
 def _plan_of(
@@ -206,13 +213,15 @@ def _plan_of(
     ema: EMA | None,
     extra: dict[str, Json],
     assets: dict[str, bytes],
+    frozen: bool,
     peers: Peers,
 ) -> _Plan:
     """Everything a save needs, copied from the model, when all ranks have seen its folder."""
     found: list[Contents] = []
 
     def look() -> None:
-        found.append(contents_of(model, optimizer, ema))
+        without = set() if frozen else frozen_names(model)
+        found.append(contents_of(model, optimizer, ema, without=without))
         if peers.rank == 0:
             # What nobody could read back must not be found out at the end.
             _check_kept(extra, assets)
@@ -222,6 +231,7 @@ def _plan_of(
     # Every rank writes its part of one list, and what is not sharded is rank 0's.
     peers.agree(facts_of_contents(contents) | {"optimizer steps taken": _steps_of(model)})
     pieces = pieces_of_this_rank(contents, model, peers)
+    prints = prints_of(contents.left_out, peers)
     making, path = _make_folder(target, peers)
     return _Plan(
         target=target,
@@ -235,6 +245,7 @@ def _plan_of(
         values=contents.values,
         extra=extra,
         assets=config_of(model) | assets,
+        frozen=prints,
     )
 
 
@@ -373,6 +384,7 @@ def _complete(plan: _Plan, reports: list[dict[str, Any]], world: int) -> None:
         values=plan.values,
         extra=plan.extra,
         files=files,
+        frozen=plan.frozen,
     )
     write_manifest(plan.path, manifest)
     if plan.target.exists():

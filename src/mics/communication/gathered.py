@@ -85,11 +85,18 @@ def ask(local: torch.Tensor, arguments: Sequence[Any]) -> Answer:
         local: this rank's part of a parameter, with ``fsdp_pre_all_gather``.
         arguments: mesh, whole size, whole stride, module, policy; older hooks take the mesh alone.
     """
+    tensors, apart = given(local, arguments)
+    return Answer(tuple(Sent(one.dtype, tuple(one.shape)) for one in tensors), apart)
+
+
+def given(
+    local: torch.Tensor, arguments: Sequence[Any]
+) -> tuple[Sequence[torch.Tensor], tuple[Apart, ...]]:
+    """What a hook gives to an all-gather, and what it would send by itself; arguments as above."""
     hook: Any = local.fsdp_pre_all_gather  # type: ignore[attr-defined]
     with torch.no_grad(), _KeptBack() as kept:
         tensors, _ = hook(*arguments[: num_arguments(local)])
-    sent = tuple(Sent(tensor.dtype, tuple(tensor.shape)) for tensor in tensors)
-    return Answer(sent, tuple(kept.apart))
+    return tensors, tuple(kept.apart)
 
 
 def num_arguments(local: torch.Tensor) -> int:

@@ -6,7 +6,7 @@ operators; its parts are plain tensors, of several dtypes perhaps.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from mics import compat
+from mics.quantities import dtype_name
 
 
 def plain_parts(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
@@ -73,6 +74,16 @@ def kind_of(tensor: torch.Tensor) -> str:
         return ""
     inside = [f"{name} {part.dtype}" for name, part in _parts(local).items()]
     return f"{type(local).__name__}({', '.join(inside)})"
+
+
+def kind_and_options(tensor: torch.Tensor) -> str:
+    """Dtype and type of this rank's part, and what it says of itself in numbers and text."""
+    local: Any = compat.local_of(tensor)
+    _, context = local.__tensor_flatten__()
+    table = context if isinstance(context, Mapping) else {}
+    plain = (bool, int, float, str, torch.dtype)
+    options = [f"{name}={value}" for name, value in table.items() if isinstance(value, plain)]
+    return f"{dtype_name(tensor.dtype)} {type(local).__name__}({', '.join(options)})"
 
 
 def times_written(tensor: torch.Tensor) -> int:
