@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import itertools
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 import mics
+from mics.__main__ import main
 from mics.errors import CheckpointError
 from mics.traffic import Key
 
@@ -220,12 +223,90 @@ def _round(folder: Path) -> dict[str, Any]:
     dist.barrier()
     found["bare"] = _error_of(lambda: mics.load_adapters(folder / "bare", model=plain))
     found["unchanged"] = _same(before, _of_adapter(plain))
+    found |= _exported(folder, model, saved)
+    found |= _resized(folder)
     next(p for n, p in plain.named_parameters() if "norm" in n).requires_grad_(True)
     with contextlib.redirect_stderr(io.StringIO()) as said:
         mics.save_adapters(folder / "less", model=plain)
     found["left out"] = said.getvalue()
     found["files"] = sorted(path.name for path in (folder / "kept").iterdir())
     return found
+
+
+def _exported(folder: Path, model: Any, saved: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Checkpoints with and without the base, whose adapters the command line writes."""
+    import peft
+
+    found: dict[str, Any] = {}
+    model.set_adapter("default")
+    mics.save(folder / "whole", model=model)
+    mics.save(folder / "trained", model=model, frozen=False)
+    mics.save(folder / "plain", model=_llama())
+    if dist.get_rank() == 0:
+        for name in ("whole", "trained"):
+            out = folder / f"{name} out"
+            assert main(["export", str(folder / name), str(out), "--adapters"]) == 0
+            read = peft.PeftModel.from_pretrained(_llama(), out, is_trainable=True)
+            found[f"exported {name}"] = _same(saved, _of_adapter(read))
+        made, kept = (read_config(folder / name) for name in ("trained out", "kept"))
+        found["one config"] = made == kept
+        for name, words in {
+            "base left out": ["trained"],
+            "adapted": ["whole"],
+            "no adapters": ["plain", "--adapters"],
+            "checked": ["whole", "--adapters", "--check"],
+        }.items():
+            with contextlib.redirect_stderr(io.StringIO()) as said:
+                at, *options = words
+                assert main(["export", str(folder / at), str(folder / "n"), *options]) != 0
+            found[name] = said.getvalue()
+    dist.barrier()
+    return found
+
+
+def read_config(folder: Path) -> Any:
+    table = json.loads((folder / "adapter_config.json").read_bytes())
+    return {n: sorted(v) if isinstance(v, list) else v for n, v in table.items()}
+
+
+def _resized(folder: Path) -> dict[str, Any]:
+    """An embedding that has another size than that of the base in its folder, and is frozen."""
+    import peft
+
+    base = _llama()
+    if dist.get_rank() == 0:
+        base.save_pretrained(folder / "base")
+    dist.barrier()
+    base.config.name_or_path = base.name_or_path = str(folder / "base")
+    options: dict[str, Any] = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False}
+
+    def adapted(model: Any) -> Any:
+        return mics.shard(peft.get_peft_model(model, peft.LoraConfig(**options)), partition=2)
+
+    found: dict[str, Any] = {}
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        mics.save_adapters(folder / "same size", model=adapted(base))
+    found["same size"] = said.getvalue()
+    larger = _llama()
+    larger.config.name_or_path = larger.name_or_path = str(folder / "base")
+    larger.resize_token_embeddings(52, mean_resizing=False)
+    model = adapted(larger)
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        mics.save_adapters(folder / "resized", model=model)
+    found["resized"] = said.getvalue()
+    rows = _full(model.get_input_embeddings().weight)
+    again = _llama()
+    again.resize_token_embeddings(52, mean_resizing=False)
+    with torch.no_grad():
+        again.get_input_embeddings().weight[48:] += 1
+    read = peft.PeftModel.from_pretrained(copy.deepcopy(again), folder / "resized")
+    found["peft reads rows"] = torch.equal(read.get_input_embeddings().weight, rows)
+    other = adapted(again)
+    mics.load_adapters(folder / "resized", model=other)
+    found["mics reads rows"] = torch.equal(_full(other.get_input_embeddings().weight), rows)
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        mics.save_adapters(folder / "no base", model=other)
+    return found | {"no base": said.getvalue()}
 
 
 @pytest.mark.slow
@@ -250,6 +331,16 @@ def test_adapters_are_kept_alone_as_peft_reads_them_and_load_into_shards(tmp_pat
         assert "with the target_modules that it was made with" in found["targets"]
         assert "There is no adapter_config.json in" in found["bare"]
         assert "a folder that mics.save_adapters wrote" in found["bare"]
+        assert found["peft reads rows"] and found["mics reads rows"]
         if rank == 0:
+            assert found["exported whole"] and found["exported trained"] and found["one config"]
+            assert "was saved without its frozen parameters" in found["base left out"]
+            assert "Write: mics export --adapters" in found["base left out"]
+            assert "Write: mics export --adapters" in found["adapted"]
+            assert "does not say which of its tensors are an adapter's" in found["no adapters"]
+            assert "--check is for whole models" in found["checked"]
+            assert "embeddings" not in found["same size"]
+            assert "kept with the adapter: they have 52 rows, and 48 in" in found["resized"]
+            assert "the 52 rows of the embeddings are those of the base cannot" in found["no base"]
             assert "1 trained parameter(s) are not of the adapter" in found["left out"]
             assert "modules_to_save=[...]" in found["left out"]

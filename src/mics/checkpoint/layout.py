@@ -16,6 +16,7 @@ AVERAGE_UPDATES = "averaging/updates"
 ASSETS = "assets/"
 """Names of assets are those of files too, in the checkpoint's folder."""
 
+ADAPTERS = f"{ASSETS}adapters.json"
 MODEL_FILES = f"{ASSETS}model/"
 MODEL_CONFIG = f"{MODEL_FILES}config.json"
 TOKENIZER = f"{ASSETS}tokenizer/"

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mics.checkpoint.adapters import adapters_of
 from mics.checkpoint.appearing import AppearingFolder
 from mics.checkpoint.configuration import config_of
 from mics.checkpoint.contents import (
@@ -218,10 +219,12 @@ def _plan_of(
 ) -> _Plan:
     """Everything a save needs, copied from the model, when all ranks have seen its folder."""
     found: list[Contents] = []
+    of_model: list[dict[str, bytes]] = []
 
     def look() -> None:
         without = set() if frozen else frozen_names(model)
         found.append(contents_of(model, optimizer, ema, without=without))
+        of_model.append(config_of(model) | adapters_of(model))
         if peers.rank == 0:
             # What nobody could read back must not be found out at the end.
             _check_kept(extra, assets)
@@ -244,7 +247,7 @@ def _plan_of(
         aliases=contents.aliases,
         values=contents.values,
         extra=extra,
-        assets=config_of(model) | assets,
+        assets=of_model[0] | assets,
         frozen=prints,
     )
 

@@ -1,4 +1,4 @@
-"""``mics export``: a checkpoint as a folder that transformers loads."""
+"""``mics export``: a checkpoint as a folder that transformers loads, or its adapters as peft's."""
 
 from __future__ import annotations
 
@@ -34,6 +34,9 @@ class Config:
     check: bool = False
     """Load the result with transformers; compare logits and small files with the checkpoint's."""
 
+    adapters: bool = False
+    """Write the adapters of peft alone, as PeftModel.from_pretrained reads them."""
+
 
 def run(config: Config) -> int:
     """Export, and compare if asked.
@@ -47,24 +50,32 @@ def run(config: Config) -> int:
     from mics.interchange.comparing import differing_files, largest_difference
     from mics.interchange.dtypes import FLOATS
     from mics.interchange.exporting import export
+    from mics.interchange.exporting_adapters import export_adapters
     from mics.models.small_files import usual_that_lack
     from mics.ranks.console import alarm, show
     from mics.ranks.progress_bar import TextProgress
 
     dtype = FLOATS[config.dtype]
+    if config.adapters:
+        _check_fits_adapters(config)
     with TextProgress() as progress:
-        exported = export(
-            config.checkpoint,
-            config.out,
-            dtype=dtype,
-            shard_bytes=_bytes(config.shard_size),
-            told=progress.show,
-        )
+        if config.adapters:
+            exported = export_adapters(
+                config.checkpoint, config.out, dtype=dtype, told=progress.show
+            )
+        else:
+            exported = export(
+                config.checkpoint,
+                config.out,
+                dtype=dtype,
+                shard_bytes=_bytes(config.shard_size),
+                told=progress.show,
+            )
     show(
         f"{exported.checkpoint} -> {exported.folder}: {exported.num_tensors} tensors, "
         f"{exported.num_bytes:,} bytes; {', '.join(exported.files)}"
     )
-    if lacking := usual_that_lack(exported.files):
+    if not config.adapters and (lacking := usual_that_lack(exported.files)):
         show(f"the checkpoint does not have: {', '.join(lacking)}")
     if exported.not_finite:
         alarm(f"These weights hold NaN or infinity: {', '.join(exported.not_finite)}.")
@@ -78,6 +89,21 @@ def run(config: Config) -> int:
     verdict = "equal" if difference == 0 else f"differ by at most {difference:.3g}"
     show(f"logits of transformers and of the checkpoint: {verdict}")
     return 1 if differing or (exact and difference != 0) else 0
+
+
+def _check_fits_adapters(config: Config) -> None:
+    """Refuse options that are for whole models.
+
+    Raises:
+        CheckpointError: one was given.
+    """
+    given = ["--check"] if config.check else []
+    given += ["--shard-size"] if config.shard_size != Config.shard_size else []
+    if given:
+        raise CheckpointError(
+            f"{' and '.join(given)} is for whole models, and --adapters writes adapters alone.",
+            write="mics export CHECKPOINT OUT --adapters",
+        )
 
 
 def _bytes(text: str) -> int:

@@ -6,7 +6,7 @@ Which tensors belong to an adapter, and by which names, peft says itself. peft's
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import importlib
 import os
 from collections.abc import Mapping
@@ -17,6 +17,12 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from mics.checkpoint.adapters import (
+    CONFIG,
+    adapter_config,
+    adapter_tensors,
+    write_adapter_config,
+)
 from mics.checkpoint.differences import differ
 from mics.checkpoint.disk import write_tensors
 from mics.checkpoint.manifest import Entry
@@ -25,14 +31,13 @@ from mics.checkpoint.reading import read_tensors
 from mics.errors import CheckpointError
 from mics.interchange.new_folder import check_new, new_folder
 from mics.interchange.pretrained import entries_of
+from mics.models.small_files import CONFIG as BASE_CONFIG
 from mics.models.small_files import read_table
 from mics.quantities import first_of
-from mics.ranks.console import alarm
+from mics.ranks.console import alarm, say
 from mics.ranks.whereabouts import during
 
-_WEIGHTS = "adapter_model.safetensors"
-_CONFIG = "adapter_config.json"
-_INSIDE = "base_model.model."  # what names have in front where a PeftModel is around the model
+WEIGHTS = "adapter_model.safetensors"
 _MATTERS = (
     "peft_type",
     "r",
@@ -56,7 +61,9 @@ def save_adapters(
 
     Collective over all ranks. The folder appears under its name when it is complete, with
     ``adapter_model.safetensors`` and ``adapter_config.json``. The base is neither gathered nor
-    written.
+    written, but for embeddings that were resized, as peft has it: those of a base whose
+    ``config.json`` (in its folder, or in the hub's cache) has another ``vocab_size``. Where there
+    is none it is said that nobody can tell.
 
     Args:
         path: the folder to be made; rank 0 writes it.
@@ -68,7 +75,8 @@ def save_adapters(
     """
     peers, folder = Peers(), Path(path)
     found: list[dict[str, torch.Tensor]] = []
-    peers.together(lambda: found.append(_tensors_of(model, adapter)))
+    rows = peers.together(lambda: _vocabulary_of(model, adapter), only=0)[0]
+    peers.together(lambda: found.append(_to_keep(model, adapter, rows)))
     (tensors,) = found
     peers.agree({"the adapter to be saved": [f"{n} {list(t.shape)}" for n, t in tensors.items()]})
     peers.together(lambda: check_new(folder), only=0)
@@ -78,7 +86,7 @@ def save_adapters(
         value = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if peers.rank == 0:
             whole[name] = value.detach().to("cpu", copy=True).contiguous()
-    config = _config_of(model, adapter)
+    config = adapter_config(model, adapter)
     peers.together(lambda: _write(folder, whole, config), only=0)
 
 
@@ -106,38 +114,67 @@ def load_adapters(
     peers.together(lambda: read_tensors(folder, entries, tensors))
 
 
-def _config_of(model: nn.Module, adapter: str) -> Any:
-    """peft's configuration of an adapter.
+def _to_keep(model: nn.Module, adapter: str, there: int | None) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter, and the embeddings if those of its base have another size.
+
+    Args:
+        model: one with adapters.
+        adapter: the name of one.
+        there: rows that the embeddings of its base have, if anybody knows.
 
     Raises:
         CheckpointError: the model has no such adapter.
     """
-    configs: Any = getattr(model, "peft_config", None)
-    if not isinstance(configs, Mapping):
-        raise CheckpointError(
-            f"{type(model).__name__} has no adapters of peft.",
-            write="the model that peft.get_peft_model returned; mics.save keeps any other",
+    tensors = adapter_tensors(model, adapter)
+    here: Any = getattr(getattr(model, "config", None), "vocab_size", None)
+    if here is None or _has_embeddings(model, tensors):
+        return tensors
+    base = adapter_config(model, adapter).base_model_name_or_path
+    if there is None:
+        say(
+            f"whether the {here:,} rows of the embeddings are those of the base cannot be told: "
+            f"{base or 'it'} has no config.json here. Resized ones are not in the folder of the "
+            "adapter; modules_to_save=[...] of its configuration adds them"
         )
-    if adapter not in configs:
-        raise CheckpointError(
-            f"The model has no adapter {adapter!r}.",
-            numbers=f"It has {', '.join(map(repr, configs))}.",
-            write=f"adapter={next(iter(configs), 'default')!r}",
+    elif there != here:
+        say(
+            f"the embeddings are kept with the adapter: they have {here:,} rows, and {there:,} in "
+            f"{base}"
         )
-    return configs[adapter]
+        return adapter_tensors(model, adapter, embeddings=True)
+    return tensors
 
 
-def _tensors_of(model: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
-    """The tensors in use of an adapter, sharded or whole, by peft's names for them."""
-    _config_of(model, adapter)
-    peft = importlib.import_module("peft")  # of no extra: who has such a model has it
-    state = model.state_dict(keep_vars=True)
-    # "auto" asks a server for the vocabulary of the base.
-    tensors: dict[str, torch.Tensor] = peft.get_peft_model_state_dict(
-        model, state_dict=state, adapter_name=adapter, save_embedding_layers=False
-    )
-    inside = "" if isinstance(model, peft.PeftModel) else _INSIDE
-    return {inside + name: tensor for name, tensor in tensors.items()}
+def _has_embeddings(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether an adapter has each of the model's embeddings, or the model has none."""
+    kept = {id(tensor) for tensor in tensors.values()}
+    ways: list[Any] = [
+        getattr(model, f"get_{which}_embeddings", lambda: None) for which in ("input", "output")
+    ]
+    layers = [layer for layer in (way() for way in ways) if layer is not None]
+    return all(any(id(param) in kept for param in layer.parameters()) for layer in layers)
+
+
+def _vocabulary_of(model: nn.Module, adapter: str) -> int | None:
+    """``vocab_size`` of a base as it lies in a folder or in the hub's cache; nobody is asked.
+
+    Raises:
+        CheckpointError: the model has no such adapter.
+    """
+    base = adapter_config(model, adapter).base_model_name_or_path
+    if not base:
+        return None
+    path = Path(base) / BASE_CONFIG
+    if not path.is_file():
+        hub = importlib.import_module("huggingface_hub")  # peft's own
+        cached: Any = None
+        with contextlib.suppress(ValueError):  # a path, which no name of the hub can be
+            cached = hub.try_to_load_from_cache(base, BASE_CONFIG)
+        if not isinstance(cached, str):
+            return None
+        path = Path(cached)
+    size = read_table(path).get("vocab_size")
+    return size if isinstance(size, int) else None
 
 
 def _say_left_out(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -152,11 +189,9 @@ def _say_left_out(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None
 
 
 def _write(folder: Path, tensors: Mapping[str, torch.Tensor], config: Any) -> None:
-    kept = copy.deepcopy(config)
-    kept.inference_mode = True  # as peft keeps it
     with new_folder(folder) as making:
-        write_tensors(making / _WEIGHTS, tensors)
-        kept.save_pretrained(str(making))
+        write_tensors(making / WEIGHTS, tensors)
+        write_adapter_config(making, config)
 
 
 def _plan(
@@ -167,8 +202,11 @@ def _plan(
     Raises:
         CheckpointError: they do not fit.
     """
-    tensors = _tensors_of(model, adapter)
-    entries = entries_of(folder, _WEIGHTS)
+    tensors = adapter_tensors(model, adapter)
+    entries = entries_of(folder, WEIGHTS)
+    if entries.keys() > tensors.keys():
+        whole = adapter_tensors(model, adapter, embeddings=True)
+        tensors = whole if entries.keys() == whole.keys() else tensors
     if entries.keys() != tensors.keys():
         raise CheckpointError(
             f"{folder} is of another adapter: names differ.",
@@ -180,12 +218,12 @@ def _plan(
         for name, tensor in tensors.items()
         if entries[name].shape != tuple(tensor.shape)
     ]
-    if not (folder / _CONFIG).is_file():
+    if not (folder / CONFIG).is_file():
         raise CheckpointError(
-            f"There is no {_CONFIG} in {folder}.", write="a folder that mics.save_adapters wrote"
+            f"There is no {CONFIG} in {folder}.", write="a folder that mics.save_adapters wrote"
         )
-    there = read_table(folder / _CONFIG)
-    here = _config_of(model, adapter).to_dict()
+    there = read_table(folder / CONFIG)
+    here = adapter_config(model, adapter).to_dict()
     others += [
         f"{name} = {there[name]} there, {here[name]} here"
         for name in _MATTERS

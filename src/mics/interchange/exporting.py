@@ -12,6 +12,7 @@ import torch
 from mics.checkpoint.disk import write_bytes
 from mics.checkpoint.folder import newest_intact
 from mics.checkpoint.layout import (
+    ADAPTERS,
     ASSETS,
     MODEL,
     MODEL_CONFIG,
@@ -33,7 +34,7 @@ from mics.models.small_files import (
     read_table,
     without_code,
 )
-from mics.quantities import dtype_name
+from mics.quantities import dtype_name, first_of
 from mics.ranks.console import ShowBytes
 
 
@@ -88,11 +89,19 @@ def export(
     """
     checkpoint = find_checkpoint(path)
     manifest = verified_manifest(checkpoint)
+    if manifest.frozen:
+        raise CheckpointError(
+            f"{checkpoint} was saved without its frozen parameters.",
+            numbers=f"{len(manifest.frozen)} are not there: {first_of(list(manifest.frozen))}.",
+            write="mics export --adapters, or mics.load into the whole model and mics.save of that",
+        )
     if MODEL_CONFIG not in manifest.files:
         raise CheckpointError(
             f"{checkpoint} does not say which transformers model it is of.",
             numbers=f"Its assets are {_assets(manifest) or 'none'}.",
-            write='mics.save(..., assets={"model/config.json": config.to_json_string().encode()})',
+            write="mics export --adapters"
+            if ADAPTERS in manifest.files
+            else 'mics.save(..., assets={"model/config.json": config.to_json_string().encode()})',
         )
     check_new(out)
     with new_folder(out) as making:
