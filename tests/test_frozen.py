@@ -289,6 +289,44 @@ def test_a_fingerprint_tells_every_cell_and_its_place(monkeypatch: pytest.Monkey
     assert [of(each) for each in [weight, *others]] == found
 
 
+class Pair(torch.Tensor):
+    """Values spread over two tensors, which can be detached and nothing else."""
+
+    @staticmethod
+    def __new__(cls, high: torch.Tensor, low: torch.Tensor) -> Pair:
+        made: Pair = torch.Tensor._make_wrapper_subclass(cls, high.shape, dtype=high.dtype)
+        made.high, made.low = high, low
+        return made
+
+    high: torch.Tensor
+    low: torch.Tensor
+
+    def __tensor_flatten__(self) -> tuple[list[str], dict[str, float]]:
+        return ["high", "low"], {"scale": 0.5}
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is torch.ops.aten.detach.default, func
+        return cls(args[0].high, args[0].low)
+
+
+def test_a_frozen_parameter_of_a_type_of_ones_own_is_never_copied(tmp_path: Path) -> None:
+    def model(low: float) -> nn.Module:
+        made = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        pair = Pair(torch.ones(2, 2), torch.full((2, 2), low))
+        made[0].weight = nn.Parameter(pair, requires_grad=False)
+        return made
+
+    saved, other = model(0.5), model(0.5)
+    mics.save(tmp_path / "kept", model=saved, frozen=False)
+    assert not torch.equal(saved[1].weight, other[1].weight)
+    mics.load(tmp_path / "kept", model=other)
+    assert torch.equal(saved[1].weight, other[1].weight)
+    said = _error(lambda: mics.load(tmp_path / "kept", model=model(0.25)))
+    assert "1 of 1 differ: model/0.weight" in said
+    assert "The first was [2, 2] float32 Pair(scale=0.5) high float32 of 4 " in said
+
+
 def _frozen_later(folder: Path) -> dict[str, Any]:
     """A norm that has trained, and is frozen then, is no more what a fresh model has."""
     model, optimizer = _sharded(Net(_bf16), 4)

@@ -322,3 +322,78 @@ def test_mxfp8_weights_are_gathered_in_bf16_and_train_as_one_process() -> None:
         assert nbytes == 2 * WIDTH * WIDTH
         for ours, theirs in zip(found, right, strict=True):
             assert float((ours - theirs).norm() / theirs.norm()) < 1e-2
+
+
+def _peft_on_nf4(seed: int) -> Any:
+    """LoRA of peft on weights in NF4 and on others."""
+    import peft
+
+    model = _llama_in_nf4()
+    torch.manual_seed(seed)
+    options = {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+    return peft.get_peft_model(model, peft.LoraConfig(**options, init_lora_weights=False))
+
+
+def _llama_in_nf4() -> Any:
+    """A small Llama with some weights in NF4."""
+    import transformers
+    from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=48,
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    for layer in model.model.layers:
+        for linear in (layer.self_attn.q_proj, layer.mlp.down_proj):
+            base = to_nf4(linear.weight.detach(), block_size=32, scaler_block_size=2)
+            linear.weight = nn.Parameter(base, requires_grad=False)
+    return model
+
+
+def test_adapters_of_peft_train_on_nf4_and_are_kept_alone_and_with_their_optimizer(
+    tmp_path: Path,
+) -> None:
+    peft = pytest.importorskip("peft")
+
+    def sharded(seed: int, partition: int) -> tuple[Any, torch.optim.Optimizer]:
+        model = mics.shard(_peft_on_nf4(seed), mesh=mesh_of_rank(partition, 2), mp_policy=FULL)
+        return model, torch.optim.AdamW(_trained(model).values(), lr=0.1)
+
+    def loss(model: Any) -> torch.Tensor:
+        ids = torch.arange(16).view(2, 8) + dist.get_rank()
+        return model(input_ids=ids, labels=ids).loss  # type: ignore[no-any-return]
+
+    def both() -> None:
+        import warnings
+
+        warnings.simplefilter("ignore")
+        model, optimizer = sharded(1, 4)
+        for _ in mics.micro_steps(model, [None]):
+            loss(model).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        mics.save_adapters(tmp_path / "alone", model=model)
+        mics.save(tmp_path / "kept", model=model, optimizer=optimizer, frozen=False)
+        other, later = sharded(2, 2)
+        assert not torch.equal(loss(model), loss(other))
+        mics.load_adapters(tmp_path / "alone", model=other)
+        weights = _whole(model)
+        assert all(torch.equal(w, weights[name]) for name, w in _whole(other).items())
+        other, later = sharded(2, 2)
+        mics.load(tmp_path / "kept", model=other, optimizer=later)
+        assert torch.equal(loss(model), loss(other))
+        for one, two in zip(_trained(model).values(), _trained(other).values(), strict=True):
+            state = optimizer.state[one]["exp_avg"], later.state[two]["exp_avg"]
+            assert torch.equal(state[0].full_tensor(), state[1].full_tensor())
+        read = peft.PeftModel.from_pretrained(
+            _llama_in_nf4(), tmp_path / "alone", is_trainable=True
+        )
+        assert all(torch.equal(w, weights[name]) for name, w in _whole(read).items())
+
+    run_ranks(both, WORLD, ranks_per_node=2)

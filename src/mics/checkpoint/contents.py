@@ -81,7 +81,7 @@ def contents_of(
         first = first_of.get(plain, plain)
         if first != plain and MODEL + first in known:
             aliases[name] = MODEL + first
-        elif name in without:
+        elif name in without and isinstance(value, torch.Tensor):
             left_out[name] = value
         elif isinstance(value, torch.Tensor):
             tensors[name] = _plain(name, value, frozen=name in frozen)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from mics.checkpoint.contents import Contents
+from mics.checkpoint.differences import not_to_be
 from mics.checkpoint.layout import MODEL
 from mics.checkpoint.manifest import Manifest
 from mics.checkpoint.names import frozen_names, parameter_names
@@ -64,6 +65,9 @@ def check_base(folder: Path, manifest: Manifest, contents: Contents, peers: Peer
         CheckpointError: on every rank: they have other values.
     """
     own = {name: contents.aliases.get(name, name) for name in manifest.frozen}
+    strange = [name for name, first in own.items() if first not in contents.left_out]
+    if strange:
+        raise not_to_be(folder, strange[0], "It was left out, and is no tensor here")
     wanted = {first: contents.left_out[first] for first in own.values()}
     here = prints_of(wanted, peers)
     others = [name for name, print in manifest.frozen.items() if print != here[own[name]]]
