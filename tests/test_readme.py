@@ -211,12 +211,15 @@ def test_the_lines_that_average_train_and_give_average_and_weights_back(tmp_path
 
 
 def test_the_lines_that_save_and_load_give_the_weights_back(tmp_path: Path) -> None:
-    (code,) = SAVING
-    assert "\n...  # training goes on\n" in code
+    whole, without_base = SAVING
+    assert "\n...  # training goes on\n" in whole
+    assert "frozen=False)\nmics.load(" in without_base
 
-    def run() -> Any:
+    def run(code: str, frozen: bool) -> Any:
         os.chdir(tmp_path)
-        model = mics.shard(_model(), partition=1)
+        made = _model()
+        made[0].requires_grad_(not frozen)
+        model = mics.shard(made, partition=1)
         optimizer = torch.optim.AdamW(model.parameters())
 
         def train() -> None:
@@ -226,11 +229,17 @@ def test_the_lines_that_save_and_load_give_the_weights_back(tmp_path: Path) -> N
         train()
         saved = _weights(model)
         names = {"mics": mics, "model": model, "optimizer": optimizer, "train": train}
-        exec(code.replace("\n...", "\ntrain()"), names)
+        exec(
+            code.replace("\n...", "\ntrain()").replace("\nmics.load", "\ntrain();mics.load"), names
+        )
         return all(torch.equal(a, b) for a, b in zip(saved, _weights(model), strict=True))
 
-    assert run_ranks(run, 2) == [True, True]
-    assert (tmp_path / "run" / "step-00000100").is_dir()
+    def both() -> list[Any]:
+        return [run(whole, False), run(without_base, True)]
+
+    assert run_ranks(both, 2) == [[True, True]] * 2
+    for name in ("step-00000100", "adapters-00000100"):
+        assert (tmp_path / "run" / name).is_dir()
 
 
 def test_the_lines_that_plan_print_a_partition_and_both_times(
