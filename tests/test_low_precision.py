@@ -419,7 +419,7 @@ def test_few_bits_start_alike_from_the_meta_device_and_are_kept_at_any_layout(
         assert all(map(torch.equal, starts, answers[0][0]))
         assert "model/0.weight cannot be kept: its values are not one tensor" in said
         assert "(16, 16) float32 Stored(few torch.int8, scale torch.float32)" in said
-        assert "Write: requires_grad_(False) on it and mics.save(..., frozen=False), or" in said
+        assert "Write: mics.save(..., frozen=False), which leaves out what does not train" in said
     assert not (tmp_path / "stored").exists()
 
 
