@@ -83,7 +83,7 @@ def adapters_of(model: nn.Module) -> dict[str, bytes]:
     """
     if isinstance(model, DistributedDataParallel | DataParallel):
         model = model.module
-    model = getattr(model, "_orig_mod", model)
+    model = [module for name, module in model.named_modules() if not unwrapped(name)][-1]
     configs: Any = getattr(model, "peft_config", None)
     if not isinstance(configs, Mapping):
         return {}
