@@ -327,6 +327,24 @@ def test_a_frozen_parameter_of_a_type_of_ones_own_is_never_copied(tmp_path: Path
     assert "The first was [2, 2] float32 Pair(scale=0.5) high float32 of 4 " in said
 
 
+def test_frozen_parameters_that_were_two_load_where_they_are_one_if_they_are_equal(
+    tmp_path: Path,
+) -> None:
+    def model(*, tied: bool, other: float = 0.0) -> nn.Module:
+        made = nn.Sequential(*(nn.Linear(2, 2, bias=False) for _ in range(3)))
+        for at in (0, 1):
+            made[at].weight = nn.Parameter(torch.full((2, 2), 1 + at * other), requires_grad=False)
+        if tied:
+            made[1].weight = made[0].weight
+        return made
+
+    mics.save(tmp_path / "equal", model=model(tied=False), frozen=False)
+    mics.load(tmp_path / "equal", model=model(tied=True))
+    mics.save(tmp_path / "two", model=model(tied=False, other=0.5), frozen=False)
+    said = _error(lambda: mics.load(tmp_path / "two", model=model(tied=True)))
+    assert "1 of 2 differ: model/1.weight" in said
+
+
 def _frozen_later(folder: Path) -> dict[str, Any]:
     """A norm that has trained, and is frozen then, is no more what a fresh model has."""
     model, optimizer = _sharded(Net(_bf16), 4)
