@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from mics.communication.beside import by_other_parts
 from mics.communication.finite import finite_of
 from mics.communication.issued import ENDED, issued_of
 from mics.communication.same_steps import same_steps_of
@@ -44,6 +45,7 @@ def settle(groups: Groups, used: Sequence[Used]) -> None:
     ranks = (here, here) if bad else None
     if groups.whole.size() > 1:
         flags, ranks = _by_anybody(groups, used[0], flags, params, bad=bad)
+    flags = by_other_parts(groups, [unit.params for unit in used], flags)
     issued_of(groups).clear()
     finite.blame(ranks, params)
     for unit, by_anybody in zip(used, flags, strict=True):

@@ -88,6 +88,8 @@ class Used:
     def settle(self, by_anybody: Sequence[bool]) -> None:
         """Drop the gradients of parameters that no rank has used.
 
+        One that a rank with another part of it has used gets zeros, where there are none.
+
         Args:
             by_anybody: for each trainable parameter, whether any rank has.
         """
@@ -95,4 +97,6 @@ class Used:
         for param, used in zip(trainable, by_anybody, strict=True):
             if not used:
                 param.grad = None
+            elif param.grad is None:
+                param.grad = torch.zeros_like(param)
         self._used = dict(enumerate(by_anybody))

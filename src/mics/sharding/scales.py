@@ -46,17 +46,18 @@ def _layers_by_mesh(model: nn.Module) -> list[list[nn.Module]]:
 
     torchao puts the scales of one call into one tensor, which has one mesh.
     """
+    ours = units_by_param()
     found: dict[Any, list[nn.Module]] = {}
     for module in model.modules():
         weight = getattr(module, "weight", None)
-        if isinstance(weight, DTensor) and compat.scales_beforehand(weight):
+        if id(weight) in ours and isinstance(weight, DTensor) and compat.scales_beforehand(weight):
             found.setdefault(weight.device_mesh, []).append(module)
     return list(found.values())
 
 
 def _precompute(layers: list[nn.Module]) -> None:
     torchao: Any = importlib.import_module("torchao.float8")  # whose weights these are
-    weights = {id(one.weight): one.weight for one in layers}
+    weights: dict[int, Any] = {id(one.weight): one.weight for one in layers}
     by_param = units_by_param()
     units = [by_param[one] for one in weights]
     for unit in units:
