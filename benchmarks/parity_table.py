@@ -206,8 +206,8 @@ def document(results: list[Result], command: str) -> str:
         "Entries: the largest relative difference of a weight or norm from one process in fp32 "
         f"after {STEPS} steps, over all schedules in the first layout of the row (1 and 3 "
         "micro-steps, by micro-steps and by tokens, with and without clipping) and two of them in "
-        "the other. The last column is one process in fp64; with float8 weights it is in fp32, "
-        "and adds up the gradients of its batches from the last to the first.",
+        "the other. The last column is one process in fp64; with bf16 or float8 weights it "
+        "normalises behind the backward passes, as mics does, which those round otherwise.",
     ]
     for optimizer, words in _OPTIMIZERS.items():
         engines = (*ENGINES, OTHERWISE)

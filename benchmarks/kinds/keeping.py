@@ -30,7 +30,9 @@ def kept_by_mics(row: Row, folder: Path) -> list[str]:
     """Return what differs after `mics.save` in the first layout and `mics.load` in the last."""
 
     def save(run: Run) -> None:
-        mics.save(folder / "kept", model=run[0], optimizer=run[1])
+        # An NF4 base is the model's own; the checkpoint knows its fingerprint.
+        frozen = row.shape.weights != "nf4"
+        mics.save(folder / "kept", model=run[0], optimizer=run[1], frozen=frozen)
 
     def load(run: Run) -> None:
         mics.load(folder / "kept", model=run[0], optimizer=run[1])

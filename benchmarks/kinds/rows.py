@@ -230,7 +230,16 @@ def _placing(experts: nn.Module, held_by: DeviceMesh) -> Any:
 
 
 def _average_over(block: Any, ranks: int) -> None:
-    """Divide the gradients of experts by the ranks of the rest, which FSDP2 does not do itself."""
-    sharded = block.mlp.experts if isinstance(block.mlp.experts, fsdp.FSDPModule) else block
-    sharded.set_gradient_divide_factor(ranks)
-    sharded.set_force_sum_reduction_for_comms(True)  # Gloo cannot divide
+    """Divide the gradients of experts by the ranks of the rest, which FSDP2 does not do itself.
+
+    Sums are forced only where Gloo, which cannot divide, needs it: over one rank FSDP2 divides
+    twice then.
+    """
+    of_experts = set(block.mlp.experts.parameters())
+    for module in block.modules():
+        if not isinstance(module, fsdp.FSDPModule):
+            continue
+        for group in module._get_fsdp_state()._fsdp_param_groups:
+            if {one.sharded_param for one in group.fsdp_params} <= of_experts:
+                group.gradient_divide_factor = float(ranks)
+                group.force_sum_reduction_for_comms = group.mesh_info.shard_mesh_size > 1

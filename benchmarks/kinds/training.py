@@ -130,20 +130,28 @@ def alone(row: Row, schedule: Schedule, data_ranks: int, *, otherwise: bool = Fa
         row: what is trained.
         schedule: how.
         data_ranks: whose data there is.
-        otherwise: round otherwise, to see what this does to one process: compute in fp64, and
-            where float8 forbids that, add up the gradients from the last to the first.
+        otherwise: round otherwise, to see what this does to one process: compute in fp64. Where
+            bf16 or float8 forbids that, normalise behind the backward passes, as mics does: they
+            round gradients of another scale otherwise.
     """
     model, norms = build(row.shape), []
-    if otherwise and row.shape.weights != "float8":
+    behind = otherwise and row.shape.weights in ("float8", "lora")
+    if otherwise and not behind:
         _in_double(model)
     opts = optimizers(schedule.optimizer, model, torch.optim.Muon)
     for step in range(STEPS):
         everybody = itertools.product(range(schedule.micro_steps), range(data_ranks))
         data = [batch(row, step, micro_step, rank) for micro_step, rank in everybody]
         tokens = sum(int(num_counted(one)) for one in data)
-        for one in data[::-1] if otherwise else data:
-            counted = tokens if schedule.by_tokens else len(data) * num_counted(one)
-            (sum_of(model, one) / counted).backward()
+        for one in data:
+            of_batch, of_step = 1 if schedule.by_tokens else num_counted(one), tokens
+            if not schedule.by_tokens:
+                of_step = len(data)
+            loss = sum_of(model, one) / of_batch
+            (loss if behind else loss / of_step).backward()
+        for param in trained_parameters(model).values() if behind else ():
+            assert param.grad is not None
+            param.grad /= of_step
         if schedule.clip:
             norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), MOST)))
         _step(opts)

@@ -457,6 +457,28 @@ def scales_beforehand(param: torch.Tensor) -> bool:
     return hasattr(getattr(param, "_local_tensor", param), "_precomputed_scale")
 
 
+def kind_of_state(local: torch.Tensor) -> str:
+    """Which of torchao's quantised states of optimizers a tensor is, by its name; "" for none.
+
+    torchao 0.17 and 0.18: ``torchao.optim`` exports its optimizers, not the types of their state.
+    """
+    kind = type(local)
+    known = kind.__name__ in ("OptimState8bit", "OptimState4bit", "OptimStateFp8")
+    return kind.__name__ if known and kind.__module__.startswith("torchao.optim.") else ""
+
+
+def new_state(optimizer: Any, like: torch.Tensor, signed: bool) -> torch.Tensor | None:
+    """What an optimizer of torchao begins the state of a parameter with; ``None`` for others.
+
+    torchao 0.17 and 0.18: nothing else says from how many elements on a shard is quantised.
+    """
+    of_torchao = any(k.__module__.startswith("torchao.optim.") for k in type(optimizer).__mro__)
+    if not of_torchao or not hasattr(optimizer, "_new_buffer"):
+        return None
+    new: torch.Tensor = optimizer._new_buffer(like, signed)
+    return new
+
+
 def ranks_of_call(func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[int, ...]:
     """World ranks of the group that an operator of c10d is called with; () where it has none.
 

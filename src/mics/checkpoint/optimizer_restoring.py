@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from mics.checkpoint.differences import differ, not_to_be
+from mics.checkpoint.few_bits import Place, check_unquantised, place_few_bits, read_few_bits
 from mics.checkpoint.layout import OPTIMIZER, of_kind
 from mics.checkpoint.manifest import Entry, Json, Manifest
 from mics.checkpoint.names import parameter_names
@@ -51,6 +52,7 @@ class _Stored:
     """The part of a manifest that is about optimizers, by parameter."""
 
     folder: Path
+    partition: int
     entries: Mapping[str, Entry]
     values: Mapping[str, Json]
     options: dict[str, dict[str, Json]] = field(default_factory=dict)
@@ -133,7 +135,7 @@ def _as_it_was(loaded: Any, kept: Any) -> bool:
 def _sort(folder: Path, manifest: Manifest) -> _Stored:
     entries = {name: e for name, e in manifest.tensors.items() if name.startswith(OPTIMIZER)}
     values = {name: v for name, v in manifest.values.items() if name.startswith(OPTIMIZER)}
-    stored = _Stored(folder, entries, values)
+    stored = _Stored(folder, manifest.partition, entries, values)
     inside: set[str] = set()
     try:
         for value in values.values():
@@ -291,17 +293,29 @@ def _states(
             name = names[id(param)]
             if name in stored.state:
                 states[number] = _state(
-                    stored, plan, name, Home(param, packed.state.get(number, {}), on_device)
+                    stored,
+                    plan,
+                    name,
+                    Home(param, packed.state.get(number, {}), on_device),
+                    packed.optimizer,
                 )
                 of_group[name] = (param, states[number])
         check_state(stored.folder, packed.optimizer, of_group)
     return states
 
 
-def _state(stored: _Stored, plan: Restoring, name: str, home: Home) -> dict[Any, Any]:
+def _state(
+    stored: _Stored, plan: Restoring, name: str, home: Home, optimizer: torch.optim.Optimizer
+) -> dict[Any, Any]:
     """The state of one parameter."""
     state: dict[Any, Any] = {}
     for key, value in stored.state[name].items():
+        known = stored.folder, stored.partition, f"{STATE}{name}.{key}"
+        place = Place(*known, home.param, home.state.get(key), optimizer)
+        quantised = _quantised(stored, plan, place, value)
+        if quantised is not None:
+            state[key] = quantised
+            continue
         top = key.partition(".")[0]
         decoded = _decode(
             stored,
@@ -323,6 +337,23 @@ def _state(stored: _Stored, plan: Restoring, name: str, home: Home) -> dict[Any,
             if not isinstance(table, dict):
                 raise not_to_be(stored.folder, f"{STATE}{name}.{key}", "It is in no table")
         table[last] = decoded
+    return state
+
+
+def _quantised(stored: _Stored, plan: Restoring, place: Place, value: Json) -> torch.Tensor | None:
+    """A state in few bits; ``None`` for any other, which must not be in few bits here."""
+    try:
+        few = read_few_bits(place.name, value)
+    except ValueError as error:
+        raise not_to_be(stored.folder, place.name, str(error)) from None
+    if few is None:
+        if value == {"tensor": place.name} and place.name in stored.entries:
+            check_unquantised(place, stored.entries[place.name])
+        return None
+    state, tensors = place_few_bits(place, few, stored.entries)
+    if tensors.keys() & plan.tensors.keys():
+        raise not_to_be(stored.folder, place.name, "A tensor is used twice")
+    plan.tensors.update(tensors)
     return state
 
 

@@ -3,7 +3,8 @@
 Names in the manifest, each behind ``optimizer/``::
 
     param_groups.PARAMETER.OPTION   an option of the parameter's group, for every parameter of it
-    state.PARAMETER.KEY             a state of a parameter: a tensor, a number, or a container
+    state.PARAMETER.KEY             a state of a parameter: a tensor, a number, or a container; of
+                                    quantised ones few_bits.py has the form
     state.PARAMETER                 all of its state, where keys are no words
     empty_groups.NUMBER             the options of a group without parameters
     shared.NUMBER.KEY               what an optimizer keeps for all of its parameters
@@ -21,6 +22,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from mics.checkpoint.few_bits import check_one_kind, parts_to_keep, quantised_in
 from mics.checkpoint.layout import OPTIMIZER
 from mics.checkpoint.manifest import PLAIN, REPLICATED, SHARDED, Json
 from mics.checkpoint.names import parameter_names
@@ -172,7 +174,9 @@ def optimizer_contents(
         for key, state in packed.state.items():
             if key in by_number:
                 param = by_number[key]
-                _keep_state(contents, f"{STATE}{names[id(param)]}", state, param)
+                prefix = f"{STATE}{names[id(param)]}"
+                check_one_kind(prefix, packed.optimizer, param)
+                _keep_state(contents, prefix, state, param)
             else:
                 name = f"{SHARED}{number}.{key}"
                 contents.values[name] = encode(name, state, contents.tensors)
@@ -199,10 +203,18 @@ def _is_word(key: Any) -> bool:
 def _keep_state(
     contents: OptimizerContents, prefix: str, state: Mapping[Any, Any], param: nn.Parameter
 ) -> None:
+    quantised = quantised_in(state) if all(map(_is_word, state)) else {}
+    for key, value in quantised.items():
+        name = f"{prefix}.{key}"
+        contents.values[name], tensors, forms = parts_to_keep(name, value, param)
+        contents.tensors.update(tensors)
+        contents.forms.update(forms)
     known = len(contents.tensors)
-    _keep(contents, prefix, state)
-    for name in list(contents.tensors)[known:]:
-        contents.forms[name] = _form(name, contents.tensors[name], param)
+    _keep(contents, prefix, {key: v for key, v in state.items() if key not in quantised})
+    others = dict(list(contents.tensors.items())[known:])
+    for name, tensor in others.items():
+        contents.forms[name] = _form(name, tensor, param)
+    _check_no_codes(others, param)
 
 
 def _form(name: str, tensor: torch.Tensor, param: nn.Parameter) -> str:
@@ -230,3 +242,22 @@ def _form(name: str, tensor: torch.Tensor, param: nn.Parameter) -> str:
             write="an optimizer whose state is sharded like its parameters",
         )
     return SHARDED if any(not p.is_replicate() for p in tensor.placements) else REPLICATED
+
+
+def _check_no_codes(tensors: Mapping[str, torch.Tensor], param: nn.Parameter) -> None:
+    """Raise where the state of a parameter looks like codes beside scales of their blocks.
+
+    Raises:
+        CheckpointError: a tensor of its shape has bytes, and another one is no number.
+    """
+    scales = [n for n, t in tensors.items() if t.ndim and t.shape != param.shape]
+    for name, tensor in tensors.items():
+        byte = tensor.dtype.itemsize == 1 and tensor.dtype is not torch.bool
+        if scales and byte and tensor.shape == param.shape and param.dtype.itemsize > 1:
+            raise CheckpointError(
+                f"{name} cannot be kept: it seems to be codes, whose scales depend on how the "
+                "parameter is sharded.",
+                numbers=f"It is {tensor.dtype} in the shape of the parameter, beside {scales[0]}.",
+                write="torchao.optim, an optimizer with unquantised state, or a checkpoint "
+                "without the optimizer",
+            )

@@ -81,9 +81,10 @@ def load(
 
     Raises:
         CheckpointError: on every rank, before anything is changed: a file is damaged (it is named),
-            the checkpoint is of another model or optimizer (the first differences are named). One
-            that was saved with ``frozen=False``: the model's own values of a parameter that was
-            left out are not those it was trained with, or it trains here.
+            the checkpoint is of another model or optimizer (the first differences are named), or
+            has optimizer state in few bits that would be of another precision or in other blocks.
+            One that was saved with ``frozen=False``: the model's own values of a parameter that
+            was left out are not those it was trained with, or it trains here.
     """
     let_save_end()
     folder = Path(path)

@@ -88,7 +88,8 @@ def save(
     Raises:
         CheckpointError: on every rank: the path exists, a rank cannot write (it is named), a value
             or an asset cannot be kept, or left out because its type does not say where its values
-            are. Nothing is left behind.
+            are, or state of the optimizer has other precisions on other ranks. Nothing is left
+            behind.
     """
     _end_of_last_save()
     peers = Peers()
