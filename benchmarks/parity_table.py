@@ -54,6 +54,7 @@ BOUNDS = {"SGD": 1e-6, "AdamW": 1e-5}
 ENGINES = ("mics, two-stage", "mics, flat", "FSDP2")
 OTHERWISE = "one process, rounded otherwise"
 SMALL = tuple(s for s in SCHEDULES if s.micro_steps == 3 and s.by_tokens == s.clip)
+TESTED = (Schedule("SGD", 3, True, False), Schedule("AdamW", 3, False, True))  # by the tests
 
 Result = dict[str, Any]
 Rights = dict[tuple[Schedule, int], Trained]

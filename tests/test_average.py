@@ -17,6 +17,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import mics
+from mics.errors import ConfigError
 
 WORLD, DECAY = 4, 0.9
 
@@ -242,3 +243,19 @@ def test_a_checkpoint_of_another_average_is_refused_before_anything_changes(tmp_
     assert refused("with", mics.EMA(net())) == (
         "This EMA is of another model.\n  Write: ema=mics.EMA(model), of the model that is given"
     )
+
+
+def test_an_average_made_before_sharding_is_refused() -> None:
+    def rank() -> tuple[str, int]:
+        model = nn.Linear(4, 2)  # a row on each rank: one part of the average would be spread
+        ema = mics.EMA(model)
+        mics.fully_shard(model)
+        with pytest.raises(ConfigError) as raised:
+            ema.update()
+        return str(raised.value), ema.updates
+
+    for said, updates in run_ranks(quiet, 2, rank):
+        assert "weight was sharded, or sharded otherwise, since its average was made" in said
+        assert "This rank has [1, 4] of it; its part of the average is [2, 4]" in said
+        assert "mics.EMA(model) behind mics.shard(model)" in said
+        assert updates == 0

@@ -206,6 +206,49 @@ def test_what_backward_needs_and_somebody_wrote_is_refused() -> None:
     run_ranks(train, 1)
 
 
+class Writes(nn.Module):
+    """Writes in place, after it was saved, what stays on the device."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.register_buffer("scale", torch.ones(8))
+        self.what = what
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.layer(x) * self.scale
+        small = y.exp()
+        result = small * 1.0
+        with torch.no_grad():
+            if self.what == "small":
+                small.add_(1)
+            elif self.what == "buffer":
+                self.scale.mul_(0.5)  # type: ignore[operator]
+            else:
+                self.layer.weight.mul_(0.5)
+        return result
+
+
+@pytest.mark.parametrize("what", ["small", "buffer", "weight"])
+def test_writing_to_what_stays_is_refused_as_torch_refuses_it(what: str) -> None:
+    def train() -> None:
+        x = torch.ones(4, 8, requires_grad=True)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            Writes(what)(x).sum().backward()
+        block = Writes(what)
+        model = mics.shard(
+            nn.Sequential(block, nn.Linear(8, 8)),
+            mesh=mesh_of_rank(1),
+            blocks=[block],
+            mp_policy=MixedPrecisionPolicy(),
+            activation_offload=True,
+        )
+        with pytest.raises(ShardError, match="written in place after it was saved"):
+            model(x).sum().backward()
+
+    run_ranks(train, 1)
+
+
 def test_a_tensor_on_a_mesh_comes_back_as_one() -> None:
     def train() -> None:
         mesh = mesh_of_rank(1)["shard"]
@@ -419,6 +462,7 @@ def test_activations_leave_where_they_do_not_fit_and_the_host_has_the_memory() -
         planned(_node(short))
 
 
+@pytest.mark.slow
 def test_a_host_that_nobody_knows_is_not_planned_with() -> None:
     with pytest.raises(PlanError, match="Nothing fits"):
         planned(_node(None))

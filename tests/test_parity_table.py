@@ -20,6 +20,7 @@ pytestmark = [pytest.mark.extra, pytest.mark.timeout(900)]
 def test_a_row_keeps_what_the_table_promises(row: Any, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch and torchao of each other
-        result = parity_table.measure(row, parity_table.SMALL, tmp_path)
+        result = parity_table.measure(row, parity_table.TESTED, tmp_path)
     assert [*parity_table.wrong(row, result)] == []
-    assert parity_table.document([result], "a command").count(f"| {row.name} |") == 4
+    page = parity_table.document([result], "a command")
+    assert page.count(f"| {row.name} | n/a") == 1  # Muon is left to the command

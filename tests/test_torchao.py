@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 
 import mics
+from mics.errors import ShardError
 from mics.traffic import Key
 
 pytest.importorskip("torchao")
@@ -397,3 +398,42 @@ def test_adapters_of_peft_train_on_nf4_and_are_kept_alone_and_with_their_optimiz
         assert all(torch.equal(w, weights[name]) for name, w in _whole(read).items())
 
     run_ranks(both, WORLD, ranks_per_node=2)
+
+
+def test_scales_of_older_weights_are_refused_and_those_of_today_change_nothing() -> None:
+    def losses(calls: str) -> list[float]:
+        model = _float8(gathered=True)
+        mics.shard(model, mesh=mesh_of_rank(2, 2), blocks=Block, mp_policy=FULL)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        found = []
+        for step in range(3):
+            for x in mics.micro_steps(model, [_batch(step, 0, dist.get_rank())]):
+                loss = model(x).square().mean()
+                loss.backward()
+            if calls == "before":
+                mics.precompute_scales(model)
+            optimizer.step()
+            if calls == "always" or (calls == "once" and step == 0):
+                mics.precompute_scales(model)
+            optimizer.zero_grad()
+            found.append(float(loss.detach()))
+        if calls == "always":
+            with torch.no_grad():
+                model.get_parameter("first.weight").mul_(2)
+                for param in model.parameters():
+                    param.mul_(2)
+            with pytest.raises(ShardError, match="was written after its scale had been"):
+                model(x)
+        return found
+
+    def rank() -> None:
+        assert losses("never") == losses("always")
+        for calls in ("once", "before"):
+            with pytest.raises(ShardError) as raised:
+                losses(calls)
+            assert "gathered by the scale of its old values" in str(raised.value)
+            assert "mics.precompute_scales(model) behind every optimizer.step()" in str(
+                raised.value
+            )
+
+    run_ranks(rank, 2)

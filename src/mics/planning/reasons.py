@@ -92,7 +92,8 @@ def _against(plan: Plan, q: int, search: Search) -> str:
     frugal = min(refused, key=_needed)
     if lacking is None or _same(frugal.way, plan.way):
         return f"{q} lacks {frugal.lacking} with {frugal.way.setting}"
-    return f"{text}, and {frugal.missing / GIB:.1f} even with {frugal.way.setting}"
+    more = frugal.lacking if frugal.on_host else f"{frugal.missing / GIB:.1f}"
+    return f"{text}, and {more} even with {frugal.way.setting}"
 
 
 def _compared(plan: Plan, other: Plan) -> str:
@@ -126,5 +127,6 @@ def _fastest(plans: Iterable[Plan]) -> Plan | None:
     return max(plans, key=lambda plan: plan.tokens_per_second, default=None)
 
 
-def _needed(one: Rejected) -> float:
-    return one.needed
+def _needed(one: Rejected) -> tuple[bool, float]:
+    """What lacks memory of the host has it on its GPUs, and bytes of one are none of the other."""
+    return one.on_host, one.needed
