@@ -90,10 +90,13 @@ def _step(row: Row, layout: Layout, run: Run) -> None:
 
 
 def _values(run: Run) -> dict[str, torch.Tensor]:
-    """Every parameter and every tensor of optimizer state, whole."""
+    """Every parameter and every tensor of optimizer state, whole, but an NF4 base."""
     model, optimizer = run
     found = {}
     for name, param in model.named_parameters():
+        local = param.to_local() if isinstance(param, DTensor) else param
+        if hasattr(local, "get_original_weight"):  # the model's own, told by its fingerprint
+            continue
         found[name] = _whole(param)
         for key, value in optimizer.state.get(param, {}).items():
             found[f"{name}: {key}"] = _whole(value)
@@ -101,7 +104,4 @@ def _values(run: Run) -> dict[str, torch.Tensor]:
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    if hasattr(local, "get_original_weight"):  # NF4: what its bits stand for
-        return local.get_original_weight().detach().clone()  # type: ignore[no-any-return]
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
