@@ -452,19 +452,20 @@ def test_a_damaged_checkpoint_is_named_and_the_older_one_used(
 def _train_with_bad_steps(config: TrainConfig, bad: list[int]) -> int:
     """The loss of one rank is not a number in some steps, and so is its gradient."""
     current = 0
-    take_step, token_loss = loop.take_step, step_module.token_loss
+    take_step, losses = loop.take_step, step_module.losses
 
     def counting(*args: Any, **keywords: Any) -> Any:
         nonlocal current
         current = keywords["step"]
         return take_step(*args, **keywords)
 
-    def spoiling(*args: Any) -> torch.Tensor:
-        return token_loss(*args) * (math.nan if current in bad and dist.get_rank() == 1 else 1.0)
+    def spoiling(*args: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        loss, balance = losses(*args)
+        return loss * (math.nan if current in bad and dist.get_rank() == 1 else 1.0), balance
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "take_step", counting)
-        patch.setattr(step_module, "token_loss", spoiling)
+        patch.setattr(step_module, "losses", spoiling)
         return train(config)
 
 
