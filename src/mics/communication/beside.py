@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from mics.ranks.issuing import all_reduce, make_group
-from mics.ranks.mesh import Groups, PerMesh, ranks_of
+from mics.ranks.mesh import Groups, PerMesh, axes_beside, ranks_of
 from mics.topology import Ranks
 
 
@@ -41,8 +41,10 @@ def by_other_parts(
         params: of each unit on it.
         flags: whether any rank of the mesh has used them.
     """
-    flat = [flag for unit in flags for flag in unit]
     over = [_beside(groups, param) for unit in params for param in unit]
+    if not any(over):
+        return flags
+    flat = [flag for unit in flags for flag in unit]
     for ranks in sorted({one for axes in over for one in axes}):
         spread = [i for i, axes in enumerate(over) if ranks in axes]
         message = torch.tensor([flat[i] for i in spread], dtype=torch.int64)
@@ -60,11 +62,8 @@ def _beside(groups: Groups, param: nn.Parameter) -> list[Ranks]:
     """The ranks along each axis, beside the data, that splits a parameter."""
     if not isinstance(param, DTensor):
         return []
-    data = {ranks_of(group) for group in groups.axes}
-    mesh = param.device_mesh
-    found = [
-        ranks_of(mesh.get_group(axis))
-        for axis, placed in enumerate(param.placements)
-        if not placed.is_replicate() and mesh.size(axis) > 1
+    return [
+        ranks_of(group)
+        for axis, group in axes_beside(groups, param.device_mesh).items()
+        if not param.placements[axis].is_replicate() and group.size() > 1
     ]
-    return [ranks for ranks in found if ranks not in data]

@@ -285,6 +285,23 @@ def post_forward_mesh(groups: Groups, size: int) -> DeviceMesh:
     return groups.layout.post_forward[size]
 
 
+def axes_beside(groups: Groups, mesh: DeviceMesh) -> dict[int, dist.ProcessGroup]:
+    """The axes of a parameter's mesh that are none of the data, each with its group.
+
+    Told by their ranks: torch gives parameters the first mesh of a process that equals theirs,
+    whose groups are others.
+
+    Args:
+        groups: of the data.
+        mesh: that a parameter sharded over them is on.
+    """
+    if mesh.ndim == 1:  # what a parameter is sharded over; asked for all of them in every step
+        return {}
+    data = {ranks_of(group) for group in groups.axes}
+    found = enumerate(mesh.get_all_groups())
+    return {axis: group for axis, group in found if ranks_of(group) not in data}
+
+
 def ranks_of(group: dist.ProcessGroup) -> Ranks:
     """World ranks of a process group, in group-rank order."""
     return tuple(dist.get_process_group_ranks(group))

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from mics import compat
 from mics.errors import ConfigError
-from mics.ranks.mesh import Groups, ranks_of
+from mics.ranks.mesh import Groups, axes_beside, ranks_of
 from mics.sharding.belonging import known_units
 from mics.sharding.units import Unit
 
@@ -149,14 +149,9 @@ def _num_holders(unit: Unit, largest: Unit, ranks: int) -> int:
 
 
 def _beside(unit: Unit) -> list[dist.ProcessGroup]:
-    """The groups of the axes beside those of the data that its parameters are on.
-
-    Told by their ranks: torch gives parameters the first mesh of a process that equals theirs,
-    whose groups are others.
-    """
-    found = {ranks_of(group): group for mesh in _meshes_of(unit) for group in mesh.get_all_groups()}
-    data = {ranks_of(group) for group in unit.groups.axes}
-    return [group for ranks, group in found.items() if ranks not in data]
+    """The groups of the axes beside those of the data that its parameters are on."""
+    found = [axes_beside(unit.groups, mesh).values() for mesh in _meshes_of(unit)]
+    return list({ranks_of(group): group for groups in found for group in groups}.values())
 
 
 def _meshes_of(unit: Unit) -> list[DeviceMesh]:
