@@ -5,7 +5,8 @@ Each entry says which versions need it and why (read in the source of 2.11 to 2.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from types import FunctionType
 from typing import Any
@@ -345,6 +346,16 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def copy_all(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    """Copy many tensors in one call.
+
+    2.11 to 2.15: ``_foreach_copy_`` has no public name; a call for each of a thousand small tensors
+    takes longer than their bytes.
+    """
+    if targets:
+        torch._foreach_copy_(targets, sources)
+
+
 def box_of(tensor: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Offset and shape of this rank's part of a tensor.
 
@@ -479,8 +490,19 @@ def new_state(optimizer: Any, like: torch.Tensor, signed: bool) -> torch.Tensor 
     return new
 
 
+def names_of_arguments(func: Any) -> list[str]:
+    """Names of an operator's arguments, in order; 2.11 to 2.15: its schema is private."""
+    return [argument.name for argument in func._schema.arguments]
+
+
 def ranks_of_call(func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[int, ...]:
-    """World ranks of the group that an operator of c10d is called with; () where it has none.
+    """World ranks of the group that an operator of c10d is called with; () where it has none."""
+    group = group_of_call(func, args, kwargs)
+    return () if group is None else tuple(dist.get_process_group_ranks(group))
+
+
+def group_of_call(func: Any, args: Any, kwargs: dict[str, Any]) -> dist.ProcessGroup | None:
+    """The group that an operator of c10d is called with; ``None`` where it has none.
 
     2.11 to 2.15: operators of c10d take the group itself, functional ones its name.
     """
@@ -488,11 +510,12 @@ def ranks_of_call(func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[int, ..
     for number, argument in enumerate(func._schema.arguments):
         value: Any = args[number] if number < len(args) else kwargs.get(argument.name)
         if argument.name == "process_group":
-            return tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(value)))
+            unboxed: dist.ProcessGroup = dist.ProcessGroup.unbox(value)
+            return unboxed
         if argument.name == "group_name":
-            group = resolve(value) if isinstance(value, str) else value
-            return tuple(dist.get_process_group_ranks(group))
-    return ()
+            group: dist.ProcessGroup = resolve(value) if isinstance(value, str) else value
+            return group
+    return None
 
 
 def reduce_dtype(group: Any) -> torch.dtype:
@@ -557,6 +580,17 @@ def reshard_to(group: Any, mesh: DeviceMesh) -> None:
 def wants_all_reduce(group: Any) -> bool:
     """The flag ``FSDPModule.set_requires_all_reduce`` sets; it has no getter."""
     return bool(group.all_reduce_grads)
+
+
+# 2.11 to 2.15: what FSDP2 has not reduced over replicas yet is in no .grad.
+def has_partial_reduction(group: Any) -> bool:
+    """Whether gradients wait that FSDP2 has reduced over the shard axis alone."""
+    return getattr(group, "_partial_reduce_output", None) is not None
+
+
+def drop_partial_reduction(group: Any) -> None:
+    """Forget them, as ``zero_grad`` does not."""
+    group._partial_reduce_output = None
 
 
 def wants_reduce(group: Any) -> bool:
@@ -1034,6 +1068,14 @@ def reset_of(module: nn.Module) -> Callable[[], None] | None:
     return reset or getattr(module, "_reset_parameters", None)
 
 
+def leave_alone(module: nn.Module, names: Iterable[str]) -> None:
+    """Tell DistributedDataParallel around a module what of it to leave alone.
+
+    2.11 to 2.15: a workaround of torch's, as it says, until there is a public way.
+    """
+    module.__dict__["_ddp_params_and_buffers_to_ignore"] = names
+
+
 def operator_of(overload: Any) -> Any:
     """The operator an overload belongs to; 2.11 to 2.15: FLOPs are registered by it alone."""
     return overload._overloadpacket
@@ -1042,3 +1084,26 @@ def operator_of(overload: Any) -> Any:
 def writes_its_input(overload: Any) -> bool:
     """Whether an overload writes one of its arguments; 2.11 to 2.15: only its schema says so."""
     return bool(overload._schema.is_mutable)
+
+
+def register_fake_backend() -> None:
+    """Make the backend "fake" known, whose collectives move nothing.
+
+    2.11 to 2.15: it is registered by a module of torch's own tests, when that is imported.
+
+    Raises:
+        ImportError: this torch has none.
+    """
+    import torch.testing._internal.distributed.fake_pg  # noqa: F401
+
+
+def watch_compilation(begins: Callable[[], None], ends: Callable[[], None]) -> None:
+    """Be called when torch.compile begins and ends to compile, from now on.
+
+    2.11 to 2.15: its callbacks are in a module without underscore of a package with one. Where it
+    is not loaded nothing has been compiled yet, and nobody is called.
+    """
+    callbacks: Any = sys.modules.get("torch._dynamo.callback")
+    if callbacks is not None:
+        callbacks.on_compile_start(lambda _: begins())
+        callbacks.on_compile_end(lambda _: ends())

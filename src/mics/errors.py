@@ -63,8 +63,20 @@ class CheckpointError(MicsError):
     """A checkpoint that cannot be written, is damaged, or belongs to another model."""
 
 
+class RecoveryError(MicsError):
+    """A state in memory that cannot be kept, or from which training cannot go on."""
+
+
 class LabError(MicsError):
     """A cluster on one machine that cannot be built, or of which something was asked in vain."""
+
+
+class CheckError(MicsError):
+    """A script that cannot be checked, because it does not train here."""
+
+
+class TraceError(MicsError):
+    """Steps that cannot be recorded, or not be brought together in one file."""
 
 
 class PlanError(MicsError, ValueError):
@@ -81,14 +93,20 @@ EXTRAS = {
         "datasets",
         "matplotlib",
         "numpy",
+        "plotly",
         "pydantic",
         "safetensors",
         "tensorboard",
         "tokenizers",
         "transformers",
     ),
+    "accelerate": ("accelerate", "transformers"),
+    "lightning": ("lightning", "safetensors"),
+    "peft": ("peft",),
+    "torchtitan": ("torchtitan",),
 }
-"""What each extra of pyproject.toml brings, by the names that are imported; train brings cli."""
+"""What each extra of pyproject.toml brings, by the names that are imported; train brings cli, and
+peft brings accelerate."""
 
 
 @contextmanager

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import re
+import secrets
 import shutil
 import socket
 from collections.abc import Iterator
@@ -20,6 +22,7 @@ from mics.errors import CheckpointError
 from mics.ranks.console import say
 
 _LOCK = ".lock"
+_IDENTITY = ".identity"
 _TRASH = ".trash"
 _STEP = re.compile(r"step-(\d{8,})")
 
@@ -35,17 +38,26 @@ def step_of(folder: Path) -> int | None:
     return int(match[1]) if match else None
 
 
-def newest_intact(root: Path) -> Path | None:
+def steps_of(root: Path) -> list[int]:
+    """The steps of the checkpoints of a run, intact or not, newest first."""
+    return [step for step in map(step_of, _checkpoints(root)) if step is not None]
+
+
+def newest_intact(root: Path, *, before: int | None = None) -> Path | None:
     """The newest checkpoint of a run whose every byte is what was written. Collective.
 
     A damaged one is said, with the file that is, and the next older one is tried.
+
+    Args:
+        root: the folder of the run.
+        before: a step; only checkpoints of earlier ones count.
 
     Raises:
         CheckpointError: there are checkpoints, but none is intact.
     """
     let_save_end()
     peers = Peers()
-    names: list[str] = peers.together(lambda: [f.name for f in _checkpoints(root)], only=0)[0]
+    names: list[str] = peers.together(lambda: _names(root, before), only=0)[0]
     for name in names:
         try:
             verified_manifest(root / name, peers)
@@ -62,6 +74,11 @@ def newest_intact(root: Path) -> Path | None:
     return None
 
 
+def _names(root: Path, before: int | None) -> list[str]:
+    found = [(folder.name, step_of(folder)) for folder in _checkpoints(root)]
+    return [name for name, step in found if before is None or (step is not None and step < before)]
+
+
 def prune(root: Path, keep: int) -> None:
     """Delete all but the newest ``keep`` checkpoints of a run; 0 keeps all. Rank 0 calls it."""
     for old in _checkpoints(root)[keep:] if keep else []:
@@ -72,7 +89,7 @@ def prune(root: Path, keep: int) -> None:
 
 
 def set_aside_newer(root: Path, than: Path) -> list[Path]:
-    """Rename the checkpoints of a run that are newer than one of it: they are damaged.
+    """Rename the checkpoints of a run that are newer than one of it: they are not to be trusted.
 
     The run will come to their steps again, and nothing is ever written over. Rank 0 calls it.
 
@@ -114,6 +131,17 @@ class HeldFolder:
         except OSError:
             return False
         return os.path.samestat(found, os.fstat(self._lock.fileno()))
+
+    def identity(self) -> str:
+        """A name of this folder that no other one has, not one made later in its place either.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        path = self._root / _IDENTITY
+        with contextlib.suppress(FileExistsError), path.open("x") as file:
+            file.write(f"folder-{secrets.token_hex(8)}")
+        return path.read_text()
 
     def leave(self) -> None:
         """Let another job hold it."""

@@ -83,12 +83,21 @@ class Entry:
     @property
     def torch_dtype(self) -> torch.dtype:
         """Its dtype as torch's object."""
-        return _DTYPES[self.dtype]
+        return dtype_of(self.dtype)
 
     @property
     def num_bytes(self) -> int:
         """The size of the whole tensor."""
         return math.prod(self.shape) * self.torch_dtype.itemsize
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype of a name in a manifest.
+
+    Raises:
+        KeyError: there is none of this name.
+    """
+    return _DTYPES[name]
 
 
 def whole_entry(dtype: str, shape: tuple[int, ...], file: str, key: str) -> Entry:

@@ -5,7 +5,6 @@ Training's communicators stay free for training while a save runs in the backgro
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -13,44 +12,67 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from mics.errors import CheckpointError, DisagreementError
+from mics.errors import CheckpointError, DisagreementError, MicsError
 from mics.ranks.agreement import check_agreement
-from mics.ranks.issuing import make_group
+from mics.ranks.issuing import host_group, receive, send
 from mics.ranks.together import gather_json, together
+from mics.ranks.whereabouts import world_group
 
 Result = TypeVar("Result")
 
 _LONGEST = timedelta(hours=3)  # a rank may write or verify for long while the others wait
-_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = (
-    weakref.WeakKeyDictionary()
-)
 
 
 class Peers:
-    """All ranks of the job, or this process alone. Collective when first made."""
+    """All ranks of the job, or this process alone. Collective when first made.
 
-    def __init__(self) -> None:
+    Args:
+        of: names the group; who may speak while a save does beside training has one of its own.
+    """
+
+    def __init__(self, of: str = "mics_checkpoint") -> None:
         self.rank, self.world = 0, 1
         self._group: dist.ProcessGroup | None = None
         if dist.is_initialized():
             self.rank, self.world = dist.get_rank(), dist.get_world_size()
-            self._group = _group_of_our_own()
+            ranks = dist.get_process_group_ranks(world_group())
+            self._group = host_group(ranks, of, _LONGEST)
+
+    def send(self, tensor: torch.Tensor, taker: int) -> None:
+        """Send a tensor of the host to another rank, which takes it by ``receive``."""
+        assert self._group is not None
+        send(tensor, taker, self._group)
+
+    def receive(self, tensor: torch.Tensor, giver: int) -> None:
+        """Take what another rank sends by ``send``."""
+        assert self._group is not None
+        receive(tensor, giver, self._group)
 
     def gather(self, facts: Any) -> list[Any]:
         """The facts of every rank, in rank order."""
         return gather_json(facts, self._group)
 
     def together(
-        self, work: Callable[[], Result], *, only: int | None = None
+        self,
+        work: Callable[[], Result],
+        *,
+        only: int | None = None,
+        kind: type[MicsError] = CheckpointError,
     ) -> list[Result | Any]:
         """Do ``work`` on every rank (or on ``only`` one) and gather what it returns, as JSON.
 
+        Args:
+            work: what is done.
+            only: the rank that does it; all by default.
+            kind: what ``work`` raises on purpose.
+
         Raises:
-            CheckpointError: on every rank, the error of the first rank that could not, whatever it
-                was: the others must not wait for a rank that has left.
+            MicsError: of this kind, or a CheckpointError: on every rank, the error of the first
+                rank that could not, whatever it was: the others must not wait for a rank that has
+                left.
         """
         mine = work if only is None or only == self.rank else None
-        return together(mine, self._group, kind=CheckpointError, explain=self._explain)
+        return together(mine, self._group, kind=kind, explain=self._explain)
 
     def agree(self, facts: Mapping[str, Sequence[str]]) -> None:
         """Compare lines of text by their subjects. Collective.
@@ -76,12 +98,3 @@ class Peers:
         return CheckpointError(
             f"Rank {self.rank} failed at a checkpoint.", numbers=f"{type(error).__name__}: {error}"
         )
-
-
-def _group_of_our_own() -> dist.ProcessGroup:
-    world = dist.group.WORLD
-    assert world is not None
-    if world not in _groups:
-        ranks = dist.get_process_group_ranks(world)
-        _groups[world] = make_group(ranks, "mics_checkpoint", backend="gloo", timeout=_LONGEST)
-    return _groups[world]

@@ -4,6 +4,7 @@
 Ranks outside the mesh of a tensor hold something else under its name: copies, as a norm beside
 tensor parallelism, or other values, as experts of which every rank has its own. Nothing but the
 values tells which. Copies are written once; of other values a checkpoint would have one rank's.
+Copies that drifted apart are other values too; the name of the axis between two ranks tells.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from mics.checkpoint.contents import Contents
 from mics.checkpoint.peers import Peers
 from mics.errors import CheckpointError
 from mics.ranks.mesh import ranks_of
+from mics.sharding.other_axes import axis_of_parts
 from mics.sharding.same_start import fingerprint
 from mics.sharding.units import units_on
 
@@ -55,7 +57,7 @@ def pieces_of_this_rank(contents: Contents, model: nn.Module, peers: Peers) -> l
     replicas = _replicas_of_meshes(model)
     loads: dict[int, list[int]] = {}
     mine: dict[str, torch.Tensor] = {}
-    apart: dict[str, torch.Tensor] = {}
+    apart: dict[str, DTensor] = {}
     largest_first = sorted(contents.tensors.items(), key=lambda item: (-item[1].numel(), item[0]))
     for name, tensor in largest_first:
         if not isinstance(tensor, DTensor):
@@ -129,7 +131,7 @@ def _replica_of(tensor: DTensor, replicas: Mapping[DeviceMesh, tuple[int, int]])
 # -- what ranks have in each other's place ---------------------------------------------------------
 
 
-def _written_by_first(apart: Mapping[str, torch.Tensor], peers: Peers) -> list[Piece]:
+def _written_by_first(apart: Mapping[str, DTensor], peers: Peers) -> list[Piece]:
     """The pieces of some tensors whose boxes this rank is the first to hold. Collective.
 
     See [Note: one name, other values].
@@ -150,7 +152,9 @@ def _written_by_first(apart: Mapping[str, torch.Tensor], peers: Peers) -> list[P
             box = number, tuple(offset), tuple(shape)
             holder, others = first.setdefault(box, (rank, value))
             if value != others:
-                raise other_values(sorted(apart)[number], tuple(offset), holder, rank)
+                name = sorted(apart)[number]
+                axis = axis_of_parts(apart[name].device_mesh, holder, rank)
+                raise other_values(name, tuple(offset), holder, rank, axis)
     for name, number in numbers.items():
         cells = sum(prod(shape) for n, _, shape in first if n == number)
         if cells != apart[name].numel():
@@ -162,13 +166,35 @@ def _written_by_first(apart: Mapping[str, torch.Tensor], peers: Peers) -> list[P
     ]
 
 
-def other_values(name: str, offset: tuple[int, ...], one: int, other: int) -> CheckpointError:
-    """The error for a part of a tensor that two ranks have with other values."""
+def other_values(
+    name: str, offset: tuple[int, ...], one: int, other: int, axis: str | None = None
+) -> CheckpointError:
+    """The error for a part of a tensor that two ranks have with other values.
+
+    Args:
+        name: of the tensor.
+        offset: of the part.
+        one: rank that has it.
+        other: rank that has it too.
+        axis: of tensor parallelism, if that is what lies between them.
+    """
+    numbers = (
+        f"Ranks {one} and {other} both have the part of it at {list(offset)}, with other values."
+    )
+    if axis is not None:
+        return CheckpointError(
+            f"Ranks along {axis!r} hold different values of {name}, of which each has a copy: the "
+            "copies were set otherwise or have drifted apart, and a checkpoint would have those of "
+            "one.",
+            numbers=numbers,
+            write=f"copies that are alike, with dist.broadcast of the parameter along {axis!r} and "
+            "the same gradients afterwards; or, where each rank has its own, one parameter that is "
+            f'spread over the axis: DTensor.from_local(weights, mesh["{axis}"], [Shard(0)])',
+        )
     return CheckpointError(
         f"Ranks hold different values of {name} (experts that each rank has its own of?): a "
         "checkpoint would have those of one.",
-        numbers=f"Ranks {one} and {other} both have the part of it at {list(offset)}, with other "
-        "values.",
+        numbers=numbers,
         write="all experts as one parameter, spread over their axis before they are sharded: "
         'DTensor.from_local(weights, mesh["ep"], [Shard(0)])',
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,11 +16,7 @@ from mics.ranks.device import HOST, default_device_type, on_accelerator
 
 def random_state(rank: int) -> dict[str, torch.Tensor]:
     """The generators' states of this rank, uint8, by name."""
-    state = {_name(rank, HOST): torch.get_rng_state()}
-    kind = default_device_type()
-    if on_accelerator(kind):
-        state[_name(rank, kind)] = torch.get_device_module(kind).get_rng_state()
-    return state
+    return {_name(rank, device): state for device, state in generator_states().items()}
 
 
 def random_state_to_read(
@@ -58,11 +55,26 @@ def restore_random_state(rank: int, state: Mapping[str, torch.Tensor]) -> bool:
     """Set the generators of this rank; False, and nothing set, when there is no state for it."""
     if not state:
         return False
-    torch.set_rng_state(state[_name(rank, HOST)])
+    devices = [HOST, default_device_type()]
+    set_generator_states({d: state[_name(rank, d)] for d in devices if _name(rank, d) in state})
+    return True
+
+
+def generator_states() -> dict[str, torch.Tensor]:
+    """The states of torch's generators in use, uint8, by the kind of their device."""
+    states = {HOST: torch.get_rng_state()}
     kind = default_device_type()
     if on_accelerator(kind):
-        torch.get_device_module(kind).set_rng_state(state[_name(rank, kind)])
-    return True
+        states[kind] = torch.get_device_module(kind).get_rng_state()
+    return states
+
+
+def set_generator_states(states: Mapping[str, Any]) -> None:
+    """Set torch's generators to what ``generator_states`` returned; others stay as they are."""
+    torch.set_rng_state(states[HOST])
+    kind = default_device_type()
+    if on_accelerator(kind) and kind in states:
+        torch.get_device_module(kind).set_rng_state(states[kind])
 
 
 def _name(rank: int, device: str) -> str:

@@ -21,20 +21,17 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import ReadItem
 
-from mics.checkpoint.averages import plan_average, restore_updates
-from mics.checkpoint.contents import contents_of
-from mics.checkpoint.frozen import check_base, check_frozen
+from mics.checkpoint.frozen import check_base
 from mics.checkpoint.manifest import Entry, Json, Manifest, read_manifest
-from mics.checkpoint.model_restoring import ModelRestoring
 from mics.checkpoint.names import unwrapped
-from mics.checkpoint.optimizer_restoring import Restoring, plan_optimizers, restore_optimizers
-from mics.checkpoint.optimizers import Optimizers, list_optimizers
+from mics.checkpoint.optimizers import Optimizers
 from mics.checkpoint.peers import Peers
 from mics.checkpoint.randomness import (
     check_random_state,
     random_state_to_read,
     restore_random_state,
 )
+from mics.checkpoint.restoration import Restoration, plan_restoration
 from mics.checkpoint.verifying import verify_files
 from mics.checkpoint.writing import let_save_end
 from mics.errors import CheckpointError
@@ -89,77 +86,44 @@ def load(
     let_save_end()
     folder = Path(path)
     peers = Peers()
-    plans: list[_Plan] = []
+    plans: list[tuple[Manifest, Restoration, dict[str, torch.Tensor]]] = []
     peers.together(lambda: plans.append(_plan(folder, model, optimizer, ema, peers.rank)))
-    plan = plans[0]
-    check_base(folder, plan.manifest, plan.model.contents, peers)
+    manifest, plan, random = plans[0]
+    check_base(folder, manifest, plan.model.contents, peers)
     if verify:
-        verify_files(folder, plan.manifest, peers)
-    peers.together(plan.read_early)
-    try:
-        peers.together(plan.model.try_hooks)
-    except CheckpointError:
-        plan.model.put_back()
-        raise
-    try:
-        peers.together(plan.finish)
-    except CheckpointError as error:
-        raise CheckpointError(
-            error.what,
-            numbers=f"{error.numbers} Model and optimizer may have been changed in part.".strip(),
-            write=error.write,
-        ) from None
-    return Loaded(plan.manifest.extra, restore_random_state(peers.rank, plan.random))
+        verify_files(folder, manifest, peers)
+    files = _Files(folder, manifest.tensors)
 
+    def read_random() -> None:
+        check_headers(folder, manifest.tensors, random)
+        read_tensors(folder, manifest.tensors, random)
+        check_random_state(folder, random)
 
-@dataclass(frozen=True)
-class _Plan:
-    """What is to be read into what, when the checkpoint has been compared with it."""
-
-    folder: Path
-    manifest: Manifest
-    model: ModelRestoring
-    optimizers: Restoring
-    ema: EMA | None
-    averages: Mapping[str, torch.Tensor]
-    random: dict[str, torch.Tensor]
-
-    def read_early(self) -> None:
-        """Read what needs more checks, and check the headers of what is read later."""
-        check_headers(self.folder, self.manifest.tensors, self._late())
-        early = self.model.early | self.random
-        check_headers(self.folder, self.manifest.tensors, early)
-        read_tensors(self.folder, self.manifest.tensors, early)
-        self.model.check_early()
-        check_random_state(self.folder, self.random)
-
-    def finish(self) -> None:
-        """Read everything else, and let model and optimizers load it."""
-        read_tensors(self.folder, self.manifest.tensors, self._late())
-        self.model.finish()
-        restore_optimizers(self.optimizers)
-        if self.ema is not None:
-            restore_updates(self.manifest, self.ema)
-
-    def _late(self) -> dict[str, torch.Tensor]:
-        return self.model.late | self.optimizers.tensors | dict(self.averages)
+    plan.carry_out(files, peers, beside=read_random)
+    return Loaded(manifest.extra, restore_random_state(peers.rank, random))
 
 
 def _plan(
     folder: Path, model: nn.Module, optimizer: Optimizers | None, ema: EMA | None, rank: int
-) -> _Plan:
+) -> tuple[Manifest, Restoration, dict[str, torch.Tensor]]:
+    """What is to be read into what; the last are tensors for the random state of this rank."""
     manifest = _under_plain_names(read_manifest(folder))
-    check_frozen(folder, manifest, model)
-    contents = contents_of(model, None, without=manifest.frozen)
-    return _Plan(
-        folder,
-        manifest,
-        ModelRestoring(folder, manifest, model, contents),
-        plan_optimizers(folder, manifest, model, list_optimizers(optimizer)),
-        ema,
-        plan_average(folder, manifest, model, ema),
-        random_state_to_read(folder, manifest.tensors, rank),
-    )
+    plan = plan_restoration(folder, manifest, model, optimizer, ema)
+    return manifest, plan, random_state_to_read(folder, manifest.tensors, rank)
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The files of a checkpoint as a ``Source``."""
+
+    folder: Path
+    entries: Mapping[str, Entry]
+
+    def check(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        check_headers(self.folder, self.entries, tensors)
+
+    def read(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        read_tensors(self.folder, self.entries, tensors)
 
 
 def _under_plain_names(manifest: Manifest) -> Manifest:

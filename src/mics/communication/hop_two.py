@@ -110,6 +110,7 @@ class HopTwo:
         self._hooked: dict[int, tuple[nn.Parameter, RemovableHandle]] = {}
         self._num_trainable = 0
         self._pass = _Pass()
+        self.held = False  # whether passes are parts of a larger one, whose end is awaited
         self._unsynced = False  # .grad holds something no other replica has seen
         self._synced_version: tuple[int, int, int] | None = None  # of .grad as hop 2 left it
         self._flight: dist.Work | None = None
@@ -180,7 +181,9 @@ class HopTwo:
     @property
     def wanted(self) -> bool:
         """Whether the backward passes to come run hop 2, and there is something to reduce."""
-        return compat.wants_all_reduce(self.group) and compat.trainable_shard_numel(self.group) > 0
+        if self.held or not compat.wants_all_reduce(self.group):
+            return False
+        return compat.trainable_shard_numel(self.group) > 0
 
     @property
     def awaits_backward(self) -> bool:

@@ -8,6 +8,7 @@ Nothing here synchronises a device: on a GPU, times come from events read after 
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -18,9 +19,11 @@ from typing import Any
 
 import torch
 
+from mics.communication.pace import Pace
 from mics.quantities import megabytes, milliseconds
 from mics.ranks.device import on_accelerator
 from mics.ranks.issuing import Handle
+from mics.ranks.recording import Flight, recorder
 from mics.traffic import Collective, Count, Flow, Key, StageMessage, Traffic, stage_flow
 
 
@@ -47,11 +50,13 @@ class Ledger:
     Args:
         rank: this process' world rank.
         gpus_per_node: ranks per node, which decides the link class of a message.
+        pace: is told when hops are reached, and what was waited for in them.
     """
 
-    def __init__(self, *, rank: int, gpus_per_node: int) -> None:
+    def __init__(self, *, rank: int, gpus_per_node: int, pace: Pace | None = None) -> None:
         self._rank = rank
         self._gpus_per_node = gpus_per_node
+        self._pace = pace
         self._lock = threading.Lock()
         self._calls: dict[tuple[Key, StageMessage], int] = {}
         self._seconds: dict[Key, Seconds] = {}
@@ -62,9 +67,13 @@ class Ledger:
     ) -> Span:
         """Count one collective and return the span that times it."""
         key = Key(hop, collective, message.stage)
+        if self._pace is not None:
+            self._pace.reached(hop)
         with self._lock:
             self._calls[key, message] = self._calls.get((key, message), 0) + 1
-        return Span(self, key, device)
+        tracer = recorder()
+        flight = None if tracer is None else tracer.issue(self, hop, collective, message)
+        return Span(self, key, device, flight)
 
     def traffic(self) -> Traffic:
         """What this rank sent since the last reset, comparable with a prediction."""
@@ -99,6 +108,10 @@ class Ledger:
     def _add_seconds(self, key: Key, seconds: Seconds) -> None:
         with self._lock:
             self._seconds[key] = self._seconds.get(key, Seconds()) + seconds
+        # What was exposed; of a device, which says nothing of it, all.
+        waited = seconds.total if seconds.exposed is None else seconds.exposed
+        if waited and self._pace is not None:
+            self._pace.took(key.hop, waited, (id(self), key))
 
     def _add_events(self, key: Key, start: Any, end: Any) -> None:
         self._events.append((key, start, end))
@@ -117,8 +130,11 @@ class Span:
     Use as a context around a blocking call, or ``follow`` a work handle and ``wait`` for it.
     """
 
-    def __init__(self, ledger: Ledger, key: Key, device: torch.device) -> None:
+    def __init__(
+        self, ledger: Ledger, key: Key, device: torch.device, flight: Flight | None
+    ) -> None:
         self._ledger = ledger
+        self._flight = flight  # what a trace is told of it
         self._key = key
         self._by_events = on_accelerator(device)
         self._start = time.perf_counter()
@@ -128,6 +144,8 @@ class Span:
 
     def __enter__(self) -> Span:
         self.restart()
+        if self._flight is not None:
+            self._flight.__enter__()
         self._start_event = _record_event(self._device) if self._by_events else None
         return self
 
@@ -137,6 +155,9 @@ class Span:
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self._flight is not None:
+            self._flight.__exit__()
+            self._flight.end()
         if error is not None:
             return
         if self._by_events:
@@ -149,11 +170,15 @@ class Span:
     def restart(self) -> None:
         """Begin here: a second stage is issued with the first but starts after it."""
         self._start = time.perf_counter()
+        if self._flight is not None:
+            self._flight.restart()
 
     def follow(self, work: Handle) -> None:
         """Time an asynchronous CPU collective to its completion, in the backend's own thread."""
 
         def done(_: object) -> None:
+            if self._flight is not None:
+                self._flight.end()
             self._ledger._add_seconds(self._key, Seconds(time.perf_counter() - self._start, 0.0))
 
         try:
@@ -169,7 +194,10 @@ class Span:
         One that was not followed is timed until here, later than its end.
         """
         start = time.perf_counter()
-        work.wait()
+        with self._flight or contextlib.nullcontext():
+            work.wait()
+        if self._flight is not None:
+            self._flight.end()
         end = time.perf_counter()
         total = 0.0 if self._followed else end - self._start
         self._ledger._add_seconds(self._key, Seconds(total, end - start))

@@ -4,6 +4,8 @@ One small message over all ranks of a mesh, on the host, when the last reduction
 issued. It says which parameters each rank has used (see [Note: used and unused] in ``used.py``),
 a digest of the collectives each partition group was given (``issued.py``), what optimizers have
 done and what is trained (``step_facts.py``), and whose gradients are no numbers (``finite.py``).
+Ranks along other axes tell each other beforehand what they have of the same parameters
+(``beside.py``).
 Nothing has been changed by then but gradients, so a step that went wrong is refused before an
 optimizer sees it.
 """
@@ -16,9 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mics.communication.beside import by_other_parts
+from mics.communication.beside import drift_error, tell_others
 from mics.communication.finite import finite_of
 from mics.communication.issued import ENDED, issued_of
+from mics.communication.pace import pace_of
 from mics.communication.same_steps import same_steps_of
 from mics.communication.used import Used
 from mics.errors import MicroStepError
@@ -36,17 +39,23 @@ def settle(groups: Groups, used: Sequence[Used]) -> None:
 
     Raises:
         MicroStepError: on every rank, when the ranks of a partition group issued other collectives,
-            or when ranks have taken other optimizer steps or train other parameters.
+            when ranks have taken other optimizer steps or train other parameters, or when copies
+            of a parameter along an axis beside the data are not alike.
     """
     flags = [unit.flags() for unit in used]
     params = [param for unit in used for param in unit.params]
     finite = finite_of(groups)
     here, bad = dist.get_rank(), not finite.take()
     ranks = (here, here) if bad else None
+    flags, drift = tell_others(groups, used, flags)
+    apart, control = drift is not None, None
     if groups.whole.size() > 1:
-        flags, ranks = _by_anybody(groups, used[0], flags, params, bad=bad)
-    flags = by_other_parts(groups, [unit.params for unit in used], flags)
+        flags, ranks, apart = _by_anybody(groups, used[0], flags, params, bad=bad, apart=apart)
+        control = same_steps_of(groups).group
+        pace_of(groups).end_step()
     issued_of(groups).clear()
+    if apart:
+        raise drift_error(groups, used, drift, control)
     finite.blame(ranks, params)
     for unit, by_anybody in zip(used, flags, strict=True):
         unit.settle(by_anybody)
@@ -59,8 +68,14 @@ def _by_anybody(
     params: Sequence[nn.Parameter],
     *,
     bad: bool,
-) -> tuple[list[list[bool]], tuple[int, int] | None]:
-    """What any rank of the mesh has used; the first and the last whose gradients are no numbers."""
+    apart: bool,
+) -> tuple[list[list[bool]], tuple[int, int] | None, bool]:
+    """What any rank of the mesh says.
+
+    Returns:
+        What it has used; the first and the last whose gradients are no numbers; whether copies are
+        apart (of parameters along axes beside the mesh).
+    """
     replica = groups.replicas.rank() if groups.replicas is not None else 0
     # The largest and, negated, the smallest digest of each partition group.
     digests = torch.full((2, groups.num_replicas), -(2**31), dtype=torch.int64)
@@ -70,9 +85,9 @@ def _by_anybody(
     one_list = torch.zeros(len(params), dtype=torch.int64)
     together = [flag for unit in flags for flag in unit]
     one_list[: len(together)] = torch.tensor(together, dtype=torch.int64)
-    # The last bad rank and, counted from the end, the first; 0 if there is none.
+    # The last bad rank and, counted from the end, the first; 0 if there is none. Copies apart.
     here, end = dist.get_rank(), dist.get_world_size()
-    whose = torch.tensor([here + 1, end - here] if bad else [0, 0])
+    whose = torch.tensor([*([here + 1, end - here] if bad else [0, 0]), int(apart)])
     questions = same_steps_of(groups)
     mine = questions.at_the_end(params, first)
     said = torch.tensor([mine, [-number for number in mine]]).flatten()
@@ -87,10 +102,11 @@ def _by_anybody(
     largest, smallest = first_part.view(2, -1)
     if not torch.equal(largest, -smallest):
         raise _other_collectives(groups, control)
-    last, first_from_end = (int(number) for number in whose)
+    last, first_from_end, apart_anywhere = (int(number) for number in whose)
     ranks = (end - first_from_end, last - 1) if last else None
     anybody = iter(last_part.bool().tolist())
-    return [[next(anybody) for _ in unit] for unit in flags], ranks
+    flags = [[next(anybody) for _ in unit] for unit in flags]
+    return flags, ranks, bool(apart_anywhere)
 
 
 def _other_collectives(groups: Groups, control: dist.ProcessGroup) -> MicroStepError:

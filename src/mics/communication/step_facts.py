@@ -15,11 +15,12 @@ Said = Literal["beforehand", "on arrival", "afterwards"]
 All ranks say it at the same moment, or their hop 2 would cross.
 """
 
-Normalise = Literal["micro_steps", "tokens"] | None
-"""What the gradients of a step are divided by: the number of micro-steps, of tokens, or nothing."""
+Normalise = Literal["micro_steps", "tokens", "shared tokens"] | None
+"""What the gradients of a step are divided by: the number of micro-steps, of tokens (which several
+ranks may count alike), or nothing."""
 
 _SAID = get_args(Said)
-_NORMALISE = (None, "micro_steps", "tokens")
+_NORMALISE = (None, "micro_steps", "tokens", "shared tokens")
 _LARGEST = 2**31 - 1
 
 
@@ -110,7 +111,8 @@ _WRONG = [
         "divides",
         "Ranks normalise the gradients of one step in different ways.",
         lambda divides: f"divided by {_NORMALISE[divides] or 'nothing'}",
-        "the same normalise= on every rank, and tokens= on all of them or on none",
+        "the same normalise= on every rank, and tokens= and tokens_shared_over= on all of them or "
+        "on none",
     ),
     _Wrong(
         "moment",

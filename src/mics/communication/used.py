@@ -75,6 +75,11 @@ class Used:
         """The sharded parameters."""
         return compat.sharded_params(self._group)
 
+    @property
+    def names(self) -> list[str]:
+        """Their names."""
+        return compat.param_names(self._group)
+
     def received(self, index: int) -> None:
         """A gradient is what hop 2 brought, this rank's data had no part in it."""
         self._used[index] = False

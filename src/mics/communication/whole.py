@@ -9,9 +9,11 @@ pieces that the later axes have made. A whole tensor is gathered the other way r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from mics import compat
@@ -19,7 +21,7 @@ from mics.communication.apart import Message
 from mics.communication.ledger import Ledger, Untimed
 from mics.errors import ShardError
 from mics.ranks import issuing
-from mics.ranks.mesh import ranks_of
+from mics.ranks.mesh import device_of, ranks_of
 from mics.traffic import StageMessage
 
 
@@ -62,18 +64,65 @@ def whole_of(tensor: DTensor, ledger: Ledger | None) -> torch.Tensor:
         tensor: a parameter, its gradient or state, see ``check_splits``.
         ledger: counts the gathers in hop 0; ``None`` counts nothing.
     """
+    return wholes_of([tensor], ledger)[0]
+
+
+def wholes_of(
+    tensors: Sequence[DTensor], ledger: Ledger | None, dtype: torch.dtype | None = None
+) -> list[torch.Tensor]:
+    """All of several tensors, in as few messages as there are axes and dtypes.
+
+    Collective over the axes that split them; every rank gives the same tensors, in the same order.
+
+    Args:
+        tensors: as for ``whole_of``.
+        ledger: counts the gathers in hop 0; ``None`` counts nothing.
+        dtype: of what is sent and returned, for floating-point tensors; their own by default.
+    """
+    pieces = [_piece(tensor, dtype) for tensor in tensors]
+    left = [_undone(tensor) for tensor in tensors]
+    while any(left):
+        together: dict[tuple[dist.ProcessGroup, torch.dtype], list[int]] = {}
+        for at, splits in enumerate(left):
+            if splits:
+                group = tensors[at].device_mesh.get_group(splits[0].axis)
+                together.setdefault((group, pieces[at].dtype), []).append(at)
+        for (group, _), members in together.items():
+            splits = [left[at].pop(0) for at in members]
+            rows = [pieces[at].movedim(s.dim, 0) for at, s in zip(members, splits, strict=True)]
+            for at, whole in zip(members, _gather(rows, splits, group, ledger), strict=True):
+                pieces[at] = whole
+    return [piece.contiguous() for piece in pieces]
+
+
+def _piece(tensor: DTensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """This rank's part, where and as it is sent."""
     piece = compat.local_of(tensor).detach()
-    for split, sent in zip(*_gathers(tensor), strict=True):
-        rows = piece.movedim(split.dim, 0)
-        mine = rows.new_zeros(split.longest, *rows.shape[1:])
-        mine[: len(rows)] = rows
-        out = mine.new_empty(split.ranks * split.longest, *rows.shape[1:])
-        span = Untimed() if ledger is None else ledger.issue(0, "all_gather", sent, out.device)
-        with span:
-            group = tensor.device_mesh.get_group(split.axis)
-            issuing.all_gather(out.view(-1), mine.view(-1), group)
-        piece = out[: split.size].movedim(0, split.dim)
-    return piece.contiguous()
+    sent = dtype if dtype is not None and piece.is_floating_point() else piece.dtype
+    return piece.to(device_of(tensor.device_mesh), sent)
+
+
+def _gather(
+    rows: list[torch.Tensor],
+    splits: list[_Split],
+    group: dist.ProcessGroup,
+    ledger: Ledger | None,
+) -> list[torch.Tensor]:
+    """Undo one split of each tensor, whose split dims come first in ``rows``, in one message."""
+    shapes = [(one.longest, *part.shape[1:]) for one, part in zip(splits, rows, strict=True)]
+    numels = [torch.Size(shape).numel() for shape in shapes]
+    mine = rows[0].new_zeros(sum(numels))
+    for place, shape, part in zip(torch.split(mine, numels), shapes, rows, strict=True):
+        place.view(shape)[: len(part)] = part
+    out = mine.new_empty(group.size(), len(mine))
+    sent = StageMessage("flat", ranks_of(group), out.nbytes, 1)
+    span = Untimed() if ledger is None else ledger.issue(0, "all_gather", sent, out.device)
+    with span:
+        issuing.all_gather(out.view(-1), mine, group)
+    return [
+        part.reshape(-1, *shape[1:])[: one.size].movedim(0, one.dim)
+        for part, shape, one in zip(torch.split(out, numels, dim=1), shapes, splits, strict=True)
+    ]
 
 
 def part_of(whole: torch.Tensor, like: DTensor) -> DTensor:
@@ -96,21 +145,25 @@ def messages_for(tensor: torch.Tensor) -> list[Message]:
     """What ``whole_of`` sends of a tensor; nothing of one that is whole."""
     if not isinstance(tensor, DTensor):
         return []
-    return [Message("all_gather", sent) for sent in _gathers(tensor)[1]]
-
-
-def _gathers(tensor: DTensor) -> tuple[list[_Split], list[StageMessage]]:
-    """The splits in the order in which they are undone, and the message of each."""
-    splits = [one for one in reversed(_splits(tensor)) if one.ranks > 1]
     shape = list(compat.local_of(tensor).shape)
     messages = []
-    for one in splits:
+    for one in _undone(tensor):
         shape[one.dim] = one.ranks * one.longest
         nbytes = torch.Size(shape).numel() * tensor.dtype.itemsize
         ranks = ranks_of(tensor.device_mesh.get_group(one.axis))
-        messages.append(StageMessage("flat", ranks, nbytes, 1))
+        messages.append(Message("all_gather", StageMessage("flat", ranks, nbytes, 1)))
         shape[one.dim] = one.size
-    return splits, messages
+    return messages
+
+
+def groups_that_split(tensor: DTensor) -> list[dist.ProcessGroup]:
+    """The groups over which ``whole_of`` gathers a tensor."""
+    return [tensor.device_mesh.get_group(one.axis) for one in _undone(tensor)]
+
+
+def _undone(tensor: DTensor) -> list[_Split]:
+    """The splits in the order in which they are undone."""
+    return [one for one in reversed(_splits(tensor)) if one.ranks > 1]
 
 
 def _splits(tensor: DTensor) -> list[_Split]:

@@ -8,6 +8,7 @@ token of one forward pass: ``num_experts_per_tok`` where all experts get the sam
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -46,6 +47,22 @@ def ask_for_router_loss(config: PretrainedConfig, weight: float | None) -> None:
     setattr(settings, _ASKED, weight > 0)
     if weight > 0:
         setattr(settings, _WEIGHT, weight)
+
+
+def as_asked_by(config: PretrainedConfig, own: PretrainedConfig) -> PretrainedConfig:
+    """A configuration that asks for the router's loss only if another one does.
+
+    Whoever loads a model that was trained with it would get it in the loss of an evaluation, and
+    the routers' output of every token, without having asked.
+
+    Args:
+        config: of a model that trains; it stays as it is.
+        own: of the same model, as it was found.
+    """
+    kept: Any = copy.deepcopy(config)
+    if hasattr(kept, _ASKED):
+        setattr(kept, _ASKED, getattr(own, _ASKED, False))
+    return kept  # type: ignore[no-any-return]
 
 
 def router_loss_weight(config: PretrainedConfig) -> float | None:

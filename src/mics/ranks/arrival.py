@@ -11,6 +11,8 @@ from mics.ranks.console import write
 PATIENCE_SECONDS = 10.0
 """Whoever waits this long says for whom."""
 
+_FIRST_PAUSE, _LONGEST_PAUSE = 2e-3, 0.2  # seconds between two questions
+
 
 class Waiting:
     """One wait of at most ``seconds``: asks again and again, and is not silent about it.
@@ -23,11 +25,20 @@ class Waiting:
         self.seconds = seconds
         self._began = time.monotonic()
         self._due = PATIENCE_SECONDS
+        self._pause = _FIRST_PAUSE
 
     @property
     def left(self) -> float:
         """Seconds until it is over; 0 when it is."""
         return max(0.0, self._began + self.seconds - time.monotonic())
+
+    def pause(self) -> None:
+        """Sleep until it is time to ask again: at once in the beginning, then less and less often.
+
+        Ranks that begin again together are there within milliseconds.
+        """
+        time.sleep(self._pause)
+        self._pause = min(1.5 * self._pause, _LONGEST_PAUSE)
 
     def tell(self, words: Callable[[], str]) -> None:
         """Say what is waited for, when that is due: after 10 s, 20 s, 40 s and so on.

@@ -133,7 +133,10 @@ class Board:
         self.rank, self.world = world.rank(), world.size()
         self.patience = patience()
         self.seen: dict[int, Notice] = {}  # the latest of every rank
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        # An agent counts its own restarts: those of several nodes need not be alike, and then tell
+        # no attempts apart. Ranks that met by ``joining.py`` have a store of their attempt's own.
+        alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "several nodes"
         kept: Store = compat.job_store().clone()  # type: ignore[attr-defined]
         self._store: Store = PrefixStore(f"mics_board/{attempt}/{generation}", kept)
         self._kept = kept
@@ -163,9 +166,9 @@ class Board:
         text = json.dumps(asdict(notice))
 
         def put(store: Store) -> None:
-            store.set(_key(self.rank), text)
             if notice.does in ("has ended", "has failed", "has given up"):
                 store.compare_set("ended", "", str(self.rank))
+            store.set(_key(self.rank), text)  # last: once all have, the store may go
 
         self._ask(put)
 

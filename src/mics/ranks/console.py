@@ -41,7 +41,7 @@ def show(text: str) -> None:
 def write(text: str, stream: TextIO) -> None:
     """Print a line, for as long as somebody reads."""
     with outliving(stream):
-        print(text, file=stream, flush=True)
+        print(f"{text}\n", end="", file=stream, flush=True)  # one write: others write there too
 
 
 @contextmanager

@@ -29,6 +29,11 @@ def default_device_type() -> str:
     return accelerator.type if accelerator is not None else HOST
 
 
+def built_for_accelerator() -> bool:
+    """Whether torch is built for an accelerator, be there one or not; asks no driver."""
+    return torch.accelerator.current_accelerator() is not None
+
+
 def communication_device(device_type: str) -> torch.device:
     """This rank's device of a type."""
     if not on_accelerator(device_type):

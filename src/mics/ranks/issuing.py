@@ -7,7 +7,9 @@ asynchronously, and a wait can say for whom it is.
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from functools import partial
@@ -20,9 +22,13 @@ from mics import compat
 from mics.ranks.board import NoAnswer, board_of_job
 from mics.ranks.device import on_accelerator
 from mics.ranks.drawing import ranks_text
+from mics.ranks.heartbeat import heart
 from mics.ranks.waiting import Place, wait_for_work, wait_until
-from mics.ranks.whereabouts import counted, meeting, world_group
+from mics.ranks.whereabouts import counted, meeting, passing, world_group
 
+_of_host: weakref.WeakKeyDictionary[
+    dist.ProcessGroup, dict[tuple[str, tuple[int, ...]], dist.ProcessGroup]
+] = weakref.WeakKeyDictionary()  # by the world, whose groups end with it
 _FIRST_PAUSE, _LONGEST_PAUSE = 1e-3, 5e-2  # seconds between two looks for those who have not come
 
 Call = Callable[[bool], dist.Work | None]
@@ -165,6 +171,85 @@ def broadcast(tensor: torch.Tensor, group: dist.ProcessGroup) -> None:
     _issue(call, "broadcast", tensor, group, async_op=False)
 
 
+def gather(
+    output: list[torch.Tensor] | None, input: torch.Tensor, group: dist.ProcessGroup
+) -> None:
+    """Give the first rank of a group the tensors of all, which are alike in size.
+
+    Args:
+        output: what the first rank takes them into, in the group's order; others have none.
+        input: this rank's.
+        group: as torch's.
+    """
+
+    def call(async_op: bool) -> Any:
+        return dist.gather(input, output, group=group, group_dst=0, async_op=async_op)
+
+    _issue(call, "gathering", input, group, async_op=False)
+
+
+def send(tensor: torch.Tensor, taker: int, group: dist.ProcessGroup) -> None:
+    """Send a tensor of the host to a rank of a Gloo group, which takes it by ``receive``.
+
+    Args:
+        tensor: what is sent.
+        taker: by its number in the job.
+        group: whose connections are used.
+    """
+    work = dist.isend(tensor, dst=taker, group=group)
+    _wait_for_passing(work, tensor, dist.get_rank(), taker)
+
+
+def receive(tensor: torch.Tensor, giver: int, group: dist.ProcessGroup) -> None:
+    """Take what a rank sends by ``send``; arguments alike."""
+    work = dist.irecv(tensor, src=giver, group=group)
+    _wait_for_passing(work, tensor, giver, dist.get_rank())
+
+
+def _wait_for_passing(work: dist.Work | None, tensor: torch.Tensor, giver: int, taker: int) -> None:
+    assert work is not None
+    of = passing(giver, taker)
+    of.issued += 1
+    place = Place(of, of.issued, "sending", tensor.nbytes)
+    wait_for_work(_Passing(work), place)
+
+
+class _Passing:
+    """A message under way, for which a wait may have a limit and be asked for again.
+
+    Gloo ends the connection when the limit of torch's own is over; that stands in a thread without.
+    """
+
+    def __init__(self, work: dist.Work) -> None:
+        self._work = work
+        self._error: RuntimeError | None = None
+        self._thread = threading.Thread(target=self._run, name="mics_passing", daemon=True)
+        self._thread.start()
+
+    def wait(self, timeout: timedelta) -> bool:
+        """Wait for so long.
+
+        Raises:
+            RuntimeError: it is not over, or has broken.
+        """
+        self._thread.join(timeout.total_seconds())
+        if self._error is not None:
+            raise self._error
+        if self._thread.is_alive():
+            raise RuntimeError("The message is still under way.")
+        return True
+
+    def is_completed(self) -> bool:
+        """Whether a wait would return or raise at once."""
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            self._work.wait()
+        except RuntimeError as error:
+            self._error = error
+
+
 @contextlib.contextmanager
 def coalesced(whole: torch.Tensor, group: dist.ProcessGroup) -> Iterator[None]:
     """Issue the all-gathers inside, by ``compat.all_gather``, as one.
@@ -198,6 +283,9 @@ def _issue(
 ) -> Handle | None:
     of = counted(group or world_group())
     of.issued += 1
+    mine = heart()
+    if mine is not None:
+        mine.issue()
     if on_accelerator(whole.device):
         return call(async_op)
     place = Place(of, of.issued, name or kind, 0 if name else whole.nbytes)
@@ -211,6 +299,16 @@ def _issue(
 
 
 # -- groups --------------------------------------------------------------------------------------
+
+
+def host_group(
+    ranks: Sequence[int], name: str, timeout: timedelta | None = None
+) -> dist.ProcessGroup:
+    """The group of these ranks on the host, made when it is first asked for; see ``make_group``."""
+    made, key = _of_host.setdefault(world_group(), {}), (name, tuple(ranks))
+    if key not in made:
+        made[key] = make_group(ranks, name, backend="gloo", timeout=timeout)
+    return made[key]
 
 
 def make_group(

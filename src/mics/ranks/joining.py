@@ -17,12 +17,12 @@ import os
 import secrets
 import socket
 import threading
-import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
@@ -32,6 +32,7 @@ from mics.ranks.console import say
 from mics.ranks.device import on_accelerator, use_local_device
 from mics.ranks.drawing import ranks_text
 from mics.ranks.interfaces import Door, door_of, is_loopback, listen_on
+from mics.ranks.issuing import all_reduce
 from mics.ranks.launcher import Launch, check_place, export_torch_variables
 
 JOIN_SECONDS = 600.0
@@ -94,6 +95,9 @@ def make_world(store: Store, launch: Launch, backend: str | None, seconds: float
         world_size=launch.world,
         timeout=None if seconds is None else timedelta(seconds=seconds),
     )
+    if backend is not None and "gloo" in backend:
+        # One that ends at once would take its connections from those who still make theirs.
+        all_reduce(torch.zeros(1), name="meeting of the ranks")
 
 
 # -- the store -----------------------------------------------------------------------------------
@@ -160,7 +164,7 @@ def _reach(launch: Launch, master: str, port: int, waiting: Waiting) -> None:
                 "nodes",
             )
         waiting.tell(lambda: f"{me} waits for rank 0 at {master}:{port}: {why}")  # noqa: B023
-        time.sleep(_POLL_SECONDS)
+        waiting.pause()
 
 
 def _ask_for_store(launch: Launch, master: str, port: int, waiting: Waiting) -> Store:
@@ -246,7 +250,7 @@ def _lead(store: Store, launch: Launch, waiting: Waiting) -> Store:
             error = _missing(_absent(here, launch), launch, waiting.seconds)
             break
         waiting.tell(lambda: _waits_for(_absent(here, launch), launch))
-        time.sleep(_POLL_SECONDS)
+        waiting.pause()
     present = [rank for rank in range(launch.world) if here.check([f"here/{rank}"])]
     come = [_read(here, f"here/{rank}") for rank in present]
     if here.check(["twice"]):
@@ -259,7 +263,7 @@ def _lead(store: Store, launch: Launch, waiting: Waiting) -> Store:
     here.set("verdict", json.dumps({"trouble": trouble}))
     farewell = Waiting(_FAREWELL_SECONDS)
     while here.add("read", 0) < len(present) - 1 and farewell.left:
-        time.sleep(_POLL_SECONDS)
+        farewell.pause()
     raise error
 
 
@@ -283,7 +287,7 @@ def _follow(store: Store, launch: Launch, waiting: Waiting) -> Store:
         if not waiting.left:
             raise _missing(_absent(here, launch) if name else [0], launch, waiting.seconds)
         waiting.tell(lambda: _waits_for([0], launch))
-        time.sleep(_POLL_SECONDS)
+        waiting.pause()
 
 
 def _come(here: Store, me: _Hello) -> None:

@@ -37,6 +37,12 @@ class Launch:
 Names = tuple[str, str, str, str]
 """The variables of a launcher: rank, world, local rank, ranks of the node."""
 
+AGENT_GENERATION = "MICS_GENERATION"
+"""What the agents of ``mics run`` add to torchrun's variables: how many times all ranks began."""
+
+FULL_WORLD = "MICS_FULL_WORLD"
+"""The same, of the ranks of the full job: more than the world while nodes of it are lost."""
+
 _TORCHRUN: Names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _SLURM: Names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_TASKS_PER_NODE")
 _FLUX: Names = ("FLUX_TASK_RANK", "FLUX_JOB_SIZE", "FLUX_TASK_LOCAL_ID", "FLUX_JOB_NNODES")
@@ -71,6 +77,7 @@ _HYDRA: Names = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
 _CRAY: Names = ("PMI_RANK", "PMI_SIZE", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE")
 _NAMES = _MPI | {
     "torchrun": _TORCHRUN,
+    "mics run": _TORCHRUN,
     "Slurm": _SLURM,
     "Flux": _FLUX,
     "MPICH": _HYDRA,
@@ -97,16 +104,19 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch | None:
 def ranks_per_node_told() -> int | None:
     """Ranks per node as the launcher tells it, right or wrong; ``None`` if there was no launcher.
 
-    For ranks that have met: what one of them complains of alone, the others would wait for.
+    For ranks that have met: what one of them complains of alone, the others would wait for. Some
+    tools start processes with a half of torchrun's variables, and bring them together themselves.
     """
-    launch = _told(os.environ)
+    launch = _told(os.environ, met=True)
     return None if launch is None else launch.ranks_per_node
 
 
-def _told(env: Mapping[str, str]) -> Launch | None:
+def _told(env: Mapping[str, str], *, met: bool = False) -> Launch | None:
     if "RANK" in env and "WORLD_SIZE" in env:
         return _torchrun(env)
     launch = _mpi(env) or _pmi(env) or _scheduler(env)
+    if met:
+        return launch
     _check_half_of_torchrun(env, launch)
     if launch is None and "PMIX_RANK" in env:
         raise TopologyError(
@@ -115,6 +125,36 @@ def _told(env: Mapping[str, str]) -> Launch | None:
             write="mpirun, srun or torchrun ... mics ...",
         )
     return launch
+
+
+def full_world(world: int) -> int:
+    """The number of ranks of the full job, of which ``world`` are there.
+
+    Raises:
+        TopologyError: the variable that says it is no number.
+    """
+    text = os.environ.get(FULL_WORLD, "")
+    if not text:
+        return world
+    if not text.isdecimal() or not 0 < int(text[:9]) < 2**24:
+        raise TopologyError(
+            f"{FULL_WORLD} is the number of ranks that the job has when none are away.",
+            numbers=f"It is {text!r}, and {world} are there.",
+            write=f"export {FULL_WORLD}=<ranks of the full job>, or unset it",
+        )
+    return int(text)
+
+
+def takes_new_nodes(environment: Mapping[str, str] | None = None) -> bool:
+    """Whether a node that comes in place of a lost one can join ranks that begin again.
+
+    torchrun's agents share one store with their ranks, and tell in their first round only where it
+    is, so a new agent waits in vain (``next_rendezvous`` of torch 2.13's dynamic_rendezvous.py).
+    """
+    env = os.environ if environment is None else environment
+    begins_again = env.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and AGENT_GENERATION not in env
+    several = env.get("GROUP_WORLD_SIZE", "1") != "1"
+    return not (begins_again and several and env.get("TORCHELASTIC_USE_AGENT_STORE") == "True")
 
 
 def is_first_rank() -> bool:
@@ -140,6 +180,10 @@ def more_ranks(launch: Launch, wanted: int) -> str:
         return f"srun --ntasks-per-node={each} mics ..."
     if launch.source == "torchrun":
         return f"torchrun --nproc-per-node {wanted} -m mics ..."
+    if launch.source == "mics run":
+        nodes = max(1, launch.world // launch.ranks_per_node)
+        each = wanted // nodes if wanted % nodes == 0 else "<GPUs per node>"
+        return f"mics run --ranks-per-node {each} ... -- mics ..."
     return f"mpirun -n {wanted} mics ..."
 
 
@@ -183,7 +227,8 @@ def _torchrun(env: Mapping[str, str]) -> Launch:
         local_rank = _integer(env, "LOCAL_RANK", "torchrun")
     else:
         local_rank = rank % max(1, local_world)
-    return Launch("torchrun", rank, world, local_rank, local_world, knows_nodes)
+    source = "mics run" if AGENT_GENERATION in env else "torchrun"
+    return Launch(source, rank, world, local_rank, local_world, knows_nodes)
 
 
 def _mpi(env: Mapping[str, str]) -> Launch | None:

@@ -20,13 +20,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
-
-import torch.distributed as dist
+from typing import Protocol
 
 from mics.errors import RankError
 from mics.ranks.board import Board, NoAnswer, Notice, board_of_job, patience
 from mics.ranks.console import say_of_this_rank
 from mics.ranks.drawing import ranks_text
+from mics.ranks.heartbeat import heart
+from mics.ranks.recording import recorder
 from mics.ranks.verdict import judge, lost, place, store_gone, timed_out, whom
 from mics.ranks.whereabouts import Counted, give_up, notice
 
@@ -59,17 +60,61 @@ class Place:
         return f"the {self.what}{size} among ranks {ranks_text(self.group.ranks)}"
 
 
-def wait_for_work(work: dist.Work, place: Place) -> None:
+class Awaited(Protocol):
+    """What can be waited for in slices, as torch's handle of a collective of the host."""
+
+    def wait(self, timeout: timedelta) -> bool:
+        """Wait for so long; raise a RuntimeError if it is not over, or has broken."""
+        ...
+
+    def is_completed(self) -> bool:
+        """Whether a wait would return or raise at once."""
+        ...
+
+
+def wait_for_work(work: Awaited, place: Place) -> None:
     """Wait for what a backend of the host has under way.
 
     Raises:
         RankError: it can not end, or has broken; names the rank and what it did.
     """
     began = time.monotonic()
+    _seen_to_wait(place)
+    tracer = recorder()
+    try:
+        with contextlib.nullcontext() if tracer is None else tracer.waiting(place):
+            _wait_for_work(work, place, began)
+    finally:
+        _seen_to_go_on()
+    _waited.seconds = getattr(_waited, "seconds", 0.0) + time.monotonic() - began
+
+
+def _wait_for_work(work: Awaited, place: Place, began: float) -> None:
     try:
         work.wait(_slice())  # nearly always enough: what follows is for the others
     except RuntimeError:
-        wait_until(lambda seconds: _is_over(work, seconds), place, began)
+        _wait_until(lambda seconds: _is_over(work, seconds), place, began)
+
+
+_waited = threading.local()
+
+
+def own_clock() -> float:
+    """Seconds on a clock of this thread that stands still while it waits for other ranks."""
+    return time.monotonic() - float(getattr(_waited, "seconds", 0.0))
+
+
+def _seen_to_wait(place: Place) -> None:
+    """Let whoever reads this rank's heartbeat know where it waits."""
+    mine = heart()
+    if mine is not None:
+        mine.wait((place.what, place.num_bytes, place.group.key), place)
+
+
+def _seen_to_go_on() -> None:
+    mine = heart()
+    if mine is not None:
+        mine.go_on()
 
 
 @functools.cache
@@ -88,6 +133,14 @@ def wait_until(is_over: IsOver, place: Place, began: float) -> None:
     Raises:
         RankError: as ``wait_for_work``.
     """
+    _seen_to_wait(place)
+    try:
+        _wait_until(is_over, place, began)
+    finally:
+        _seen_to_go_on()
+
+
+def _wait_until(is_over: IsOver, place: Place, began: float) -> None:
     board, seconds = board_of_job(), patience().look
     vigil: _Vigil | None = None
     try:
@@ -105,7 +158,7 @@ def wait_until(is_over: IsOver, place: Place, began: float) -> None:
         vigil.end()
 
 
-def _is_over(work: dist.Work, seconds: float) -> bool:
+def _is_over(work: Awaited, seconds: float) -> bool:
     try:
         work.wait(timedelta(seconds=seconds))
     except RuntimeError:

@@ -24,6 +24,7 @@ from mics import compat
 from mics.errors import RankError
 from mics.ranks.board import Board, Does, NoAnswer, Notice, board_of_job, last_board
 from mics.ranks.drawing import ranks_text
+from mics.ranks.heartbeat import heart
 
 _MOST_WORDS = 300  # characters of an exception that the others are told
 
@@ -52,6 +53,8 @@ class _Now:
     step: int = 0
     watched: bool = False  # its end will be said
     ended: bool = False  # it has been
+    tells_compilation: bool = False  # to who reads this rank's heartbeat
+    around_compilation: int = 0  # what the heartbeat said before
 
 
 _now = _Now()
@@ -97,6 +100,15 @@ def meeting(ranks: Sequence[int]) -> Counted:
     return _meetings[key]
 
 
+def passing(giver: int, taker: int) -> Counted:
+    """What is counted of what one rank sends to another one, by their numbers in the job."""
+    key = f"from {giver} to {taker}"
+    if key not in _meetings:
+        _watch_the_end()
+        _meetings[key] = Counted(key, [giver, taker], on_gloo=True, longest=_longest(None))
+    return _meetings[key]
+
+
 # -- where it is ---------------------------------------------------------------------------------
 
 
@@ -104,15 +116,38 @@ def meeting(ranks: Sequence[int]) -> Counted:
 def during(call: str) -> Iterator[None]:
     """Let waits inside be known by a call of mics, such as ``mics.save``."""
     before, _now.during = _now.during, call
+    mine = heart()
+    seen_before = mine.enter(call) if mine is not None else 0
     try:
         yield
     finally:
         _now.during = before
+        if mine is not None:
+            mine.leave(seen_before)
 
 
 def in_step(step: int, micro_step: int) -> None:
     """Let waits from now on be known by a micro-step; both count from 1."""
     _now.during, _now.step = f"micro-step {micro_step} of step {step}", step
+    mine = heart()
+    if mine is None:
+        return
+    if not _now.tells_compilation:
+        _now.tells_compilation = True  # by now FSDP2 has loaded what compiles
+        compat.watch_compilation(_compilation_begins, _compilation_ends)
+    mine.in_step(step, micro_step)
+
+
+def _compilation_begins() -> None:
+    mine = heart()
+    if mine is not None:
+        _now.around_compilation = mine.enter("compilation")
+
+
+def _compilation_ends() -> None:
+    mine = heart()
+    if mine is not None:
+        mine.leave(_now.around_compilation)
 
 
 def out_of_step() -> None:

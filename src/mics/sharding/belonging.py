@@ -23,6 +23,7 @@ from mics import compat
 from mics.communication.guard import watch
 from mics.errors import MicroStepError, ShardError
 from mics.quantities import MIB, first_of
+from mics.sharding.foreign_state import refuse_foreign_state
 from mics.sharding.other_axes import unsharded
 from mics.sharding.rules import refuse_rule
 from mics.sharding.units import Unit
@@ -92,6 +93,7 @@ def remember_unit(unit: Unit) -> None:
     """Know a unit's parameters when an optimizer steps."""
     watch(_check_optimizer)
     watch(refuse_rule)
+    watch(refuse_foreign_state)
     watch(_free_gathered, last=True)
     _known.units[unit] = [id(param) for param in compat.sharded_params(unit.group)]
     _known.changes += 1

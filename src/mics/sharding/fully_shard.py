@@ -26,6 +26,7 @@ from mics.sharding.placements import Placements
 from mics.sharding.same_model import check_same_model, on_meta
 from mics.sharding.same_start import same_start
 from mics.sharding.units import Unit
+from mics.sharding.wrapping import LeavesNone
 
 
 @during("mics.fully_shard")
@@ -177,6 +178,7 @@ def shard_unit(
         sharded = torch_fully_shard(module, **keywords)
     for one in modules:
         rest_after_forward(one)
+        compat.leave_alone(one, LeavesNone())
     owner, units = modules[0], []
     for group in compat.param_groups(owner):
         if options.axes is not None:

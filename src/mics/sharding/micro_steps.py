@@ -14,8 +14,10 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from mics.communication.step_facts import Normalise
 from mics.errors import MicroStepError
 from mics.sharding.open_step import OpenStep, open_step
+from mics.sharding.tokens import Counted
 from mics.sharding.units import units_of
 from mics.sharding.unreduced import refuse_unreduced
 
@@ -64,15 +66,19 @@ def micro_steps(
         raise _no_choice(normalise, 'None, "micro_steps", or a function from a batch to its tokens')
     if not callable(normalise):
         _refuse_shared(tokens_shared_over)
-        return _loop(model, iter(batches), normalise)
-    counted, copies = normalise, _copies(model, tokens_shared_over)
-    return _loop(model, iter(batches), lambda batch: _share(counted(batch), copies))
+        kind: Normalise = None if normalise is None else "micro_steps"
+        return _loop(model, iter(batches), None, kind)
+    _refuse_unsummed(model, tokens_shared_over)
+    count, over = normalise, tokens_shared_over
+    kind = _kind_of(over)
+    return _loop(model, iter(batches), lambda batch: Counted(count(batch), over), kind)
 
 
 def _loop(
     model: nn.Module,
     batches: Iterator[Batch],
-    normalise: Literal["micro_steps"] | Callable[[Any], float | torch.Tensor] | None,
+    count_tokens: Callable[[Any], Counted] | None,
+    kind: Normalise,
 ) -> Iterator[Batch]:
     nothing = object()
     batch: Any = next(batches, nothing)
@@ -82,10 +88,6 @@ def _loop(
             numbers="0 batches.",
             write="at least one batch per step on every rank",
         )
-    count_tokens = normalise if callable(normalise) else None
-    kind: Literal["micro_steps", "tokens"] | None = "tokens"
-    if count_tokens is None:
-        kind = None if normalise is None else "micro_steps"
     step = OpenStep(model, normalise=kind, in_loop=True)
     try:
         while batch is not nothing:
@@ -148,12 +150,12 @@ def micro_step(
             numbers=f"normalise = {normalise!r}, and tokens were given.",
             write="one of them",
         )
-    kind: Literal["micro_steps", "tokens"] | None = "tokens" if tokens is not None else normalise
-    counted: float | torch.Tensor | None = None
     if tokens is None:
         _refuse_shared(tokens_shared_over)
     else:
-        counted = _share(tokens, _copies(model, tokens_shared_over))
+        _refuse_unsummed(model, tokens_shared_over)
+    kind = normalise if tokens is None else _kind_of(tokens_shared_over)
+    counted = None if tokens is None else Counted(tokens, tokens_shared_over)
     step = open_step(model)
     if step is None or step.was_left or step.in_loop:
         step = OpenStep(model, normalise=kind, in_loop=False)
@@ -185,14 +187,19 @@ def finish_step(model: nn.Module) -> None:
     step.finish(model)
 
 
-def _copies(model: nn.Module, shared_over: DeviceMesh | None) -> int:
-    """How many ranks count the same tokens.
+def _kind_of(shared_over: DeviceMesh | None) -> Normalise:
+    """What gradients are divided by where tokens are counted."""
+    return "tokens" if shared_over is None else "shared tokens"
+
+
+def _refuse_unsummed(model: nn.Module, shared_over: DeviceMesh | None) -> None:
+    """Refuse ranks said to count the same tokens that do not add up theirs.
 
     Raises:
         MicroStepError: tokens are not summed over them.
     """
     if shared_over is None:
-        return 1
+        return
     shared = set(shared_over.mesh.flatten().tolist())
     summed = [unit.groups.whole for unit in units_of(model)]
     if not any(shared <= set(mesh.mesh.flatten().tolist()) for mesh in summed):
@@ -204,14 +211,6 @@ def _copies(model: nn.Module, shared_over: DeviceMesh | None) -> int:
             write='nothing for mesh["tp"], where all ranks count alike; mesh["cp"] of the mesh '
             "whose other axes the model is sharded over",
         )
-    return shared_over.size()
-
-
-def _share(tokens: int | torch.Tensor, copies: int) -> float | torch.Tensor:
-    """This rank's share of tokens that several count; in 64 bits, to sum up to their number."""
-    if copies == 1:
-        return tokens
-    return (tokens.to(torch.float64) if isinstance(tokens, torch.Tensor) else tokens) / copies
 
 
 def _refuse_shared(shared_over: DeviceMesh | None) -> None:

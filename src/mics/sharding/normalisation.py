@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from mics import compat
-from mics.ranks.issuing import all_reduce
+from mics.sharding.tokens import Counted, total_of
 from mics.sharding.units import Unit
 
 
@@ -16,14 +16,18 @@ def divide_by_micro_steps(units: Sequence[Unit], micro_steps: int) -> None:
     _scale(units, lambda unit: 1.0 / micro_steps)
 
 
-def divide_by_tokens(units: Sequence[Unit], tokens: Sequence[float | torch.Tensor]) -> None:
+def divide_by_tokens(units: Sequence[Unit], tokens: Sequence[Counted]) -> None:
     """Make the mean per token, over all ranks, of gradients of losses that are sums over tokens.
 
     Args:
         units: of one model; those of the largest mesh know all ranks with tokens.
         tokens: this rank's number of tokens in each of its micro-steps.
+
+    Raises:
+        MicroStepError: ranks that count the same tokens have other counts.
     """
-    total = _total(tokens, max(units, key=lambda unit: unit.groups.whole.size()))
+    largest = max(units, key=lambda unit: unit.groups.whole.size())
+    total = total_of(tokens, largest.groups)
     _scale(units, lambda unit: _ranks_averaged(unit) / total)
 
 
@@ -31,16 +35,6 @@ def _ranks_averaged(unit: Unit) -> float:
     """What FSDP2 and hop 2 together divided the sum over ranks by."""
     factor = compat.divide_factor(unit.group)
     return factor if factor is not None else unit.groups.shard.size() * unit.groups.num_replicas
-
-
-def _total(tokens: Sequence[float | torch.Tensor], unit: Unit) -> torch.Tensor:
-    """Tokens of all micro-steps of all ranks, at least 1; no host synchronisation."""
-    device = unit.groups.device
-    counts = [torch.as_tensor(n, dtype=torch.float64, device=device).reshape(()) for n in tokens]
-    total = torch.stack(counts).sum()
-    for group in unit.groups.axes:
-        all_reduce(total, group=group)
-    return total.clamp(min=1.0)
 
 
 @torch.no_grad()

@@ -33,6 +33,7 @@ from mics.errors import MicroStepError, MicsWarning
 from mics.sharding.belonging import refuse_outside
 from mics.sharding.normalisation import divide_by_micro_steps, divide_by_tokens
 from mics.sharding.passes import Passes, drop_unfinished, passes_of
+from mics.sharding.tokens import Counted
 from mics.sharding.units import Unit, units_of
 from mics.sharding.unreduced import refuse_unreduced
 
@@ -75,7 +76,7 @@ class OpenStep:
         self._running = False
         self._ended = False
         self._raised = False
-        self._tokens: list[float | torch.Tensor] = []
+        self._tokens: list[Counted] = []
         self._has_gradients = False
         self._left: list[weakref.ref[torch.Tensor] | None] | None = None
         self._state_dict_hook = model.register_state_dict_pre_hook(self._refuse_state_dict)  # type: ignore[no-untyped-call]
@@ -86,7 +87,7 @@ class OpenStep:
 
     @contextlib.contextmanager
     def micro_step(
-        self, model: nn.Module, *, last: bool | None, tokens: float | torch.Tensor | None
+        self, model: nn.Module, *, last: bool | None, tokens: Counted | None
     ) -> Iterator[None]:
         """Run the forward and backward of one micro-batch inside; end the step after the last.
 
@@ -177,7 +178,8 @@ class OpenStep:
                 "The micro-steps of one step are normalised in different ways.",
                 numbers=f"The first one: {self._normalise}, micro-step {self.index + 1}: "
                 f"{normalise}.",
-                write="the same normalise=, and tokens= in all of them or in none",
+                write="the same normalise=, and tokens= and tokens_shared_over= in all of "
+                "them or in none",
             )
 
     def check_optimizer(self, stepped: set[int]) -> bool:
@@ -261,7 +263,7 @@ class OpenStep:
             settle(units[0].groups, [unit.used for unit in units])
         if self._normalise == "micro_steps":
             divide_by_micro_steps(self._units, self.index)
-        elif self._normalise == "tokens":
+        elif self._normalise is not None:
             divide_by_tokens(self._units, self._tokens)
         self._ended = True
         for questions in self._same_steps:
@@ -307,7 +309,7 @@ class OpenStep:
             "state_dict() was called between micro-steps: the gradients accumulated so far are in "
             "no state dict, so a run resumed from it would lose them.",
             numbers=f"{self.index} micro-step(s) of this step have run.",
-            write=f"save after {after}",
+            write=f"save after {after}, or drop the gradients before: model.zero_grad()",
         )
 
 

@@ -74,6 +74,40 @@ def _is_other(name: str) -> bool:
     return bool(parts & _OTHER_PARTS) or (bool(parts & _ALL_OTHERS) and not parts & _DATA)
 
 
+def axis_of_parts(mesh: DeviceMesh, one: int, other: int) -> str | None:
+    """The axis between two ranks, if its name says that ranks along it have parts of a model.
+
+    Args:
+        mesh: cut out of one that may have the axis.
+        one: rank in the job.
+        other: rank in the job.
+
+    Returns:
+        ``None`` too if it has another name, the mesh has not both ranks, or several axes lie
+        between them.
+    """
+    root = compat.root_of(mesh)
+    places = [(root.mesh == rank).nonzero().tolist() for rank in (one, other)]
+    if root.mesh_dim_names is None or not all(places):
+        return None
+    (here,), (there,) = places
+    between = [name for name, i, j in zip(root.mesh_dim_names, here, there, strict=True) if i != j]
+    return between[0] if len(between) == 1 and _parts(between[0]) & _OTHER_PARTS else None
+
+
+def axes_beside_data(mesh: DeviceMesh, *, parts: bool) -> list[str]:
+    """The axes, by their names, along which ranks see the same samples.
+
+    Args:
+        mesh: of the model's data, or cut out of one that has such axes.
+        parts: also those along which ranks hold parts of a model.
+    """
+    root = compat.root_of(mesh)
+    others = _OTHER_TOKENS | (_OTHER_PARTS if parts else set())
+    names = root.mesh_dim_names or ()
+    return [n for axis, n in enumerate(names) if _parts(n) & others and root.size(axis) > 1]
+
+
 def _is_swapped(first: set[str], last: set[str] | None = None) -> bool:
     if last is None:
         return False
@@ -222,7 +256,10 @@ def refuse_parallel_resharding(
 
 
 def unsharded(modules: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
-    """The parameters of modules that are no unit's yet, by name."""
+    """The parameters of modules that are no unit's yet, by name.
+
+    Names in one of several modules begin with its number, since others may have the same.
+    """
     ours = {
         id(param)
         for module in modules
@@ -230,8 +267,13 @@ def unsharded(modules: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
         for group in compat.param_groups(inner)
         for param in compat.sharded_params(group)
     }
-    named = (pair for module in modules for pair in module.named_parameters())
-    return {name: param for name, param in named if id(param) not in ours}
+    prefixes = [f"{number}." if len(modules) > 1 else "" for number in range(len(modules))]
+    return {
+        prefix + name: param
+        for prefix, module in zip(prefixes, modules, strict=True)
+        for name, param in module.named_parameters()
+        if id(param) not in ours
+    }
 
 
 def _around(mesh: DeviceMesh) -> str:

@@ -15,7 +15,8 @@ from mics.communication.ledger import LedgerView
 from mics.ranks.mesh import ranks_of
 from mics.sharding.units import Unit, units_of
 from mics.sharding.whole_step import WholeStep
-from mics.traffic import Traffic, UnitBytes, View, message_traffic, unit_traffic
+from mics.topology import Topology
+from mics.traffic import Traffic, UnitBytes, View, fsdp, message_traffic, unit_traffic
 
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 
@@ -66,6 +67,28 @@ def predict_traffic(
         once = unit.precomputing + _steps_of(unit, steppers)
         for (collective, sent), calls in own + [(one, 1) for one in once]:
             total += message_traffic(0, collective, sent, calls, rank, groups.gpus_per_node)
+    return total
+
+
+def predict_full_sharding(model: nn.Module, *, micro_steps: int = 1) -> Traffic:
+    """What one step would send on this rank if FSDP2 sharded the same units over all ranks.
+
+    Every collective is flat, on the backend at hand, and there is no hop 2. The padding is that of
+    the model's own partition size.
+
+    Args:
+        model: sharded by mics over all ranks, replicas included.
+        micro_steps: of the step.
+
+    Raises:
+        ShardError: the model was not sharded by mics.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    total = Traffic({})
+    for unit in units_of(model):
+        topology = Topology.from_world(world, unit.groups.gpus_per_node, world)
+        gloo = unit.reduce_scatter.by_all_reduce
+        total += fsdp(topology, [bytes_of(unit, model)], micro_steps, gloo=gloo, rank=rank)
     return total
 
 

@@ -1,4 +1,4 @@
-"""Optimizers of torch whose rule cannot be worked out on shards: refused before their first step.
+"""Optimizers whose rule cannot be worked out on shards: refused before their first step.
 
 torch raises too, from inside its kernels and in the middle of a step: some parameters have been
 stepped by then.
@@ -21,7 +21,8 @@ def refuse_rule(optimizer: torch.optim.Optimizer, _: set[int]) -> None:
     Raises:
         ShardError: on every rank, before anything is changed.
     """
-    if not isinstance(optimizer, torch.optim.Adafactor | torch.optim.Rprop | torch.optim.Muon):
+    known = isinstance(optimizer, torch.optim.Adafactor | torch.optim.Rprop | torch.optim.Muon)
+    if not known and not _is_transformers_adafactor(optimizer):
         return
     refused = [
         param
@@ -30,7 +31,13 @@ def refuse_rule(optimizer: torch.optim.Optimizer, _: set[int]) -> None:
         if isinstance(param, DTensor) and _cannot_step(optimizer, group, param)
     ]
     if refused:
-        raise _error(type(optimizer).__name__, refused)
+        raise _error(optimizer, refused)
+
+
+def _is_transformers_adafactor(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it is the one of transformers, which nothing here imports."""
+    names = {(kind.__module__, kind.__name__) for kind in type(optimizer).__mro__}
+    return ("transformers.optimization", "Adafactor") in names
 
 
 def _cannot_step(
@@ -45,7 +52,10 @@ def _cannot_step(
     return is_sharded and not group.get("capturable")
 
 
-def _error(name: str, refused: Sequence[DTensor]) -> ShardError:
+def _error(optimizer: torch.optim.Optimizer, refused: Sequence[DTensor]) -> ShardError:
+    whose, name = "torch.optim", type(optimizer).__name__
+    if _is_transformers_adafactor(optimizer):
+        whose, name = "transformers", "Adafactor"
     shapes = first_of([str(list(param.shape)) for param in refused])
     why = {
         "Adafactor": "takes means over rows and columns of whole matrices, which shards have not.",
@@ -53,8 +63,8 @@ def _error(name: str, refused: Sequence[DTensor]) -> ShardError:
         "Rprop": "writes by a mask, which torch cannot on a shard.",
     }
     return ShardError(
-        f"torch.optim.{name} {why[name]}",
+        f"{whose}.{name} {why[name]}",
         numbers=f"{len(refused)} of its parameters are such: {shapes}.",
-        write=f"mics.WholeStep(model.parameters(), torch.optim.{name}, ...), which gathers one "
+        write=f"mics.WholeStep(model.parameters(), {whose}.{name}, ...), which gathers one "
         "matrix at a time inside its partition group",
     )

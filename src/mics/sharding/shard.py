@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
@@ -16,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from mics import compat
 from mics.anatomy.blocks import Blocks, find_blocks, units_of_block
 from mics.anatomy.memory import states_and_blocks
+from mics.anatomy.recipe import Recipe
 from mics.anatomy.sizes import units_of_model
 from mics.communication.backend import backend_of_mesh
 from mics.communication.forms import Collectives
@@ -24,6 +26,7 @@ from mics.quantities import dtype_name
 from mics.ranks import issuing
 from mics.ranks.console import say
 from mics.ranks.device import HOST, communication_device, default_device_type
+from mics.ranks.launcher import FULL_WORLD, full_world
 from mics.ranks.mesh import (
     Groups,
     groups_of,
@@ -32,7 +35,6 @@ from mics.ranks.mesh import (
     start,
 )
 from mics.ranks.whereabouts import during, world_group
-from mics.recipe import Recipe
 from mics.sharding.belonging import remember_replaced
 from mics.sharding.data_axes import Axes, axes_on, groups_on
 from mics.sharding.fully_shard import UnitOptions, shard_unit
@@ -135,6 +137,7 @@ def shard(
         f"mp_policy={mp_policy}",
         f"collectives={collectives}",
         f"overlap={overlap}",
+        f"{FULL_WORLD}={os.environ.get(FULL_WORLD)}",
     ]
     asked = _Asked(model, blocks, ignored, arguments)
     if mesh is None:
@@ -285,7 +288,7 @@ def _on_new_mesh(
     device = communication_device(default_device_type())
     refuse_sharded_over_all(asked.model)
     found = asked.agree([world_group()], device, k)
-    nodes = Topology.from_world(world, k, k)
+    nodes = Topology.from_world(full_world(world), k, k)  # "auto" is the same while some are away
     choice = _choose(asked.model, partition, nodes, found, policy)
     mesh = mesh_of(Topology.from_world(world, k, choice.partition))
     return found, groups_of(mesh, gpus_per_node=k), choice.reason

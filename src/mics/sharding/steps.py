@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import weakref
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
@@ -14,16 +13,12 @@ from torch import nn
 from mics.errors import MicroStepError
 from mics.ranks.console import say
 from mics.ranks.drawing import ranks_text
-from mics.ranks.issuing import all_reduce, make_group
+from mics.ranks.issuing import all_reduce, host_group
 from mics.ranks.together import gather_json
 from mics.ranks.whereabouts import during, world_group
 from mics.sharding.units import units_of
 
 Batch = TypeVar("Batch")
-
-_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], dist.ProcessGroup]] = (
-    weakref.WeakKeyDictionary()
-)
 
 
 def steps(
@@ -111,7 +106,4 @@ def _group_of(model: nn.Module | None) -> dist.ProcessGroup | None:
     ranks = dist.get_process_group_ranks(world)
     if model is not None:
         ranks = sorted(units_of(model)[0].groups.whole.mesh.flatten().tolist())
-    made = _groups.setdefault(world, {})
-    if tuple(ranks) not in made:
-        made[tuple(ranks)] = make_group(ranks, "mics_steps", backend="gloo")
-    return made[tuple(ranks)]
+    return host_group(ranks, "mics_steps")

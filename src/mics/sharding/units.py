@@ -21,10 +21,13 @@ from mics.communication.hop_two import HopTwo
 from mics.communication.issued import issued_of
 from mics.communication.landing import Landing
 from mics.communication.ledger import Ledger
+from mics.communication.pace import pace_of
 from mics.communication.scales import Scales
 from mics.communication.used import Used
 from mics.errors import MicroStepError, ShardError
+from mics.ranks.heartbeat import hold_in
 from mics.ranks.mesh import Groups, ranks_of
+from mics.ranks.recording import recorder
 from mics.sharding.lockstep import Moment, Use
 from mics.sharding.passes import Passes, Step, passes_of
 
@@ -56,7 +59,10 @@ class Unit:
         self.decide = decide_by(groups, collectives)
         if collectives == "auto":
             _measure(group, groups)
-        self.ledger = Ledger(rank=dist.get_rank(), gpus_per_node=groups.gpus_per_node)
+        hold_in(dist.get_world_size() // groups.num_replicas)
+        self.ledger = Ledger(
+            rank=dist.get_rank(), gpus_per_node=groups.gpus_per_node, pace=pace_of(groups)
+        )
 
         self.scales = Scales(group, self.ledger, groups.device)
         self.precomputing: list[Message] = []  # scales of several units, in the first one's name
@@ -151,6 +157,9 @@ class Unit:
         if compat.in_backward():
             return
         self._entering = compat.enters_forward(self.group)
+        tracer = recorder()
+        if self._entering and tracer is not None:
+            tracer.arrive(self.ledger)
         passes = self._find_passes()
         if self._entering and passes is not None:
             passes.lockstep.arrive(self, args)
@@ -176,6 +185,9 @@ class Unit:
             return
         if not compat.completes_forward(self.group, module):
             return
+        tracer = recorder()
+        if tracer is not None:
+            tracer.leave(self.ledger)
         self._passes.lockstep.finish(self, output)
         if not torch.is_grad_enabled():
             return
@@ -215,10 +227,16 @@ class Unit:
                 numbers=f"{writes} write(s) of its {params} parameter(s) in between.",
                 write="the backward of a loss before its weights change; or a new forward",
             )
+        tracer = recorder()
+        if tracer is not None:
+            tracer.begin_backward(self.ledger)
         self._passes.begin(use)
 
     def _end_backward(self, moment: Moment | None, gradient: torch.Tensor | None) -> None:
         """The gradients of its inputs have come; FSDP2 reduces next."""
+        tracer = recorder()
+        if tracer is not None:
+            tracer.end_backward(self.ledger)
         if moment is not None and self._passes is not None:
             self._passes.end_use(self, moment)
         self.used.note()

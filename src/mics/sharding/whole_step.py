@@ -15,6 +15,7 @@ rank; all ranks work out the same. Nothing is sent between replicas.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -48,8 +49,8 @@ class WholeStep(torch.optim.Optimizer):
 
     Raises:
         ValueError: the rule does not take one of the parameters.
-        ConfigError: at the first step, before a parameter is changed: the rule keeps something for
-            all parameters of a group.
+        ConfigError: the rule computes the loss in its step; or, at the first step, before a
+            parameter is changed: it keeps something for all parameters of a group.
         ShardError: in a step, before a parameter is changed: a weight or gradient cannot be
             gathered.
     """
@@ -97,9 +98,11 @@ class WholeStep(torch.optim.Optimizer):
         """Add a group, see torch's."""
         super().add_param_group(param_group)
         for param in self.param_groups[-1]["params"]:
-            self._steppers[param] = self._make(param)
+            self._make(param)  # for what it refuses; tools put shards in the places of parameters
 
     def _step(self, param: nn.Parameter, options: dict[str, Any], ledger: Ledger | None) -> None:
+        if param not in self._steppers:
+            self._steppers[param] = self._make(param)
         stepper = self._steppers[param]
         stepper.param_groups[0].update(options)
         (whole,) = stepper.param_groups[0]["params"]
@@ -129,7 +132,16 @@ class WholeStep(torch.optim.Optimizer):
 
     def _make(self, param: torch.Tensor) -> torch.optim.Optimizer:
         """The optimizer of one parameter, of which it holds the dims and no values."""
-        return self._rule([nn.Parameter(_nothing(param))], **self._options)
+        stepper = self._rule([nn.Parameter(_nothing(param))], **self._options)
+        closure = inspect.signature(stepper.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise ConfigError(
+                f"{type(stepper).__name__} computes the loss anew inside of its step, and "
+                "mics.WholeStep steps each parameter by itself, after the closure.",
+                numbers="Its step has no default for closure.",
+                write="a rule whose step needs gradients alone, such as torch.optim.Adafactor",
+            )
+        return stepper
 
 
 def _listed(one: Any) -> Any:

@@ -1,0 +1,1 @@
+"""Survive: the state of every rank in its node's memory, and the way back from there."""
