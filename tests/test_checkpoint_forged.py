@@ -31,7 +31,7 @@ from mics.checkpoint.manifest import (
 )
 from mics.hardware.lookup import gpus
 from mics.hardware.measured import measured_node
-from mics.interchange.exporting import find_checkpoint
+from mics.models.interchange.exporting import find_checkpoint
 from mics.ranks.files import read_small
 from mics.training.data.cache import read_meta
 from mics.training.settings import read_settings

@@ -286,7 +286,7 @@ def test_cells_that_differ_do_not_go_into_an_expanded_buffer(tmp_path: Path) -> 
 
 def test_the_configuration_of_a_transformers_model_is_kept_by_itself(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    from mics.interchange.exporting import export
+    from mics.models.interchange.exporting import export
 
     config = transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=11, n_positions=8)
     model = transformers.GPT2LMHeadModel(config)

@@ -18,7 +18,9 @@ import pytest
 from mics.__main__ import main
 from mics.errors import LabError
 from mics.lab import lifetime, network, relay, running, state, system, unprivileged
+from mics.lab.comparing import scripts_of
 from mics.lab.state import Lab
+from mics.ranks.program import as_command
 
 ROOT = Path(__file__).parents[1]
 
@@ -46,6 +48,33 @@ def lab() -> Iterator[Lab]:
 
 def of_lab(lab: Lab) -> list[str]:
     return [name for name in network.namespaces() if name.startswith(f"mics-{lab.name}-")]
+
+
+def test_scripts_to_compare_have_their_arguments_behind_them() -> None:
+    assert scripts_of(["a.py", "--x", "1", "b.py"]) == [("a.py", "--x", "1"), ("b.py",)]
+    with pytest.raises(LabError, match="not two scripts"):
+        scripts_of(["a.py", "--x"])
+
+
+@pytest.mark.extra
+@needs_a_lab
+@pytest.mark.slow
+def test_two_scripts_are_compared_on_the_same_links(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script, file = str(ROOT / "tests" / "checked" / "hsdp.py"), tmp_path / "compared.json"
+    shape = ["--nodes", "2", "--gpus-per-node", "2", "--link", "100mbit", "--steps", "3"]
+    where = ["--logs", str(tmp_path / "logs"), "--json", str(file)]
+    scripts = [script, "--way", "right", script, "--way", "every"]
+    assert main(["lab", "compare", *shape, *where, *scripts]) == 0
+    right, every = json.loads(file.read_text())
+    assert len(right["seconds"]) == 3
+    assert right["losses"] == pytest.approx(every["losses"], abs=1e-6)
+    assert None not in right["losses"]
+    # 50,568 bytes of hop 2 once and four times, and what TCP adds.
+    assert 50_568 < right["bytes_sent"] < 1.5 * 50_568
+    assert 3.5 < every["bytes_sent"] / right["bytes_sent"] < 4.5
+    assert "largest difference to the first" in capsys.readouterr().out
 
 
 # -- without a lab ---------------------------------------------------------------------------------
@@ -90,7 +119,7 @@ def test_what_is_missing_is_named_with_how_to_get_it(monkeypatch: pytest.MonkeyP
 
 
 def test_a_command_is_a_script_a_module_a_verb_or_any_program() -> None:
-    take, python = running._as_program, sys.executable
+    take, python = as_command, sys.executable
     assert take(["a.py", "--x"]) == [python, "a.py", "--x"]
     assert take(["python", "a.py"]) == [python, "a.py"]
     assert take(["mics", "train", "c.toml"]) == [python, "-m", "mics", "train", "c.toml"]
@@ -313,6 +342,7 @@ HOLD = """
 import sys, time
 from mics.lab import lifetime
 from mics.lab.state import Lab
+from mics.ranks.program import as_command
 print("begins", flush=True)
 with lifetime.lab_for(Lab(sys.argv[1], 3, 1, "100mbit")):
     print("up", flush=True)
@@ -660,6 +690,18 @@ def test_the_kernel_counts_what_the_ledger_counts_and_headers(tmp_path: Path) ->
     for one in found["all-gather"]:
         expected = one["(p - k) / (p - 1)"]
         assert abs(one["hierarchical over flat"] / expected - 1) <= 0.05, one
+
+
+@needs_a_lab
+@pytest.mark.extra
+def test_a_slow_rank_and_a_slow_link_of_a_lab_are_named_and_else_nobody(tmp_path: Path) -> None:
+    measured("stragglers.py", "--count", "1", "--folder", str(tmp_path))
+    (job,) = json.loads((tmp_path / "stragglers.json").read_text())["jobs"]
+    assert {name: part["right"] for name, part in job["parts"].items()} == {
+        "nothing": True,
+        "rank": True,
+        "link": True,
+    }
 
 
 @needs_a_lab

@@ -31,6 +31,12 @@ class Verb:
 
 VERBS = (
     Verb("train", "train", "train a language model", "mics train examples/demo.toml"),
+    Verb(
+        "run",
+        "run",
+        "ranks that survive lost ranks and nodes",
+        "mics run --ranks-per-node 4 -- train.py",
+    ),
     Verb("plan", "plan", "which partition, how fast, what price", "mics plan --model llama-8b"),
     Verb(
         "simulate",
@@ -38,9 +44,18 @@ VERBS = (
         "scaling, engine against engine",
         "mics simulate --model bert-10b --node p3dn --nodes 2..64",
     ),
+    Verb("page", "page", "a run as one page of HTML", "mics page runs/demo"),
     Verb("export", "export", "a checkpoint for transformers", "mics export runs/demo exported"),
     Verb("import", "importing", "a checkpoint from transformers", "mics import folder checkpoint"),
+    Verb(
+        "import-config",
+        "importing_config",
+        "options from DeepSpeed's or SageMaker's",
+        "mics import-config ds_config.json",
+    ),
     Verb("bench", "bench", "measure links, compare engines", "mics bench collectives"),
+    Verb("check", "check", "what any training script sends", "mics check train.py"),
+    Verb("trace", "trace", "steps of all ranks, for Perfetto", "mics trace --ranks 4 train.py"),
     Verb("lab", "lab", "a cluster on this machine", "mics lab run --nodes 4 -- script.py"),
     Verb(
         "doctor",

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from mics.anatomy.recipe import MOST_RANKS
 from mics.benching.collectives import keep_choices, measure_collectives
 from mics.benching.contestants import NAMES, Layout, Name
 from mics.benching.deepspeed_parent import RELEASES, check_environments
@@ -27,7 +28,6 @@ from mics.quantities import Within, parse_size
 from mics.ranks.console import progress, show, speaks
 from mics.ranks.mesh import groups_of, init_mesh
 from mics.ranks.starting import leave_groups
-from mics.recipe import MOST_RANKS
 
 _SIZES = tuple(f"{2**n}KiB" for n in range(6, 17, 2))
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 
+from mics.commands.examining.examination import examine_here, examine_launched
+from mics.commands.examining.facts import Problem
+from mics.commands.examining.options import Config, nonsense
+from mics.commands.examining.report import Report, as_json
 from mics.commands.numbers import out_of_bounds
-from mics.doctor.examination import examine_here, examine_launched
-from mics.doctor.facts import Problem
-from mics.doctor.options import Config, nonsense
-from mics.doctor.report import Report, as_json
 from mics.errors import MicsError
 from mics.ranks.console import progress, show, speaks
 from mics.ranks.joining import RanksMissing

@@ -47,10 +47,10 @@ def run(config: Config) -> int:
     Raises:
         CheckpointError: there is no such checkpoint, it is damaged, or the folder exists.
     """
-    from mics.interchange.comparing import differing_files, largest_difference
-    from mics.interchange.dtypes import FLOATS
-    from mics.interchange.exporting import export
-    from mics.interchange.exporting_adapters import export_adapters
+    from mics.models.interchange.comparing import differing_files, largest_difference
+    from mics.models.interchange.dtypes import FLOATS
+    from mics.models.interchange.exporting import export
+    from mics.models.interchange.exporting_adapters import export_adapters
     from mics.models.small_files import usual_that_lack
     from mics.ranks.console import alarm, show
     from mics.ranks.progress_bar import TextProgress

@@ -1,4 +1,4 @@
-"""``mics import``: a transformers folder as a checkpoint."""
+"""``mics import``: a folder of transformers or of DeepSpeed as a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import tyro
 
 @dataclass(frozen=True)
 class Config:
-    """Write a checkpoint (weights only, step 0) from config.json and safetensors.
+    """Write a checkpoint from a folder of transformers (weights only) or of DeepSpeed (all).
 
     Tokenizer, chat templates, generation configuration and processors come along, code never does.
-    Train from it with `mics train --run.resume OUT`.
+    What DeepSpeed's ZeRO or MiCS saved is read as data, with the optimizer's state. Train from it
+    with `mics train --run.resume OUT`.
     """
 
     folder: tyro.conf.Positional[Path]
-    """Folder that transformers' save_pretrained wrote."""
+    """Folder that transformers' save_pretrained or DeepSpeed's save_checkpoint wrote."""
 
     out: tyro.conf.Positional[Path]
     """Checkpoint to be made."""
@@ -34,19 +35,27 @@ def run(config: Config) -> int:
         0.
 
     Raises:
-        CheckpointError: the folder holds no model, or the checkpoint cannot be written.
+        CheckpointError: the folder holds no model, is damaged, or the checkpoint cannot be
+            written.
         ConfigError: a small file of the folder cannot be read, or is not of a language model.
     """
-    from mics.interchange.dtypes import FLOATS
-    from mics.interchange.importing import import_folder
+    from mics.models.interchange.deepspeed.folder import is_deepspeed
+    from mics.models.interchange.deepspeed.importing import import_deepspeed
+    from mics.models.interchange.dtypes import FLOATS
+    from mics.models.interchange.importing import import_folder
     from mics.ranks.console import alarm, show
     from mics.ranks.progress_bar import TextProgress
 
+    dtype, found = FLOATS[config.dtype], ""
     with TextProgress() as progress:
-        imported = import_folder(
-            config.folder, config.out, dtype=FLOATS[config.dtype], told=progress.show
-        )
-    show(f"{config.folder} -> {config.out}")
+        if is_deepspeed(config.folder):
+            imported, states = import_deepspeed(
+                config.folder, config.out, dtype=dtype, told=progress.show
+            )
+            found = f" (DeepSpeed stage {states.stage}, {states.ranks} ranks, step {states.step})"
+        else:
+            imported = import_folder(config.folder, config.out, dtype=dtype, told=progress.show)
+    show(f"{config.folder}{found} -> {config.out}")
     if imported.unused:
         show(f"left out, as the model has no place for them: {', '.join(imported.unused)}")
     if imported.code:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from mics.commands.checks import check_folders, write_text
+from mics.commands.dashes import parse_with_program
 from mics.commands.numbers import check_numbers
 from mics.lab import lifetime, network, running, state, unprivileged
+from mics.lab.comparing import as_text, compare, scripts_of
 from mics.lab.state import Lab
 from mics.lab.status import status
 from mics.lab.system import check_system
@@ -60,6 +64,30 @@ class RunInLab(Shape):
 
     command: tyro.conf.Positional[tuple[str, ...]] = ()
     """The command, after `--`."""
+
+
+@dataclass(frozen=True)
+class CompareInLab(Shape):
+    """Run scripts in turn on the same links: step time, bytes and losses side by side.
+
+    They follow `--`, each with its arguments behind it, and are ended when they have taken enough
+    steps: optimizer steps of torch.optim, whatever else a script is made of.
+    """
+
+    steps: Annotated[int, Within(1, 100_000)] = 5
+    """Steps that are timed, behind one that is not."""
+
+    seconds: Annotated[float, Within(1, 1e6)] = 3600.0
+    """In which each script must have taken them."""
+
+    logs: Path = Path("lab-logs")
+    """Folder for what every rank prints."""
+
+    json: Path | None = None
+    """Write the figures here too."""
+
+    command: tyro.conf.Positional[tuple[str, ...]] = ()
+    """a.py [arguments] b.py [arguments], after `--`."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +151,7 @@ class Clean:
 
 Config = (
     Annotated[RunInLab, tyro.conf.subcommand("run")]
+    | Annotated[CompareInLab, tyro.conf.subcommand("compare")]
     | Annotated[Up, tyro.conf.subcommand("up")]
     | Annotated[Down, tyro.conf.subcommand("down")]
     | Annotated[Status, tyro.conf.subcommand("status")]
@@ -144,6 +173,9 @@ def run(config: Config) -> int:
     """
     check_numbers(config)
     check_system()
+    if isinstance(config, CompareInLab):
+        scripts_of(config.command)
+        check_folders(config.json)
     if isinstance(config, RunInLab | Exec) and not config.command:
         verb = "run" if isinstance(config, RunInLab) else "exec"
         progress(f"mics lab {verb}: no command; write it after `--`")
@@ -155,6 +187,8 @@ def _as_root(config: Config) -> int:
     match config:
         case RunInLab():
             return _run(config)
+        case CompareInLab():
+            _compare(config)
         case Exec():
             return _exec(config)
         case Up():
@@ -183,7 +217,7 @@ def _as_user(config: Config) -> int:
     words = sys.argv[2:]
     unprivileged.check_user()
     match config:
-        case RunInLab() | Up():
+        case RunInLab() | CompareInLab() | Up():
             lifetime.clean_unprivileged()  # from within nobody else's processes can be seen
             unprivileged.start_again_in_new(words)
         case Down():
@@ -214,6 +248,16 @@ def _run(config: RunInLab) -> int:
     return done.code
 
 
+def _compare(config: CompareInLab) -> None:
+    scripts = scripts_of(config.command)
+    with lifetime.lab_for(config.lab()) as lab:
+        logs = config.logs / lab.name
+        compared = compare(lab, scripts, config.steps, logs, seconds=config.seconds)
+    show(as_text(compared, lab))
+    if config.json is not None:
+        write_text(config.json, json.dumps([asdict(one) for one in compared], indent=1) + "\n")
+
+
 def _exec(config: Exec) -> int:
     lab = state.find(config.lab).lab
     index = lab.node_index(config.node)
@@ -235,13 +279,8 @@ def _show_removed(names: Sequence[str]) -> None:
 def parse(words: Sequence[str], **keywords: object) -> Config:
     """Options before `--`, the command as it stands after it."""
     options = list(words)
-    command: list[str] = []
-    if "--" in options:
-        at = options.index("--")
-        options, command = options[:at], options[at + 1 :]
-    chosen: Config = tyro.cli(Config, args=[*options, *_quoted(command)], **keywords)  # type: ignore[call-overload]
+    scripts = [number for number, word in enumerate(options) if word.endswith(".py")]
+    if options[:1] == ["compare"] and "--" not in options and scripts:
+        options.insert(scripts[0], "--")
+    chosen: Config = parse_with_program(Config, options, **keywords)
     return chosen
-
-
-def _quoted(command: Sequence[str]) -> list[str]:
-    return ["--", *command] if command else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,27 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from mics.anatomy.memory import NOT_MODELLED
-from mics.commands.checks import check_folders, refuse_others, write_text
-from mics.commands.cluster_options import ClusterOptions, node_of
-from mics.commands.numbers import check_numbers
-from mics.errors import PlanError
-from mics.hardware.catalogue_text import catalogue
-from mics.hardware.cluster import MOST_NODES, Cluster
-from mics.hardware.stacks import find_stack
-from mics.planning.answer import TOP, Plans
-from mics.planning.api import plan
-from mics.planning.page import page
-from mics.planning.parsing import parse_range
-from mics.planning.plan import Plan, equal_plans
-from mics.planning.question import MICRO_BATCHES
-from mics.planning.ranking import error_on
-from mics.planning.scaling import ENGINES, weak_scaling
-from mics.planning.subject import subject
-from mics.planning.sweep import sweep, sweep_table
-from mics.planning.table import as_document
-from mics.quantities import Within
-from mics.ranks.console import progress, show
-from mics.recipe import (
+from mics.anatomy.recipe import (
     MOST_AHEAD,
     MOST_BATCH,
     MOST_FRAGMENTATION,
@@ -42,6 +23,26 @@ from mics.recipe import (
     Machine,
     Recipe,
 )
+from mics.commands.checks import check_folders, refuse_others, write_text
+from mics.commands.cluster_options import ClusterOptions, node_of
+from mics.commands.dashes import command_line
+from mics.commands.numbers import check_numbers
+from mics.errors import PlanError
+from mics.hardware.catalogue_text import catalogue
+from mics.hardware.cluster import MOST_NODES, Cluster
+from mics.hardware.stacks import find_stack
+from mics.planning.answer import TOP, Plans
+from mics.planning.api import plan
+from mics.planning.parsing import parse_range
+from mics.planning.plan import Plan, equal_plans
+from mics.planning.question import MICRO_BATCHES
+from mics.planning.ranking import error_on
+from mics.planning.scaling import ENGINES, weak_scaling
+from mics.planning.subject import subject
+from mics.planning.sweep import sweep, sweep_table
+from mics.planning.table import as_document
+from mics.quantities import Within
+from mics.ranks.console import progress, show
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class Config:
     """File for a picture."""
 
     html: Path | None = None
-    """File for a page with memory, timeline, scaling and prices."""
+    """File for a page with choice, price, command, memory, timeline and scaling."""
 
     list: bool = False
     """List GPUs, nodes and software stacks with their sources, and stop."""
@@ -221,14 +222,38 @@ def _files(config: Config, plans: Plans, swept: Sequence[Plan]) -> None:
         progress("simulating other engines")
         scaling = weak_scaling(best, ENGINES)
     if config.html is not None:
+        from mics.planning.page import Asked, page
+
         around = swept or sweep(best, _around(best.cluster.nodes), progress)
-        texts.append((config.html, page(title, plans, around, scaling)))
+        asked = Asked(
+            title,
+            command_line("plan", config),
+            _training(config, best),
+            plans.price(config.tokens),
+            plans.caveats(around),
+        )
+        texts.append((config.html, page(asked, plans, around, scaling)))
     if config.png is not None:
         from mics.planning.picture import draw
 
         draw(config.png, title, plans, scaling)
     for file, text in texts:
         write_text(file, text)
+
+
+def _training(config: Config, best: Plan) -> str:
+    """Write the command that trains as a plan says, on every node of it."""
+    node, way = best.cluster.node, best.way
+    words = ["torchrun", "--nnodes", str(best.cluster.nodes)]
+    words += ["--nproc-per-node", str(node.gpus_per_node), "-m", "mics", "train"]
+    words += ["--model.name", config.model, "--data.sequence", str(way.sequence)]
+    words += ["--parallel.partition", str(way.partition)]
+    words += ["--batch.micro-batch", str(way.micro_batch)]
+    words += ["--batch.micro-steps", str(way.micro_steps)]
+    if way.checkpointing:
+        words.append("--parallel.activation-checkpointing")
+    words += ["--parallel.activation-offload", "on" if way.offload else "off"]
+    return shlex.join(words)
 
 
 def _around(nodes: int) -> list[int]:

@@ -10,6 +10,15 @@ from typing import Annotated, Literal
 
 import tyro
 
+from mics.anatomy.recipe import (
+    MOST_MICRO_BATCH,
+    MOST_MICRO_STEPS,
+    MOST_RANKS,
+    MOST_SEQUENCE,
+    MOST_SIGMA,
+    Machine,
+    Recipe,
+)
 from mics.commands.checks import check_folders, refuse_others, write_text
 from mics.commands.cluster_options import ClusterOptions, node_of
 from mics.commands.numbers import check_numbers
@@ -25,15 +34,6 @@ from mics.planning.validation import as_markdown, validate
 from mics.planning.weighing import simulate_recipe
 from mics.quantities import GIB, Within
 from mics.ranks.console import progress, show
-from mics.recipe import (
-    MOST_MICRO_BATCH,
-    MOST_MICRO_STEPS,
-    MOST_RANKS,
-    MOST_SEQUENCE,
-    MOST_SIGMA,
-    Machine,
-    Recipe,
-)
 from mics.simulation.profiles import PROFILES, EngineName
 from mics.simulation.timeline import chrome_trace
 from mics.topology import possible_partitions

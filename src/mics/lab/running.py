@@ -23,6 +23,7 @@ from typing import IO
 from mics.lab.network import Traffic, traffic
 from mics.lab.state import Lab, names_of_nodes, profile
 from mics.lab.system import find_program
+from mics.ranks.program import as_command
 
 _PORT = 29511
 _OUT, _ERR = "stdout.log", "stderr.log"
@@ -118,7 +119,7 @@ def _start_rank(lab: Lab, rank: int, words: Sequence[str], logs: Path) -> subpro
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / _OUT).open("w") as out, (folder / _ERR).open("w") as err:
         return subprocess.Popen(
-            in_node(lab, index, _as_program(words)),
+            in_node(lab, index, as_command(words)),
             stdout=out if rank else subprocess.PIPE,
             stderr=err if rank else subprocess.PIPE,
             text=True,
@@ -139,17 +140,6 @@ def _start_rank(lab: Lab, rank: int, words: Sequence[str], logs: Path) -> subpro
 def _folder_of(lab: Lab, rank: int, logs: Path) -> Path:
     index, local_rank = divmod(rank, lab.gpus_per_node)
     return logs / f"node{index}" / str(local_rank)
-
-
-def _as_program(words: Sequence[str]) -> list[str]:
-    first = words[0]
-    if first == "-m" or first.endswith(".py"):
-        return [sys.executable, *words]
-    if first == "mics":
-        return [sys.executable, "-m", *words]
-    if first in ("python", "python3") and len(words) > 1:
-        return [sys.executable, *words[1:]]
-    return list(words)
 
 
 def _show(rank: subprocess.Popen[str], folder: Path, screen: IO[str]) -> list[threading.Thread]:

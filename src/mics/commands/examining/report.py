@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mics.doctor.facts import Facts, Problem
-from mics.doctor.links import LinkClass, Probe
+from mics.commands.examining.facts import Facts, Problem
+from mics.commands.examining.links import LinkClass, Probe
 from mics.errors import DisagreementError
 from mics.quantities import size
 from mics.ranks.drawing import draw, ranks_text

@@ -9,16 +9,16 @@ from collections.abc import Mapping
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from mics.doctor.facts import (
+from mics.commands.examining.facts import (
     Problem,
     disagreements,
     gather_facts,
     missing_devices,
     unequal_nodes,
 )
-from mics.doctor.links import probe_links
-from mics.doctor.options import Config
-from mics.doctor.report import Report, as_json, as_text
+from mics.commands.examining.links import probe_links
+from mics.commands.examining.options import Config
+from mics.commands.examining.report import Report, as_json, as_text
 from mics.errors import MicsError
 from mics.ranks.console import show
 from mics.ranks.device import num_devices

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from mics.anatomy.recipe import MOST_RANKS as MOST_RANKS_OF_A_JOB
 from mics.quantities import Within
 from mics.ranks.device import default_device_type
 from mics.ranks.launcher import Launch, more_ranks
 from mics.ranks.starting import MOST_RANKS
-from mics.recipe import MOST_RANKS as MOST_RANKS_OF_A_JOB
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""What any training script communicates, and whether its copies of the model stay alike."""

@@ -1,0 +1,138 @@
+"""The steps of all ranks of a checked script, and what each collective was for; no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from mics.lab.checking.copies import copies_of
+from mics.lab.checking.report import Call, Param, RankReport, Seen, Step
+
+_MORE_THAN_METRICS = 1024  # elements
+
+
+class Evidence:
+    """The steps of all ranks, and what follows from them at once.
+
+    Args:
+        reports: of all ranks, in order.
+        gpus_per_node: ranks of a node.
+    """
+
+    def __init__(self, reports: Sequence[RankReport], gpus_per_node: int) -> None:
+        self.reports, self.gpus_per_node = reports, gpus_per_node
+        self.num_steps = min(len(report.steps) for report in reports)
+        self.engines = reports[0].engines
+        self.copies = copies_of(self.first)
+        self.shared = [one for one in self.copies if len(one.ranks) > 1]
+        self.shared_numel = sum(one.numel for one in self.shared if 0 in one.ranks)
+        self._sets = {one.ranks for one in self.shared}
+        if "mics" in self.engines:
+            self._read_reduces()
+        self._shards = {
+            seen.call.numel // len(seen.call.ranks)
+            for step in self.last
+            for seen, _ in reduces_of(step)
+        }
+        self._data = [" ".join(step.data for step in report.steps) for report in reports]
+
+    def _read_reduces(self) -> None:
+        """Count what mics reduces by all-reduces on Gloo as it reduces it on accelerators."""
+        shards = {
+            seen.call.numel
+            for report in self.reports
+            for step in report.steps
+            for seen, _ in step.calls
+            if self._joins_copies(seen.call)
+        }
+        for report in self.reports:
+            for step in report.steps:
+                step.calls = [(self._on_accelerators(seen, shards), n) for seen, n in step.calls]
+
+    def _on_accelerators(self, seen: Seen, shards: set[int]) -> Seen:
+        call = seen.call
+        if call.collective != "all_reduce" or call.small or self._joins_copies(call):
+            return seen
+        whole = call.numel // len(call.ranks) in shards or not self._sets
+        if not whole or seen.when != "backward" or (not shards and not self._is_large(call)):
+            return seen
+        return replace(seen, call=replace(call, collective="reduce_scatter"))
+
+    def _joins_copies(self, call: Call) -> bool:
+        within = any(set(call.ranks) <= set(ranks) for ranks in self._sets)
+        return call.collective == "all_reduce" and call.floating and within
+
+    def _is_large(self, call: Call) -> bool:
+        return call.numel >= _MORE_THAN_METRICS
+
+    def step(self, number: int) -> list[Step]:
+        """One step of every rank."""
+        return [report.steps[number] for report in self.reports]
+
+    @property
+    def last(self) -> list[Step]:
+        """The last step of every rank."""
+        return self.step(self.num_steps - 1)
+
+    @property
+    def first(self) -> list[Step]:
+        """The first step of every rank, with each parameter as it is when it is stepped first."""
+        return [_with_all(report.steps[: self.num_steps][::-1]) for report in self.reports]
+
+    @property
+    def latest(self) -> list[Step]:
+        """The last step of every rank, with each parameter as it is when it is stepped last."""
+        return [_with_all(report.steps[: self.num_steps]) for report in self.reports]
+
+    def same_data(self, ranks: Sequence[int]) -> bool:
+        """Whether the model was given the same on these ranks in every step."""
+        return len({self._data[rank] for rank in ranks}) == 1
+
+    def is_hop_2(self, call: Call) -> bool:
+        """Whether an all-reduce may join gradients of copies.
+
+        Ranks that are given the same data have other reasons to sum: tensor parallelism.
+        """
+        if not self._joins_copies(call) or not self._as_large_as_gradients(call):
+            return False
+        everybody = range(len(self.reports))
+        return not self.same_data(call.ranks) or self.same_data(everybody)
+
+    def _as_large_as_gradients(self, call: Call) -> bool:
+        """Whether a message may hold gradients, rather than losses and other metrics."""
+        if call.numel in self._shards and call.floating:
+            return True
+        sizes = {one.numel for one in self.shared}
+        known = call.numel in sizes or 10 * call.numel >= self.shared_numel
+        return not call.small and (known or self._is_large(call))
+
+    def labels(self, steps: Sequence[Step]) -> dict[Call, str]:
+        """What each collective of these steps is for."""
+        return {seen.call: self._label(seen.call) for step in steps for seen, _ in step.calls}
+
+    def _label(self, call: Call) -> str:
+        if self.is_hop_2(call):
+            return "hop 2: all-reduce between copies"
+        of_shards = call.collective in ("all_gather", "reduce_scatter")
+        metrics = call.small or (call.collective == "all_reduce" and not self._is_large(call))
+        if metrics and not (of_shards and any(one.spread for one in self.copies)):
+            return "small: losses, norms, counts"
+        names = {"all_gather": "hop 1: all-gather", "reduce_scatter": "hop 1: reduce-scatter"}
+        return names.get(call.collective, f"other: {call.collective.replace('_', '-')}")
+
+
+def _with_all(steps: Sequence[Step]) -> Step:
+    """The last of some steps, with what others have stepped: optimizers may take turns."""
+    params: dict[str, Param] = {}
+    for step in steps:
+        params |= step.params
+    return replace(steps[-1], params=params)
+
+
+def reduces_of(step: Step) -> list[tuple[Seen, int]]:
+    """The reduce-scatters of a step, each with how many of it came."""
+    return [
+        (seen, n)
+        for seen, n in step.calls
+        if seen.call.collective == "reduce_scatter" and seen.when == "backward"
+    ]
