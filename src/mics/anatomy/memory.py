@@ -29,10 +29,10 @@ from typing import Literal
 
 from mics.anatomy.anatomy import Anatomy
 from mics.anatomy.offloaded import away
+from mics.anatomy.recipe import Machine, Recipe
 from mics.anatomy.sizes import UnitSize
 from mics.anatomy.trace import ROOT, Trace
 from mics.quantities import GIB
-from mics.recipe import Machine, Recipe
 
 Phase = Literal["loss", "block backward", "end of backward", "optimizer step"]
 PHASES: tuple[Phase, ...] = ("loss", "block backward", "end of backward", "optimizer step")

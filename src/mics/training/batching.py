@@ -1,10 +1,18 @@
-"""The batch triangle: global batch = micro-batch x micro-steps x ranks."""
+"""The batch triangle: global batch = micro-batch x micro-steps x ranks.
+
+[Note: ranks that are away]
+A step is what it is with all ranks of the job. Where some of them are away, its micro-batches are
+dealt to the others, one each in turn, so some ranks may have none left in the last micro-step.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from mics.errors import ConfigError
+from mics.ranks.console import say
 from mics.training.config import BatchConfig
 
 _LONGEST_BY_DEFAULT = 1024
@@ -13,7 +21,14 @@ _MICRO_BATCH = 8  # where nothing says otherwise; the paper's
 
 @dataclass(frozen=True)
 class Batching:
-    """The triangle, solved. ``global_batch == micro_batch * micro_steps * ranks``."""
+    """The triangle, solved. ``global_batch == micro_batch * micro_steps * ranks``.
+
+    Args:
+        global_batch: sequences of a step.
+        micro_batch: sequences of a micro-batch.
+        micro_steps: of the full job.
+        ranks: of the full job.
+    """
 
     global_batch: int
     micro_batch: int
@@ -24,6 +39,56 @@ class Batching:
         return (
             f"{self.global_batch} sequences = {self.micro_batch} x {self.micro_steps} "
             f"micro-step(s) x {self.ranks} rank(s)"
+        )
+
+    @property
+    def micro_batches(self) -> int:
+        """How many a step has, over all ranks."""
+        return self.micro_steps * self.ranks
+
+    def dealt(self, rank: int, ranks: int) -> list[int | None]:
+        """The micro-batches of a rank, by their number in the step; ``None`` counts nothing.
+
+        See [Note: ranks that are away].
+
+        Args:
+            rank: one of ``ranks``.
+            ranks: that there are now.
+        """
+        turns = -(-self.micro_batches // ranks)
+        numbers = [turn * ranks + rank for turn in range(turns)]
+        return [number if number < self.micro_batches else None for number in numbers]
+
+    def on(self, ranks: int) -> str:
+        """What is to be known of a step on so many ranks; empty for the full job."""
+        if ranks == self.ranks:
+            return ""
+        turns, rest = divmod(self.micro_batches, ranks)
+        idle = f", {ranks - rest} ranks are idle in the last one" if rest else ""
+        return (
+            f"{ranks} of {self.ranks} ranks: the same samples per step, in {turns + bool(rest)} "
+            f"micro-step(s) instead of {self.micro_steps}{idle}; results equal the full run's to "
+            "rounding, not to the bit, and dropout draws other numbers"
+        )
+
+    def kept(self) -> dict[str, int]:
+        """What a run that goes on has to know of it."""
+        return {"sequences": self.global_batch, "full_world": self.ranks}
+
+    def say_if_another(self, before: Mapping[str, Any]) -> None:
+        """Say so where the run went on with other steps than those so far.
+
+        Args:
+            before: has what ``kept`` returned then, and more; states from before it was kept have
+                none.
+        """
+        sequences, ranks = before.get("sequences"), before.get("full_world")
+        if sequences is None or sequences == self.global_batch:
+            return
+        say(
+            f"STEPS HAVE ANOTHER SIZE: those so far were of {sequences} sequences, on {ranks} "
+            f"rank(s) in full; from now on {self}. Where ranks are away, MICS_FULL_WORLD={ranks} "
+            "keeps the steps as they were"
         )
 
 

@@ -106,7 +106,7 @@ class BatchConfig:
 
 @dataclass(frozen=True, config=_STRICT)
 class OptimizerConfig:
-    """AdamW, its schedule, clipping, and what happens to a step that is not finite."""
+    """AdamW, its schedule, clipping, and what happens to a step that is no good."""
 
     learning_rate: float = 3e-4
     """Peak learning rate."""
@@ -132,8 +132,19 @@ class OptimizerConfig:
     clip: float = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
 
+    spike_loss: float = 0.0
+    """Skip a step whose loss is this many times the median of the 64 latest steps taken, once there
+    are 16; 0: none. A step whose loss or norm is not finite is skipped in any case."""
+
+    spike_norm: float = 0.0
+    """The same of the norm of the gradient, before clipping; 10 is a spike in most runs."""
+
     bad_steps: int = 3
-    """Skipped steps in a row (loss or norm not finite) after which the run stops."""
+    """Skipped steps in a row after which the run goes back to its newest checkpoint, and goes on
+    behind the data of all steps so far."""
+
+    rollbacks: int = 2
+    """How often it does; the next time, and where there is no checkpoint, it stops."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -202,6 +213,13 @@ class CheckpointConfig:
     asynchronous: bool = True
     """Write beside the next steps instead of before them."""
 
+    memory: bool = True
+    """Keep the state in the memory of the nodes too (/dev/shm, or MICS_MEMORY), from where ranks
+    that are started again go on without a step lost."""
+
+    memory_every: int = 1
+    """Steps between states in memory."""
+
 
 @dataclass(frozen=True, config=_STRICT)
 class LogConfig:
@@ -209,6 +227,10 @@ class LogConfig:
 
     every: int = 1
     """Steps between lines on the console."""
+
+    stragglers: bool = False
+    """Show a table of all ranks' times with every look for the slow rank or link; the slow one is
+    named without it too."""
 
     live: Literal["auto", "on", "off"] = "auto"
     """A live display instead of lines; "auto" on a terminal."""

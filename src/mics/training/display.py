@@ -44,10 +44,13 @@ class _Lines:
     def __init__(self, steps: int, every: int) -> None:
         self._steps = steps
         self._every = every
+        self._slow = False  # somebody was, when last shown
 
     def step(self, record: StepRecord) -> None:
-        # A skipped step is never silent.
-        if record.step % self._every == 0 or record.step == self._steps or not record.taken:
+        # A skipped step is never silent, nor that somebody has become slow.
+        news = not record.taken or bool(record.slow) > self._slow
+        self._slow = bool(record.slow)
+        if record.step % self._every == 0 or record.step == self._steps or news:
             self.say(step_line(record, self._steps))
 
     def evaluation(self, record: EvaluationRecord) -> None:
@@ -125,6 +128,7 @@ class _LiveDisplay:
                 "hop 2",
                 f"{seconds(record.hop_2_seconds)}, exposed {seconds(record.hop_2_exposed)}",
             ),
+            *([] if record.slow is None else [("SLOW", record.slow)]),
         ]
         table = Table.grid(padding=(0, 2))
         for name, value in rows:
@@ -137,7 +141,7 @@ def step_line(record: StepRecord, steps: int) -> str:
     bits = f"  {record.bits_per_byte:.3f} bits/byte" if record.bits_per_byte is not None else ""
     if record.router_loss is not None:
         bits += f"  router loss {record.router_loss:.4f}"
-    skipped = "" if record.taken else "  SKIPPED (not finite)"
+    skipped = "" if record.taken else f"  SKIPPED ({record.skipped})"
     wire = (
         "" if record.bytes_on_wire is None else f", on node 0's wire {size(record.bytes_on_wire)}"
     )
@@ -150,7 +154,7 @@ def step_line(record: StepRecord, steps: int) -> str:
         f" {size(record.bytes_inside_nodes)}{wire}"
         f"  hop 1 {seconds(record.hop_1_seconds)} ({seconds(record.hop_1_exposed)} exposed)"
         f"  hop 2 {seconds(record.hop_2_seconds)} ({seconds(record.hop_2_exposed)} exposed)"
-        f"  ETA {clock(record.seconds_left)}"
+        f"  ETA {clock(record.seconds_left)}" + (f"  SLOW: {record.slow}" if record.slow else "")
     )
 
 

@@ -116,10 +116,9 @@ def _on_host(best: Plan) -> list[str]:
     host = best.cluster.node.host
     if not best.way.offload or host is None:
         return []
-    memory = "n/a" if host.memory is None else size(host.memory)
     return [
-        f"  activations leave: up to {size(best.host_needed)} of {memory} of a node's own memory, "
-        f"{best.simulated.step.exposed[3]:.3f} s of the step waits for copies"
+        f"  activations leave: {best.simulated.step.exposed[3]:.3f} s of the step waits for copies",
+        f"  of its own memory {best.host.text(host.memory)}",
     ]
 
 

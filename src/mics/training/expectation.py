@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from mics.anatomy.anatomy import Anatomy
 from mics.anatomy.flops import model_flops
+from mics.anatomy.recipe import ON_GPUS, ON_HOSTS, Machine, Recipe
 from mics.errors import PlanError
 from mics.hardware.cluster import Cluster, Gpu, Link, Node
 from mics.hardware.lookup import find_node
@@ -22,7 +23,6 @@ from mics.ranks.console import say
 from mics.ranks.device import on_accelerator
 from mics.ranks.issuing import all_reduce
 from mics.ranks.launcher import read_launch
-from mics.recipe import ON_GPUS, ON_HOSTS, Machine, Recipe
 from mics.sharding.partition import PartitionChoice, choose_partition, device_memory
 from mics.traffic import Form
 from mics.training import optimisation
@@ -190,6 +190,16 @@ class Forecast:
             gpus_per_node=self.cluster.node.gpus_per_node,
         )
         return Choice(smallest, least)
+
+    def on(self, ranks: int, micro_steps: int) -> Forecast:
+        """The same run while only so many ranks are there, each with so many micro-steps."""
+        nodes = max(ranks // self.cluster.node.gpus_per_node, 1)
+        recipe = replace(self.question.recipe, micro_steps=micro_steps)
+        return replace(
+            self,
+            cluster=replace(self.cluster, nodes=nodes),
+            question=replace(self.question, recipe=recipe),
+        )
 
     def expect(self, partition: int, offload: bool) -> Expectation:
         """Predict memory, of the form that needs more, and time, of the faster form.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from mics.checkpoint import (
+    Loaded,
     PendingSave,
     load,
     newest_intact,
@@ -17,22 +19,35 @@ from mics.checkpoint import (
     set_aside_newer,
     step_folder,
     step_of,
+    steps_of,
 )
 from mics.checkpoint.layout import ASSETS, MODEL_FILES, OPTIMIZER
 from mics.checkpoint.manifest import read_manifest
+from mics.checkpoint.peers import Peers
 from mics.errors import CheckpointError, ConfigError
 from mics.models.small_files import OF_MODELS, small_files
 from mics.ranks.console import alarm, say
+from mics.ranks.skips import SkipRule
+from mics.ranks.whereabouts import during
 from mics.training.optimisation import learning_rate
 from mics.training.progress import Progress
 from mics.training.setup import Run
 
+_RULE = "skips"
+
 
 class Keeper:
-    """Writes the checkpoints of a run. One that cannot be written is an alarm, not the end."""
+    """Writes the checkpoints of a run. One that cannot be written is an alarm, not the end.
 
-    def __init__(self, run: Run) -> None:
+    Args:
+        run: what is trained.
+        rule: says which steps are skipped; it is kept and resumed with the rest.
+    """
+
+    def __init__(self, run: Run, rule: SkipRule) -> None:
         self._run = run
+        self._rule = rule
+        self._back_to: int | None = None  # the step that the run has last gone back to
         self._folder = run.config.run.folder
         self._pending: PendingSave | None = None
         self.newest: Path | None = None
@@ -57,31 +72,91 @@ class Keeper:
             )
         if wanted != "auto":
             self._refuse_to_collide(found)
-        elif dist.get_rank() == 0:
-            for aside in set_aside_newer(self._folder, found):
-                say(f"set aside as {aside}")
-        for name, data in small_files(found / MODEL_FILES, OF_MODELS).items():
-            self._run.assets.setdefault(f"model/{name}", data)
+        else:
+            self._set_aside_newer(found)
+        self._take_assets(found)
         if not _has_optimizer(found):  # imported weights
             load(found, model=self._run.model)
             say(f"starts from the weights of {found}; it has no optimizer state")
             return Progress()
-        optimizer = self._run.optimizer
-        options = [_options(group) for group in optimizer.param_groups]
         # The newest one was verified when it was found.
-        loaded = load(
-            found, model=self._run.model, optimizer=optimizer, verify=not isinstance(wanted, str)
-        )
-        taken = optimizer.param_groups[0]["lr"]
-        for group, own in zip(optimizer.param_groups, options, strict=True):
-            group.update(own)  # this run's options, not those of the run it goes on from
+        loaded, taken = self._load(found, verify=not isinstance(wanted, str))
         at = self._progress(found, loaded.extra)
-        self._announce_jump(at.step, float(taken))
+        self._resume_rule(found, loaded.extra)
+        self._announce_jump(at.step, taken)
+        self._run.batch.say_if_another(loaded.extra)
         if step_of(found) == at.step and found.parent == self._folder:
             self.newest = found
         random = "" if loaded.random_restored else "; random state anew (other ranks)"
         say(f"goes on from {found}, step {at.step}{random}")
         return at
+
+    def go_on(self, at: Progress) -> Progress:
+        """Take note that the state comes from memory, not from a checkpoint; returns ``at``.
+
+        Small files that only a checkpoint has go on into the next ones. No tensor is read.
+        """
+        with contextlib.suppress(OSError):
+            steps = steps_of(self._folder)
+            self.newest = step_folder(self._folder, steps[0]) if steps else None
+            if self.newest is not None:
+                self._take_assets(self.newest)
+        return at
+
+    def _set_aside_newer(self, found: Path) -> None:
+        """Let the checkpoints behind the one that the run goes on from be out of its way."""
+        if dist.get_rank() == 0:
+            for aside in set_aside_newer(self._folder, found):
+                say(f"set aside as {aside}")
+
+    def _take_assets(self, found: Path) -> None:
+        for name, data in small_files(found / MODEL_FILES, OF_MODELS).items():
+            self._run.assets.setdefault(f"model/{name}", data)
+
+    def go_back(self, at: Progress) -> tuple[Progress, Path] | None:
+        """Load the newest state that was kept, and go on behind all data so far. Collective.
+
+        Where every step since the last time was skipped, it is the one before that.
+
+        Args:
+            at: where the run is; all of its latest steps were skipped.
+
+        Returns:
+            Where it is now, and the checkpoint; ``None`` where there is none to go back to.
+
+        Raises:
+            CheckpointError: there are checkpoints, but none is intact.
+        """
+        self.look_after_save(wait=True)
+        skipped = self._rule.in_a_row
+        at_once = self._back_to is not None and at.step - self._back_to <= skipped
+        found = newest_intact(self._folder, before=self._back_to if at_once else None)
+        if found is None or not _has_optimizer(found):
+            return None
+        self._set_aside_newer(found)
+        loaded, _ = self._load(found, verify=False)
+        kept = self._progress(found, loaded.extra)
+        self._resume_rule(found, loaded.extra)
+        self._rule.begin_anew()
+        self.newest, self._back_to = found, kept.step
+        return Progress(kept.step, at.position, kept.tokens), found
+
+    def _load(self, found: Path, *, verify: bool) -> tuple[Loaded, float]:
+        """Load a checkpoint; return what else it held, and the learning rate it was taken with."""
+        optimizer = self._run.optimizer
+        options = [_options(group) for group in optimizer.param_groups]
+        loaded = load(found, model=self._run.model, optimizer=optimizer, verify=verify)
+        taken = float(optimizer.param_groups[0]["lr"])
+        for group, own in zip(optimizer.param_groups, options, strict=True):
+            group.update(own)  # this run's options, not those of the run it goes on from
+        return loaded, taken
+
+    def _resume_rule(self, found: Path, extra: Any) -> None:
+        """Go on with the rule's state; a checkpoint from before it was kept has none."""
+        if _RULE in extra:
+            self._rule.load_state_dict(extra[_RULE])
+        elif self._rule.looks_for_spikes:
+            say(f"{found} does not say which losses and norms were usual: they are seen anew")
 
     def _announce_jump(self, step: int, taken: float) -> None:
         """Say where the learning rate does not go on as it was: a longer run, another schedule."""
@@ -149,16 +224,22 @@ class Keeper:
     def save(self, at: Progress) -> None:
         """Write a checkpoint of this step. Collective."""
         self.look_after_save(wait=True)
+        folder = step_folder(self._folder, at.step)
+        if Peers().together(folder.exists, only=0)[0]:  # this step is done for the second time
+            self.newest, self.last_failed = folder, False
+            return
         config = self._run.config.checkpoint
         extra: dict[str, Any] = {
             "step": at.step,
             "position": at.position,
             "tokens": at.tokens,
             "data": self._run.data.fingerprint,
+            _RULE: self._rule.state_dict(),
+            **self._run.batch.kept(),
         }
         try:
             self._pending = save(
-                step_folder(self._folder, at.step),
+                folder,
                 model=self._run.model,
                 optimizer=self._run.optimizer,
                 extra=extra,
@@ -168,6 +249,7 @@ class Keeper:
         except CheckpointError as error:
             self._failed(error)
 
+    @during("mics.save")
     def look_after_save(self, *, wait: bool = False) -> None:
         """Take note of a save that has ended; ``wait``: let it end first."""
         pending = self._pending

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import torch.distributed as dist
+import time
+from dataclasses import replace
 
-from mics.errors import MicsError
+from mics.ranks.heartbeat import at_step
+from mics.ranks.skips import SkipRule
+from mics.ranks.whereabouts import during
 from mics.training.config import TrainConfig
 from mics.training.evaluation import evaluate, sample
 from mics.training.keeping import Keeper
+from mics.training.lookout import Lookout
+from mics.training.memory import Memory
 from mics.training.meter import Meter
+from mics.training.progress import Progress
 from mics.training.rates import peak_flops
-from mics.training.record import EvaluationRecord, bits_per_byte
+from mics.training.record import EvaluationRecord, LatenessRecord, SaveRecord, bits_per_byte
 from mics.training.reporting import open_reporter
 from mics.training.setup import Run, set_up
 from mics.training.signals import StopRequest
+from mics.training.skipping import Skipping
 from mics.training.step import take_step
 
 
@@ -25,17 +32,19 @@ def train(config: TrainConfig) -> int:
 
     Raises:
         MicsError: options, data, model or checkpoints are not right, said before the first step; or
-            too many steps in a row were not finite.
+            too many steps in a row were skipped, and there is nothing to go back to.
     """
     # Until everything is set up a signal ends the process as it does any other.
     with set_up(config) as run, StopRequest() as asked:
-        keeper = Keeper(run)
-        at = keeper.resume()
-        meter = _meter(run)
+        rule = _rule(config)
+        keeper, memory = Keeper(run, rule), Memory(run, rule)
+        at = _first(keeper, memory)
+        meter, lookout = _meter(run), Lookout(run.model)
+        skipping = Skipping(run, keeper)
         with open_reporter(run, meter, at) as reporter:
-            skipped_in_a_row = 0
             stopped = False
             while at.step < config.run.steps and not stopped:
+                at_step(at.step + 1)
                 meter.begin()
                 outcome = take_step(
                     run.model,
@@ -44,36 +53,59 @@ def train(config: TrainConfig) -> int:
                     config.optimizer,
                     step=at.step + 1,
                     steps=config.run.steps,
-                    stop=asked.stop,
-                    count=meter.count,
+                    count=lambda: {**meter.count(), "stops": float(asked.stop)},
+                    rule=rule,
                 )
                 at = at.after(run.batch.global_batch, outcome.targets)
-                reporter.step(meter.end(at, outcome))
-                stopped = outcome.stop
+                record, found = meter.end(at, outcome), lookout.after_step()
+                reporter.step(replace(record, slow=lookout.words))
+                if found is not None:
+                    reporter.lateness(LatenessRecord(at.step, found))
+                stopped = outcome.sums["stops"] > 0  # some rank was asked to
 
-                skipped_in_a_row = 0 if outcome.taken else skipped_in_a_row + 1
-                if skipped_in_a_row == config.optimizer.bad_steps:
-                    raise _not_finite(at.step, skipped_in_a_row, keeper)
-                last = at.step == config.run.steps
-                if last or stopped or _due(at.step, config.checkpoint.every):
-                    keeper.save(at)
-                if last or _due(at.step, config.evaluation.every):
+                if not outcome.verdict.take:
+                    reporter.skipped(skipping.record(at, outcome.verdict))
+                    if skipping.is_due(outcome.verdict) and not stopped:
+                        at, back = skipping.go_back(at, outcome.verdict)
+                        reporter.rolled_back(back)
+                        memory.forget()
+                        continue
+                kept = memory.keep(at)
+                if kept != at:  # replicas differed, and all have been put back
+                    at = keeper.go_on(kept)
+                    continue
+                if stopped or _is_due(at.step, config.checkpoint.every, config):
+                    reporter.saved(_save(keeper, at))
+                if _is_due(at.step, config.evaluation.every, config):
                     reporter.evaluation(_evaluate(run, at.step))
                 keeper.look_after_save()
 
             keeper.look_after_save(wait=True)
+            memory.close()
             reporter.end(at, keeper.newest, None if stopped else _sample(run))
         return 1 if keeper.last_failed else 0
 
 
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
+def _rule(config: TrainConfig) -> SkipRule:
+    given = config.optimizer
+    return SkipRule(spike_loss=given.spike_loss, spike_norm=given.spike_norm)
+
+
+def _first(keeper: Keeper, memory: Memory) -> Progress:
+    """Where the run goes on: from memory where it has been kept there, else from a checkpoint."""
+    recalled = memory.recall()
+    return keeper.resume() if recalled is None else keeper.go_on(recalled)
+
+
+def _is_due(step: int, every: int, config: TrainConfig) -> bool:
+    """Whether what is done every so many steps, and after the last, is to be done now."""
+    return step == config.run.steps or (every > 0 and step % every == 0)
 
 
 def _meter(run: Run) -> Meter:
     return Meter(
         run.model,
-        micro_steps=run.batch.micro_steps,
+        micro_steps=run.micro_steps,
         steps=run.config.run.steps,
         tokens=run.batch.global_batch * run.sequence,
         bytes_per_token=None if run.masked else run.data.train.bytes_per_token,
@@ -83,10 +115,18 @@ def _meter(run: Run) -> Meter:
     )
 
 
+def _save(keeper: Keeper, at: Progress) -> SaveRecord:
+    begun = time.perf_counter()
+    keeper.save(at)
+    return SaveRecord(at.step, time.perf_counter() - begun)
+
+
+@during("the evaluation")
 def _evaluate(run: Run, step: int) -> EvaluationRecord | None:
     held_out, sequences = run.data.held_out, run.config.evaluation.sequences
     if min(held_out.num_sequences, sequences) == 0:
         return None
+    begun = time.perf_counter()
     loss = evaluate(
         run.model,
         held_out,
@@ -95,9 +135,10 @@ def _evaluate(run: Run, step: int) -> EvaluationRecord | None:
         device=run.device,
     )
     bits = None if run.masked or loss is None else bits_per_byte(loss, held_out.bytes_per_token)
-    return EvaluationRecord(step, loss, bits)
+    return EvaluationRecord(step, loss, bits, time.perf_counter() - begun)
 
 
+@during("the evaluation")
 def _sample(run: Run) -> str | None:
     if run.masked or run.config.evaluation.sample == 0:
         return None
@@ -109,15 +150,4 @@ def _sample(run: Run) -> str | None:
         positions=run.sequence,
         seed=run.config.run.seed,
         device=run.device,
-    )
-
-
-def _not_finite(step: int, in_a_row: int, keeper: Keeper) -> MicsError:
-    keeper.look_after_save(wait=True)
-    kept = f"the newest checkpoint is {keeper.newest}" if keeper.newest else "there is none yet"
-    return MicsError(
-        f"Loss or gradient norm was not finite in {in_a_row} steps in a row.",
-        numbers=f"Steps {step - in_a_row + 1} to {step} of {dist.get_world_size()} ranks; {kept}.",
-        write="a smaller --optimizer.learning-rate or more --optimizer.warmup; it goes on from the "
-        "newest checkpoint",
     )

@@ -10,7 +10,7 @@ from mics.anatomy.flops import utilisation
 from mics.communication.ledger import Seconds
 from mics.communication.wire import bytes_sent
 from mics.ranks.issuing import all_reduce
-from mics.sharding.prediction import ledger, predict_traffic
+from mics.sharding.prediction import ledger, predict_full_sharding, predict_traffic
 from mics.training.progress import Progress
 from mics.training.rates import Stopwatch, memory_bytes
 from mics.training.record import StepRecord, bits_per_byte
@@ -58,10 +58,13 @@ class Meter:
         self._watch = Stopwatch()
         self._wire: int | None = None  # what this node's interface had sent as the step began
         flow = self._predicted.flow
-        both = [float(flow.inter_bytes), float(flow.intra_bytes)]
-        summed = torch.tensor(both, dtype=torch.float64, device=device)
+        full = predict_full_sharding(model, micro_steps=micro_steps).flow
+        sent = [flow.inter_bytes, flow.intra_bytes, full.inter_bytes, full.intra_bytes]
+        summed = torch.tensor([*map(float, sent)], dtype=torch.float64, device=device)
         all_reduce(summed)
-        self.predicted_between_nodes, self.predicted_inside_nodes = map(int, summed.tolist())
+        predicted = [int(value) for value in summed.tolist()]
+        self.predicted_between_nodes, self.predicted_inside_nodes = predicted[:2]
+        self.full_sharding_between_nodes, self.full_sharding_inside_nodes = predicted[2:]
 
     def begin(self) -> None:
         """A step begins; what was communicated before it does not count."""
@@ -100,7 +103,8 @@ class Meter:
             bits_per_byte=bits,
             learning_rate=outcome.learning_rate,
             norm=outcome.norm,
-            taken=outcome.taken,
+            taken=outcome.verdict.take,
+            skipped=outcome.verdict.why or None,
             seconds=seconds,
             tokens=at.tokens,
             tokens_per_second=rate,
@@ -116,6 +120,7 @@ class Meter:
             hop_2_seconds=hop_2.total,
             hop_2_exposed=hop_2.exposed,
             seconds_left=self._watch.left(self._steps - at.step),
+            ranks=world,
         )
 
     def _seconds(self, hop: int) -> Seconds:

@@ -10,6 +10,8 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
+from mics.planning.pages import colours
+
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Steps and evaluations of a metrics file, in order of step.
@@ -44,25 +46,25 @@ def plot_run(metrics: Path, picture: Path, title: str) -> bool:
         figure = Figure(figsize=(9, 6.5), layout="constrained", dpi=120)
         figure.suptitle(title)
         loss, speed = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
-        loss.plot(*_points(steps, key), color="#4477aa", linewidth=1.2, label="training")
+        loss.plot(*_points(steps, key), color=colours.TRAINING, linewidth=1.2, label="training")
         if evaluations:
             at, values = _points(evaluations, key)
-            loss.plot(at, values, "o-", color="#cc3311", markersize=5, label="held out")
+            loss.plot(at, values, "o-", color=colours.HELD_OUT, markersize=5, label="held out")
             loss.annotate(
                 f"{values[-1]:.3f}",
                 (at[-1], values[-1]),
                 textcoords="offset points",
                 xytext=(-2, 16),
                 ha="right",
-                color="#cc3311",
+                color=colours.HELD_OUT,
                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
             )
         skipped = [entry["step"] for entry in steps if not entry["taken"]]
         for step in skipped:
-            loss.axvline(step, color="#999999", linestyle=":", linewidth=1)
+            loss.axvline(step, color=colours.GREY, linestyle=":", linewidth=1)
         loss.set_ylabel(f"loss, {unit}")
         loss.legend(frameon=False)
-        speed.plot(*_points(steps, "tokens_per_second"), color="#228833", linewidth=1.2)
+        speed.plot(*_points(steps, "tokens_per_second"), color=colours.GREEN, linewidth=1.2)
         speed.set_ylim(bottom=0)
         speed.set_ylabel("tokens per second")
         speed.set_xlabel("step")

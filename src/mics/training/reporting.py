@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import statistics
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol, TextIO
 
+import torch
 import torch.distributed as dist
 
 from mics.errors import ConfigError
@@ -16,14 +20,26 @@ from mics.ranks.device import on_accelerator
 from mics.ranks.drawing import draw
 from mics.training.display import open_display
 from mics.training.meter import Meter
+from mics.training.page.entries import METRICS
+from mics.training.page.writing import PAGE, write_page
 from mics.training.plot import plot_run
 from mics.training.progress import Progress
-from mics.training.record import EvaluationRecord, StepRecord
+from mics.training.record import (
+    BeginRecord,
+    EndRecord,
+    EvaluationRecord,
+    LatenessRecord,
+    Record,
+    RollbackRecord,
+    SaveRecord,
+    SkipRecord,
+    StepRecord,
+)
 from mics.training.settings import as_plain, as_toml
 from mics.training.setup import Run
 from mics.training.trackers import open_trackers
+from mics.version import __version__
 
-METRICS = "metrics.jsonl"
 PLOT = "plot.png"
 _COMPARED = 20  # steps until predictions are compared
 
@@ -42,6 +58,18 @@ class Reporter(Protocol):
 
     def evaluation(self, record: EvaluationRecord | None) -> None:
         """An evaluation has ended; ``None``: there is nothing held out."""
+
+    def lateness(self, record: LatenessRecord) -> None:
+        """The ranks have been compared."""
+
+    def skipped(self, record: SkipRecord) -> None:
+        """A step was skipped."""
+
+    def saved(self, record: SaveRecord) -> None:
+        """A checkpoint was written, or is being written."""
+
+    def rolled_back(self, record: RollbackRecord) -> None:
+        """The run has gone back to an earlier state."""
 
     def end(self, at: Progress, checkpoint: Path | None, text: str | None) -> None:
         """The run has ended: show the sample, the picture, the bytes and what to do next."""
@@ -74,6 +102,18 @@ class _Silence:
     def evaluation(self, record: EvaluationRecord | None) -> None:
         pass
 
+    def lateness(self, record: LatenessRecord) -> None:
+        pass
+
+    def skipped(self, record: SkipRecord) -> None:
+        pass
+
+    def saved(self, record: SaveRecord) -> None:
+        pass
+
+    def rolled_back(self, record: RollbackRecord) -> None:
+        pass
+
     def end(self, at: Progress, checkpoint: Path | None, text: str | None) -> None:
         pass
 
@@ -98,6 +138,7 @@ class _Speaker:
         self._last: StepRecord | None = None
         self._seconds: list[float] = []
         show(_header(run, meter, at))
+        self._record(_beginning(run, meter, at))
         log = run.config.log
         self._display = open_display(
             log.live, steps=run.config.run.steps, first=at.step + 1, every=log.every
@@ -132,20 +173,49 @@ class _Speaker:
             self._display.evaluation(record)
             self._record(record)
 
+    def lateness(self, record: LatenessRecord) -> None:
+        if self._run.config.log.stragglers:
+            self._display.say(f"ranks after step {record.step}\n{record.lateness}")
+        self._record(record)
+
+    def skipped(self, record: SkipRecord) -> None:
+        self._display.say(str(record))
+        self._record(record)
+
+    def saved(self, record: SaveRecord) -> None:
+        self._record(record)
+
+    def rolled_back(self, record: RollbackRecord) -> None:
+        alarm(str(record))
+        self._record(record)
+
     def end(self, at: Progress, checkpoint: Path | None, text: str | None) -> None:
         self._display.close()
         words = []
         if text is not None:
             words += ["", "sample", *(f"  | {line}" for line in text.splitlines())]
-        picture = self._folder / PLOT
-        try:
-            if plot_run(self._folder / METRICS, picture, self._run.config.model.name):
-                words += ["", f"plot        {picture}"]
-        except OSError as error:
-            alarm(f"{picture} cannot be written: {error}.")
+        self._record(EndRecord(at.step, None if checkpoint is None else str(checkpoint), text))
+        words += self._pictures()
         words += ["", *self._traffic(at)]
         words += ["", *self._next(at, checkpoint)]
         show("\n".join(words))
+
+    def _pictures(self) -> list[str]:
+        """Draw the run, and say where."""
+        metrics, name = self._folder / METRICS, self._run.config.model.name
+        ways: dict[str, tuple[str, Callable[[Path], bool]]] = {
+            "plot": (PLOT, lambda file: plot_run(metrics, file, name)),
+            "page": (PAGE, lambda file: write_page(self._folder, file)),
+        }
+        words = []
+        for what, (file_name, write) in ways.items():
+            file = self._folder / file_name
+            try:
+                if write(file):
+                    words.append(f"{what:<12}{file}")
+            except (OSError, ConfigError) as error:
+                alarm(f"{file} cannot be written: {error}.")
+        return ["", *words] if words else []
 
     def _begin_anew(self, step: int) -> None:
         """Somebody has deleted or moved the folder: make another one, hold it, and say so.
@@ -189,7 +259,7 @@ class _Speaker:
         if self._last is None:
             return [f"no step was taken: the run is at step {at.step} of {self._steps}"]
         last, meter = self._last, self._meter
-        taken = at.step - self._begin.step
+        taken = len(self._seconds)
         equal = taken - len(self._not_as_predicted)
         wrong = ""
         if self._not_as_predicted:
@@ -223,16 +293,46 @@ class _Speaker:
     def _steps(self) -> int:
         return self._run.config.run.steps
 
-    def _record(self, record: StepRecord | EvaluationRecord) -> None:
+    def _record(self, record: Record) -> None:
         try:
-            self._metrics.write(record.as_json() + "\n")
+            entry = json.loads(record.as_json()) | {"time": round(time.time(), 3)}
+            self._metrics.write(json.dumps(entry) + "\n")
             self._metrics.flush()
             for tracker in self._trackers:
                 tracker.log(record.step, record.as_scalars())
         except OSError as error:
             self._lost += 1
             if self._lost == 1:
-                alarm(f"Step {record.step} cannot be recorded: {error}. Training goes on.")
+                begins = isinstance(record, BeginRecord)
+                what = "The beginning" if begins else f"Step {record.step}"
+                alarm(f"{what} cannot be recorded: {error}. Training goes on.")
+
+
+def _beginning(run: Run, meter: Meter, at: Progress) -> BeginRecord:
+    expected, topology = run.expected, run.topology
+    return BeginRecord(
+        step=at.step,
+        steps=run.config.run.steps,
+        model=run.config.model.name,
+        parameters=run.parameters,
+        device=run.device.type,
+        ranks=topology.world,
+        nodes=topology.nodes,
+        gpus_per_node=topology.gpus_per_node,
+        partition=topology.partition,
+        micro_steps=run.batch.micro_steps,
+        global_batch=run.batch.global_batch,
+        sequence=run.sequence,
+        predicted_between_nodes=meter.predicted_between_nodes,
+        predicted_inside_nodes=meter.predicted_inside_nodes,
+        full_sharding_between_nodes=meter.full_sharding_between_nodes,
+        full_sharding_inside_nodes=meter.full_sharding_inside_nodes,
+        predicted_seconds=expected.step_seconds,
+        predicted_memory_bytes=expected.memory_bytes,
+        memory_before_bytes=run.memory_before,
+        mics=__version__,
+        torch=torch.__version__,
+    )
 
 
 def _header(run: Run, meter: Meter, at: Progress) -> str:
@@ -247,6 +347,7 @@ def _header(run: Run, meter: Meter, at: Progress) -> str:
         f"{data.train.num_sequences:,} sequences, {data.held_out.num_sequences:,} held out; "
         f"{data.train.bytes_per_token:.2f} bytes per token, {data.tokenizer.size:,} ids",
         f"batch   {batch}",
+        *(f"ranks   {words}" for words in [batch.on(run.ranks)] if words),
         f"steps   {at.step + 1} to {run.config.run.steps}, {epochs:.2f} epochs in the end",
         f"bytes   {size(meter.predicted_between_nodes)} between nodes and "
         f"{size(meter.predicted_inside_nodes)} inside them per step, predicted",

@@ -122,6 +122,7 @@ def _within(low: int, high: int = _MOST) -> tuple[Callable[[Any], bool], str]:
 
 
 _SHARE = (lambda value: 0 <= value < 1, "a share of at least 0 and below 1")
+_SPIKE = (lambda value: value == 0 or value > 1, "0 (off) or above 1")
 _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("run.steps", *_within(1)),
     ("run.seed", lambda value: 0 <= value < 2**63, "0 to 2^63 - 1"),
@@ -140,7 +141,10 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("optimizer.betas", lambda value: all(0 <= beta < 1 for beta in value), _SHARE[1]),
     ("optimizer.eps", lambda value: value > 0, "above 0"),
     ("optimizer.clip", lambda value: value >= 0, "0 (off) or more"),
+    ("optimizer.spike_loss", *_SPIKE),
+    ("optimizer.spike_norm", *_SPIKE),
     ("optimizer.bad_steps", *_within(1)),
+    ("optimizer.rollbacks", *_within(0)),
     ("parallel.ranks", *_within(1, 2**20)),
     ("parallel.partition", lambda v: v == "auto" or 1 <= v <= 2**20, "auto, or 1 to 1,048,576"),
     ("parallel.gpus_per_node", *_within(1, 2**20)),

@@ -15,7 +15,6 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PretrainedConfig
 
 from mics.checkpoint import HeldFolder, hold_folder
-from mics.interchange.weights import load_weights
 from mics.models.building import (
     check_fits,
     check_mask,
@@ -24,17 +23,22 @@ from mics.models.building import (
     num_positions,
     task_of,
 )
-from mics.models.experts import ask_for_router_loss
+from mics.models.experts import as_asked_by, ask_for_router_loss
+from mics.models.interchange.weights import load_weights
 from mics.models.small_files import OF_MODELS, small_files
 from mics.planning.subject import subject
+from mics.ranks.agreement import check_agreement
 from mics.ranks.device import default_device_type
+from mics.ranks.launcher import full_world
 from mics.ranks.mesh import start
+from mics.ranks.whereabouts import world_group
+from mics.sharding.dealing import remember_dealt
 from mics.sharding.shard import shard
 from mics.sharding.units import units_of
 from mics.topology import Topology
 from mics.training.batching import Batching, sequence_length, solve
 from mics.training.config import TrainConfig
-from mics.training.data import Batch, Data, Tokenizer, prepare_data
+from mics.training.data import IGNORED, Batch, Data, Tokenizer, prepare_data
 from mics.training.expectation import Expectation, compute_dtype, forecast
 from mics.training.optimisation import make_optimizer
 from mics.training.rates import memory_bytes
@@ -70,18 +74,29 @@ class Run:
     def flops(self) -> int | None:
         """FLOPs of the model per rank and step; ``None`` for a model that cannot be traced."""
         each = self.expected.model_flops
-        return None if each is None else each * self.batch.micro_steps
+        return None if each is None else each * self.batch.micro_batches // self.ranks
+
+    @property
+    def ranks(self) -> int:
+        """How many there are; fewer than the full job's while some are away."""
+        return dist.get_world_size()
+
+    @property
+    def micro_steps(self) -> int:
+        """How many each rank runs per step."""
+        return len(self.batch.dealt(0, self.ranks))
 
     def micro_batches(self, position: int) -> Iterator[Batch]:
         """This rank's micro-batches of the step that begins at ``position``.
 
         Together the ranks take the next ``global_batch`` sequences, every one once, whatever the
-        layout.
+        layout and their number.
         """
-        rank, size = dist.get_rank(), self.batch.micro_batch
-        for micro in range(self.batch.micro_steps):
-            first = position + (micro * self.batch.ranks + rank) * size
-            batch = self.data.train.batch(first, size)
+        size = self.batch.micro_batch
+        for number in self.batch.dealt(dist.get_rank(), self.ranks):
+            batch = self.data.train.batch(position + (number or 0) * size, size)
+            if number is None:  # as large as any other, and nothing in it is to be predicted
+                batch.labels.fill_(IGNORED)
             yield Batch(
                 batch.inputs.to(self.device, non_blocking=True),
                 batch.labels.to(self.device, non_blocking=True),
@@ -99,7 +114,7 @@ def set_up(config: TrainConfig) -> Iterator[Run]:
     world, _ = start()
     device_type = default_device_type()
     device = torch.device(device_type)
-    batch = solve(config.batch, world)
+    batch = _batch(config, world, device)
     with hold_folder(config.run.folder) as folder:
         shape, data, sequence = _shape_and_data(config)
         anatomy = subject(shape, dtype=compute_dtype(config))
@@ -122,6 +137,7 @@ def set_up(config: TrainConfig) -> Iterator[Run]:
         if config.model.weights is not None:
             load_weights(model, config.model.weights)
         torch.manual_seed(config.run.seed + 1 + dist.get_rank())  # of dropout
+        remember_dealt(model, batch.micro_batches)
         groups = units_of(model)[0].groups
         yield Run(
             config=config,
@@ -134,12 +150,21 @@ def set_up(config: TrainConfig) -> Iterator[Run]:
             topology=Topology.from_world(world, groups.gpus_per_node, groups.shard.size()),
             device=device,
             sequence=sequence,
-            expected=expected.expect(groups.shard.size(), choice.offload),
+            expected=expected.on(world, len(batch.dealt(0, world))).expect(
+                groups.shard.size(), choice.offload
+            ),
             memory_before=before,
             assets=_assets(config, shape, data.tokenizer),
             folder=folder,
         )
         dist.barrier()
+
+
+def _batch(config: TrainConfig, world: int, device: torch.device) -> Batching:
+    """The batch of the full job; all ranks are told of the same one, or it is refused."""
+    full = full_world(world)
+    check_agreement({"ranks of the full job": [str(full)]}, [world_group()], device)
+    return solve(config.batch, full)
 
 
 def _shape_and_data(config: TrainConfig) -> tuple[PretrainedConfig, Data, int]:
@@ -175,8 +200,9 @@ def _assets(config: TrainConfig, shape: PretrainedConfig, tokenizer: Tokenizer) 
     for folder in (Path(config.model.name).expanduser(), config.model.weights):
         if folder is not None and folder.is_dir():
             assets |= {f"model/{n}": data for n, data in small_files(folder, OF_MODELS).items()}
+    kept = as_asked_by(shape, load_config(config.model.name, vocabulary=8, separator=0))
     with tempfile.TemporaryDirectory() as scratch:
-        shape.save_pretrained(str(Path(scratch) / "model"))
+        kept.save_pretrained(str(Path(scratch) / "model"))
         tokenizer.save(Path(scratch) / "tokenizer")
         for file in sorted(Path(scratch).rglob("*")):
             if file.is_file():

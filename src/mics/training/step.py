@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from mics.checkpoint.randomness import random_state, restore_random_state
 from mics.errors import MicsError
 from mics.models.experts import router_loss_weight
 from mics.ranks.issuing import all_reduce
+from mics.ranks.skips import SkipRule, Verdict
 from mics.sharding.micro_steps import micro_steps
 from mics.training.config import OptimizerConfig
 from mics.training.data import Batch
@@ -27,19 +29,18 @@ class Outcome:
     """What one step did; the same on every rank.
 
     ``loss`` is the mean over all predicted tokens of all micro-steps and ranks, in nats; ``None``
-    where no token was to be predicted, as may be in a small batch of a masked model. ``taken``
-    is False when loss or norm was not finite and every rank left the weights as they were.
-    ``stop`` says that some rank was asked to stop. ``sums`` is what the caller had summed over the
-    ranks, by its names. ``router_loss`` is the loss that balances experts before its weight, a
-    mean like ``loss`` and no part of it; ``None`` where the model trains without it.
+    where no token was to be predicted, as may be in a small batch of a masked model. Where the
+    ``verdict`` was not to take it, every rank has left weights, optimizer and generators as they
+    were. ``sums`` is what the caller had summed over the ranks, by its names. ``router_loss`` is
+    the loss that balances experts before its weight, a mean like ``loss`` and no part of it;
+    ``None`` where the model trains without it.
     """
 
     loss: float | None
     targets: int
     norm: float
     learning_rate: float
-    taken: bool
-    stop: bool
+    verdict: Verdict
     sums: Mapping[str, float]
     router_loss: float | None = None
 
@@ -52,14 +53,15 @@ def take_step(
     *,
     step: int,
     steps: int,
-    stop: bool,
     count: Counter,
+    rule: SkipRule,
 ) -> Outcome:
     """Train on the micro-batches of one step.
 
     Losses are sums over tokens, divided once by the tokens of all micro-steps and ranks, so that
     the gradient is the mean per token however unevenly tokens are spread. One all-reduce carries
-    the loss, the wish to stop and the caller's sums; every rank decides by the same numbers.
+    the loss, the norm and the caller's sums; every rank decides by the same numbers. A step that is
+    skipped has its number and its learning rate all the same.
 
     Args:
         model: a sharded transformers model.
@@ -68,10 +70,42 @@ def take_step(
         config: clipping and the learning rate.
         step: which step this is, from 1.
         steps: steps of the whole run.
-        stop: whether this rank was asked to stop after this step.
         count: called when communication of the gradients has ended; what it returns is summed
             over the ranks, name by name.
+        rule: says whether the step is taken; as many steps old on every rank.
     """
+    random = random_state(dist.get_rank())
+    total, router, targets = _accumulate(model, batches)
+    norm = clip_gradients(model, config.clip)
+    counted = count()
+    mine = {"targets": float(targets), **counted}
+    tensors = {"loss": total, "router": router, "norms": norm.to(total)}
+    sums = _sum_over_ranks(tensors, mine, same={"norm": norm})
+    mean = _mean(sums, "loss")
+    rate = learning_rate(config, step, steps)
+    # Of norms that ought to be equal the mean is: ranks must not differ by a rounding either.
+    verdict = rule.judge(mean, sums["norms"] / dist.get_world_size())
+    if verdict.take:
+        set_learning_rate(optimizer, rate)
+        optimizer.step()
+    else:
+        restore_random_state(dist.get_rank(), random)
+    optimizer.zero_grad()
+    return Outcome(
+        loss=mean,
+        targets=int(sums["targets"]),
+        norm=sums["norm"],
+        learning_rate=rate,
+        verdict=verdict,
+        sums={name: sums[name] for name in counted},
+        router_loss=_mean(sums, "router") if _weight_of(model) else None,
+    )
+
+
+def _accumulate(
+    model: nn.Module, batches: Iterable[Batch]
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Run the micro-steps; return this rank's sums of both losses, and of predicted tokens."""
     device = next(model.parameters()).device
     total = torch.zeros((), dtype=torch.float64, device=device)
     router, targets, weight = torch.zeros_like(total), 0, _weight_of(model)
@@ -82,28 +116,7 @@ def take_step(
         total += loss.detach()
         router += 0 if balance is None else balance.detach()
         targets += batch.num_targets
-    norm = clip_gradients(model, config.clip)
-    counted = count()
-    mine = {"targets": float(targets), "stops": float(stop), **counted}
-    sums = _sum_over_ranks({"loss": total, "router": router}, mine, same={"norm": norm})
-    mean = _mean(sums, "loss")
-    rate = learning_rate(config, step, steps)
-    # Loss and norm are the same numbers on all ranks, so is this verdict.
-    taken = math.isfinite(sums["loss"]) and math.isfinite(sums["norm"])
-    if taken:
-        set_learning_rate(optimizer, rate)
-        optimizer.step()
-    optimizer.zero_grad()
-    return Outcome(
-        loss=mean,
-        targets=int(sums["targets"]),
-        norm=sums["norm"],
-        learning_rate=rate,
-        taken=taken,
-        stop=sums["stops"] > 0,
-        sums={name: sums[name] for name in counted},
-        router_loss=_mean(sums, "router") if weight else None,
-    )
+    return total, router, targets
 
 
 def _mean(sums: Mapping[str, float], name: str) -> float | None:

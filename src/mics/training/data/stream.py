@@ -74,6 +74,11 @@ class Stream:
         self.num_sequences = max(0, (self.num_tokens - self._width) // sequence + 1)
         self.bytes_per_token = num_bytes / self.num_tokens if self.num_tokens else 0.0
 
+    def sequences(self, position: int, count: int) -> list[int]:
+        """Which sequences stand there in the endless order: number n is at token n x length."""
+        positions = np.arange(position, position + count)
+        return [int(n) for n in sequence_at(positions, self.num_sequences, self._seed)]
+
     def batch(self, position: int, count: int) -> Batch:
         """The sequences at ``position`` to ``position + count - 1`` of the endless order."""
         positions = np.arange(position, position + count)
@@ -81,7 +86,8 @@ class Stream:
         windows = self._tokens[starts[:, None] + np.arange(self._width)].astype(np.int64)
         if self._masking is None:
             whole = torch.from_numpy(windows)
-            return Batch(whole[:, :-1].contiguous(), whole[:, 1:].contiguous())
+            # Copies: of one row both would be views of the same tokens, and labels are written to.
+            return Batch(whole[:, :-1].clone(), whole[:, 1:].clone())
         inputs, labels = windows, np.full_like(windows, IGNORED)
         for row, where in enumerate(positions):
             _mask(inputs[row], labels[row], self._masking, seed=self._seed, position=int(where))

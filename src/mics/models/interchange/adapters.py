@@ -29,8 +29,8 @@ from mics.checkpoint.manifest import Entry
 from mics.checkpoint.peers import Peers
 from mics.checkpoint.reading import read_tensors
 from mics.errors import CheckpointError
-from mics.interchange.new_folder import check_new, new_folder
-from mics.interchange.pretrained import entries_of
+from mics.models.interchange.new_folder import check_new, new_folder
+from mics.models.interchange.pretrained import entries_of
 from mics.models.small_files import CONFIG as BASE_CONFIG
 from mics.models.small_files import read_table
 from mics.quantities import first_of

@@ -15,10 +15,10 @@ from mics.checkpoint.layout import ADAPTERS, ASSETS, MODEL, of_kind
 from mics.checkpoint.manifest import Entry, Manifest, file_name
 from mics.checkpoint.verifying import verified_manifest
 from mics.errors import CheckpointError
-from mics.interchange.adapters import WEIGHTS
-from mics.interchange.exporting import Exported, dtype_of, find_checkpoint
-from mics.interchange.new_folder import check_new, new_folder
-from mics.interchange.stream import TensorReader, write_stream
+from mics.models.interchange.adapters import WEIGHTS
+from mics.models.interchange.exporting import Exported, dtype_of, find_checkpoint
+from mics.models.interchange.new_folder import check_new, new_folder
+from mics.models.interchange.stream import TensorReader, write_stream
 from mics.models.small_files import read_table
 from mics.quantities import first_of
 from mics.ranks.console import ShowBytes, alarm

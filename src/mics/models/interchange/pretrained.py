@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from mics.checkpoint.manifest import Entry, whole_entry
 from mics.errors import CheckpointError
-from mics.interchange.stream import DTYPES
+from mics.models.interchange.stream import DTYPES
 from mics.models.small_files import read_table
 from mics.quantities import dtype_name
 

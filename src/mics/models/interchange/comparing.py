@@ -12,8 +12,8 @@ from mics.checkpoint.contents import contents_of
 from mics.checkpoint.layout import MODEL_CONFIG
 from mics.checkpoint.manifest import read_manifest
 from mics.checkpoint.reading import read_tensors
-from mics.interchange.exporting import Exported, exported_files
 from mics.models.building import build, load_config, num_positions, task_of
+from mics.models.interchange.exporting import Exported, exported_files
 from mics.models.small_files import CONFIG, read_small
 
 _SEQUENCES, _LENGTH = 2, 32

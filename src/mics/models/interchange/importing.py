@@ -19,12 +19,12 @@ from mics.checkpoint.layout import (
     file_of,
 )
 from mics.checkpoint.manifest import Entry, FileFacts, Manifest, whole_entry
-from mics.interchange.exporting import dtype_of
-from mics.interchange.new_folder import check_new, new_folder
-from mics.interchange.pretrained import read_entries
-from mics.interchange.stream import TensorReader, write_stream
-from mics.interchange.weights import match_weights
 from mics.models.building import build, load_config
+from mics.models.interchange.exporting import dtype_of
+from mics.models.interchange.new_folder import check_new, new_folder
+from mics.models.interchange.pretrained import read_entries
+from mics.models.interchange.stream import TensorReader, write_stream
+from mics.models.interchange.weights import match_weights
 from mics.models.small_files import (
     CONFIG,
     OF_MODELS,
@@ -79,7 +79,7 @@ def import_folder(
     contents = contents_of(model, None)
     found, unused = match_weights(folder, entries, model, contents)
     weights = {MODEL + name: entry for name, entry in found.items()}
-    code, files = left_behind(folder), _files(folder)
+    code, files = left_behind(folder), files_to_keep(folder)
     with new_folder(out) as making:
         tensors, facts, not_finite = _write_tensors(folder, weights, making, dtype, told)
         written = {name: write_bytes(making / name, data) for name, data in files.items()}
@@ -93,10 +93,10 @@ def import_folder(
             files={file_of(0): facts, **written},
         )
         write_manifest(making, manifest)
-    return Imported(sorted(unused), not_finite, code, usual_that_lack(_plain_names(files)))
+    return Imported(sorted(unused), not_finite, code, usual_that_lack(plain_names_of(files)))
 
 
-def _files(folder: Path) -> dict[str, bytes]:
+def files_to_keep(folder: Path) -> dict[str, bytes]:
     """The small files of a folder by the names that they get in the checkpoint."""
     config = without_code(CONFIG, read_small(folder / CONFIG))
     files = {MODEL_CONFIG: config}
@@ -105,7 +105,8 @@ def _files(folder: Path) -> dict[str, bytes]:
     return files
 
 
-def _plain_names(files: Mapping[str, bytes]) -> list[str]:
+def plain_names_of(files: Mapping[str, bytes]) -> list[str]:
+    """The names that small files have in a folder of transformers."""
     return [name.removeprefix(MODEL_FILES).removeprefix(TOKENIZER) for name in files]
 
 

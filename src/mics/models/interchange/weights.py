@@ -17,7 +17,7 @@ from mics.checkpoint.layout import MODEL, of_kind
 from mics.checkpoint.manifest import Entry
 from mics.checkpoint.reading import read_tensors
 from mics.errors import CheckpointError
-from mics.interchange.pretrained import read_entries
+from mics.models.interchange.pretrained import read_entries
 from mics.ranks.console import alarm, say
 from mics.ranks.device import communication_device, default_device_type
 

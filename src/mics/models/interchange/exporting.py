@@ -23,8 +23,8 @@ from mics.checkpoint.layout import (
 from mics.checkpoint.manifest import MANIFEST, Entry, Manifest
 from mics.checkpoint.verifying import verified_manifest
 from mics.errors import CheckpointError
-from mics.interchange.new_folder import check_new, new_folder
-from mics.interchange.stream import TensorReader, write_stream
+from mics.models.interchange.new_folder import check_new, new_folder
+from mics.models.interchange.stream import TensorReader, write_stream
 from mics.models.small_files import (
     CONFIG,
     OF_MODELS,
