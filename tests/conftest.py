@@ -1,4 +1,4 @@
-"""What every test has: a cache of traces of its own, not the user's."""
+"""What every test has of its own, not the user's: a cache of traces, and memory for states."""
 
 from __future__ import annotations
 
@@ -19,4 +19,12 @@ sys.dont_write_bytecode = False
 def own_cache() -> Iterator[None]:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("MICS_CACHE", folder)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_memory() -> Iterator[None]:
+    """Runs that end in an error leave their state for the next start, which never comes here."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MICS_MEMORY", folder)
         yield

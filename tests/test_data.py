@@ -503,6 +503,15 @@ def test_position_is_the_whole_state(texts: Path, tmp_path: Path) -> None:
     assert torch.equal(whole.labels, torch.cat([part.labels for part in parts]))
 
 
+def test_labels_that_are_written_to_leave_inputs_alone() -> None:
+    """Also those of one row, of which both would be views of the same tokens."""
+    causal = stream(list(range(40)))
+    for rows in (1, 2):
+        batch = causal.batch(0, rows)
+        batch.labels.fill_(-100)
+        assert batch.inputs.min() >= 0
+
+
 # -- sequences -------------------------------------------------------------------------------------
 
 

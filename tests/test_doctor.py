@@ -18,12 +18,12 @@ from ranks import run_ranks
 
 from mics.__main__ import main
 from mics.commands import VERBS
-from mics.doctor import facts
-from mics.doctor.examination import check, examine
-from mics.doctor.facts import settings_of
-from mics.doctor.links import Probe, probed_groups
-from mics.doctor.options import Config
-from mics.doctor.report import Report, as_json, as_text
+from mics.commands.examining import facts
+from mics.commands.examining.examination import check, examine
+from mics.commands.examining.facts import settings_of
+from mics.commands.examining.links import Probe, probed_groups
+from mics.commands.examining.options import Config
+from mics.commands.examining.report import Report, as_json, as_text
 from mics.ranks.joining import RanksMissing, join
 from mics.ranks.launcher import Launch, read_launch
 from mics.ranks.starting import run_local_ranks

@@ -157,6 +157,7 @@ pickle.loads(pickle.dumps(hear))
 """
 
 
+@pytest.mark.extra
 @pytest.mark.slow
 def test_no_rank_unpickles_anything(tmp_path: Path, corpus: Path) -> None:
     """Python tells of every class that a pickle asks for, whoever reads it."""

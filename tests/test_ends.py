@@ -16,9 +16,11 @@ import torch.distributed as dist
 from models import UnevenMLP
 from parity import quiet
 from programs import End, run_programs
+from ranks import run_ranks
 
 import mics
 from mics.ranks import issuing
+from mics.ranks.board import patience
 from mics.ranks.waiting import Place, wait_for_work
 from mics.ranks.whereabouts import Counted
 
@@ -207,7 +209,8 @@ def test_a_rank_that_does_not_shard_with_the_others_is_named(tmp_path: Path) -> 
             sharded(partition=4)
         train(parts, 1)
 
-    words = "mics.shard, for rank(s) 2", "ank(s) 2 in the making of a group (mics_control)"
+    # Two ranks are a circle: the others may not have said yet that they wait for rank 2 as well.
+    words = "mics.shard, for rank(s) ", "ank(s) 2 in the making of a group (mics_control)"
     all_end_soon(run_programs(some_shard, tmp_path), CIRCLE, *words)
 
 
@@ -296,3 +299,39 @@ def test_a_job_without_other_ranks_has_no_board(tmp_path: Path) -> None:
 
     (end,) = run_programs(alone, tmp_path, world=1)
     assert (end.code, end.text) == (0, "")
+
+
+# -- messages from rank to rank ------------------------------------------------------------------
+
+
+def _passes_late() -> list[float]:
+    group = issuing.host_group([0, 1], "late")
+    value = torch.full((3,), float(dist.get_rank()))
+    if dist.get_rank() == 0:
+        time.sleep(2.5 * patience().look)
+        issuing.send(value, 1, group)
+        issuing.receive(value, 1, group)
+    else:
+        issuing.receive(value, 0, group)
+        issuing.send(value + 5, 0, group)
+    return list(value.tolist())
+
+
+def test_a_message_of_a_rank_that_comes_late_is_waited_for() -> None:
+    assert run_ranks(_passes_late, 2) == [[5.0] * 3, [0.0] * 3]
+
+
+# -- attempts ------------------------------------------------------------------------------------
+
+
+def _counts_alone() -> int:
+    """As two agents of torchrun tell it, of which one has not seen the failure of the other's."""
+    os.environ |= {
+        "GROUP_WORLD_SIZE": "2",
+        "TORCHELASTIC_RESTART_COUNT": os.environ["RANK"],
+    }
+    return issuing.make_group([0, 1], "after a restart").size()
+
+
+def test_ranks_of_agents_that_count_other_restarts_meet() -> None:
+    assert run_ranks(_counts_alone, 2) == [2, 2]

@@ -26,10 +26,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import mics
 from mics.__main__ import main
-from mics.interchange.exporting import export
-from mics.interchange.importing import import_folder
-from mics.interchange.weights import load_weights
 from mics.models.building import build, load_config, task_of
+from mics.models.interchange.exporting import export
+from mics.models.interchange.importing import import_folder
+from mics.models.interchange.weights import load_weights
 
 KINDS = ["bert-tiny", "roberta-tiny", "gpt2-tiny", "llama-tiny"]
 pytestmark = pytest.mark.filterwarnings(
@@ -121,7 +121,7 @@ def test_the_exported_configuration_names_the_dtype_of_the_weights(
 def test_check_fails_when_logits_differ(
     trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mics.interchange import comparing
+    from mics.models.interchange import comparing
 
     def other_weights(folder: Path, dtype: Any) -> Any:
         model = plain(folder)
@@ -175,8 +175,8 @@ PEAK = """
 import json, re, sys, torch
 from pathlib import Path
 import mics
-from mics.interchange.exporting import export
-from mics.interchange.importing import import_folder
+from mics.models.interchange.exporting import export
+from mics.models.interchange.importing import import_folder
 
 def peak():
     status = Path("/proc/self/status").read_text()

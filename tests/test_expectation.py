@@ -16,13 +16,13 @@ from ranks import run_ranks
 from transformers import AutoModelForCausalLM
 
 import mics
+from mics.anatomy.recipe import Machine, Recipe
 from mics.hardware.cluster import Cluster
 from mics.hardware.lookup import find_node
 from mics.models.building import load_config
 from mics.planning.question import Question
 from mics.planning.subject import subject
 from mics.planning.weighing import needed_by, simulate_recipe
-from mics.recipe import Machine, Recipe
 from mics.training import dry_run
 from mics.training.batching import Batching, solve
 from mics.training.config import (

@@ -63,7 +63,7 @@ def train(config: TrainConfig) -> int:
 
 def steps(config: TrainConfig, name: str) -> list[Any]:
     lines = (config.run.folder / "metrics.jsonl").read_text().splitlines()
-    return [step[name] for step in map(json.loads, lines)]
+    return [entry[name] for entry in map(json.loads, lines) if entry["kind"] == "step"]
 
 
 def test_equal_micro_batches_have_one_router_loss_at_every_layout_and_others_another(
@@ -83,6 +83,11 @@ def test_equal_micro_batches_have_one_router_loss_at_every_layout_and_others_ano
     for name in ("loss", "router_loss", "norm"):
         assert steps(split, name) == pytest.approx(steps(alone, name), rel=1e-4)
     assert all(steps(split, "traffic_as_predicted"))
+    kept = json.loads(
+        (split.run.folder / "step-00000004" / "assets" / "model" / "config.json").read_text()
+    )
+    assert kept["output_router_logits"] is False  # who loads the model has not asked for it
+    assert kept["router_aux_loss_coef"] == 0.5
     assert steps(alone, "router_loss")[0] > 2  # what balance is, for 2 experts a token
     # Weights are the same in the first step: so is the loss of the text, not the router's.
     assert steps(whole, "loss")[0] == pytest.approx(steps(alone, "loss")[0], rel=1e-6)

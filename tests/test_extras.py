@@ -66,6 +66,7 @@ attempt("mics.simulate", lambda: mics.simulate(mics.plan(model, "p4d:2", **own))
 attempt("mics.save", lambda: mics.save)
 attempt("mics.load", lambda: mics.load)
 attempt("mics.shard", lambda: mics.shard)
+attempt("integrations", lambda: __import__("mics.integrations.transformers"))
 print(json.dumps(said))
 """
 
@@ -121,6 +122,15 @@ def test_without_its_parser_the_command_line_names_the_extra() -> None:
     assert said["mics.plan of a module"][0] == 0
 
 
+def test_without_its_tool_an_integration_names_the_extra() -> None:
+    code, text, is_import_error = without(EXTRAS["accelerate"])["integrations"]
+    assert (code, is_import_error) == (1, True)
+    assert text == (
+        "mics.integrations.accelerate needs accelerate, which is not installed.\n"
+        "  Write: pip install 'torch-mics[accelerate]'"
+    )
+
+
 def test_extras_are_those_of_the_project() -> None:
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     for extra, brings in EXTRAS.items():
@@ -136,3 +146,18 @@ def test_a_package_of_nobodys_extra_is_its_owners_business() -> None:
     ):
         raise ModuleNotFoundError("No module named 'theirs'", name="theirs")
     assert not isinstance(caught.value, MissingError)
+
+
+@pytest.mark.slow
+def test_the_extra_of_lightning_brings_what_keeps_shards() -> None:
+    pytest.importorskip("lightning")
+    others = {name for brings in EXTRAS.values() for name in brings}
+    hidden = sorted(others - {*EXTRAS["lightning"], "numpy"})
+    done = subprocess.run(
+        [sys.executable, "-c", f"{HIDING}\nimport mics.integrations.lightning", json.dumps(hidden)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

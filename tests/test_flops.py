@@ -13,6 +13,7 @@ import torch
 from ranks import run_ranks
 
 from mics.anatomy.flops import block_forward_flops, hardware_flops, model_flops, utilisation
+from mics.anatomy.recipe import Recipe
 from mics.errors import PlanError
 from mics.hardware.cluster import Cluster
 from mics.hardware.lookup import find_gpu, find_node, gpu_that_torch_calls, gpus
@@ -20,7 +21,7 @@ from mics.models.building import load_config
 from mics.planning.plan import Plan, search
 from mics.planning.question import Question
 from mics.planning.subject import subject
-from mics.recipe import Recipe
+from mics.ranks.skips import Verdict
 from mics.training import meter as meter_module
 from mics.training import rates
 from mics.training.config import (
@@ -142,7 +143,8 @@ def _both(folder: Path, name: str) -> tuple[float | None, float]:
                 device=run.device,
             )
         meter.begin()
-        outcome = Outcome(1.0, 1, 1.0, 1e-3, True, False, sums=meter.count())
+        taken = Verdict(True, "", 0, 1.0, 1.0)
+        outcome = Outcome(1.0, 1, 1.0, 1e-3, taken, sums=meter.count())
         return meter.end(Progress(1), outcome).mfu, plan.mfu
 
 

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 import mics
 from mics.__main__ import main
 from mics.errors import CheckpointError, ConfigError, MicsError
-from mics.interchange.comparing import differing_files
-from mics.interchange.exporting import export
-from mics.interchange.importing import import_folder
-from mics.interchange.weights import load_weights
 from mics.models.building import build, load_config
+from mics.models.interchange.comparing import differing_files
+from mics.models.interchange.exporting import export
+from mics.models.interchange.importing import import_folder
+from mics.models.interchange.weights import load_weights
 from mics.models.small_files import OF_MODELS, OF_TOKENIZERS, small_files
 from mics.training.data.tokens import byte_tokenizer
 
@@ -126,7 +126,7 @@ def test_check_names_small_files_that_differ(
     wrong = ["config.json", "generation_config.json", "chat_template.jinja"]
     assert differing_files(done) == wrong
 
-    from mics.interchange import comparing
+    from mics.models.interchange import comparing
 
     monkeypatch.setattr(comparing, "differing_files", lambda exported: wrong)
     assert main(["export", str(tmp_path / "ours"), str(tmp_path / "c"), "--check"]) == 1

@@ -12,6 +12,7 @@ from mics.ranks.launcher import (
     first_host,
     more_ranks,
     read_launch,
+    takes_new_nodes,
 )
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
@@ -51,6 +52,9 @@ def of_mpi(prefix: str) -> dict[str, str]:
     ("environment", "launch"),
     [
         pytest.param(TORCHRUN, Launch("torchrun", 5, 8, 1, 4), id="torchrun"),
+        pytest.param(
+            TORCHRUN | {"MICS_GENERATION": "2"}, Launch("mics run", 5, 8, 1, 4), id="mics run"
+        ),
         pytest.param(
             {"RANK": "3", "WORLD_SIZE": "4"},
             Launch("torchrun", 3, 4, 3, 4, knows_nodes=False),
@@ -144,6 +148,7 @@ def test_what_is_no_port_is_refused_before_anybody_is_waited_for(
         (Launch("Slurm", 0, 8, 0, 4), 64, "srun --ntasks-per-node=32 mics"),
         (Launch("Slurm", 0, 12, 0, 4), 64, "srun --ntasks-per-node=<GPUs per node> mics"),
         (Launch("torchrun", 0, 1, 0, 1), 64, "torchrun --nproc-per-node 64 -m mics"),
+        (Launch("mics run", 0, 8, 0, 4), 64, "mics run --ranks-per-node 32 ... -- mics"),
         (Launch("Open MPI", 0, 1, 0, 1), 64, "mpirun -n 64 mics"),
     ],
 )
@@ -215,3 +220,25 @@ def test_ranks_started_by_hand_must_say_where_rank_0_is(monkeypatch: pytest.Monk
 )
 def test_the_first_host_of_a_slurm_node_list(nodelist: str, host: str) -> None:
     assert first_host(nodelist) == host
+
+
+OF_AGENTS = {
+    "GROUP_WORLD_SIZE": "2",
+    "TORCHELASTIC_MAX_RESTARTS": "3",
+    "TORCHELASTIC_USE_AGENT_STORE": "True",
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "takes"),
+    [
+        ({}, False),
+        ({"TORCHELASTIC_USE_AGENT_STORE": "False"}, True),
+        ({"GROUP_WORLD_SIZE": "1"}, True),
+        ({"TORCHELASTIC_MAX_RESTARTS": "0"}, True),
+        ({"MICS_GENERATION": "1"}, True),
+    ],
+)
+def test_torchruns_store_keeps_new_nodes_out(changes: dict[str, str], takes: bool) -> None:
+    assert takes_new_nodes(OF_AGENTS | changes) is takes
+    assert takes_new_nodes({})

@@ -15,8 +15,8 @@ import torch
 
 from mics.anatomy.anatomy import Anatomy
 from mics.anatomy.memory import NOTHING_ELSE, memory
+from mics.anatomy.recipe import Recipe
 from mics.planning.subject import subject
-from mics.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 

@@ -30,6 +30,7 @@ from torch.distributed.tensor.parallel import (
 
 import mics
 from mics.errors import MicroStepError
+from mics.sharding import tokens
 from mics.sharding.units import units_of
 
 FP32 = MixedPrecisionPolicy()
@@ -280,6 +281,25 @@ def test_context_parallel_models_train_as_in_one_process_with_tokens_counted_onc
     assert run_ranks(quiet, 4, lambda: _context_parallel(how)) == [[]] * 4
 
 
+@pytest.mark.parametrize("in_loop", [True, False])
+def test_tokens_that_only_some_ranks_say_are_shared_are_refused(in_loop: bool) -> None:
+    def rank() -> str:
+        mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("shard", "cp"))
+        model = mics.fully_shard(nn.Linear(2, 2), mesh=mesh["shard", "cp"]._flatten("data"))
+        over = mesh["cp"] if dist.get_rank() else None
+        with pytest.raises(MicroStepError) as raised:
+            if in_loop:
+                for _ in mics.micro_steps(model, [1], normalise=int, tokens_shared_over=over):
+                    model(torch.ones(2, 2)).sum().backward()
+            else:
+                with mics.micro_step(model, last=True, tokens=1, tokens_shared_over=over):
+                    model(torch.ones(2, 2)).sum().backward()
+        return str(raised.value)
+
+    for text in run_ranks(quiet, 2, rank):
+        assert "rank(s) 0: divided by tokens; rank(s) 1: divided by shared tokens" in text
+
+
 def test_tokens_shared_over_ranks_that_are_not_added_up_are_refused() -> None:
     def rank() -> list[str]:
         mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("shard", "tp"))
@@ -309,3 +329,42 @@ def test_tokens_shared_over_ranks_that_are_not_added_up_are_refused() -> None:
         for text in texts[2:]:
             assert "tokens_shared_over was given where no tokens are counted" in text
             assert "Its axes are ('shard',)" in text and "tokens=number in micro_step" in text
+
+
+def _parts_said_to_be_whole(late: bool = False) -> list[str]:
+    mesh = init_device_mesh("cpu", (1, 2, 2), mesh_dim_names=("dp_replicate", "dp_shard", "cp"))
+    dims = fsdp.DataParallelMeshDims(shard=("dp_shard", "cp"), replicate="dp_replicate")
+    model = sharded(Net(True, mesh["cp"]), "shard", mesh=mesh, dp_mesh_dims=dims)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    own = [_part(batch(0, m, mesh.get_local_rank("dp_shard")), mesh["cp"]) for m in range(2)]
+
+    def step() -> None:
+        for words, labels in mics.micro_steps(
+            model, own, normalise=counted, tokens_shared_over=mesh["cp"]
+        ):
+            loss_of(model(words), labels, "sum").backward()
+
+    texts = []
+    if late:  # as on an accelerator
+        tokens._Looked.is_here = property(lambda _: False)  # type: ignore[assignment,method-assign]
+        step()
+        optimizer.zero_grad()
+    with pytest.raises(MicroStepError) as raised:
+        step()
+    texts.append(str(raised.value))
+    with pytest.raises(MicroStepError) as raised:
+        optimizer.step()
+    texts.append(str(raised.value))
+    return texts
+
+
+@needs_dims
+def test_ranks_that_count_their_parts_and_say_that_they_count_all_are_refused() -> None:
+    now = run_ranks(quiet, 4, _parts_said_to_be_whole)
+    assert now == run_ranks(quiet, 4, lambda: _parts_said_to_be_whole(late=True))
+    for differ, not_over in now:
+        assert "were said to count the same tokens, and their counts differ" in differ
+        # 3 sequences of 8 words and 2 micro-steps; the last word, or two, has no label.
+        assert "rank(s) 1: 18; rank(s) 0: 24." in differ
+        assert "no tokens_shared_over, where each counts its own part" in differ
+        assert "optimizer.step() was called before" in not_over

@@ -158,6 +158,35 @@ def test_experts_on_other_ranks_get_the_gradients_of_one_process_and_are_counted
     assert got == [[]] * WORLD
 
 
+def _of_two_blocks_in_one_unit() -> list[str]:
+    """Parameters that are not what the rank had, or was told to train."""
+    over, held_by = _meshes(replicated=False)
+    net, right = _net(over), dict(_alone(None).named_parameters())
+    had = {name: param.detach().clone() for name, param in net.named_parameters()}
+    mine = {param for block in net[:2] for param in block.experts.parameters()}  # type: ignore[union-attr]
+    info = _get_mesh_info(held_by, None)
+
+    def place(param: nn.Parameter) -> Any:
+        return ShardPlacementResult(Shard(0), info) if param in mine else None
+
+    mesh = mics.init_mesh(partition=2)
+    mics.fully_shard([net[0], net[1]], mesh=mesh, mp_policy=FULL, shard_placement_fn=place)
+    mics.fully_shard(net, mesh=mesh, mp_policy=FULL)
+    wrong = [n for n, p in net.named_parameters() if not torch.equal(p.full_tensor(), had[n])]  # type: ignore[attr-defined]
+    for batch in mics.micro_steps(net, [_data(m, dist.get_rank()) for m in range(MICRO_STEPS)]):
+        net(batch).square().mean().backward()
+    for name, param in net.named_parameters():
+        whole = right[_holder_of(name, dist.get_rank())].grad
+        if not torch.allclose(param.grad.full_tensor(), whole, rtol=1e-5, atol=1e-6):  # type: ignore[union-attr,arg-type]
+            wrong.append(f"the gradient of {name}")
+    return wrong
+
+
+def test_experts_of_two_blocks_in_one_unit_keep_their_own_values() -> None:
+    """Parameters of both have the same names in their blocks."""
+    assert run_ranks(quiet, WORLD, _of_two_blocks_in_one_unit) == [[]] * WORLD
+
+
 def _refusals(folder: Path) -> list[str]:
     """What saving says of experts under one name, with state, and of ones that are not sharded."""
     model = _sharded("own mesh", replicated=True, partition=2)

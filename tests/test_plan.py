@@ -13,6 +13,7 @@ import torch
 import mics
 from mics.anatomy.anatomy import Anatomy
 from mics.anatomy.memory import NOTHING_ELSE, OPTIMIZERS, memory
+from mics.anatomy.recipe import Machine, Recipe
 from mics.errors import PlanError
 from mics.hardware.cluster import Cluster, Gpu, Link, Node
 from mics.hardware.lookup import find_node
@@ -34,7 +35,6 @@ from mics.planning.reasons import explained
 from mics.planning.scaling import strong_scaling, too_large, weak_scaling
 from mics.planning.subject import subject
 from mics.planning.weighing import fits, needed_by
-from mics.recipe import Machine, Recipe
 from mics.simulation.profiles import EngineName
 
 GIB = 2**30

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 import mics
 from mics import traffic
 from mics.anatomy.anatomy import Anatomy
+from mics.anatomy.recipe import Recipe
 from mics.anatomy.sizes import UnitSize
 from mics.hardware.cluster import Cluster
 from mics.hardware.lookup import find_node
@@ -21,7 +22,6 @@ from mics.models.building import build, load_config
 from mics.planning.plan import search
 from mics.planning.question import Question
 from mics.planning.subject import subject
-from mics.recipe import Recipe
 from mics.simulation.engine_step import inter_bytes
 from mics.topology import Topology
 

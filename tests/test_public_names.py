@@ -15,11 +15,11 @@ from mics.commands import VERBS
 
 PUBLIC = """
     __version__ traffic
-    init_mesh fully_shard shard micro_steps micro_step finish_step steps clip_grad_norm_
-    get_total_norm EMA WholeStep precompute_scales ledger predict_traffic save load save_adapters
-    load_adapters plan simulate Cluster Topology
+    init_mesh fully_shard shard micro_steps micro_step finish_step deal steps stragglers
+    trace clip_grad_norm_ gathered get_total_norm EMA Snapshots Verdicts WholeStep precompute_scales
+    ledger predict_traffic save load save_adapters load_adapters plan simulate Cluster Topology
     MicsError TopologyError DisagreementError ShardError MicroStepError ConfigError DataError
-    CheckpointError PlanError RankError MicsWarning
+    CheckpointError PlanError RankError RecoveryError MicsWarning
 """
 OF_TOPOLOGY = "Ranks Topology possible_partitions nodes_of has_two_stages"
 OF_TRAFFIC = """
@@ -27,7 +27,9 @@ OF_TRAFFIC = """
     ring_flow stages stage_flow message_traffic mics unit_traffic block_traffic fsdp hsdp ddp
     node_inter_bytes
 """
-OF_THE_COMMAND_LINE = "train plan simulate export import bench lab doctor"
+OF_THE_COMMAND_LINE = """
+    train run plan simulate page export import import-config bench check trace lab doctor
+"""
 
 
 def test_the_public_names_are_these() -> None:

@@ -12,6 +12,7 @@ import pytest
 
 import mics
 from mics.anatomy.anatomy import Anatomy
+from mics.anatomy.recipe import Machine, Recipe
 from mics.hardware.cluster import Cluster, Gpu, Link, Node
 from mics.hardware.lookup import find_node
 from mics.planning.plan import Search, search
@@ -20,7 +21,6 @@ from mics.planning.ranking import STEP_ERROR, STEP_ERROR_ON_GLOO, error_on, in_o
 from mics.planning.subject import subject
 from mics.planning.weighing import simulate_recipe
 from mics.quantities import GIB
-from mics.recipe import Machine, Recipe
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import re
 import shlex
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import tyro
 from ranks import run_ranks
 from torch import nn
@@ -44,8 +46,17 @@ def side(diff: str, sign: str) -> str:
 FROM_FSDP2, FROM_DDP = blocks("README.md", "diff")
 PYTHON = [(document, code) for document in DOCUMENTS for code in blocks(document, "python")]
 AVERAGING = [code for _, code in PYTHON if "mics.EMA(" in code]
-ACCUMULATING = [code for _, code in PYTHON if ".backward()" in code and code not in AVERAGING]
+SKIPPING = [code for _, code in PYTHON if "mics.Verdicts(" in code]
+COMPARING = [code for _, code in PYTHON if "mics.stragglers(" in code]
+GATHERING = [code for _, code in PYTHON if "mics.gathered(" in code]
+TRACING = [code for _, code in PYTHON if "mics.trace(" in code]
+ACCUMULATING = [
+    code
+    for _, code in PYTHON
+    if ".backward()" in code and code not in AVERAGING + SKIPPING + TRACING
+]
 SAVING = [code for _, code in PYTHON if "mics.save(" in code and code not in AVERAGING]
+DEALING = [code for _, code in PYTHON if "mics.deal(" in code]
 PLANNING = [code for _, code in PYTHON if "mics.plan(" in code]
 
 
@@ -72,8 +83,10 @@ def test_python_in_documents_compiles() -> None:
 def test_every_block_of_python_is_run_by_a_test() -> None:
     backends = [code for document, code in PYTHON if document == "CONTRIBUTING.md"]
     assert len(backends) == 1  # run in test_backend.py, the others here
-    assert len(ACCUMULATING + AVERAGING + SAVING + PLANNING) + 1 == len(PYTHON)
-    assert ACCUMULATING and AVERAGING and SAVING and PLANNING
+    run = ACCUMULATING + AVERAGING + SAVING + PLANNING + SKIPPING + COMPARING
+    run += GATHERING + DEALING + TRACING
+    assert len(run) + 1 == len(PYTHON)
+    assert ACCUMULATING and AVERAGING and SAVING and PLANNING and SKIPPING and COMPARING
 
 
 def _model() -> nn.Sequential:
@@ -174,6 +187,34 @@ def test_every_loop_of_the_documents_trains_as_one_process_and_as_the_others() -
         assert all(torch.equal(a, b) for a, b in zip(first, weights, strict=True))
 
 
+def test_the_lines_that_deal_train_alike_on_any_number_of_ranks() -> None:
+    (code,) = DEALING
+
+    def batch(step: int, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        x = torch.randn(4, 8, generator=torch.Generator().manual_seed(100 * step + index))
+        return x, x.sum(dim=1, keepdim=True)
+
+    def run() -> Any:
+        model = mics.shard(_model(), partition=1, mp_policy=MixedPrecisionPolicy())
+        names: dict[str, Any] = {"model": model, "mics": mics, "batch": batch}
+        names["loss"] = nn.functional.mse_loss
+        names["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.1)
+        for step in range(2):
+            exec(code, names | {"step": step, "total": 0.0})
+        return _weights(model)
+
+    model = _model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(2):
+        optimizer.zero_grad()
+        for x, y in (batch(step, index) for index in range(16)):
+            (nn.functional.mse_loss(model(x), y) / 16).backward()
+        optimizer.step()
+    for ranks in (2, 3):
+        for ours, alone in zip(run_ranks(run, ranks)[0], model.parameters(), strict=True):
+            assert torch.allclose(ours, alone, rtol=1e-5, atol=1e-6)
+
+
 def _trained_alone(steps: int) -> list[torch.Tensor]:
     """One process, the mean over the micro-batches of 4 ranks."""
     model = _model()
@@ -185,6 +226,42 @@ def _trained_alone(steps: int) -> list[torch.Tensor]:
         torch.stack(losses).mean().backward()
         optimizer.step()
     return [p.detach() for p in model.parameters()]
+
+
+def test_the_lines_that_skip_and_that_compare_ranks_run() -> None:
+    (skipping,), (comparing,) = SKIPPING, COMPARING
+
+    def run() -> Any:
+        model = mics.shard(_model(), partition=2, mp_policy=MixedPrecisionPolicy())
+        good, bad = _batch(), [(x * float("nan"), y) for x, y in _batch()]
+        loader = [good, bad if torch.distributed.get_rank() == 1 else good, good]
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        names = {"mics": mics, "torch": torch, "model": model, "loader": loader}
+        names |= {"loss": nn.functional.mse_loss, "optimizer": optimizer}
+        exec(skipping, names)
+        exec(comparing, names)
+        rule = names["verdicts"].state_dict()
+        return len(rule["norm"]), str(names["late"]), [w.tolist() for w in _weights(model)]
+
+    answers = run_ranks(run, 4)
+    assert all(answer == answers[0] for answer in answers)
+    assert answers[0][0] == 2
+    assert "nobody is slow" in answers[0][1]
+    assert all(math.isfinite(n) for w in answers[0][2] for n in torch.tensor(w).flatten().tolist())
+
+
+def test_the_lines_that_trace_write_a_file_and_say_what_was_waited_for(tmp_path: Path) -> None:
+    (code,) = TRACING
+
+    def run() -> Any:
+        os.chdir(tmp_path)
+        model = mics.shard(_model(), partition=2, mp_policy=MixedPrecisionPolicy())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        names = {"mics": mics, "model": model, "loader": _batch() * 7, "optimizer": optimizer}
+        exec(code, names | {"loss": nn.functional.mse_loss})
+        return Path("trace.json.gz").stat().st_size
+
+    assert all(size > 1000 for size in run_ranks(run, 2))
 
 
 def test_the_lines_that_average_train_and_give_average_and_weights_back(tmp_path: Path) -> None:
@@ -208,6 +285,20 @@ def test_the_lines_that_average_train_and_give_average_and_weights_back(tmp_path
 
     for equal, (average,), last in run_ranks(run, 4):
         assert equal and average != last
+
+
+def test_the_documents_lines_for_an_engine_hand_it_every_weight() -> None:
+    (code,) = GATHERING
+
+    def run() -> Any:
+        sent: dict[str, torch.Tensor] = {}
+        engine = SimpleNamespace(update=sent.__setitem__)
+        model = mics.shard(_model(), partition=2, mp_policy=MixedPrecisionPolicy())
+        exec(code, {"mics": mics, "torch": torch, "dist": dist, "model": model, "engine": engine})
+        return {name: value.dtype for name, value in sent.items()}
+
+    names = dict.fromkeys(_model().state_dict(), torch.bfloat16)
+    assert run_ranks(run, 4) == [names, {}, {}, {}]
 
 
 def test_the_lines_that_save_and_load_give_the_weights_back(tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 import mics
+from mics.anatomy.recipe import Machine, Recipe
 from mics.commands import plan, simulate
 from mics.errors import PlanError
-from mics.recipe import Machine, Recipe
 from mics.training.batching import Batching
 from mics.training.config import TrainConfig
 from mics.training.expectation import question_of
@@ -71,5 +71,5 @@ def test_two_stages_need_a_group_over_nodes_of_several_gpus(
 
 
 def test_a_recipe_needs_no_torch() -> None:
-    code = "import sys, mics.recipe; assert 'torch' not in sys.modules"
+    code = "import sys, mics.anatomy.recipe; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -42,6 +42,7 @@ def a_step(step: int = 3, **more: Any) -> StepRecord:
         "hop_2_seconds": 0.125,
         "hop_2_exposed": 0.0625,
         "seconds_left": 3725.0,
+        "ranks": 8,
     }
     return StepRecord(**values | more)
 
@@ -56,6 +57,7 @@ def test_a_line_says_everything_and_what_is_unknown_is_not_guessed() -> None:
     unknown = step_line(a_step(mfu=None, memory_bytes=None, seconds_left=None), 9)
     assert "MFU n/a  mem n/a" in unknown
     assert unknown.endswith("ETA n/a")
+    assert step_line(a_step(slow="rank 5"), 9).endswith("ETA 1:02:05  SLOW: rank 5")
 
 
 def test_numbers_that_are_not_finite_become_null() -> None:
@@ -97,14 +99,14 @@ def test_the_live_table_has_the_same_numbers(capsys: pytest.CaptureFixture[str])
     display = open_display("on", steps=100, first=1, every=10)
     display.step(a_step())
     display.evaluation(EvaluationRecord(3, 2.0, 1.0))
-    display.step(a_step(4, traffic_as_predicted=False, taken=False))
+    display.step(a_step(4, traffic_as_predicted=False, taken=False, skipped="not finite: loss nan"))
     display.say("words that stay")
     display.close()
     out = capsys.readouterr().out
     for word in ("2.5000, 1.250 bits/byte", "8,192 tokens/s, 1,024 per GPU, MFU 41.5%"):
         assert word in out
     assert "NOT as predicted" in out
-    assert "SKIPPED (not finite)" in out
+    assert "SKIPPED (not finite: loss nan)" in out
     assert "held out after step 3: loss 2.0000  1.000 bits/byte" in out
     assert "words that stay" in out
 

@@ -20,9 +20,9 @@ from torch.distributed.tensor import DTensor
 import mics
 from mics.anatomy.blocks import find_blocks, units_of_block
 from mics.anatomy.memory import states_and_blocks
+from mics.anatomy.recipe import Recipe
 from mics.anatomy.sizes import Parameter, UnitSize
 from mics.ranks import agreement, issuing
-from mics.recipe import Recipe
 from mics.sharding.partition import PartitionChoice, choose_partition
 
 # -- blocks ----------------------------------------------------------------------------------------

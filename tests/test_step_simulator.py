@@ -18,13 +18,13 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 import mics
 from mics import traffic
 from mics.anatomy.anatomy import Anatomy
+from mics.anatomy.recipe import Machine, Recipe
 from mics.anatomy.trace import Operator, Segment, Trace
 from mics.hardware.cluster import Cluster, Gpu
 from mics.hardware.lookup import find_gpu, find_node
 from mics.hardware.network import Stage
 from mics.models.building import build, load_config
 from mics.planning.subject import subject
-from mics.recipe import Machine, Recipe
 from mics.simulation.compute import Times, times
 from mics.simulation.engine_step import inter_bytes, simulate_engine
 from mics.simulation.profiles import PROFILES

@@ -269,7 +269,9 @@ def _stopping_after(steps: int) -> Iterator[None]:
 
     def stopping(*args: Any, **keywords: Any) -> Any:
         asked = keywords["step"] == steps and dist.get_rank() == dist.get_world_size() - 1
-        return take_step(*args, **keywords | {"stop": asked})
+        count = keywords["count"]
+        asking = {"count": lambda: {**count(), "stops": float(asked)}}
+        return take_step(*args, **keywords | asking)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "take_step", stopping)
@@ -482,7 +484,9 @@ def test_a_step_that_is_not_finite_is_skipped_by_every_rank_alike(
 def test_too_many_bad_steps_in_a_row_end_the_run_with_the_newest_checkpoint_named(
     tmp_path: Path, corpus: Path
 ) -> None:
-    config = settings(tmp_path, corpus, run={"steps": 9}, checkpoint={"every": 2})
+    config = settings(
+        tmp_path, corpus, run={"steps": 9}, checkpoint={"every": 2}, optimizer={"rollbacks": 0}
+    )
     for text in errors_of_ranks(_train_with_bad_steps, 2, config, [2, 4, 5, 6]):
         assert "Loss or gradient norm was not finite in 3 steps in a row" in text
         assert "Steps 4 to 6 of 2 ranks" in text
@@ -502,7 +506,7 @@ def _train_with_bad_steps_and_a_slow_disk(config: TrainConfig, bad: list[int]) -
 
 def test_the_checkpoint_that_is_named_may_have_been_under_way(tmp_path: Path, corpus: Path) -> None:
     config = settings(tmp_path, corpus, run={"steps": 9}, checkpoint={"every": 2})
-    config = dataclasses.replace(config, optimizer=OptimizerConfig(bad_steps=1))
+    config = dataclasses.replace(config, optimizer=OptimizerConfig(bad_steps=1, rollbacks=0))
     for text in errors_of_ranks(_train_with_bad_steps_and_a_slow_disk, 2, config, [3]):
         assert f"the newest checkpoint is {config.run.folder / 'step-00000002'}" in text
 
@@ -557,7 +561,7 @@ def test_metrics_that_cannot_be_written_are_said_and_counted(
     (config.run.folder / "metrics.jsonl").write_text("")
     assert run_ranks(_train_with_a_full_metrics_disk, 1, _alone(config)) == [0]
     said = capfd.readouterr().err
-    assert "Step 1 cannot be recorded: [Errno 28] No space left on device" in said
+    assert "The beginning cannot be recorded: [Errno 28] No space left on device" in said
     assert said.count("cannot be recorded") == 1
     assert "could not be written" in said
 
@@ -573,6 +577,7 @@ def test_a_picture_that_cannot_be_written_is_said_and_the_run_has_ended_well(
     out, err = capfd.readouterr()
     assert "plot.png cannot be written: [Errno 28] No space left on device" in err
     assert "\nplot " not in out
+    assert f"\npage        {config.run.folder / 'run.html'}\n" in out
     assert "next        mics export" in out
 
 
@@ -606,6 +611,11 @@ def test_header_lines_and_end_say_what_happened(
     assert "counted = predicted, every rank, stage and link: 4 of 4 steps" in out
     assert f"next        mics export {config.run.folder / 'step-00000004'}" in out
     assert (config.run.folder / "plot.png").read_bytes().startswith(b"\x89PNG")
+    # Full sharding: 3/4 of a message where hop 1 of 2 ranks sends 1/2; two of four links cross.
+    begin = lines(config, "begin")[0]
+    between, inside = (begin[f"full_sharding_{link}_nodes"] for link in ("between", "inside"))
+    assert between == inside
+    assert between + inside == pytest.approx(1.5 * begin["predicted_inside_nodes"], rel=1e-3)
     assert read_settings(config.run.folder / "config.toml") == config
 
 
@@ -621,9 +631,16 @@ def test_metrics_hold_every_step_and_evaluation_and_survive_a_torn_line(
     entries = [json.loads(line) for line in text[1:]]
     assert [e["step"] for e in entries if e["kind"] == "step"] == [1, 2, 3, 4]
     assert [e["step"] for e in entries if e["kind"] == "evaluation"] == [1, 2, 3, 4]
-    assert entries[0]["bits_per_byte"] == pytest.approx(
-        entries[0]["loss"] / math.log(2) / _bytes_per_token(config), rel=1e-9
+    begin, first, last = entries[0], entries[1], entries[-1]
+    assert first["bits_per_byte"] == pytest.approx(
+        first["loss"] / math.log(2) / _bytes_per_token(config), rel=1e-9
     )
+    assert (begin["kind"], begin["step"], last["kind"], last["step"]) == ("begin", 0, "end", 4)
+    assert [e["step"] for e in entries if e["kind"] == "save"] == [4]
+    times = [entry["time"] for entry in entries]
+    assert times == sorted(times)
+    # One partition of all ranks is full sharding.
+    assert begin["full_sharding_inside_nodes"] == begin["predicted_inside_nodes"] > 0
 
 
 def test_throughput_counts_every_token_of_a_masked_model_and_not_the_masked_ones(

@@ -29,7 +29,7 @@ from torch.distributed.tensor.parallel import (
 from torch.optim import SGD, Adafactor, Muon
 
 import mics
-from mics.errors import ShardError
+from mics.errors import ConfigError, ShardError
 from mics.traffic import Key
 
 WORLD, WIDTH, INSIDE, ODD = 4, 8, 10, 13
@@ -237,3 +237,39 @@ def test_gathers_of_a_whole_step_are_worked_out_by_hand_and_unknown_splits_are_r
         assert sent == ((0, Fraction(972)) if rank % 2 else (Fraction(972), 0))
         assert "A tensor cannot be gathered whole: it is a sum that is not complete" in words
         assert "Shape [8, 4], placements [Partial(sum), Shard(dim=0)] on a mesh of [2, 2]" in words
+
+
+def test_a_rule_that_computes_the_loss_in_its_step_is_refused_when_it_is_made() -> None:
+    with pytest.raises(ConfigError) as caught:
+        mics.WholeStep([nn.Parameter(torch.ones(2, 2))], torch.optim.LBFGS, lr=0.1)
+    assert "LBFGS computes the loss anew inside of its step" in str(caught.value)
+
+
+def test_a_closure_runs_once_before_whole_steps_and_ends_the_step() -> None:
+    """It runs the micro-steps; what it computes is what a step without it uses."""
+
+    def weights(with_closure: bool) -> list[torch.Tensor]:
+        model = sharded(2)
+        optimizer = mics.WholeStep(model.parameters(), SGD, lr=0.1, momentum=0.5)
+        calls = []
+
+        def closure() -> float:
+            optimizer.zero_grad()
+            calls.append(backward(model, len(calls)))
+            return 4.5
+
+        for step in range(2):
+            if with_closure:
+                assert optimizer.step(closure) == 4.5
+            else:
+                optimizer.zero_grad()
+                backward(model, step)
+                optimizer.step()
+        assert len(calls) == 2 * with_closure
+        return [param.full_tensor() for param in model.parameters()]  # type: ignore[attr-defined]
+
+    def same() -> bool:
+        pairs = zip(weights(True), weights(False), strict=True)
+        return all(torch.equal(one, other) for one, other in pairs)
+
+    assert run_ranks(same, WORLD) == [True] * WORLD

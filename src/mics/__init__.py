@@ -24,17 +24,22 @@ if TYPE_CHECKING:
     from mics.errors import MicsWarning as MicsWarning
     from mics.errors import PlanError as PlanError
     from mics.errors import RankError as RankError
+    from mics.errors import RecoveryError as RecoveryError
     from mics.errors import ShardError as ShardError
     from mics.errors import TopologyError as TopologyError
-    from mics.interchange.adapters import load_adapters as load_adapters
-    from mics.interchange.adapters import save_adapters as save_adapters
+    from mics.lab.tracing.loops import trace as trace
+    from mics.models.interchange.adapters import load_adapters as load_adapters
+    from mics.models.interchange.adapters import save_adapters as save_adapters
+    from mics.models.interchange.gathered import gathered as gathered
     from mics.planning.api import Cluster as Cluster
     from mics.planning.api import plan as plan
     from mics.planning.api import simulate as simulate
     from mics.ranks.mesh import init_mesh as init_mesh
+    from mics.recovery.snapshots import Snapshots as Snapshots
     from mics.sharding.average import EMA as EMA
     from mics.sharding.clipping import clip_grad_norm_ as clip_grad_norm_
     from mics.sharding.clipping import get_total_norm as get_total_norm
+    from mics.sharding.dealing import deal as deal
     from mics.sharding.fully_shard import fully_shard as fully_shard
     from mics.sharding.micro_steps import finish_step as finish_step
     from mics.sharding.micro_steps import micro_step as micro_step
@@ -44,6 +49,8 @@ if TYPE_CHECKING:
     from mics.sharding.scales import precompute_scales as precompute_scales
     from mics.sharding.shard import shard as shard
     from mics.sharding.steps import steps as steps
+    from mics.sharding.stragglers import stragglers as stragglers
+    from mics.sharding.verdicts import Verdicts as Verdicts
     from mics.sharding.whole_step import WholeStep as WholeStep
     from mics.topology import Topology as Topology
 
@@ -59,28 +66,35 @@ _HOME = {
     "MicsWarning": "mics.errors",
     "PlanError": "mics.errors",
     "RankError": "mics.errors",
+    "RecoveryError": "mics.errors",
     "ShardError": "mics.errors",
+    "Snapshots": "mics.recovery.snapshots",
     "Topology": "mics.topology",
     "TopologyError": "mics.errors",
+    "Verdicts": "mics.sharding.verdicts",
     "WholeStep": "mics.sharding.whole_step",
     "clip_grad_norm_": "mics.sharding.clipping",
+    "deal": "mics.sharding.dealing",
     "fully_shard": "mics.sharding.fully_shard",
+    "gathered": "mics.models.interchange.gathered",
     "finish_step": "mics.sharding.micro_steps",
     "get_total_norm": "mics.sharding.clipping",
     "init_mesh": "mics.ranks.mesh",
     "ledger": "mics.sharding.prediction",
     "load": "mics.checkpoint",
-    "load_adapters": "mics.interchange.adapters",
+    "load_adapters": "mics.models.interchange.adapters",
     "micro_step": "mics.sharding.micro_steps",
     "micro_steps": "mics.sharding.micro_steps",
     "plan": "mics.planning.api",
     "precompute_scales": "mics.sharding.scales",
     "predict_traffic": "mics.sharding.prediction",
     "save": "mics.checkpoint",
-    "save_adapters": "mics.interchange.adapters",
+    "save_adapters": "mics.models.interchange.adapters",
     "shard": "mics.sharding.shard",
     "simulate": "mics.planning.api",
     "steps": "mics.sharding.steps",
+    "stragglers": "mics.sharding.stragglers",
+    "trace": "mics.lab.tracing.loops",
 }
 
 __all__ = ["__version__", "traffic", *_HOME]

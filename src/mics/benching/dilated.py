@@ -30,12 +30,12 @@ import transformers
 from torch import nn
 
 from mics.anatomy.flops import block_forward_flops
+from mics.anatomy.recipe import MOST_MICRO_BATCH, MOST_MICRO_STEPS, MOST_SEQUENCE
 from mics.errors import MicsError
 from mics.hardware.lookup import find_node
 from mics.models.presets import PRESETS
 from mics.planning.subject import subject
 from mics.quantities import Within
-from mics.recipe import MOST_MICRO_BATCH, MOST_MICRO_STEPS, MOST_SEQUENCE
 
 NODES = 8
 """How many nodes the cluster's link is taken to join: with more of them a p3dn's carries less."""

@@ -9,6 +9,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from mics.benching.side_by_side import Compared, computation_of
+from mics.planning.pages import colours
 
 
 def plot_comparison(
@@ -17,7 +18,7 @@ def plot_comparison(
     """Draw the median step of every engine with its quartiles, as a PNG.
 
     Args:
-        compared: the first one is drawn in another colour.
+        compared: engines, each in its colour; the others are told in times of the first one.
         picture: file to write.
         title: one line above.
         link_bits: bits per second of a node's link, if known.
@@ -31,7 +32,7 @@ def plot_comparison(
         for row, one in enumerate(engines):
             spent = one.seconds
             around = [[spent.median - spent.low], [spent.high - spent.median]]
-            colour = "#4477aa" if row == 0 else "#bbbbbb"
+            colour = colours.of_engine(one.engine)
             axes.barh(row, spent.median, xerr=around, color=colour, height=0.6, ecolor="#555555")
             ratio = "" if row == 0 else f"  {one.ratio.median:.2f} x"
             axes.annotate(
@@ -45,9 +46,9 @@ def plot_comparison(
             if limit is not None:
                 label = "computation, or bytes over line rate" if row == 0 else None
                 ends = (row - 0.36, row + 0.36)
-                axes.plot([limit, limit], ends, color="#cc3311", linewidth=2, label=label)
+                axes.plot([limit, limit], ends, color=colours.LIMIT, linewidth=2, label=label)
         if computation is not None:
-            axes.axvline(computation, color="#228833", linestyle=":", label="computation")
+            axes.axvline(computation, color=colours.GREEN, linestyle=":", label="computation")
         axes.set_yticks(range(len(engines)), [one.engine for one in engines])
         axes.invert_yaxis()
         axes.set_xlim(0, 1.2 * max(one.seconds.high for one in engines))

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mics.anatomy.recipe import MOST_MICRO_BATCH, MOST_MICRO_STEPS
 from mics.quantities import Within
-from mics.recipe import MOST_MICRO_BATCH, MOST_MICRO_STEPS
 
 _MASKED = 0.15
 _MASK_ID = 256

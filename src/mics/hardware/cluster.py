@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from mics.anatomy.recipe import ON_GPUS, Machine
 from mics.errors import PlanError
 from mics.quantities import GIB
-from mics.recipe import ON_GPUS, Machine
 
 MOST_NODES = 1 << 17
 

@@ -9,12 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mics.anatomy.recipe import ON_GPUS, ON_HOSTS
 from mics.errors import PlanError
 from mics.hardware.cluster import Gpu, Link, Node
 from mics.hardware.fit import Point, fit_links
 from mics.hardware.network import all_reduce_terms, gather_terms
 from mics.ranks.files import read_small
-from mics.recipe import ON_GPUS, ON_HOSTS
 from mics.traffic import Form
 
 _BURST = 1.02

@@ -117,16 +117,14 @@ class Plans(Sequence[Plan]):
         best, host = self.best, self.cluster.node.host
         if not best.way.offload or host is None:
             return []
-        memory = "n/a" if host.memory is None else f"{host.memory / GIB:,.0f}"
         each = leaving(
             self.anatomy.trace(best.way.micro_batch, best.way.sequence), best.way.checkpointing
         )
         waits = best.simulated.step.exposed[3] / best.seconds
         return [
             f"Activations leave: {sum(each) / GIB:.1f} GiB a GPU and micro-step each way, at "
-            f"{host.bandwidth / 1e9:.1f} GB/s; the GPUs of a node take up to "
-            f"{best.host_needed / GIB:,.1f} of {memory} GiB of its memory, pinned; {waits:.1%} of "
-            "the step waits for the copies."
+            f"{host.bandwidth / 1e9:.1f} GB/s; {waits:.1%} of the step waits for the copies.",
+            f"Of its own memory {best.host.text(host.memory)}.",
         ]
 
     def _work(self) -> str:

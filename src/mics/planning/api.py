@@ -11,6 +11,7 @@ import torch
 
 from mics.anatomy.anatomy import Anatomy, Loss
 from mics.anatomy.blocks import Blocks
+from mics.anatomy.recipe import Machine, Recipe
 from mics.errors import PlanError
 from mics.hardware.cluster import Cluster as Cluster
 from mics.planning.answer import Plans, answer
@@ -19,7 +20,6 @@ from mics.planning.plan import Plan
 from mics.planning.question import Question
 from mics.planning.subject import subject
 from mics.planning.weighing import simulate_recipe
-from mics.recipe import Machine, Recipe
 from mics.simulation.profiles import PROFILES, EngineName
 from mics.simulation.step import Step
 

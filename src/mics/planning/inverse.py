@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from mics.anatomy.anatomy import Anatomy
+from mics.anatomy.recipe import MOST_MICRO_BATCH, Recipe
 from mics.hardware.cluster import Cluster
 from mics.planning.question import Question
 from mics.planning.weighing import fits
-from mics.recipe import MOST_MICRO_BATCH, Recipe
 from mics.topology import possible_partitions
 
 MOST = 2048

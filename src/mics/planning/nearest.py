@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 from typing import NoReturn
 
 from mics.anatomy.anatomy import Anatomy
+from mics.anatomy.recipe import Recipe
 from mics.errors import PlanError
 from mics.hardware.cluster import Cluster
+from mics.planning.host import FOR_SYSTEM
 from mics.planning.inverse import (
     fewest_nodes,
     frugal_recipes,
@@ -19,7 +21,6 @@ from mics.planning.plan import Rejected, Search
 from mics.planning.question import Question
 from mics.planning.weighing import fits, needed_by
 from mics.quantities import GIB
-from mics.recipe import Recipe
 from mics.topology import possible_partitions
 
 
@@ -65,7 +66,9 @@ def _refuse_host(nearest: Rejected, cluster: Cluster) -> NoReturn:
     raise PlanError(
         f"Nothing fits: {nearest.way} on {cluster} needs {nearest.missing / GIB:.1f} GiB more of "
         "a node's own memory.",
-        numbers=f"Its GPUs need {nearest.needed / GIB:.1f} of {nearest.capacity / GIB:.1f} GiB.",
+        numbers=f"Activations, a checkpoint's snapshot and {cluster.node.gpus_per_node} processes "
+        f"need {nearest.needed / GIB:.1f} GiB; {nearest.capacity / GIB:.1f} are there, beside the "
+        f"{FOR_SYSTEM:.0%} of the system.",
         write="checkpointing, or a smaller micro-batch",
     )
 

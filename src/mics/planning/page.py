@@ -2,35 +2,53 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from html import escape
+from dataclasses import dataclass, replace
 
-from mics.anatomy.memory import NOT_MODELLED
-from mics.hardware.cluster import extrapolated
 from mics.hardware.stacks import find_stack
-from mics.planning.charts import curves, memory_bars, pareto, step_timeline
+from mics.planning.charts import curves, memory_bars, pareto, step_bars, step_timeline
+from mics.planning.cost import Price, as_dollars
+from mics.planning.pages.document import (
+    Figure,
+    Section,
+    command,
+    document,
+    facts,
+    lead,
+    paragraphs,
+    table,
+)
 from mics.planning.plan import Plan, best_of_partitions
 from mics.planning.table import COLUMNS, cells
 from mics.planning.weighing import simulate_recipe
+from mics.quantities import GIB, count
 from mics.version import __version__
 
-_STYLE = """
-:root { color-scheme: light dark; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1160px; margin: 2rem auto; }
-body { padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-svg { width: 100%; height: auto; } svg text { font-size: 12px; fill: currentColor; }
-table { border-collapse: collapse; font-size: 12.5px; width: 100%; }
-td { white-space: nowrap; }
-th, td { text-align: right; padding: 3px 6px; border-bottom: 1px solid #8884; }
-.reason { border-left: 4px solid #4477aa; padding-left: .8rem; }
-.wide { overflow-x: auto; } small { opacity: .75; }
-"""
+_ON_A_PHONE = ("nodes", "p", "micro-batch", "memory", "step", "$/B tokens")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was asked, and how: the words of a page that plans do not have.
+
+    Args:
+        title: model and cluster.
+        command: that made the page.
+        training: the command that trains as the best plan says.
+        price: of the best plan, and of a whole run if its tokens were given.
+        caveats: what a reader must know of the figures.
+    """
+
+    title: str
+    command: str
+    training: str
+    price: Price
+    caveats: Sequence[str]
 
 
 def page(
-    title: str,
+    asked: Asked,
     plans: Sequence[Plan],
     swept: Sequence[Plan],
     scaling: Mapping[str, Sequence[tuple[float, float]]],
@@ -38,63 +56,81 @@ def page(
     """Write the page.
 
     Args:
-        title: model and cluster.
+        asked: title, commands and price.
         plans: of the cluster asked for, with reasons, the best first.
         swept: the best plan of every number of nodes that was tried.
         scaling: tokens per second over GPUs, by engine.
     """
-    best = plans[0]
+    best, partitions = plans[0], best_of_partitions(plans)
+    top = lead(f"Take {best.reason}.") + facts(_facts(best, asked.price))
+    top += paragraphs(["To train so, on every node:"], small=True) + command(asked.training)
+    sections = [
+        Section("Plans, the best first", html=_table(plans[:12])),
+        Section(
+            "Memory of a GPU, the best plan of every partition",
+            memory_bars(partitions),
+            note="The largest moment of a step. The dotted line is what the GPU has; p is the "
+            "partition, b the micro-batch.",
+        ),
+        Section("Where the time of a step goes", step_bars(partitions)),
+        _first_micro_step(best),
+        Section("Tokens per second and GPU, every GPU with the same work", _scaling(scaling)),
+    ]
+    if swept:
+        sections.append(Section("The best plan on other numbers of nodes", html=_table(swept)))
+    priced = pareto([*plans, *swept])
+    if priced is not None:
+        sections.append(Section("Dollars for a billion tokens, against speed", priced))
+    stack = find_stack(best.way.stack)
+    small = [
+        f"Software stack {stack.name}: {stack.calibrated}.",
+        *asked.caveats,
+        f"Simulated by mics {__version__}, nothing was run. The command of this page:",
+    ]
+    below = paragraphs(small, small=True) + command(asked.command)
+    sections.append(Section("How it was worked out", html=below))
+    return document(asked.title, top, sections)
+
+
+def _facts(best: Plan, price: Price) -> dict[str, str]:
+    gpus, way, capacity = best.cluster.gpus, best.way, best.cluster.node.gpu.memory
+    words = {
+        "partition x replicas": f"{way.partition} x {gpus // way.partition}",
+        "micro-batch x micro-steps": f"{way.micro_batch} x {way.micro_steps}",
+        "step": f"{best.seconds:.3f} s",
+        "tokens per second": f"{best.tokens_per_second:,.0f}",
+        "MFU": f"{best.mfu:.1%}",
+        "memory of a GPU": f"{best.needed / GIB:.1f} of {capacity / GIB:.4g} GiB",
+        "a billion tokens": as_dollars(price.billion_tokens),
+    }
+    tokens = price.tokens
+    whole = "the run (--tokens)" if tokens is None else f"{count(int(tokens))} tokens"
+    days = "n/a" if price.days is None else f"{price.days:,.1f} days"
+    words[f"{whole}: price"] = as_dollars(price.run)
+    words[f"{whole}: time"] = days
+    words["planned (UTC)"] = time.strftime("%Y-%m-%d", time.gmtime())
+    return words
+
+
+def _first_micro_step(best: Plan) -> Section:
     # Two micro-steps show the first, however many there are.
     way = replace(best.way, micro_steps=min(best.way.micro_steps, 2))
     simulated = simulate_recipe("mics", best.anatomy, best.cluster, way, timeline=True)
     spans = simulated.step.timeline
     computed = [span for span in spans if span.stream == "compute"]
     first = computed[: len(computed) // way.micro_steps]
-    stack = find_stack(best.way.stack)
-    sections = [
-        f"<h1>{escape(title)}</h1>",
-        f'<p class="reason">{escape(best.reason)}</p>',
-        "<h2>Plans</h2>",
-        _table(plans[:12]),
-        "<h2>Memory of a GPU, the best plan of every partition</h2>",
-        memory_bars(best_of_partitions(plans)),
-        "<h2>First micro-step of the best plan</h2>",
-        step_timeline(spans, 0.0, first[-1].end),
-        "<h2>Scaling, every GPU with the same work</h2>",
-        curves(_per_gpu(scaling), "GPUs", "tokens per second and GPU"),
-    ]
-    if swept:
-        sections += ["<h2>The best plan on other numbers of nodes</h2>", _table(swept)]
-    priced = pareto([*plans, *swept])
-    if priced:
-        sections += ["<h2>Speed against price</h2>", priced]
-    note = extrapolated(best.cluster.node, max(p.cluster.nodes for p in [*plans, *swept]))
-    sections.append(
-        f"<p><small>{escape(note)} mics {__version__}. Simulated, nothing was run. "
-        f"Software stack {stack.name}: {escape(stack.calibrated)}. "
-        f"Not modelled: {escape(NOT_MODELLED)}.</small></p>"
-    )
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>"
-        + "\n".join(sections)
-        + "</body></html>\n"
+    return Section(
+        "First micro-step of the best plan, one row for each stream of a GPU",
+        step_timeline(spans, first[-1].end),
+        note="It opens on the turn from forward to backward. Drag to zoom, a double click shows "
+        "that again.",
     )
 
 
-def _per_gpu(
-    scaling: Mapping[str, Sequence[tuple[float, float]]],
-) -> dict[str, list[tuple[float, float]]]:
-    return {name: [(x, y / x) for x, y in line] for name, line in scaling.items()}
+def _scaling(scaling: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
+    return curves({name: [(x, y / x) for x, y in line] for name, line in scaling.items()})
 
 
 def _table(plans: Sequence[Plan]) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in ("nodes", *COLUMNS))
-    rows = "".join(
-        "<tr>"
-        + "".join(f"<td>{escape(cell)}</td>" for cell in (f"{plan.cluster.nodes}", *cells(plan)))
-        + "</tr>"
-        for plan in plans
-    )
-    return f'<div class="wide"><table><tr>{head}</tr>{rows}</table></div>'
+    rows = [(f"{plan.cluster.nodes}", *cells(plan)) for plan in plans]
+    return table(("nodes", *COLUMNS), rows, _ON_A_PHONE)

@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from mics.planning.charts import COLOURS
+from mics.planning.pages import colours
 from mics.planning.plan import Plan, best_of_partitions
 from mics.quantities import GIB
 
@@ -36,10 +36,10 @@ def draw_scaling(picture: Path, title: str, curves: Curves) -> None:
         speed, efficiency = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
         _curves(speed, curves)
         speed.set_xlabel("")
-        for n, line in enumerate(curves.values()):
+        for name, line in curves.items():
             base = line[0][1] / line[0][0]
             shares = [100 * y / x / base for x, y in line]
-            efficiency.plot([x for x, _ in line], shares, "o-", color=COLOURS[n % len(COLOURS)])
+            efficiency.plot([x for x, _ in line], shares, "o-", color=colours.of_engine(name))
         efficiency.set_ylabel("% of the speed per GPU")
         _over_gpus(efficiency, curves)
         figure.savefig(picture, format="png")
@@ -49,24 +49,31 @@ def _memory(axes: Any, plans: Sequence[Plan]) -> None:
     needs = [plan.need for plan in plans]
     kinds = [kind for kind in vars(needs[0]) if any(vars(need)[kind] for need in needs)]
     left = [0.0] * len(plans)
-    for n, kind in enumerate(kinds):
+    for kind in kinds:
         sizes = [vars(need)[kind] / GIB for need in needs]
         label = kind.replace("_", " ")
         axes.barh(
             range(len(plans)),
             sizes,
             left=left,
-            color=COLOURS[n % len(COLOURS)],
+            color=colours.of_memory(kind),
             label=label,
             height=0.7,
         )
         left = [a + b for a, b in zip(left, sizes, strict=True)]
     lost = [plan.needed / GIB - end for plan, end in zip(plans, left, strict=True)]
     axes.barh(
-        range(len(plans)), lost, left=left, color="#88888866", label="fragmentation", height=0.7
+        range(len(plans)),
+        lost,
+        left=left,
+        color=colours.of_memory("fragmentation"),
+        label="fragmentation",
+        height=0.7,
     )
     axes.set_xlim(right=1.02 * plans[0].cluster.node.gpu.memory / GIB)
-    axes.axvline(plans[0].cluster.node.gpu.memory / GIB, color="#cc3311", label="a GPU's memory")
+    axes.axvline(
+        plans[0].cluster.node.gpu.memory / GIB, color=colours.LIMIT, label="a GPU's memory"
+    )
     axes.set_yticks(range(len(plans)), [str(plan.way) for plan in plans])
     axes.invert_yaxis()
     axes.set_xlabel("GiB")
@@ -74,9 +81,9 @@ def _memory(axes: Any, plans: Sequence[Plan]) -> None:
 
 
 def _per_gpu(axes: Any, curves: Curves) -> None:
-    for n, (name, line) in enumerate(curves.items()):
+    for name, line in curves.items():
         gpus, each = [x for x, _ in line], [y / x for x, y in line]
-        axes.plot(gpus, each, "o-", color=COLOURS[n % len(COLOURS)], label=name)
+        axes.plot(gpus, each, "o-", color=colours.of_engine(name), label=name)
     axes.set_ylim(0, 1.08 * max(y / x for line in curves.values() for x, y in line))
     axes.set_ylabel("tokens per second and GPU")
     _over_gpus(axes, curves)
@@ -92,14 +99,9 @@ def _over_gpus(axes: Any, curves: Curves) -> None:
 
 
 def _curves(axes: Any, curves: Curves) -> None:
-    for n, (name, line) in enumerate(curves.items()):
-        axes.plot(
-            [x for x, _ in line],
-            [y for _, y in line],
-            "o-",
-            color=COLOURS[n % len(COLOURS)],
-            label=name,
-        )
+    for name, line in curves.items():
+        xs, ys = [x for x, _ in line], [y for _, y in line]
+        axes.plot(xs, ys, "o-", color=colours.of_engine(name), label=name)
     first = next(iter(curves.values()))
     ideal = [first[0][1] * x / first[0][0] for x, _ in first]
     axes.plot([x for x, _ in first], ideal, ":", color="#555555", label="ideal")

@@ -9,13 +9,14 @@ from functools import cached_property
 from mics.anatomy.anatomy import Anatomy
 from mics.anatomy.flops import hardware_flops, model_flops, utilisation
 from mics.anatomy.memory import Memory, Need, with_fragmentation
+from mics.anatomy.recipe import Recipe
 from mics.hardware.cluster import Cluster, host_of
 from mics.planning.cost import dollars
+from mics.planning.host import HostNeed, fits_host, host_need, usable
 from mics.planning.question import Question
 from mics.planning.ranking import count_equal, error_on, in_order
-from mics.planning.weighing import fits_host, host_needed_by, memory_on, simulate_recipe
+from mics.planning.weighing import memory_on, simulate_recipe
 from mics.quantities import GIB
-from mics.recipe import Recipe
 from mics.simulation.engine_step import Simulated, inter_bytes
 
 
@@ -31,7 +32,7 @@ class Plan:
         needed: bytes of a GPU, with fragmentation.
         simulated: its step.
         model_flops: per GPU and step, see ``anatomy.flops``.
-        host_needed: bytes of a node's own memory, for all of its GPUs; 0 where nothing leaves them.
+        host: what a node's own memory holds, where activations leave its GPUs.
         hardware_flops: those and what checkpointing computes again.
         reason: why this one, a sentence.
     """
@@ -46,7 +47,7 @@ class Plan:
     hardware_flops: float
     anatomy: Anatomy = field(repr=False)
     reason: str = ""
-    host_needed: float = 0.0
+    host: HostNeed = field(default_factory=HostNeed)
 
     def __str__(self) -> str:
         memory = f"{self.needed / GIB:.1f} of {self.cluster.node.gpu.memory / GIB:.4g} GiB"
@@ -216,10 +217,10 @@ def _tried(
         if needed > capacity:
             rejected.append(Rejected(recipe, needed, capacity))
             continue
-        on_host = host_needed_by(anatomy, cluster, recipe)
+        on_host = host_need(anatomy, cluster, recipe, need)
         if not fits_host(cluster, on_host):
-            memory = host_of(cluster).memory or 0.0
-            rejected.append(Rejected(recipe, on_host, memory, on_host=True))
+            memory = usable(host_of(cluster).memory or 0.0)
+            rejected.append(Rejected(recipe, on_host.total, memory, on_host=True))
             continue
         staying.add(recipe)
         trace = anatomy.trace(recipe.micro_batch, recipe.sequence)
@@ -235,7 +236,7 @@ def _tried(
                 model_flops=float(recipe.micro_steps * model_flops(trace)),
                 hardware_flops=float(recipe.micro_steps * computed),
                 anatomy=anatomy,
-                host_needed=on_host,
+                host=on_host,
             )
         )
     return plans, rejected

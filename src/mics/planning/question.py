@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from mics.anatomy.memory import OPTIMIZERS
+from mics.anatomy.recipe import Recipe, check_one_of, check_whole
 from mics.errors import PlanError
 from mics.hardware.cluster import Cluster, host_of
 from mics.hardware.stacks import find_stack
-from mics.recipe import Recipe, check_one_of, check_whole
 from mics.topology import possible_partitions
 from mics.traffic import Form
 

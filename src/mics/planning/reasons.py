@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from mics.anatomy.recipe import Recipe
 from mics.planning.plan import Plan, Rejected, Search, with_reason
 from mics.planning.ranking import error_on
 from mics.quantities import GIB
-from mics.recipe import Recipe
 
 
 def explained(search: Search) -> tuple[Plan, ...]:

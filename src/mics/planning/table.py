@@ -73,7 +73,7 @@ def as_document(plan: Plan) -> dict[str, Any]:
         "plain_full_sharding": plan.is_full_sharding,
         "checkpointing": recipe.checkpointing,
         "offload": recipe.offload,
-        "host_bytes_of_a_node": plan.host_needed,
+        "host_bytes_of_a_node": plan.host.total,
         "all_gather": plan.simulated.form,
         "memory_bytes": plan.needed,
         "usable_bytes": plan.cluster.node.gpu.memory,

@@ -15,6 +15,7 @@ import torch
 
 from mics.anatomy.anatomy import Anatomy
 from mics.anatomy.flops import hardware_flops
+from mics.anatomy.recipe import ON_GPUS, Recipe
 from mics.hardware.cluster import Cluster, Link
 from mics.hardware.fit import Point, fit_links
 from mics.hardware.lookup import find_node, read_catalogue
@@ -22,7 +23,6 @@ from mics.hardware.network import all_reduce_terms, gather_terms
 from mics.hardware.stacks import find_stack
 from mics.planning.subject import subject
 from mics.ranks.console import Told
-from mics.recipe import ON_GPUS, Recipe
 from mics.simulation.compute import times
 from mics.simulation.engine_step import simulate_engine
 from mics.simulation.profiles import EngineName

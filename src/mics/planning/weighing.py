@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from mics.anatomy.anatomy import Anatomy
 from mics.anatomy.memory import Memory, memory, with_fragmentation
-from mics.anatomy.offloaded import pinned_bytes
+from mics.anatomy.recipe import Recipe
 from mics.hardware.cluster import Cluster
 from mics.hardware.stacks import find_stack
-from mics.recipe import Recipe
+from mics.planning.host import fits_host, host_need
 from mics.simulation.compute import times
 from mics.simulation.engine_step import Simulated, simulate_engine
 from mics.simulation.profiles import EngineName
@@ -28,23 +28,10 @@ def needed_by(anatomy: Anatomy, cluster: Cluster, recipe: Recipe) -> float:
 
 def fits(anatomy: Anatomy, cluster: Cluster, recipe: Recipe) -> bool:
     """Tell whether a GPU, and its host, have the memory that a recipe needs."""
-    if needed_by(anatomy, cluster, recipe) > cluster.node.gpu.memory:
+    need = memory_on(anatomy, cluster, recipe)
+    if with_fragmentation(need, cluster.node.machine) > cluster.node.gpu.memory:
         return False
-    return fits_host(cluster, host_needed_by(anatomy, cluster, recipe))
-
-
-def host_needed_by(anatomy: Anatomy, cluster: Cluster, recipe: Recipe) -> int:
-    """Work out the bytes of a node's own memory that all of its GPUs together take at most."""
-    if not recipe.offload:
-        return 0
-    trace = anatomy.trace(recipe.micro_batch, recipe.sequence)
-    return cluster.node.gpus_per_node * pinned_bytes(trace, recipe.checkpointing)
-
-
-def fits_host(cluster: Cluster, needed: float) -> bool:
-    """Tell whether a node's own memory is enough; what nobody knows is taken to be."""
-    host = cluster.node.host
-    return host is None or host.memory is None or needed <= host.memory
+    return fits_host(cluster, host_need(anatomy, cluster, recipe, need))
 
 
 def simulate_recipe(

@@ -10,10 +10,10 @@ from mics import traffic
 from mics.anatomy.anatomy import Anatomy
 from mics.anatomy.memory import OPTIMIZERS
 from mics.anatomy.offloaded import leaving
+from mics.anatomy.recipe import Recipe
 from mics.anatomy.sizes import Parameter, UnitSize
 from mics.hardware.cluster import Cluster, host_of
 from mics.hardware.network import Stage, all_reduce_seconds, gather_stages
-from mics.recipe import Recipe
 from mics.simulation.compute import Times
 from mics.simulation.profiles import PROFILES, EngineName
 from mics.simulation.schedule import Schedule, UnitSeconds

@@ -1,0 +1,1 @@
+"""Pages of HTML that need nothing else, and the colours of everything that is drawn."""
