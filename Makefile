@@ -9,15 +9,18 @@ BIN := .venv/bin
 # One thread per rank: the ranks of tests and examples share this machine's cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test test-all fuzz check lint bench bench-environments clean
+.PHONY: help setup demo test test-extra test-all torchtitan faults fuzz check lint bench bench-environments clean
 
 help:
 	@echo "make setup   create .venv with the exact versions of constraints.txt"
-	@echo "make demo    train a small GPT on 8 ranks: losses, sample, plot, bytes predicted and counted"
+	@echo "make demo    train a small GPT on 8 ranks: losses, sample, plot, page, bytes predicted and counted"
 	@echo "make lint    format, lint and types"
 	@echo "make check   make lint, then the fast tests: before every commit"
-	@echo "make test    make check and the slow tests, some 12 minutes on 2 cores: before every pull request"
-	@echo "make test-all  make test and the extra tests, some minutes more: what CI runs"
+	@echo "make test    make check and the slow tests, before every pull request"
+	@echo "make test-extra  what takes long or needs more, half an hour"
+	@echo "make test-all  make test and make test-extra: what CI runs"
+	@echo "make torchtitan  its tests, in an environment of its own (300 MB for triton), some minutes"
+	@echo "make faults  kill ranks, nodes, saves and states in memory, 45 minutes; writes benchmarks/results/"
 	@echo "make fuzz    300 random models and schedules on 4 ranks against one process, 10 minutes"
 	@echo "make bench   measure everything, write benchmarks/results/ (Linux, root, 2 hours)"
 	@echo "make bench-environments  DeepSpeed, for mics bench, in environments of its own"
@@ -36,8 +39,10 @@ demo: setup
 test: setup lint
 	$(BIN)/python -m pytest -m "not extra"
 
-test-all: setup lint
-	$(BIN)/python -m pytest
+test-extra: setup
+	$(BIN)/python -m pytest -m extra
+
+test-all: test test-extra
 
 fuzz: setup
 	$(BIN)/python tests/fuzz.py --seeds 300
@@ -50,10 +55,20 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+faults: setup
+	$(BIN)/python -m pytest tests/test_recovery*.py tests/test_kills.py tests/test_agent*.py tests/test_going_back.py
+	$(BIN)/python benchmarks/faults.py kills
+	$(BIN)/python benchmarks/faults.py nodes
+	$(BIN)/python benchmarks/faults.py schedule
+	$(BIN)/python benchmarks/soak.py
+
 bench: setup bench-environments
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/train.py
 	$(BIN)/python benchmarks/slow_links.py
+	$(BIN)/python benchmarks/stragglers.py
+	$(BIN)/python benchmarks/keeping_states.py
+	$(BIN)/python benchmarks/restarts.py
 	$(BIN)/python benchmarks/lab_bytes.py
 	$(BIN)/python benchmarks/weak_scaling.py
 	$(BIN)/python benchmarks/memory_model.py
@@ -74,5 +89,17 @@ bench-environments: .venv-deepspeed-0.19.8/ready .venv-deepspeed-0.19.2/ready
 		--disable-pip-version-check --no-deps --no-build-isolation deepspeed==$*
 	@touch $@
 
+torchtitan: .venv-torchtitan/ready
+	PYTHONPATH=src .venv-torchtitan/bin/python -m pytest tests/test_torchtitan.py
+
+# torchtitan asks for older versions than .venv has, so it is installed without what it asks for.
+.venv-torchtitan/ready: .venv/ready benchmarks/environments/torchtitan.txt
+	$(PYTHON) -m venv .venv-torchtitan
+	.venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> $$(.venv-torchtitan/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/project.pth
+	.venv-torchtitan/bin/python -m pip install --disable-pip-version-check --no-deps \
+		-r benchmarks/environments/torchtitan.txt
+	@touch $@
+
 clean:
-	rm -rf .venv .venv-deepspeed-* .pytest_cache .mypy_cache .ruff_cache build dist src/*.egg-info
+	rm -rf .venv .venv-deepspeed-* .venv-torchtitan .pytest_cache .mypy_cache .ruff_cache build dist src/*.egg-info

@@ -69,7 +69,8 @@ def train(
     command += ["--evaluation.sample", "0", "--checkpoint.every", "0"]
     environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     subprocess.run(command, stdout=subprocess.DEVNULL, check=True, env=environment)
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    entries = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [entry for entry in entries if entry["kind"] in ("step", "evaluation")]
 
 
 def compare(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:

@@ -32,8 +32,8 @@ from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from mics.anatomy.memory import memory
+from mics.anatomy.recipe import Recipe
 from mics.planning.subject import subject
-from mics.recipe import Recipe
 
 RESULT = Path(__file__).parent / "results" / "memory_model.json"
 GIB = 2**30

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
+from mics.anatomy.recipe import Recipe
 from mics.hardware.cluster import Cluster
 from mics.hardware.lookup import find_node
 from mics.planning.plan import search
 from mics.planning.question import Question
 from mics.planning.subject import subject
-from mics.recipe import Recipe
 from mics.simulation.compute import times
 from mics.simulation.engine_step import simulate_engine
 

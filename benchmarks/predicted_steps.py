@@ -29,13 +29,13 @@ from torch import nn
 
 from mics import traffic
 from mics.anatomy.anatomy import Anatomy
+from mics.anatomy.recipe import Recipe
 from mics.benching.dilated import Dilation, Stretched
 from mics.errors import PlanError
 from mics.hardware.cluster import Cluster, Node
 from mics.hardware.lookup import find_gpu
 from mics.hardware.measured import measured_node
 from mics.planning.subject import language_model_loss
-from mics.recipe import Recipe
 from mics.simulation.compute import Times
 from mics.simulation.engine_step import simulate_engine
 from mics.topology import Topology

@@ -35,6 +35,7 @@ from torch.distributed.fsdp import fully_shard
 import mics
 from mics.communication.timing import slowest_seconds
 from mics.models.building import build
+from mics.ranks.skips import SkipRule
 from mics.training.config import (
     BatchConfig,
     DataConfig,
@@ -44,6 +45,7 @@ from mics.training.config import (
     TrainConfig,
 )
 from mics.training.data import Batch
+from mics.training.lookout import Lookout
 from mics.training.meter import Meter
 from mics.training.optimisation import make_optimizer
 from mics.training.progress import Progress
@@ -72,6 +74,7 @@ class Trainer:
             device=run.device,
         )
         self.reporter = open_reporter(run, self.meter, self.at)
+        self.rule, self.lookout = SkipRule(), Lookout(run.model)
 
     def step(self) -> float:
         run = self.run
@@ -83,10 +86,11 @@ class Trainer:
             run.config.optimizer,
             step=self.at.step + 1,
             steps=run.config.run.steps,
-            stop=False,
             count=self.meter.count,
+            rule=self.rule,
         )
         self.at = self.at.after(run.batch.global_batch, outcome.targets)
+        self.lookout.after_step()
         self.reporter.step(self.meter.end(self.at, outcome))
         return outcome.loss
 

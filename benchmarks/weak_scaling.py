@@ -34,6 +34,8 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
+from mics.planning.pages.colours import of_engine
+
 RESULTS = Path(__file__).parent / "results"
 ENGINES = ("mics", "fsdp2")
 
@@ -80,7 +82,7 @@ def table(runs: dict[int, dict[str, Any]]) -> list[str]:
 def plot(runs: dict[int, dict[str, Any]], picture: Path) -> None:
     """Throughput in units of one node's at the fewest nodes, and efficiency below it."""
     nodes = sorted(runs)
-    colours = {"mics": "#4477aa", "fsdp2": "#cc3311"}
+    colours = {name: of_engine(name) for name in ("mics", "fsdp2")}
     titles = {"mics": "mics", "fsdp2": "full sharding (ZeRO-3, FSDP2)"}
     facts = runs[nodes[0]]
     what = facts["dilation"]
