@@ -155,8 +155,10 @@ def write_on(folder: Path, said: int) -> None:
 @pytest.mark.extra
 def test_150_kills_inside_the_writer_leave_no_wrong_state_and_lose_no_step(tmp_path: Path) -> None:
     generator = random.Random(0)
-    newest, torn = 0, 0
-    for _ in range(150):
+    newest, torn, kills = 0, 0, 0
+    while kills < 150 or torn < 5:  # where a kill falls is up to the machine: go on until some tear
+        kills += 1
+        assert kills < 2000, f"of {kills} kills {torn} fell into a write"
         reading, said = os.pipe()
         child = os.fork()
         if child == 0:
@@ -179,4 +181,4 @@ def test_150_kills_inside_the_writer_leave_no_wrong_state_and_lose_no_step(tmp_p
                 assert all(torch.equal(found.tensors[name], wanted[name]) for name in wanted)
                 whole.append(found.head.step)
         assert max(whole, default=0) >= newest
-    assert newest >= 150 and torn >= 5, (newest, torn)
+    assert newest >= kills
