@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,33 @@ def test_a_pulse_is_what_the_heart_wrote(tmp_path: Path) -> None:
     heart.wait(2, "place 2")
     assert wrist.feel().waits == "place 2"
     assert oct(path.stat().st_mode & 0o777) == "0o600"
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda heart: heart.issue(),
+        lambda heart: heart.wait("another", "another place"),
+        lambda heart: heart.go_on(),
+        lambda heart: heart.in_step(1, 2),
+        lambda heart: heart.leave(heart.enter("mics.save")),
+        lambda heart: heart.take_long(1),
+    ],
+    ids=["issue", "wait", "go on", "micro-step", "call", "long"],
+)
+def test_whatever_a_rank_does_is_a_sign_of_life(
+    act: Callable[[Heart], object], tmp_path: Path
+) -> None:
+    path = tmp_path / "heartbeat"
+    make_file(path)
+    heart, wrist = Heart(str(path)), Wrist(path, 0, 0)
+    heart.in_step(1, 1)
+    heart.wait("one", "a place")
+    wrist.feel()
+    time.sleep(0.02)
+    assert wrist.feel().still
+    act(heart)
+    assert wrist.feel().still == 0.0
 
 
 def test_the_largest_partition_that_a_rank_has_told_counts(tmp_path: Path) -> None:

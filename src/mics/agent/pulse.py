@@ -111,11 +111,11 @@ class Wrist:
     def feel(self, *, ended: bool = False) -> Pulse:
         """Look at the file."""
         beat, now = read_beat(self._file), time.monotonic()
-        if self._last is None or beat.beats != self._last.beats:
+        if self._last is None or beat.sign_of_life != self._last.sign_of_life:
             self._changed = now
             self._count_step(beat)
             self._last = beat
-        if not beat.beats:
+        if not (beat.beats or beat.issued or beat.waits):
             return Pulse(self._rank, self._node, ended=ended)
         return Pulse(
             self._rank,

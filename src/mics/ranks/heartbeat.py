@@ -19,7 +19,6 @@ the step after the one that was kept last, and pause as the keeping of it ends.
 from __future__ import annotations
 
 import contextlib
-import functools
 import mmap
 import os
 import struct
@@ -58,8 +57,8 @@ LONG = frozenset(
 """Calls that may take as long as they like."""
 
 _BEATS, _STEP, _STEPS, _MICRO_STEP, _ISSUED, _DURING, _WAITS = range(7)
-_LONG, _STEP_BEGAN, _AT, _PARTITION = range(7, 11)
-_NUMBERS = struct.Struct("@8Q2dQ")  # in this order
+_LONG, _STEP_BEGAN, _PARTITION = range(7, 10)
+_NUMBERS = struct.Struct("@8QdQ")  # in this order
 _NAMES_AT, _NAME_BYTES = 128, 160
 _MOST_NAMES = (FILE_BYTES - _NAMES_AT) // _NAME_BYTES
 _PAUSE = 15  # the one word that the agent writes
@@ -71,7 +70,7 @@ class Beat:
     """What stands in a rank's file.
 
     Args:
-        beats: written so far; 0 if the rank has written none.
+        beats: written so far, collectives aside; 0 if the rank has written nothing.
         step: the one it is in or has been in last, from 1; 0 before the first.
         steps: begun by this process.
         micro_step: from 1.
@@ -80,7 +79,6 @@ class Beat:
         waits: the collective it waits in, or nothing.
         takes_long: whether the program has said that what it does takes long.
         step_began: on the machine's monotonic clock.
-        at: when it was written, on the same clock.
         partition: ranks that hold one copy of the model together, on the largest of its meshes; 0
             if the rank has not said it.
     """
@@ -94,8 +92,12 @@ class Beat:
     waits: str
     takes_long: bool
     step_began: float
-    at: float
     partition: int = 0
+
+    @property
+    def sign_of_life(self) -> tuple[int, int, str]:
+        """What is another one whenever the rank has done anything that it tells."""
+        return self.beats, self.issued, self.waits
 
     @property
     def is_long(self) -> bool:
@@ -202,20 +204,17 @@ class Heart:
             self.take_long(1)
 
     def issue(self) -> None:
-        """Count a collective."""
+        """Count a collective. This and the waiting are one store each: a step has hundreds."""
         self._words[_ISSUED] = self._issued = self._issued + 1
-        self._beat()
 
     def wait(self, key: object, place: object) -> None:
         """Say that this rank waits, in a place whose words are always the same for its key."""
         at = self._names.get(key)
         self._words[_WAITS] = self._name(key, place) if at is None else at
-        self._beat()
 
     def go_on(self) -> None:
         """Say that it waits no longer."""
         self._words[_WAITS] = 0
-        self._beat()
 
     def _pause(self) -> None:
         before = self.enter(_FINISHES)
@@ -227,7 +226,6 @@ class Heart:
         self.leave(before)
 
     def _beat(self) -> None:
-        self._times[_AT] = time.monotonic()
         self._words[_BEATS] = self._beats = self._beats + 1
 
     def _name(self, key: object, words: object) -> int:
@@ -249,16 +247,28 @@ def heart() -> Heart | None:
 
     What waits in a thread of its own, as the keeping of states does, is not where the program is.
     """
-    return _heart() if threading.current_thread() is threading.main_thread() else None
+    try:
+        return _of_thread.heart  # asked for in every collective
+    except AttributeError:
+        is_program = threading.current_thread() is threading.main_thread()
+        _of_thread.heart = _open_heart() if is_program else None
+        return _of_thread.heart
+
+
+class _OfThread(threading.local):
+    heart: Heart | None
+
+
+_of_thread = _OfThread()
 
 
 def begin_as_another_rank() -> None:
     """Look for a heartbeat anew: this process was forked, and is told of another one."""
-    _heart.cache_clear()
+    if hasattr(_of_thread, "heart"):
+        del _of_thread.heart
 
 
-@functools.cache
-def _heart() -> Heart | None:
+def _open_heart() -> Heart | None:
     path = os.environ.get(VARIABLE)
     if not path:
         return None
@@ -354,9 +364,9 @@ def ask_for_pause(file: mmap.mmap, *, wanted: bool) -> None:
 def read_beat(file: mmap.mmap | bytes) -> Beat:
     """Read a rank's file. A write that is under way may be seen in parts, see ``beats``."""
     numbers = _NUMBERS.unpack_from(file)
-    beats, step, steps, micro_step, issued, during, waits, long, began, at, partition = numbers
+    beats, step, steps, micro_step, issued, during, waits, long, began, partition = numbers
     names = (_read_name(file, during), _read_name(file, waits))
-    return Beat(beats, step, steps, micro_step, issued, *names, bool(long), began, at, partition)
+    return Beat(beats, step, steps, micro_step, issued, *names, bool(long), began, partition)
 
 
 def _read_name(file: mmap.mmap | bytes, at: int) -> str:
