@@ -90,7 +90,7 @@ bench-environments: .venv-deepspeed-0.19.8/ready .venv-deepspeed-0.19.2/ready
 	@touch $@
 
 torchtitan: .venv-torchtitan/ready
-	PYTHONPATH=src .venv-torchtitan/bin/python -m pytest tests/test_torchtitan.py
+	PYTHONPATH=src .venv-torchtitan/bin/python -m pytest tests/test_torchtitan*.py
 
 # torchtitan asks for older versions than .venv has, so it is installed without what it asks for.
 .venv-torchtitan/ready: .venv/ready benchmarks/environments/torchtitan.txt
