@@ -38,6 +38,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
+@dataclass(frozen=True)
+class Ran:
+    """What a run has told, step by step."""
+
+    losses: list[float]
+    norms: list[float]
+    seen: list[Any]
+
+
 def configured(
     model: str,
     folder: Path,
@@ -107,26 +116,31 @@ def _traffic_beside_prediction(accumulation: int, hops: tuple[int, ...]) -> Any:
     return watch
 
 
-def _beside_fsdp2(
-    model: str, folder: Path, degrees: dict[str, Any], accumulation: int, chunked: bool
-) -> Any:
+def _one(
+    model: str,
+    folder: Path,
+    degrees: dict[str, Any],
+    accumulation: int,
+    chunked: bool,
+    ours: bool,
+) -> Ran:
     torch.compiler.set_stance("force_eager")  # masks are made by a compiled function
-    keywords: dict[str, Any] = {"accumulation": accumulation, "chunked": chunked}
-    right = titan.Run(configured(model, folder, degrees, ours=False, **keywords))
-    hops = (2,) if chunked else (0, 1, 2)
-    found = titan.Run(
-        configured(model, folder, degrees, **keywords),
-        _traffic_beside_prediction(accumulation, hops),
+    config = configured(
+        model, folder, degrees, ours=ours, accumulation=accumulation, chunked=chunked
     )
-    return right.losses, right.norms, found.losses, found.norms, found.seen
+    hops = (2,) if chunked else (0, 1, 2)
+    run = titan.Run(config, _traffic_beside_prediction(accumulation, hops) if ours else None)
+    return Ran(run.losses, run.norms, run.seen)
 
 
-def check_beside_fsdp2(results: Any) -> None:
-    for losses, norms, own, ours, seen in results:
-        assert losses[-1] < losses[0] - 0.1
-        torch.testing.assert_close(own, losses, rtol=0, atol=1e-6)
-        torch.testing.assert_close(ours, norms, rtol=1e-6, atol=0)
-        assert seen == [True] * len(losses)
+def check_beside_fsdp2(*arguments: Any) -> None:
+    """Each run in processes of its own: in one torch takes equal meshes for the same."""
+    wanted, found = (run_ranks(_one, WORLD, *arguments, ours) for ours in (False, True))
+    for right, own in zip(wanted, found, strict=True):
+        assert right.losses[-1] < right.losses[0] - 0.1
+        torch.testing.assert_close(own.losses, right.losses, rtol=0, atol=1e-6)
+        torch.testing.assert_close(own.norms, right.norms, rtol=1e-6, atol=0)
+        assert own.seen == [True] * len(right.losses)
 
 
 # -- experts -------------------------------------------------------------------------------------
@@ -145,18 +159,7 @@ def check_beside_fsdp2(results: Any) -> None:
 def test_spread_experts_have_the_losses_of_fsdp2_and_the_bytes_predicted(
     folder: Path, model: str, degrees: dict[str, Any], accumulation: int, chunked: bool
 ) -> None:
-    check_beside_fsdp2(
-        run_ranks(_beside_fsdp2, WORLD, model, folder, degrees, accumulation, chunked)
-    )
-
-
-@dataclass(frozen=True)
-class Ran:
-    """What a run has told, step by step."""
-
-    losses: list[float]
-    norms: list[float]
-    seen: list[Any]
+    check_beside_fsdp2(model, folder, degrees, accumulation, chunked)
 
 
 def _run(
@@ -209,7 +212,7 @@ def test_a_run_with_spread_experts_goes_on_to_the_bit(folder: Path) -> None:
 def test_spread_contexts_have_the_losses_of_fsdp2_and_the_bytes_predicted(
     folder: Path, model: str, degrees: dict[str, Any]
 ) -> None:
-    check_beside_fsdp2(run_ranks(_beside_fsdp2, WORLD, model, folder, degrees, 2, False))
+    check_beside_fsdp2(model, folder, degrees, 2, False)
 
 
 def _gradients(trainer: Any) -> Any:
@@ -239,3 +242,16 @@ def test_gradients_of_spread_contexts_are_those_of_whole_ones(folder: Path) -> N
     for name, gradient in wanted.items():
         off = (found[name].double() - gradient.double()).norm() / gradient.double().norm()
         assert off < 1e-5, (name, off)
+
+
+# -- parameters that name all axes ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "degrees"),
+    [("llama3", {}), ("llama3", {"tensor_parallel_degree": 2}), ("qwen3", EXPERTS)],
+)
+def test_parameters_on_all_axes_have_the_losses_of_fsdp2(
+    folder: Path, model: str, degrees: dict[str, Any]
+) -> None:
+    check_beside_fsdp2(model, folder, degrees | {"spmd_backend": "full_dtensor"}, 1, False)
