@@ -160,7 +160,7 @@ def test_steps_after_a_validation_with_the_loss_in_chunks_are_those_of_fsdp2(
 def _build(folder: Path, section: str, name: str, value: Any) -> None:
     config = configured("+", folder)
     setattr(getattr(config, section), name, value)
-    if name in ("tensor_parallel_degree", "expert_parallel_degree"):
+    if name.endswith("_parallel_degree") and not name.startswith("pipeline"):
         config.parallelism.spmd_backend = "spmd_types"
     config.build()
 
@@ -170,6 +170,7 @@ def _build(folder: Path, section: str, name: str, value: Any) -> None:
     [
         ("parallelism", "pipeline_parallel_degree", 2, "pipeline_parallel_degree = 1"),
         ("parallelism", "expert_parallel_degree", 2, '"partial_dtensor"'),
+        ("parallelism", "context_parallel_degree", 2, '"partial_dtensor"'),
         ("parallelism", "enable_fsdp_symm_mem", True, "enable_fsdp_symm_mem = False"),
         ("parallelism", "tensor_parallel_degree", 2, '"partial_dtensor"'),
         ("training", "disable_cuda_graphs", False, "disable_cuda_graphs = True"),
