@@ -37,6 +37,12 @@ VERBS = (
         "ranks that survive lost ranks and nodes",
         "mics run --ranks-per-node 4 -- train.py",
     ),
+    Verb(
+        "new",
+        "new",
+        "job files for Slurm, Kubernetes, SkyPilot, Ray",
+        "mics new slurm --nodes 8 --node p5",
+    ),
     Verb("plan", "plan", "which partition, how fast, what price", "mics plan --model llama-8b"),
     Verb(
         "simulate",

@@ -194,7 +194,9 @@ class _Speaker:
         words = []
         if text is not None:
             words += ["", "sample", *(f"  | {line}" for line in text.splitlines())]
-        self._record(EndRecord(at.step, None if checkpoint is None else str(checkpoint), text))
+        kept = None if checkpoint is None else str(checkpoint)
+        finished = at.step >= self._run.config.run.steps
+        self._record(EndRecord(at.step, kept, text, finished))
         words += self._pictures()
         words += ["", *self._traffic(at)]
         words += ["", *self._next(at, checkpoint)]
