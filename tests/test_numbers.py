@@ -29,7 +29,7 @@ def configurations() -> Iterator[tuple[str, type]]:
     for verb in VERBS:
         if verb.name == "train":
             continue
-        config: Any = importlib.import_module(f"mics.commands.{verb.module}").Config
+        config: Any = importlib.import_module(f"mics.commands.{verb.options}").Config
         several = get_args(config) if not isinstance(config, type) else (config,)
         for one in several:
             yield verb.name, get_args(one)[0] if get_origin(one) is Annotated else one

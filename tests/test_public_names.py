@@ -69,4 +69,4 @@ def made_in(module: Any) -> set[str]:
 def test_the_verbs_are_these_and_each_has_its_file() -> None:
     assert [verb.name for verb in VERBS] == OF_THE_COMMAND_LINE.split()
     for verb in VERBS:
-        importlib.import_module(f"mics.commands.{verb.module}")
+        importlib.import_module(f"mics.commands.{verb.options}")

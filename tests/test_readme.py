@@ -378,7 +378,7 @@ def test_commands_of_the_documents_have_the_options_they_are_given(
 ) -> None:
     monkeypatch.chdir(ROOT)
     verb = next(verb for verb in VERBS if verb.name == words[0])
-    module = importlib.import_module(f"mics.commands.{verb.module}")
+    module = importlib.import_module(f"mics.commands.{verb.options}")
     keywords: dict[str, Any] = {"config": (tyro.conf.FlagCreatePairsOff,)}
     if hasattr(module, "parse"):
         assert module.parse(words[1:], **keywords)

@@ -23,6 +23,9 @@ MOST_AHEAD = 1 << 10
 MOST_FRAGMENTATION = 10.0
 MOST_SIGMA = 10.0
 
+MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
+"""Which are tried where nobody names one."""
+
 MOST = {
     "partition": MOST_RANKS,
     "partitions": MOST_RANKS,

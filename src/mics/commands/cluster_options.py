@@ -9,7 +9,6 @@ from typing import Annotated
 from mics.errors import PlanError
 from mics.hardware.cluster import Node
 from mics.hardware.lookup import described, find_gpu, find_node
-from mics.hardware.measured import measured_node
 from mics.quantities import Within
 
 DEFAULT = "p4d"
@@ -60,6 +59,8 @@ def node_of(options: ClusterOptions) -> Node:
             raise PlanError(
                 "A profile says how fast links are, not what computes.", write="--gpu H100"
             )
+        from mics.hardware.measured import measured_node
+
         return measured_node(options.profile, find_gpu(options.gpu))
     numbers = {"memory": options.memory, "intra": options.intra, "inter": options.inter}
     if all(number is None for number in numbers.values()):

@@ -17,13 +17,10 @@ from mics.planning.inverse import Limits, limits_around
 from mics.planning.nearest import check_any
 from mics.planning.plan import Plan, Rejected, equal_plans, search
 from mics.planning.question import Question
-from mics.planning.ranking import error_on
+from mics.planning.ranking import TOP, error_on
 from mics.planning.reasons import explained
 from mics.planning.table import as_table
 from mics.quantities import GIB, dtype_name
-
-TOP = 10
-"""Lines of a table of plans."""
 
 
 @dataclass(frozen=True, repr=False)

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 
 from mics.errors import MicsError, TopologyError
 
+MOST_RANKS = 1024
+"""More are not started on one machine: each is a process of some hundred megabytes."""
+
 
 @dataclass(frozen=True)
 class Launch:

@@ -17,9 +17,9 @@ from mics.ranks.device import (
     num_devices,
     on_accelerator,
 )
-from mics.ranks.launcher import Launch, more_ranks, read_launch
+from mics.ranks.launcher import MOST_RANKS, Launch, more_ranks, read_launch
 from mics.ranks.nodes_given import check_nodes_given, without_srun
-from mics.ranks.starting import MOST_RANKS, leave_groups, run_local_ranks
+from mics.ranks.starting import leave_groups, run_local_ranks
 from mics.training.config import TrainConfig
 from mics.training.settings import check_settings, read_settings
 

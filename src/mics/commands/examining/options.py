@@ -7,9 +7,7 @@ from typing import Annotated, Literal
 
 from mics.anatomy.recipe import MOST_RANKS as MOST_RANKS_OF_A_JOB
 from mics.quantities import Within
-from mics.ranks.device import default_device_type
-from mics.ranks.launcher import Launch, more_ranks
-from mics.ranks.starting import MOST_RANKS
+from mics.ranks.launcher import MOST_RANKS, Launch, more_ranks
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,8 @@ def nonsense(config: Config, launch: Launch | None) -> str | None:
         if config.ranks == launch.world:
             return f"leave out --ranks: {started}."
         return f"leave out --ranks: {started}. For others write {more_ranks(launch, config.ranks)}"
+    from mics.ranks.device import default_device_type
+
     accelerator = default_device_type()
     if config.device not in ("auto", "cpu", accelerator):
         possible = " or ".join(dict.fromkeys(["cpu", accelerator]))
