@@ -18,7 +18,7 @@ import pytest
 import yaml
 from clusters import stand_in
 from ranks import run_ranks
-from test_jobs import TINY
+from test_job_files import TINY
 
 from mics.__main__ import main
 from mics.training.signals import StopRequest

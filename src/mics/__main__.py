@@ -6,6 +6,7 @@ import difflib
 import importlib
 import importlib.util
 import logging
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -51,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run_verb(verb: Verb, words: list[str]) -> int:
+    if os.environ.get("NO_COLOR"):  # which tyro does not ask for
+        os.environ.setdefault("PYTHON_TYRO_ANSI_CODES", "False")
     import tyro
 
     for logger in _BESIDE_THE_MATTER:

@@ -104,4 +104,10 @@ VERBS = (
         "mics doctor --ranks 8",
         takes="examining.options",
     ),
+    Verb(
+        "completion",
+        "completion",
+        "tab completion for bash, zsh and fish",
+        "mics completion bash",
+    ),
 )

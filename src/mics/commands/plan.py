@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,14 @@ from mics.anatomy.memory import NOT_MODELLED
 from mics.commands.checks import check_folders, refuse_others, write_text
 from mics.commands.cluster_options import node_of
 from mics.commands.dashes import command_line
+from mics.commands.job import check_job, job_text, launch_lines, options_of_job
 from mics.commands.numbers import check_numbers
 from mics.commands.options.plan import Config
 from mics.errors import PlanError
 from mics.hardware.catalogue_text import catalogue
 from mics.hardware.cluster import Cluster
 from mics.hardware.stacks import find_stack
+from mics.models.presets import rule_of
 from mics.planning.answer import Plans
 from mics.planning.api import plan
 from mics.planning.parsing import parse_range
@@ -27,6 +28,7 @@ from mics.planning.scaling import ENGINES, weak_scaling
 from mics.planning.subject import subject
 from mics.planning.sweep import sweep, sweep_table
 from mics.planning.table import as_document
+from mics.ranks.columns import fitted
 from mics.ranks.console import progress, show
 
 
@@ -81,12 +83,16 @@ def _plan(config: Config) -> int:
     progress(f"simulating on {cluster}")
     plans = plan(anatomy, cluster, **options_of(config))
     swept = sweep(plans.best, parse_range(config.sweep), progress) if config.sweep else []
-    lines = [plans.report(top=config.top, tokens=config.tokens)]
+    lines = [*rule_of(config.model), plans.report(top=config.top, tokens=config.tokens)]
     if swept:
         lines.append(sweep_table(swept, config.by) + "\n")
     lines.append("\n".join(plans.caveats(swept)))
     _files(config, plans, swept)
-    show("\n".join(lines))  # last: what can fail has been done
+    show(fitted("\n".join(lines)))  # last: what can fail has been done
+    if config.toml is not None:  # commands stay whole, to be copied
+        runs = fitted(f"{config.toml} runs so: {plans.best.figures}. Look first, on any machine:")
+        look = f"  mics train {config.toml} --dry-run"
+        show("\n".join(["", runs, look, *launch_lines(plans.best, [str(config.toml)])]))
     return 0
 
 
@@ -119,6 +125,8 @@ def _files(config: Config, plans: Plans, swept: Sequence[Plan]) -> None:
     best = plans.best
     title = f"{config.model} on {best.cluster}"
     texts: list[tuple[Path, str]] = []
+    if config.toml is not None:
+        texts.append((config.toml, job_text(config, best, config.toml)))
     if config.json is not None:
         document = json.dumps(_document(config, plans, swept), indent=1, allow_nan=False)
         texts.append((config.json, document + "\n"))
@@ -133,7 +141,7 @@ def _files(config: Config, plans: Plans, swept: Sequence[Plan]) -> None:
         asked = Asked(
             title,
             command_line("plan", config),
-            _training(config, best),
+            "\n".join(launch_lines(best, options_of_job(config, best))),
             plans.price(config.tokens),
             plans.caveats(around),
         )
@@ -144,21 +152,6 @@ def _files(config: Config, plans: Plans, swept: Sequence[Plan]) -> None:
         draw(config.png, title, plans, scaling)
     for file, text in texts:
         write_text(file, text)
-
-
-def _training(config: Config, best: Plan) -> str:
-    """Write the command that trains as a plan says, on every node of it."""
-    node, way = best.cluster.node, best.way
-    words = ["torchrun", "--nnodes", str(best.cluster.nodes)]
-    words += ["--nproc-per-node", str(node.gpus_per_node), "-m", "mics", "train"]
-    words += ["--model.name", config.model, "--data.sequence", str(way.sequence)]
-    words += ["--parallel.partition", str(way.partition)]
-    words += ["--batch.micro-batch", str(way.micro_batch)]
-    words += ["--batch.micro-steps", str(way.micro_steps)]
-    if way.checkpointing:
-        words.append("--parallel.activation-checkpointing")
-    words += ["--parallel.activation-offload", "on" if way.offload else "off"]
-    return shlex.join(words)
 
 
 def _around(nodes: int) -> list[int]:
@@ -175,4 +168,6 @@ def _check(config: Config) -> None:
             "On one number of nodes time and cost rank alike.",
             write="--by cost --sweep nodes=2..64",
         )
-    check_folders(config.json, config.png, config.html)
+    if config.toml is not None:
+        check_job(config)
+    check_folders(config.json, config.png, config.html, config.toml)

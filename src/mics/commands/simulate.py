@@ -22,6 +22,7 @@ from mics.planning.subject import subject
 from mics.planning.validation import as_markdown, validate
 from mics.planning.weighing import simulate_recipe
 from mics.quantities import GIB
+from mics.ranks.columns import Column, as_table, fitted
 from mics.ranks.console import progress, show
 from mics.simulation.profiles import PROFILES
 from mics.simulation.timeline import chrome_trace
@@ -93,7 +94,7 @@ def _simulate(config: Config) -> int:
         *too_large(plan, config.engines),
     ]
     _files(config, plan, curves)
-    show("\n".join(filter(None, lines)))  # last: what can fail has been done
+    show(fitted("\n".join(filter(None, lines))))  # last: what can fail has been done
     return 0
 
 
@@ -172,20 +173,24 @@ def _on_gloo(node: Node, config: Config) -> str:
 
 def _table(curves: Mapping[str, Sequence[tuple[float, float]]], config: Config) -> list[str]:
     first = config.engines[0]
-    lines = [
-        f"{'GPUs':>7}  {'engine':<24}{'tokens/s':>14}{'per GPU':>10}{'efficiency':>12}"
-        f"{f'time over {first}':>26}"
-    ]
+    columns = (
+        Column("GPUs"),
+        Column("engine", left=True),
+        Column("tokens/s", 2),
+        Column("per GPU", 3),
+        Column("efficiency", 1),
+        Column(f"time over {first}"),
+    )
+    rows = []
     for index, (gpus, base) in enumerate(curves[first]):
         for engine in config.engines:
             speed = curves[engine][index][1]
             at_first = curves[engine][0]
             efficiency = speed / gpus / (at_first[1] / at_first[0])
-            lines.append(
-                f"{gpus:>7.0f}  {engine:<24}{speed:>14,.0f}{speed / gpus:>10,.0f}"
-                f"{efficiency:>12.1%}{base / speed:>26.2f}"
-            )
-    return [*lines, *(f"{engine}: {PROFILES[engine].about}" for engine in config.engines)]
+            figures = (f"{speed:,.0f}", f"{speed / gpus:,.0f}", f"{efficiency:.1%}")
+            rows.append((f"{gpus:.0f}", engine, *figures, f"{base / speed:.2f}"))
+    about = [f"{engine}: {PROFILES[engine].about}" for engine in config.engines]
+    return [*as_table(columns, rows), *about]
 
 
 def _files(config: Config, plan: Plan, curves: Mapping[str, Sequence[tuple[float, float]]]) -> None:

@@ -133,4 +133,4 @@ def _scaling(scaling: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
 
 def _table(plans: Sequence[Plan]) -> str:
     rows = [(f"{plan.cluster.nodes}", *cells(plan)) for plan in plans]
-    return table(("nodes", *COLUMNS), rows, _ON_A_PHONE)
+    return table(("nodes", *(column.name for column in COLUMNS)), rows, _ON_A_PHONE)

@@ -78,7 +78,8 @@ class DataConfig:
     """Size of the vocabulary that "bpe" trains."""
 
     sequence: int = 0
-    """Tokens per sequence; 0 is as many as the model has positions, 1024 at most."""
+    """Tokens per sequence; 0 is as many as the model has positions, 4096 at most, as
+    in `mics plan`."""
 
     held_out: float = 0.05
     """Share of the documents (by file, for text files) kept for evaluation."""

@@ -17,7 +17,7 @@ from mics.ranks.device import (
     num_devices,
     on_accelerator,
 )
-from mics.ranks.launcher import MOST_RANKS, Launch, more_ranks, read_launch
+from mics.ranks.launcher import MOST_RANKS, Launch, full_world, more_ranks, read_launch
 from mics.ranks.nodes_given import check_nodes_given, without_srun
 from mics.ranks.starting import leave_groups, run_local_ranks
 from mics.training.config import TrainConfig
@@ -112,7 +112,7 @@ def num_ranks(config: TrainConfig, launch: Launch | None) -> int:
             write="torchrun or srun ... mics train, to start ranks on several machines",
         )
     if launch is not None:
-        if wanted is not None and wanted != launch.world:
+        if wanted is not None and wanted not in (launch.world, full_world(launch.world)):
             raise ConfigError(
                 f"parallel.ranks is for ranks started here, but {launch.source} has started some.",
                 numbers=f"parallel.ranks = {wanted}, {launch.source} started {launch.world}.",

@@ -65,8 +65,8 @@ class Config:
     """Keep what blocks save for backward on the host, where its link is known; with checkpointing
     their inputs. "auto" where it does not fit otherwise."""
 
-    optimizer: Literal["adamw", "adamw-fused", "sgd-momentum", "sgd"] = "adamw"
-    """Which states are kept."""
+    optimizer: Literal["adamw", "adamw-fused", "sgd-momentum", "sgd"] = "adamw-fused"
+    """Whose states are kept; `mics train` has adamw-fused, torch.optim.AdamW is adamw by itself."""
 
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     """Of gradients on the wire, in hop 1 and in hop 2."""
@@ -92,6 +92,9 @@ class Config:
 
     top: Annotated[int, Within(1, 1_000_000)] = TOP
     """Lines of the table."""
+
+    toml: Path | None = None
+    """File for the configuration with which `mics train` runs as planned, and how it is started."""
 
     json: Path | None = None
     """File for all plans."""
