@@ -19,12 +19,11 @@ FIGURES = re.compile(
     r"p = (\d+), micro-batch (\d+), micro-steps (\d+), sequence (\d+), ([\d.]+ [GM]iB) of a GPU"
 )
 NODE = """
-[nodes.two]
+[two]
 gpu = "A100-40GB"
 gpus_per_node = 2
-intra = {bandwidth = 200, latency_us = 10}
-inter = {bandwidth = 20, latency_us = 20}
-source = "made up"
+intra = { bandwidth = 200, latency = 10 }
+inter = { bandwidth = 20, latency = 20 }
 """
 # One way each, so that little is traced; figures of memory do not depend on what else was tried.
 QUICK = ["--micro-batch", "2", "--checkpointing", "full"]
@@ -73,7 +72,7 @@ def test_a_run_of_a_job_has_the_figures_of_its_plan(
     plan = figures(out)
     assert plan[:4] == ("4", "2", "4", "128")
     assert f"mics train {file} --dry-run" in out
-    assert f"torchrun --nnodes 2 --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint " in out
+    assert "torchrun --nnodes 2 --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint " in out
     assert main(["train", str(file), "--dry-run"]) == 0
     assert figures(capfd.readouterr().out) == plan
     job = read_settings(file)

@@ -379,11 +379,10 @@ def test_commands_of_the_documents_have_the_options_they_are_given(
     monkeypatch.chdir(ROOT)
     verb = next(verb for verb in VERBS if verb.name == words[0])
     module = importlib.import_module(f"mics.commands.{verb.options}")
-    keywords: dict[str, Any] = {"config": (tyro.conf.FlagCreatePairsOff,)}
     if hasattr(module, "parse"):
-        assert module.parse(words[1:], **keywords)
+        assert module.parse(words[1:])
     else:
-        assert tyro.cli(module.Config, args=words[1:], **keywords)
+        assert tyro.cli(module.Config, args=words[1:])
 
 
 def told(words: list[str]) -> subprocess.CompletedProcess[str]:

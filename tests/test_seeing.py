@@ -12,7 +12,7 @@ import pytest
 
 from mics.quantities import count, size
 from mics.training.config import LogConfig
-from mics.training.display import drawn, open_display
+from mics.training.display import History, drawn, open_display
 from mics.training.lines import evaluation_line, step_line
 from mics.training.plot import plot_run, read_metrics
 from mics.training.record import EvaluationRecord, StepRecord
@@ -94,6 +94,17 @@ def test_a_history_has_a_sign_for_as_many_losses_as_there_must_be() -> None:
     assert drawn([3.0, 2.0, 1.0], 8, "abc") == "cba"
     assert drawn([4.0, 2.0, 1.0, 1.0], 2, "abc") == "ca"
     assert drawn([1.0, 1.0], 8, "abc") == "aa"
+
+
+def test_a_history_is_bounded_and_keeps_first_last_and_means() -> None:
+    history = History()
+    for number in range(1500):
+        history.add(float(number))
+    assert (history.first, history.last) == (0.0, 1499.0)
+    values = history.values
+    assert len(values) < 512
+    assert values == sorted(values)
+    assert values[:2] == [1.5, 5.5]
 
 
 def test_numbers_that_are_not_finite_become_null() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from mics.commands import VERBS, Verb
 from mics.errors import MicsError, naming_extras
-from mics.ranks.console import progress
+from mics.ranks.console import outliving, progress
 from mics.ranks.launcher import is_first_rank, read_launch
 from mics.version import __version__
 
@@ -61,15 +61,18 @@ def _run_verb(verb: Verb, words: list[str]) -> int:
     keywords: dict[str, Any] = {
         "prog": f"mics {verb.name}",
         "console_outputs": is_first_rank(),
-        "config": (tyro.conf.FlagCreatePairsOff,),
     }
+    config = None
     try:
         with naming_extras(f"mics {verb.name}"):
             options = importlib.import_module(f"mics.commands.{verb.options}")
-            if hasattr(options, "parse"):
-                config = options.parse(words, **keywords)
-            else:
-                config = tyro.cli(options.Config, args=words, **keywords)
+            with outliving(sys.stdout):  # a help may be long, and its reader leave
+                if hasattr(options, "parse"):
+                    config = options.parse(words, **keywords)
+                else:
+                    config = tyro.cli(options.Config, args=words, **keywords)
+            if config is None:
+                return 0
             if verb.takes and "torch" not in sys.modules:
                 progress(f"mics {verb.name}: loading PyTorch")
             work = importlib.import_module(f"mics.commands.{verb.module}")

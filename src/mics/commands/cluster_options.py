@@ -27,13 +27,13 @@ class ClusterOptions:
     --inter."""
 
     intra: Annotated[float | None, Within(1e-3, 1e6)] = None
-    """GB/s of a ring inside the node."""
+    """With --memory: GB/s that a ring inside the node carries."""
 
     inter: Annotated[float | None, Within(1e-3, 1e6)] = None
-    """GB/s of a node to others: an eighth of its Gbit/s."""
+    """With --memory: GB/s that a node sends to others, an eighth of its Gbit/s."""
 
     gpus_per_node: Annotated[int | None, Within(1, 1024)] = None
-    """With --memory; 8 by default."""
+    """With --memory: GPUs of a node; 8 by default."""
 
     profile: Path | None = None
     """Instead of --node: the JSON of `mics bench collectives --out`; with --gpu."""

@@ -48,12 +48,7 @@ def script(shell: str) -> str:
     """Write the script of a shell: tyro's own, of all verbs as subcommands of one command."""
     written = io.StringIO()
     with contextlib.redirect_stdout(written), contextlib.suppress(SystemExit):
-        tyro.cli(
-            _all_verbs(),
-            prog="mics",
-            args=["--tyro-write-completion", shell, "-"],
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
+        tyro.cli(_all_verbs(), prog="mics", args=["--tyro-write-completion", shell, "-"])
     return _TABLE.sub(lambda table: _LINE_END.sub(" ", table[0]), written.getvalue())
 
 

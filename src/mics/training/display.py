@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import sys
@@ -22,6 +23,7 @@ from mics.training.record import EvaluationRecord, StepRecord
 
 _BLOCKS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
 _ASCII = "_.-=+*#"
+_MOST_MEANS = 512  # of losses; more than a terminal is wide
 
 
 class Display(Protocol):
@@ -77,7 +79,7 @@ class _LiveDisplay:
     def __init__(self, steps: int, first: int) -> None:
         self._steps = steps
         self._begun = time.monotonic()
-        self._losses: list[float] = []
+        self._losses = History()
         self._console = Console()
         self._progress = Progress(
             TextColumn("step"),
@@ -94,7 +96,7 @@ class _LiveDisplay:
     def step(self, record: StepRecord) -> None:
         self._progress.update(self._task, completed=record.step, left=clock(record.seconds_left))
         if record.taken and record.loss is not None:
-            self._losses.append(record.loss)
+            self._losses.add(record.loss)
         if not record.taken:
             self.say(step_line(record, self._steps))
         with outliving(sys.stdout):
@@ -125,7 +127,7 @@ class _LiveDisplay:
     def _rows(self, record: StepRecord) -> Iterator[tuple[str, str]]:
         bits = record.bits_per_byte
         yield "loss", loss_of(record) + ("" if bits is None else f", {bits:.3f} bits/byte")
-        if self._losses:
+        if self._losses.values:
             yield "loss so far", self._history()
         if record.router_loss is not None:
             yield "router loss", f"{record.router_loss:.4f}"
@@ -155,12 +157,40 @@ class _LiveDisplay:
             yield "SLOW", record.slow
 
     def _history(self) -> str:
-        """Draw the losses of this process, the mean of as many as fall on one sign."""
+        """Draw the losses of this process, from the first to the last."""
         signs = _ASCII if self._console.options.ascii_only else _BLOCKS
-        first, last = self._losses[0], self._losses[-1]
-        ends = f"{first:.3f} ", f" {last:.3f}"
-        room = self._console.width - len("gradient norm") - 4 - len("".join(ends))
-        return ends[0] + drawn(self._losses, max(room, 1), signs) + ends[1]
+        ends = f"{self._losses.first:.3f} ", f" {self._losses.last:.3f}"
+        room = self._console.width - len("memory, rank 0") - 4 - len("".join(ends))
+        return ends[0] + drawn(self._losses.values, max(room, 1), signs) + ends[1]
+
+
+class History:
+    """Numbers that come one after the other, of which a bounded number of means is kept."""
+
+    def __init__(self) -> None:
+        self._means: list[float] = []
+        self._each = 1  # numbers in a mean
+        self._open: list[float] = []  # in none yet
+        self.first = self.last = math.nan
+
+    def add(self, value: float) -> None:
+        """Take the next one."""
+        if not self.values:
+            self.first = value
+        self.last = value
+        self._open.append(value)
+        if len(self._open) == self._each:
+            self._means.append(statistics.fmean(self._open))
+            self._open = []
+        if len(self._means) == _MOST_MEANS:
+            pairs = zip(self._means[::2], self._means[1::2], strict=True)
+            self._means = [(one + other) / 2 for one, other in pairs]
+            self._each *= 2
+
+    @property
+    def values(self) -> list[float]:
+        """What is kept, in order; the last mean may be of fewer numbers than the others."""
+        return [*self._means, *([statistics.fmean(self._open)] if self._open else [])]
 
 
 def drawn(values: Sequence[float], most: int, signs: str) -> str:

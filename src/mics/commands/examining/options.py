@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+import tyro
+
 from mics.anatomy.recipe import MOST_RANKS as MOST_RANKS_OF_A_JOB
 from mics.quantities import Within
 from mics.ranks.launcher import MOST_RANKS, Launch, more_ranks
@@ -32,7 +34,7 @@ class Config:
     timeout: Annotated[float, Within(0.001, 86_400)] = 60.0
     """Seconds to wait for a rank that does not answer."""
 
-    json: bool = False
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print one JSON document instead of text."""
 
 

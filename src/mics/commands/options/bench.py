@@ -56,8 +56,8 @@ class Comparison:
     """Ranks joined by the fast link; what the launcher says by default."""
 
     engines: tuple[Name, ...] = OWN_ENGINES
-    """Which engines; the first one is what the others are compared with. DeepSpeed's need
-    `make bench-environments`."""
+    """Engines to run; the others are compared with the first. DeepSpeed's need `make
+    bench-environments`."""
 
     steps: Annotated[int, Within(1, 1_000_000)] = 5
     """Steps of each that count; one more warms up."""
@@ -66,7 +66,7 @@ class Comparison:
     """How mics gathers and reduces: as measured, or in this form."""
 
     overlap: bool = True
-    """Whether mics gathers and reduces beside computation, on the CPU."""
+    """Let mics gather and reduce beside computation, on the CPU."""
 
     link: str | None = None
     """Rate of a node's slow link (200mbit), for the floor; a lab's own is known."""

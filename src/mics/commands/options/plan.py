@@ -40,7 +40,7 @@ class Config:
     """A preset (`mics train --models`), config.json, a folder with one, or a hub name."""
 
     nodes: Annotated[int, Within(1, MOST_NODES)] = 8
-    """How many."""
+    """Number of nodes."""
 
     sequence: Annotated[int | None, Within(1, MOST_SEQUENCE)] = None
     """Tokens of one sequence; the model's positions by default, at most 4096."""
@@ -50,16 +50,16 @@ class Config:
     with --micro-steps. Every way does the same work."""
 
     micro_steps: Annotated[int | None, Within(1, MOST_MICRO_STEPS)] = None
-    """Per step, instead of --global-batch; 4 by default."""
+    """Micro-steps per step, instead of --global-batch; 4 by default."""
 
     micro_batch: Annotated[tuple[int, ...], Within(1, MOST_MICRO_BATCH)] = MICRO_BATCHES
-    """Which to try."""
+    """Micro-batches to try: sequences of a GPU and micro-step."""
 
     partition: Annotated[tuple[int, ...], Within(1, MOST_RANKS)] = ()
-    """Which to try; every legal one by default."""
+    """Partition sizes p to try; every legal one by default."""
 
     checkpointing: Literal["both", "none", "full"] = "both"
-    """Recompute every block in backward."""
+    """Recompute every block in backward: "full"; "both" tries it with and without."""
 
     offload: Literal["auto", "none", "full"] = "auto"
     """Keep what blocks save for backward on the host, where its link is known; with checkpointing
@@ -69,19 +69,19 @@ class Config:
     """Whose states are kept; `mics train` has adamw-fused, torch.optim.AdamW is adamw by itself."""
 
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Of gradients on the wire, in hop 1 and in hop 2."""
+    """Dtype of gradients on the wire, in hop 1 and in hop 2."""
 
     prefetch: Annotated[int, Within(0, MOST_AHEAD)] = Recipe.prefetch
-    """Blocks gathered ahead."""
+    """Blocks whose parameters are gathered ahead of the one that computes."""
 
     stack: str = Recipe.stack
     """How much of a GPU's rate the software reaches: eager, fused, mics-paper."""
 
     fragmentation: Annotated[float, Within(1, MOST_FRAGMENTATION)] = Machine.fragmentation
-    """What the allocator takes over what is alive."""
+    """How many times what is alive the allocator takes: 1.05 is 5 % more."""
 
     tokens: Annotated[float | None, Within(1, 1e18)] = None
-    """Of the whole run (300e9): how long it takes and what it costs, failures included."""
+    """Tokens of the whole run (300e9): how long it takes and what it costs, failures included."""
 
     sweep: str | None = None
     """Also plan for other numbers of nodes: nodes=2..64 (doubling)."""
@@ -91,19 +91,19 @@ class Config:
     number of nodes both rank alike."""
 
     top: Annotated[int, Within(1, 1_000_000)] = TOP
-    """Lines of the table."""
+    """Lines of the table: so many of the best ways."""
 
     toml: Path | None = None
-    """File for the configuration with which `mics train` runs as planned, and how it is started."""
+    """File (TOML) to write, with which `mics train` runs as planned, and how it is started."""
 
     json: Path | None = None
-    """File for all plans."""
+    """File (JSON) to write, with all plans."""
 
     png: Path | None = None
-    """File for a picture."""
+    """File (PNG) to write, a picture of the plans and of other engines."""
 
     html: Path | None = None
-    """File for a page with choice, price, command, memory, timeline and scaling."""
+    """File (HTML) to write, a page with choice, price, command, memory, timeline and scaling."""
 
-    list: bool = False
+    list: tyro.conf.FlagCreatePairsOff[bool] = False
     """List GPUs, nodes and software stacks with their sources, and stop."""

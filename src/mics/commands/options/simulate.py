@@ -37,7 +37,7 @@ class Config:
     """A preset (`mics train --models`), config.json, a folder with one, or a hub name."""
 
     nodes: str = "2..64"
-    """How many: a range, doubling, or one number."""
+    """Numbers of nodes: a range, doubling, or one number."""
 
     engines: tuple[EngineName, ...] = (
         "mics",
@@ -45,10 +45,10 @@ class Config:
         "hsdp deferred",
         "fsdp2",
     )
-    """Which; the first is what the others are compared with."""
+    """Engines to simulate; the times of the others are set against the first one's."""
 
     partition: Annotated[int | None, Within(1, MOST_RANKS)] = None
-    """p; the smallest that fits by default."""
+    """Partition size p; the smallest that fits by default."""
 
     sequence: Annotated[int | None, Within(1, MOST_SEQUENCE)] = None
     """Tokens of one sequence; the model's positions by default, at most 4096."""
@@ -57,41 +57,41 @@ class Config:
     """Sequences of a GPU and micro-step."""
 
     micro_steps: Annotated[int, Within(1, MOST_MICRO_STEPS)] = Recipe.micro_steps
-    """Per step; with --scaling strong those on the smallest cluster."""
+    """Micro-steps per step; with --scaling strong those on the smallest cluster."""
 
     checkpointing: bool = True
     """Recompute every block in backward."""
 
     scaling: Literal["weak", "strong"] = "weak"
-    """Every GPU keeps its work, or all GPUs share the work of the smallest cluster."""
+    """"weak": every GPU keeps its work; "strong": all share that of the smallest cluster."""
 
     bandwidth: Annotated[float, _TIMES] = 1.0
-    """What if links between nodes carried so many times as much."""
+    """What if links between nodes carried so many times as much: 2 is twice."""
 
     latency: Annotated[float, _TIMES] = 1.0
-    """What if a hop between nodes took so many times as long."""
+    """What if a message between nodes were under way so many times as long."""
 
-    pipelined: bool = False
+    pipelined: tyro.conf.FlagCreatePairsOff[bool] = False
     """What if the two stages of consecutive gathers ran beside each other (mics: on the CPU)."""
 
     stack: str = Recipe.stack
     """How much of a GPU's rate the software reaches: eager, fused, mics-paper."""
 
     sigma: Annotated[float, Within(0, MOST_SIGMA)] = Machine.sigma
-    """Spread of a micro-step's time over GPUs."""
+    """Spread of a micro-step's time over GPUs, as a share of it."""
 
     json: Path | None = None
-    """File for all figures."""
+    """File (JSON) to write, with all figures."""
 
     png: Path | None = None
-    """File for a picture of the curves."""
+    """File (PNG) to write, a picture of the curves."""
 
     trace: Path | None = None
-    """File for a timeline of the first engine's step on the smallest cluster, for Perfetto or
-    chrome://tracing."""
+    """File (JSON) to write, a timeline of the first engine's step on the smallest cluster, for
+    Perfetto or chrome://tracing."""
 
-    validate: bool = False
+    validate: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print every published figure beside the simulated one, and stop."""
 
     out: Path | None = None
-    """With --validate: file for the table (Markdown)."""
+    """With --validate: file (Markdown) to write, with the table."""

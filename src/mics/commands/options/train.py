@@ -20,15 +20,17 @@ class Config:
     Under torchrun, Slurm or MPI this is one rank of the job; otherwise ranks are started here.
     """
 
-    file: tyro.conf.Positional[Path | None] = None
+    file: tyro.conf.Positional[Annotated[Path | None, tyro.conf.arg(metavar="[CONFIGURATION]")]] = (
+        None
+    )
     """Configuration (TOML), one table per group of options below. It comes first."""
 
     options: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
 
-    dry_run: bool = False
+    dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
     """Show configuration, model, batch, groups and memory, and train nothing."""
 
-    models: bool = False
+    models: tyro.conf.FlagCreatePairsOff[bool] = False
     """List the models that have a name."""
 
 
