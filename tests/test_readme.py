@@ -363,7 +363,7 @@ def commands_of(document: str) -> list[list[str]]:
     for block in blocks(document, ""):
         shown = block.startswith("$ ")  # a command and what it prints
         lines += [block.splitlines()[0][2:]] if shown else block.splitlines()
-    parts = [part.strip() for line in lines for part in line.split("#")[0].split(";")]
+    parts = [part.strip() for line in lines for part in re.split("[#>]", line)[0].split(";")]
     return [shlex.split(part)[1:] for part in parts if part.startswith("mics ")]
 
 
@@ -389,6 +389,7 @@ def told(words: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "mics", *words],
         cwd=ROOT,
+        env=os.environ | {"COLUMNS": "80"},
         capture_output=True,
         text=True,
         timeout=250,
@@ -415,7 +416,7 @@ def test_the_plans_shown_in_the_documents_are_what_the_commands_print(
     done = told(shlex.split(command)[1:])
     printed = done.stdout if done.returncode == 0 else done.stderr
     lines = [line.rstrip() for line in printed.strip().splitlines()]
-    progress = ("tracing ", "simulating on ")
+    progress = ("mics plan: loading PyTorch", "tracing ", "simulating on ")
     assert [line for line in lines if not line.startswith(progress)] == output.strip().splitlines()
 
 
