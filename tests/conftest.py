@@ -1,7 +1,7 @@
 """What every test has of its own, not the user's: a cache of traces, and memory for states.
 
-``--minutes N`` begins no other test after so long, for a machine that has no more time. The order of
-files is drawn anew every day, so that each has its turn, and the summary says how many had none.
+``--minutes N`` begins no other test after so long, for a machine that has no more time. The order
+of files is drawn anew every day, so that each has its turn, and the summary says how many had none.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ OF_TRAFFIC = """
 """
 OF_THE_COMMAND_LINE = """
     train run new plan simulate page export import import-config bench check trace lab doctor
+    completion
 """
 
 
@@ -69,4 +70,5 @@ def made_in(module: Any) -> set[str]:
 def test_the_verbs_are_these_and_each_has_its_file() -> None:
     assert [verb.name for verb in VERBS] == OF_THE_COMMAND_LINE.split()
     for verb in VERBS:
-        importlib.import_module(f"mics.commands.{verb.options}")
+        assert hasattr(importlib.import_module(f"mics.commands.{verb.options}"), "Config")
+        assert hasattr(importlib.import_module(f"mics.commands.{verb.module}"), "run")

@@ -102,19 +102,26 @@ def launch_lines(best: Plan, words: list[str]) -> list[str]:
         best: the plan.
         words: what follows ``mics train``.
     """
-    nodes, k, run = best.cluster.nodes, best.cluster.node.gpus_per_node, shlex.join(words)
-    if nodes == 1:
-        return [
-            "On the node:",
-            f"  torchrun --standalone --nproc-per-node {k} -m mics train {run}",
-        ]
-    return [
-        "On every node, HEAD being the name of the first:",
-        f"  torchrun --nnodes {nodes} --nproc-per-node {k} --rdzv-backend c10d "
-        f"--rdzv-endpoint HEAD:{_PORT} -m mics train {run}",
-        "Or, under Slurm, once:",
-        f"  srun --nodes {nodes} --ntasks-per-node {k} mics train {run}",
-    ]
+    nodes, k = best.cluster.nodes, best.cluster.node.gpus_per_node
+    where = "On the node:" if nodes == 1 else "On every node, HEAD being the name of the first:"
+    lines = [where, f"  {torchrun(best, words)}"]
+    if nodes > 1:
+        srun = f"srun --nodes {nodes} --ntasks-per-node {k} mics train {shlex.join(words)}"
+        lines += ["Or, under Slurm, once:", f"  {srun}"]
+    return lines
+
+
+def torchrun(best: Plan, words: list[str]) -> str:
+    """Write the command of torchrun that starts a run on a node of a plan.
+
+    Args:
+        best: the plan.
+        words: what follows ``mics train``.
+    """
+    nodes, k = best.cluster.nodes, best.cluster.node.gpus_per_node
+    meet = f"--nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint HEAD:{_PORT}"
+    how = "--standalone" if nodes == 1 else meet
+    return f"torchrun {how} --nproc-per-node {k} -m mics train {shlex.join(words)}"
 
 
 def options_of_job(config: Config, best: Plan) -> list[str]:

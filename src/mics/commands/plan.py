@@ -11,7 +11,7 @@ from mics.anatomy.memory import NOT_MODELLED
 from mics.commands.checks import check_folders, refuse_others, write_text
 from mics.commands.cluster_options import node_of
 from mics.commands.dashes import command_line
-from mics.commands.job import check_job, job_text, launch_lines, options_of_job
+from mics.commands.job import check_job, job_text, launch_lines, options_of_job, torchrun
 from mics.commands.numbers import check_numbers
 from mics.commands.options.plan import Config
 from mics.errors import PlanError
@@ -141,7 +141,7 @@ def _files(config: Config, plans: Plans, swept: Sequence[Plan]) -> None:
         asked = Asked(
             title,
             command_line("plan", config),
-            "\n".join(launch_lines(best, options_of_job(config, best))),
+            torchrun(best, options_of_job(config, best)),
             plans.price(config.tokens),
             plans.caveats(around),
         )
