@@ -61,6 +61,7 @@ def test_a_dry_run_of_a_job_has_the_figures_of_its_plan(
     assert figures(capsys.readouterr().out) == plan
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["gpt2-tiny", "llama-tiny"])
 def test_a_run_of_a_job_has_the_figures_of_its_plan(
     model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
