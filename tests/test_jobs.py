@@ -50,7 +50,9 @@ def figures(text: str) -> tuple[str, ...]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", LARGE)
+@pytest.mark.parametrize(
+    "model", [pytest.param(m, marks=() if m == "13b" else pytest.mark.extra) for m in LARGE]
+)
 def test_a_dry_run_of_a_job_has_the_figures_of_its_plan(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
