@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,8 @@ def test_scripts_pass_bash_and_shellcheck(words: str) -> None:
 
 
 def check_script(text: str) -> None:
-    for command in (["bash", "-n"], ["shellcheck", "--shell=bash", "-"]):
+    shellcheck = str(Path(sys.executable).with_name("shellcheck"))
+    for command in (["bash", "-n"], [shellcheck, "--shell=bash", "-"]):
         done = subprocess.run(command, input=text, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
 

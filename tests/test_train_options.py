@@ -289,7 +289,7 @@ def test_ranks_of_a_launcher_are_not_started_twice() -> None:
     assert "Write: torchrun --nproc-per-node 8 -m mics ..., and leave" in str(caught.value)
     with pytest.raises(ConfigError, match="Slurm has started some") as caught:
         num_ranks(TrainConfig(parallel=ParallelConfig(ranks=64)), Launch("Slurm", 0, 1, 0, 1))
-    words = "Write: srun --ntasks-per-node=64 mics ..., and leave --parallel.ranks out"
+    words = "Write: srun --ntasks-per-node=64 --ntasks=64 mics ..., and leave --parallel.ranks out"
     assert words in str(caught.value)
 
 
@@ -297,7 +297,7 @@ def test_an_allocation_whose_shell_trains_alone_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(launching, "run_local_ranks", lambda *_: 0)
-    for name, said in (("SLURM_NTASKS", True), ("SLURM_PROCID", False)):
+    for name, said in (("SLURM_NTASKS", True), ("SLURM_STEP_ID", False)):
         monkeypatch.setenv("SLURM_NTASKS", "8")
         monkeypatch.setattr(launching, "read_launch", lambda: None)
         monkeypatch.setenv(name, "8")

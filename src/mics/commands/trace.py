@@ -17,7 +17,7 @@ from mics.commands.numbers import check_numbers
 from mics.errors import ConfigError, TraceError
 from mics.quantities import Within
 from mics.ranks.console import progress
-from mics.ranks.launcher import MOST_RANKS, Launch, more_ranks, read_launch
+from mics.ranks.launcher import MOST_LOCAL_RANKS, Launch, more_ranks, read_launch
 
 _CONFIGURATION = ".toml"
 _NO_HANG = 0.0  # the first rank writes for a while, and is no rank that hangs
@@ -33,10 +33,10 @@ class Config:
     says in words what was computed, what was waited for, and for whom.
     """
 
-    ranks: Annotated[int | None, Within(1, MOST_RANKS)] = None
+    ranks: Annotated[int | None, Within(1, MOST_LOCAL_RANKS)] = None
     """Ranks to start here, where no launcher has: one per accelerator by default, or 1."""
 
-    gpus_per_node: Annotated[int | None, Within(1, MOST_RANKS)] = None
+    gpus_per_node: Annotated[int | None, Within(1, MOST_LOCAL_RANKS)] = None
     """Ranks of those that stand for one node; all of them by default."""
 
     steps: Annotated[int, Within(1, 1000)] = 3

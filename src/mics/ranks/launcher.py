@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from mics.errors import MicsError, TopologyError
 
-MOST_RANKS = 1024
+MOST_LOCAL_RANKS = 1024
 """More are not started on one machine: each is a process of some hundred megabytes."""
 
 
@@ -42,7 +42,7 @@ _INTEGER = re.compile(r"-?[0-9]{1,30}")
 Names = tuple[str, str, str, str]
 """The variables of a launcher: rank, world, local rank, ranks of the node."""
 
-MOST_RANKS = 2**20
+_MOST_RANKS = 2**20
 """More than any job has."""
 
 AGENT_GENERATION = "MICS_GENERATION"
@@ -285,8 +285,8 @@ def _check(launch: Launch) -> None:
     wrong = ""
     if launch.world < 1:
         wrong = f"{world} must be at least 1"
-    elif launch.world > MOST_RANKS:
-        wrong = f"{world} must be at most {MOST_RANKS:,}"
+    elif launch.world > _MOST_RANKS:
+        wrong = f"{world} must be at most {_MOST_RANKS:,}"
     elif not 0 <= launch.rank < launch.world:
         wrong = f"{rank} must be 0 to {launch.world - 1}, one for each of {launch.world} ranks"
     _refuse(launch, wrong)

@@ -17,7 +17,7 @@ from mics.ranks.device import (
     num_devices,
     on_accelerator,
 )
-from mics.ranks.launcher import MOST_RANKS, Launch, full_world, more_ranks, read_launch
+from mics.ranks.launcher import MOST_LOCAL_RANKS, Launch, full_world, more_ranks, read_launch
 from mics.ranks.nodes_given import check_nodes_given, without_srun
 from mics.ranks.starting import leave_groups, run_local_ranks
 from mics.training.config import TrainConfig
@@ -105,9 +105,9 @@ def num_ranks(config: TrainConfig, launch: Launch | None) -> int:
             numbers=f"parallel.ranks = {wanted}.",
             write="--parallel.ranks 1, or leave it out",
         )
-    if launch is None and wanted is not None and wanted > MOST_RANKS:
+    if launch is None and wanted is not None and wanted > MOST_LOCAL_RANKS:
         raise ConfigError(
-            f"parallel.ranks must be at most {MOST_RANKS} on one machine.",
+            f"parallel.ranks must be at most {MOST_LOCAL_RANKS} on one machine.",
             numbers=f"parallel.ranks = {wanted}.",
             write="torchrun or srun ... mics train, to start ranks on several machines",
         )

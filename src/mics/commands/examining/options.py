@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from mics.anatomy.recipe import MOST_RANKS as MOST_RANKS_OF_A_JOB
+from mics.anatomy.recipe import MOST_RANKS
 from mics.quantities import Within
-from mics.ranks.launcher import MOST_RANKS, Launch, more_ranks
+from mics.ranks.launcher import MOST_LOCAL_RANKS, Launch, more_ranks
 
 
 @dataclass(frozen=True)
@@ -19,13 +19,13 @@ class Config:
     Under torchrun, Slurm or MPI every rank takes part; otherwise ranks are started here.
     """
 
-    ranks: Annotated[int | None, Within(1, MOST_RANKS)] = None
+    ranks: Annotated[int | None, Within(1, MOST_LOCAL_RANKS)] = None
     """Ranks to start here, where no launcher has: one per accelerator by default, or 1."""
 
-    gpus_per_node: Annotated[int | None, Within(1, MOST_RANKS_OF_A_JOB)] = None
+    gpus_per_node: Annotated[int | None, Within(1, MOST_RANKS)] = None
     """Ranks joined by the fast link; what the launcher says by default. Smaller simulates nodes."""
 
-    partition: Annotated[int | Literal["auto"], Within(1, MOST_RANKS_OF_A_JOB)] = "auto"
+    partition: Annotated[int | Literal["auto"], Within(1, MOST_RANKS)] = "auto"
     """Ranks that together hold one replica of the model states; a whole node by default."""
 
     device: str = "auto"
