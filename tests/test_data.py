@@ -33,7 +33,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 from mics.errors import DataError
 from mics.ranks.progress_bar import TextProgress
 from mics.training.config import DataConfig
-from mics.training.data import IGNORED, Data, cache, prepare_data, tokens
+from mics.training.data import IGNORED, Data, cache, cutting, prepare_data, spelling, tokens
 from mics.training.data import spool as spooling
 from mics.training.data.corpus import read_documents
 from mics.training.data.finding import find_files
@@ -318,7 +318,7 @@ def test_pieces_of_a_long_document_are_its_text(
 ) -> None:
     text = "\u20ac" * 50 + "a line\n" * 20 + "\U0001f600" * 40
     (tmp_path / "long").write_text(text)
-    monkeypatch.setattr(spooling, "_PIECE", 32)
+    monkeypatch.setattr(cutting, "PIECE", 32)
     data = prepare(
         tmp_path / "long",
         tmp_path / "run",
@@ -362,7 +362,7 @@ def test_a_word_that_has_no_end_neither_trains_nor_encodes_for_ever(
 
 @pytest.mark.parametrize("text", ["x" * 99, "\u20ac" * 50, " " * 99, "ab{cd;" * 20, "a b" * 50])
 def test_parts_of_a_text_are_the_text_and_break_no_character(text: str) -> None:
-    parts = spooling.broken(text.encode(), 16)
+    parts = cutting.broken(text.encode(), 16)
     assert b"".join(parts) == text.encode()
     assert "".join(part.decode() for part in parts) == text
     assert all(0 < len(part) <= 48 for part in parts) or " b" in text
@@ -373,7 +373,7 @@ def test_a_text_without_blanks_is_cut_where_its_tokens_stay(tmp_path: Path) -> N
     """Minified code has no blank and many signs, at which every tokenizer's words end."""
     tokenizer = train_bpe([b"function(alpha){return beta;} " * 9], 300)
     text = b"function(alpha){return_beta;}" * 2000
-    parts = spooling.broken(text, spooling.BLOCK)
+    parts = cutting.broken(text, cutting.BLOCK)
     assert len(parts) > 5
     ids = [token for part in tokenizer.encode_all(parts) for token in part]
     assert ids == tokenizer.encode(text.decode())
@@ -384,7 +384,7 @@ def test_lines_are_parted_where_the_tokens_of_a_long_document_stay(
 ) -> None:
     lines = "def one():\n    return 1\n\n\n    more\nlast = 2\n" * 40
     tokenizer = train_bpe([lines.encode()], 300)
-    monkeypatch.setattr(spooling, "_PIECE", 128)
+    monkeypatch.setattr(cutting, "PIECE", 128)
     text = np.frombuffer(lines.encode(), np.uint8)
     pieces = [
         piece for piece, _ in spooling.Spool(text, [len(text)], [False]).pieces(held_out=False)
@@ -455,14 +455,14 @@ def test_own_tokenizers_read_special_tokens_too(
 
 
 def test_a_token_that_is_spelled_over_two_pieces_is_counted_once() -> None:
-    found = spooling.Spelled(["<|a|>", "<|ab|>"])
+    found = spelling.Spelled(["<|a|>", "<|ab|>"])
     found.begin("here")
     for piece in ("x<|a", "|><|", "ab|>", "<|a|>", "y"):
         found.look(piece.encode())
     found.begin("there")
     found.look(b"|><|a|>")
     assert (found.count, found.words()) == (4, "4 time(s), first <|a|> in here")
-    assert spooling.Spelled([]).words() == ""
+    assert spelling.Spelled([]).words() == ""
 
 
 # -- order -----------------------------------------------------------------------------------------
@@ -1037,7 +1037,7 @@ def test_long_work_says_a_line_every_half_minute_where_there_is_no_terminal(
     )
     assert said.splitlines() == [
         "mics: reading, 2 MB",
-        "mics: tokenising, 2,000 of 4,000 MB",
+        "mics: tokenising, 2,000 of 4,000 MB, 66.63 MB/s, 0:30 left",
         "mics: training the tokenizer",
     ]
 

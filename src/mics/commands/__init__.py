@@ -53,6 +53,9 @@ VERBS = (
         takes="options.train",
     ),
     Verb(
+        "tokenize", "tokenize", "text as tokens, once, by all cores", "mics tokenize texts tokens"
+    ),
+    Verb(
         "run",
         "run",
         "ranks that survive lost ranks and nodes",

@@ -134,7 +134,9 @@ def _evaluate(run: Run, step: int) -> EvaluationRecord | None:
         micro_batch=run.batch.micro_batch,
         device=run.device,
     )
-    bits = None if run.masked or loss is None else bits_per_byte(loss, held_out.bytes_per_token)
+    rate, bits = held_out.bytes_per_token, None
+    if not run.masked and loss is not None and rate is not None:
+        bits = bits_per_byte(loss, rate)
     return EvaluationRecord(step, loss, bits, time.perf_counter() - begun)
 
 

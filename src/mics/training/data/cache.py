@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,10 +18,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mics.checkpoint.disk import facts_of, sync, write_bytes
+from mics.checkpoint.disk import sync, write_bytes
 from mics.ranks.console import ShowBytes
 from mics.ranks.files import read_small, write_whole
-from mics.training.data.spool import BLOCK, Spool
+from mics.training.data.cutting import BLOCK
+from mics.training.data.saved_tokenizer import checksums, save_tokenizer
+from mics.training.data.spelling import note_on
+from mics.training.data.spool import Spool
 from mics.training.data.tokens import Tokenizer
 
 _BATCH_BYTES = 4 << 20
@@ -55,7 +57,7 @@ def write(
     making = folder.with_name(folder.name + ".making")
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir(parents=True)
-    saved = _save(tokenizer, making / "tokenizer")
+    saved = save_tokenizer(tokenizer, making / "tokenizer")
     meta = Meta(dtype, {}, {}, {}, {}, saved, sources, spooled.digest, _notes(spooled, tokenizer))
     separator = np.array([tokenizer.separator], dtype).tobytes()
     done = cuts = 0
@@ -96,12 +98,6 @@ def renew(folder: Path, meta: Meta, sources: str) -> None:
     write_whole(folder / "meta.json", _told(replace(meta, sources=sources)))
 
 
-def is_of(meta: Meta, tokenizer: Tokenizer) -> bool:
-    """Whether the tokens are those of a tokenizer: of one that is saved as this one is."""
-    with tempfile.TemporaryDirectory() as scratch:
-        return _save(tokenizer, Path(scratch)) == meta.tokenizer
-
-
 def read_meta(folder: Path) -> Meta | None:
     """What a finished cache holds; ``None`` when it is missing, unfinished or of another size."""
     try:
@@ -129,7 +125,7 @@ def is_intact(folder: Path, progress: ShowBytes) -> bool:
             progress("checking", start, len(data))
         if digest.hexdigest() != wanted:
             return False
-    return _checksums(folder / "tokenizer") == meta.tokenizer
+    return checksums(folder / "tokenizer") == meta.tokenizer
 
 
 def open_tokens(folder: Path, meta: Meta, split: str) -> NDArray[np.unsignedinteger]:
@@ -139,28 +135,10 @@ def open_tokens(folder: Path, meta: Meta, split: str) -> NDArray[np.unsignedinte
     return np.memmap(folder / f"{split}.bin", dtype=meta.dtype, mode="r")
 
 
-def _save(tokenizer: Tokenizer, folder: Path) -> dict[str, str]:
-    tokenizer.save(folder)
-    for file in folder.iterdir():
-        sync(file)
-    sync(folder)
-    return _checksums(folder)
-
-
-def _checksums(folder: Path) -> dict[str, str]:
-    files = [file for file in folder.rglob("*") if file.is_file()]
-    return {file.relative_to(folder).as_posix(): facts_of(file).sha256 for file in files}
-
-
 def _notes(spooled: Spool, tokenizer: Tokenizer) -> list[str]:
     if not spooled.spelled:
         return []
-    how = (
-        "they are read as those tokens (data.specials = ids)"
-        if tokenizer.reads_specials
-        else "they are read as letters; --data.specials ids reads them as tokens"
-    )
-    return [f"the text spells special tokens of its tokenizer, {spooled.spelled}: {how}"]
+    return [note_on(spooled.spelled, tokenizer.reads_specials, "--data.specials")]
 
 
 def _told(meta: Meta) -> str:

@@ -63,9 +63,9 @@ def read_documents(
     if field is not None and form == "text":
         raise _no_table(field, "data.format = text reads no table.")
     if source.startswith(HUB):
-        yield from _texts(_hub_rows(source, field or FIELD), field or FIELD, source)
+        yield from texts(_hub_rows(source, field or FIELD), field or FIELD, source)
         return
-    texts: list[Path] = []
+    plain: list[Path] = []
     tables: list[Path] = []
     read: dict[tuple[int, int], Path] = {}
     form = "text" if source == LIBRARY and field is None else form
@@ -79,20 +79,20 @@ def read_documents(
             if kind == "text":
                 if field is not None:
                     raise _no_table(field, f"{file} is text without columns.")
-                texts.append(file)
+                plain.append(file)
                 yield Document(str(file), text_of(stream, file))
             else:
                 tables.append(file)
                 rows = rows_of(stream, file, kind, field or FIELD)
-                yield from _texts(rows, field or FIELD, str(file))
-    if again := len(texts) + len(tables) - len(read):
+                yield from texts(rows, field or FIELD, str(file))
+    if again := len(plain) + len(tables) - len(read):
         once = set(read.values())
-        first = next(file for file in [*texts, *tables] if file not in once)
+        first = next(file for file in [*plain, *tables] if file not in once)
         say(f"{again} file(s) are read more than once, through links; {first} is one")
-    if texts and tables:
+    if plain and tables:
         say(
-            f"data.source has {len(tables)} table(s), such as {tables[0]}, and {len(texts)} "
-            f"file(s) of text, such as {texts[0]}: all of them are read"
+            f"data.source has {len(tables)} table(s), such as {tables[0]}, and {len(plain)} "
+            f"file(s) of text, such as {plain[0]}: all of them are read"
         )
 
 
@@ -152,7 +152,17 @@ def _hub_rows(source: str, field: str) -> Iterator[tuple[str, Any]]:
         raise unreadable(source, error) from error
 
 
-def _texts(rows: Iterator[tuple[str, Any]], field: str, shown: str) -> Iterator[Document]:
+def texts(rows: Iterator[tuple[str, Any]], field: str, shown: str) -> Iterator[Document]:
+    """The documents that rows of a table are; a null is left out, counted and said.
+
+    Args:
+        rows: where each stands, and its value.
+        field: the column.
+        shown: the table's name, for people.
+
+    Raises:
+        DataError: a value is no text.
+    """
     empty = 0
     first = ""
     for place, text in rows:

@@ -46,6 +46,7 @@ _COMPRESSED = (
     (rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", "bzip2"),
     (rb"\xfd7zXZ\0", "xz"),
     (rb"\x28\xb5\x2f\xfd", "zstd"),
+    (rb"\x1f\x9d", "compress (.Z)"),
     (rb"\x04\x22\x4d\x18", "lz4"),
     (rb"PK(\x03\x04|\x05\x06|\x07\x08)", "zip; .npz, .docx and .xlsx are too"),
     (rb"7z\xbc\xaf\x27\x1c", "7z"),
@@ -54,7 +55,16 @@ _COMPRESSED = (
 )
 _OTHERS = (
     (rb"SQLite format 3\0", "an SQLite database"),
+    (rb"[\x88\xa1][\xd8\xd9]\x34\x01", "a token file of llm.c, which is a source of its own"),
+    (rb"MMIDIDX\0\0", "a token index of Megatron, which is a source of its own"),
     (rb"\x93NUMPY", "a numpy array"),
+    (rb"FEA1\0", "a Feather table of version 1"),
+    (rb"GGUF.\0\0\0", "weights in GGUF"),
+    (rb"ID3[\x02-\x04]\0", "an MP3 file"),
+    (rb"\0\0\0.ftyp", "an MP4 or HEIC file"),
+    (rb"\0asm", "a WebAssembly program"),
+    (rb"\xca\xfe\xba\xbe", "a Java class or a program"),
+    (rb"PACK\0\0\0[\x02\x03]", "a pack of git"),
     (rb".{8}\{\s*\"", "a safetensors file"),
     (rb"\x89HDF\r\n\x1a\n", "an HDF5 file"),
     (rb"Obj\x01", "an Avro file"),
@@ -122,8 +132,8 @@ def kind_of(
     return kind
 
 
-def text_of(stream: BinaryIO, file: Path) -> Iterator[bytes]:
-    """The text of an open file in pieces, to its end.
+def text_of(stream: BinaryIO, file: Path, stop: int | None = None) -> Iterator[bytes]:
+    """The text of an open file in pieces, from where it is to its end, or to an offset.
 
     Raises:
         DataError: it is not UTF-8, or has a NUL; with the offset.
@@ -132,7 +142,7 @@ def text_of(stream: BinaryIO, file: Path) -> Iterator[bytes]:
     while True:
         at = stream.tell()
         try:
-            piece = stream.read(_PIECE)
+            piece = stream.read(_PIECE if stop is None else min(_PIECE, stop - at))
         except OSError as error:
             raise DataError(
                 f"{file} cannot be read: {error.strerror}.",

@@ -23,6 +23,7 @@ from mics.training.config import DataConfig
 from mics.training.data import cache
 from mics.training.data.corpus import check_apart, read_documents
 from mics.training.data.finding import find_files
+from mics.training.data.saved_tokenizer import checksums_of
 from mics.training.data.spool import spool
 from mics.training.data.stream import Masking, Stream
 from mics.training.data.tokens import (
@@ -184,7 +185,11 @@ def _tokenise(cached: Path, config: DataConfig, seed: int) -> None:
                 progress=progress.show,
             )
             same_text = meta is not None and whole and meta.text == spooled.digest
-            if meta is not None and same_text and (not tokenizer or cache.is_of(meta, tokenizer)):
+            if (
+                meta is not None
+                and same_text
+                and (not tokenizer or checksums_of(tokenizer) == meta.tokenizer)
+            ):
                 cache.renew(cached, meta, sources)
                 return
             if tokenizer is None:

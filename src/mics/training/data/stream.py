@@ -9,9 +9,14 @@ import torch
 from numpy.typing import NDArray
 
 from mics.training.data.order import sequence_at
+from mics.training.data.shards import Shards
 
 IGNORED = -100
 """The label of a token that is not to be predicted."""
+
+
+Tokens = Shards | NDArray[np.unsignedinteger]
+"""Ids in a row, indexed as an array of numpy is."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class Stream:
 
     Args:
         tokens: ids of all documents with the separator between, usually a memory map.
-        num_bytes: size of the text that the tokens come from.
+        num_bytes: size of the text that the tokens come from; ``None`` where nobody knows it.
         sequence: tokens per sequence.
         seed: what the order and the masks are drawn from.
         masking: how a masked model's tokens are hidden; ``None`` gives the next token as label.
@@ -57,9 +62,9 @@ class Stream:
 
     def __init__(
         self,
-        tokens: NDArray[np.unsignedinteger],
+        tokens: Tokens,
         *,
-        num_bytes: int,
+        num_bytes: int | None,
         sequence: int,
         seed: int,
         masking: Masking | None,
@@ -72,7 +77,9 @@ class Stream:
         self._width = sequence if masking else sequence + 1
         self.num_tokens = len(tokens)
         self.num_sequences = max(0, (self.num_tokens - self._width) // sequence + 1)
-        self.bytes_per_token = num_bytes / self.num_tokens if self.num_tokens else 0.0
+        self.bytes_per_token: float | None = None
+        if num_bytes is not None:
+            self.bytes_per_token = num_bytes / self.num_tokens if self.num_tokens else 0.0
 
     def sequences(self, position: int, count: int) -> list[int]:
         """Which sequences stand there in the endless order: number n is at token n x length."""

@@ -12,6 +12,7 @@ import io
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,19 +30,30 @@ Row = tuple[str, Any]
 """Where a value stands, for people, and the value."""
 
 
-def rows_of(stream: BinaryIO, file: Path, kind: Kind, field: str) -> Iterator[Row]:
+def rows_of(
+    stream: BinaryIO, file: Path, kind: Kind, field: str, start: int = 0, stop: int | None = None
+) -> Iterator[Row]:
     """What every row of an open table has in its column ``field``.
+
+    Args:
+        stream: the table.
+        file: its name, for people.
+        kind: what its bytes are.
+        field: the column.
+        start: where to begin: JSON lines that begin at that byte or later; of Parquet and Arrow the
+            group of rows (``weigh``); other tables are read whole.
+        stop: where to end, in the same unit.
 
     Raises:
         DataError: it cannot be read, or has no such column; in JSON, a row that has not.
     """
     if kind == "json lines":
-        return _of_lines(stream, file, field)
+        return _of_lines(stream, file, field, start, stop)
     if kind == "json":
         return _of_document(stream, file, field)
     if kind in ("csv", "tsv"):
         return _of_cells(stream, file, field)
-    return _of_arrow(stream, file, kind, field)
+    return _of_arrow(stream, file, kind, field, start, stop)
 
 
 def no_column(field: str, columns: list[str], shown: str) -> DataError:
@@ -66,13 +78,19 @@ def unreadable(shown: str, error: BaseException, more: str = "") -> DataError:
     )
 
 
-def _of_lines(stream: BinaryIO, file: Path, field: str) -> Iterator[Row]:
+def _of_lines(
+    stream: BinaryIO, file: Path, field: str, start: int, stop: int | None
+) -> Iterator[Row]:
     number = 0
-    while line := stream.readline(LONGEST_LINE):
+    behind = f", counted from byte {start:,}" if start else ""
+    if start:
+        stream.seek(start - 1)
+        stream.readline()  # what is left of a line that begins before it
+    while (stop is None or stream.tell() < stop) and (line := stream.readline(LONGEST_LINE)):
         number += 1
         if not line.strip():
             continue
-        place = f"Line {number} of {file}"
+        place = f"Line {number} of {file}{behind}"
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -163,7 +181,48 @@ def _long_cells() -> Iterator[None]:
         csv.field_size_limit(before)
 
 
-def _of_arrow(stream: BinaryIO, file: Path, kind: Kind, field: str) -> Iterator[Row]:
+def weigh(stream: BinaryIO, file: Path, kind: Kind, field: str) -> list[int]:
+    """The bytes of every group of rows in an open Parquet or Arrow table, near enough.
+
+    Raises:
+        DataError: it cannot be read, or has no such column.
+    """
+    with _reading(file):
+        table = _opened(stream, file, kind, field)
+        if kind == "parquet":
+            groups = [table.metadata.row_group(n) for n in range(table.num_row_groups)]
+            flat = [[g.column(c) for c in range(g.num_columns)] for g in groups]
+            named = [[c for c in one if c.path_in_schema.split(".")[0] == field] for one in flat]
+            return [sum(c.total_uncompressed_size for c in columns) for columns in named]
+        batches = list(_batches(table, kind))
+        size = file.stat().st_size
+        return [size // len(batches)] * len(batches) if batches else []
+
+
+def _of_arrow(
+    stream: BinaryIO, file: Path, kind: Kind, field: str, start: int, stop: int | None
+) -> Iterator[Row]:
+    with _reading(file):
+        table = _opened(stream, file, kind, field)
+        number = 0
+        if kind == "parquet":
+            groups = range(table.num_row_groups)[start:stop]
+            number = sum(table.metadata.row_group(n).num_rows for n in range(start))
+            taken = table.iter_batches(
+                _ROWS_AT_ONCE, row_groups=list(groups), columns=[field], use_threads=False
+            )
+        else:
+            for batch in islice(_batches(table, kind), start):
+                number += batch.num_rows
+            taken = islice(_batches(_opened(stream, file, kind, field), kind), start, stop)
+        for batch in taken:
+            for value in batch.column(field):
+                number += 1
+                yield f"Row {number} of {file}", value.as_py()
+
+
+def _opened(stream: BinaryIO, file: Path, kind: Kind, field: str) -> Any:
+    """A reader of pyarrow, once its table is known to have the column."""
     try:
         import pyarrow as arrow
         import pyarrow.parquet as parquet
@@ -173,33 +232,33 @@ def _of_arrow(stream: BinaryIO, file: Path, kind: Kind, field: str) -> Iterator[
             numbers=f"Its bytes are {kind}.",
             write="pip install 'torch-mics[train]'",
         ) from None
-    number = 0
+    if kind == "parquet":
+        table = parquet.ParquetFile(stream)
+        names = table.schema_arrow.names
+    elif kind == "arrow file":
+        table = arrow.ipc.open_file(arrow.memory_map(str(file)))  # what is passed over is not read
+        names = table.schema.names
+    else:
+        stream.seek(-len(_END_OF_STREAM), 2)
+        if stream.read() != _END_OF_STREAM:  # Arrow itself takes what is there for all
+            raise EOFError("it does not end as one")
+        table = arrow.ipc.open_stream(arrow.memory_map(str(file)))
+        names = table.schema.names
+    if names.count(field) != 1:
+        raise no_column(field, names, str(file))
+    return table
+
+
+def _batches(table: Any, kind: Kind) -> Iterator[Any]:
+    if kind == "arrow file":
+        return map(table.get_batch, range(table.num_record_batches))
+    return iter(table)
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
     try:
-        if kind == "parquet":
-            opened = parquet.ParquetFile(stream)
-            schema = opened.schema_arrow
-        elif kind == "arrow file":
-            opened = arrow.ipc.open_file(stream)
-            schema = opened.schema
-        else:
-            stream.seek(-len(_END_OF_STREAM), 2)
-            if stream.read() != _END_OF_STREAM:  # Arrow itself takes what is there for all
-                raise EOFError("it does not end as one")
-            stream.seek(0)
-            opened = arrow.ipc.open_stream(stream)
-            schema = opened.schema
-        if schema.names.count(field) != 1:
-            raise no_column(field, schema.names, str(file))
-        if kind == "parquet":
-            batches = opened.iter_batches(_ROWS_AT_ONCE, columns=[field])
-        elif kind == "arrow file":
-            batches = map(opened.get_batch, range(opened.num_record_batches))
-        else:
-            batches = opened
-        for batch in batches:
-            for value in batch.column(field):
-                number += 1
-                yield f"Row {number} of {file}", value.as_py()
+        yield
     except DataError:
         raise
     except Exception as error:  # whatever the library raises for a torn file

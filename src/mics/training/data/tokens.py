@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.hub import cached_file
 
 from mics.errors import DataError
-from mics.training.data.spool import broken
+from mics.training.data.cutting import broken
 
 _WORD = 256  # bytes without a blank that a BPE is trained on: a word costs their square
 _MOST_IDS = 2**20  # that may be missing below the largest id of a tokenizer
@@ -56,6 +56,7 @@ class Tokenizer:
         self.reads_specials = False
         # Ids may have gaps, so that the largest says more than their number.
         self.size = 1 + max(fast.get_vocab().values())
+        self.dtype = "<u2" if self.size <= 2**16 else "<u4"  # of its ids in files
         self.separator = int(separator)
         self.mask: int | None = fast.mask_token_id
         added = fast.added_tokens_decoder.values()
