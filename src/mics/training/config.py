@@ -51,13 +51,32 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class SourceConfig:
+    """One of several sources, [[data.sources]] in a file of options."""
+
+    source: str
+    """As data.source."""
+
+    weight: float = 1.0
+    """Its part of the sequences, beside the weights of the others."""
+
+    field: str | None = None
+    """As data.field."""
+
+
+@dataclass(frozen=True, config=_STRICT)
 class DataConfig:
     """The text, its tokens and their order."""
 
     source: str = "stdlib"
     """A file of text (UTF-8) or a table (JSON lines, a JSON array, CSV, TSV, Parquet, Arrow), a
     folder or glob of them, a folder that `datasets` has saved, `hub:OWNER/NAME[:CONFIG][@SPLIT]`,
-    or "stdlib": the source of the running Python's standard library. Anything else is refused."""
+    or "stdlib": the source of the running Python's standard library; or tokens: a folder that `mics
+    tokenize` made, files of llm.c or Megatron. Anything else is refused."""
+
+    sources: tuple[SourceConfig, ...] = ()
+    """Several sources with weights instead of one: [[data.sources]] in the file, with `source`,
+    `weight` and `field`."""
 
     field: str | None = None
     """Column of the tables that holds the text; default: "text"."""
@@ -82,7 +101,8 @@ class DataConfig:
     in `mics plan`."""
 
     held_out: float = 0.05
-    """Share of the documents (by file, for text files) kept for evaluation."""
+    """Share of the documents (by file, for text files) kept for evaluation; of tokens without a
+    split of their own, the last."""
 
     limit: int = 0
     """Most bytes of text to take from the source; 0 takes all."""

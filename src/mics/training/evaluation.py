@@ -9,13 +9,13 @@ from torch.distributed.fsdp import FSDPModule
 
 from mics.ranks.issuing import all_reduce, broadcast
 from mics.ranks.whereabouts import world_group
-from mics.training.data import Batch, Stream, Tokenizer
+from mics.training.data import Batch, Sequences, Tokenizer
 from mics.training.step import token_loss
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, held_out: Stream, *, sequences: int, micro_batch: int, device: torch.device
+    model: nn.Module, held_out: Sequences, *, sequences: int, micro_batch: int, device: torch.device
 ) -> float | None:
     """Mean loss per predicted token, in nats, over the first held-out sequences.
 

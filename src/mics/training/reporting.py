@@ -342,18 +342,17 @@ def _beginning(run: Run, meter: Meter, at: Progress) -> BeginRecord:
 def _header(run: Run, meter: Meter, at: Progress) -> str:
     data, batch = run.data, run.batch
     steps_left = run.config.run.steps - at.step
-    epochs = (at.position + steps_left * batch.global_batch) / data.train.num_sequences
+    end = at.position + steps_left * batch.global_batch
+    epochs = f", {end / data.train.num_sequences:.2f} epochs in the end"
     lines = [
         f"model   {run.config.model.name}: {type(run.model).__name__.removeprefix('FSDP')}, "
         f"{count(run.parameters)} parameters, {run.sequence} tokens per sequence",
         *(f"shape   {words}" for words in rule_of(run.config.model.name)),
-        f"data    {run.config.data.source}: {count(data.train.num_tokens)} tokens in "
-        f"{data.train.num_sequences:,} sequences, {data.held_out.num_sequences:,} held out; "
-        f"{data.train.bytes_per_token:.2f} bytes per token, {data.tokenizer.size:,} ids",
+        *(f"data    {line}" for line in data.lines(end)),
         f"batch   {batch}",
         f"plan    {run.planned or 'n/a'}",
         *(f"ranks   {words}" for words in [batch.on(run.ranks)] if words),
-        f"steps   {at.step + 1} to {run.config.run.steps}, {epochs:.2f} epochs in the end",
+        f"steps   {at.step + 1} to {run.config.run.steps}{'' if len(data.sources) > 1 else epochs}",
         f"bytes   {size(meter.predicted_between_nodes)} between nodes and "
         f"{size(meter.predicted_inside_nodes)} inside them per step, predicted",
         "",

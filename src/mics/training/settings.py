@@ -97,6 +97,11 @@ def check_settings(config: TrainConfig) -> None:
         for table, keys in as_plain(config).items()
         for key, value in keys.items()
     }
+    for name in ("source", "weight", "field"):
+        values[f"data.sources.{name}"] = [
+            one[name] for one in values["data.sources"] if name in one
+        ]
+    del values["data.sources"]
     for name, value in values.items():
         for part in value if isinstance(value, list) else [value]:
             if isinstance(part, float) and not math.isfinite(part):
@@ -127,6 +132,11 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("run.steps", *_within(1)),
     ("run.seed", lambda value: 0 <= value < 2**63, "0 to 2^63 - 1"),
     ("model.router_loss", lambda value: value >= 0, "0 or more"),
+    (
+        "data.sources.weight",
+        lambda weights: all(0 < weight <= _MOST for weight in weights),
+        "above 0",
+    ),
     ("data.sequence", lambda value: value == 0 or 2 <= value <= 2**24, "0, or 2 to 2^24"),
     ("data.held_out", *_SHARE),
     ("data.limit", *_within(0)),
@@ -183,7 +193,27 @@ def _check_names(path: Path, table: dict[str, Any]) -> None:
         for key in keys:
             if key not in known:
                 raise _unknown(path, f"key {name}.{key}", key, known)
-            _check_kind(path, f"{name}.{key}", keys[key], get_type_hints(tables[name])[key])
+            hint = get_type_hints(tables[name])[key]
+            if dataclasses.is_dataclass(inner := (*get_args(hint), None)[0]):
+                _check_entries(path, f"{name}.{key}", keys[key], inner)
+            else:
+                _check_kind(path, f"{name}.{key}", keys[key], hint)
+
+
+def _check_entries(path: Path, name: str, entries: Any, kind: Any) -> None:
+    """The tables of an array of tables have the keys of their dataclass."""
+    if not isinstance(entries, list) or not all(isinstance(one, dict) for one in entries):
+        raise ConfigError(
+            f"{path}: {name} is an array of tables.",
+            numbers=f"{name} = {reprlib.repr(entries)}.",
+            write=f"[[{name}]] on a line of its own for each, its keys below",
+        )
+    known, hints = [field.name for field in dataclasses.fields(kind)], get_type_hints(kind)
+    for one in entries:
+        for key in one:
+            if key not in known:
+                raise _unknown(path, f"key {name}.{key}", key, known)
+            _check_kind(path, f"{name}.{key}", one[key], hints[key])
 
 
 def _check_kind(path: Path, key: str, value: Any, hint: Any) -> None:
@@ -227,11 +257,17 @@ def _unknown(path: Path, what: str, name: str, known: list[str]) -> ConfigError:
 def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
-    return list(value) if isinstance(value, tuple) else value
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items() if one is not None}
+    return [_plain(one) for one in value] if isinstance(value, tuple) else value
 
 
 def _toml(value: Any) -> str:
     """A TOML value. JSON's strings, numbers, booleans and arrays of them are TOML's too."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {_toml(one)}" for key, one in value.items()) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
     return json.dumps(value, ensure_ascii=False)

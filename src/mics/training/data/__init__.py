@@ -1,5 +1,6 @@
 """Text becomes tokens, and tokens batches."""
 
+from mics.training.data.mixture import Sequences as Sequences
 from mics.training.data.prepare import Data as Data
 from mics.training.data.prepare import prepare_data as prepare_data
 from mics.training.data.stream import IGNORED as IGNORED

@@ -27,7 +27,7 @@ _MEGATRON = b"MMIDIDX\0\0"
 _MEGATRON_HEADER = struct.Struct("<9sQBQQ")
 _MEGATRON_DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 _AT_ONCE = 1 << 22  # sequences of an index that are looked at in memory
-_SAMPLES, _SAMPLE = 64, 16 << 10
+_SAMPLES, _SAMPLE = 16, 4 << 10
 
 
 def find_token_files(source: str) -> list[Stretch] | None:

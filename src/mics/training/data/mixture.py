@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from math import gcd, lcm
 
@@ -72,6 +73,14 @@ def period_of(weights: Sequence[int]) -> NDArray[np.int64]:
     return order
 
 
+@dataclass(frozen=True)
+class Ingredient:
+    """A stream and its share of the sequences."""
+
+    stream: Stream
+    share: float
+
+
 class Mixture:
     """The sequences of several streams in the proportion of their weights, as one stream.
 
@@ -99,6 +108,7 @@ class Mixture:
         rates = [stream.bytes_per_token for stream in streams]
         known = [rate for rate in rates if rate is not None]
         shares = [weight / period for weight in weights]
+        self.parts = [Ingredient(*pair) for pair in zip(streams, shares, strict=True)]
         self.bytes_per_token = (
             sum(rate * share for rate, share in zip(known, shares, strict=True))
             if len(known) == len(rates)
@@ -141,3 +151,7 @@ class Mixture:
             (rows,) = np.nonzero(sources == source)
             found.append((source, rows, int(own[rows[0]])))  # they follow each other
         return found
+
+
+Sequences = Stream | Mixture
+"""What gives batches by their position in an endless order."""

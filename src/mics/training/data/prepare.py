@@ -1,42 +1,32 @@
-"""Two streams of tokens from a run's options: rank 0 tokenises once, everybody maps the result."""
+"""Two streams of sequences from a run's options: to train on, and to measure with."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from mics.errors import DataError
-from mics.ranks.agreement import check_agreement
+from mics.quantities import count
 from mics.ranks.console import say
-from mics.ranks.progress_bar import TextProgress
-from mics.ranks.together import gather_json, together
-from mics.training.config import DataConfig
-from mics.training.data import cache
-from mics.training.data.corpus import check_apart, read_documents
-from mics.training.data.finding import find_files
-from mics.training.data.saved_tokenizer import checksums_of
-from mics.training.data.spool import spool
-from mics.training.data.stream import Masking, Stream
-from mics.training.data.tokens import (
-    OWN_SPECIALS,
-    Tokenizer,
-    byte_tokenizer,
-    known_tokenizer,
-    saved_tokenizer,
-    train_bpe,
-)
+from mics.training.config import DataConfig, SourceConfig
+from mics.training.data.corpus import check_apart
+from mics.training.data.mixture import Mixture, Sequences, whole_weights
+from mics.training.data.opened import Group, Opened, on_all
+from mics.training.data.stream import Masking, Stream, Tokens
+from mics.training.data.text_source import open_text
+from mics.training.data.token_source import is_tokens, open_tokens
+from mics.training.data.tokens import Tokenizer
 
-_FORMAT = 4
 _LONGEST = timedelta(days=2)  # ranks wait for the one that tokenises
+_OF_TEXT = ("field", "format", "specials", "vocabulary", "limit")  # options of no use to tokens
+_APART = 0x9E3779B97F4A7C15  # between the seeds of sources, so that equal ones are not in step
 
 
 @dataclass(frozen=True)
@@ -44,167 +34,194 @@ class Data:
     """What a run trains on and is measured with.
 
     ``fingerprint`` names tokens, order and masks: equal ones give equal batches at every position.
+    ``sources`` are those of the training stream, by the names that the options have for them.
     """
 
     tokenizer: Tokenizer
-    train: Stream
-    held_out: Stream
+    train: Sequences
+    held_out: Sequences
     fingerprint: str
+    sources: tuple[str, ...]
+
+    def lines(self, position: int) -> list[str]:
+        """What there is, for people, and how often a run that ends at ``position`` has seen it."""
+        train, ids = self.train, f"{self.tokenizer.size:,} ids"
+        rate = "n/a" if train.bytes_per_token is None else f"{train.bytes_per_token:.2f}"
+        held_out = f"{self.held_out.num_sequences:,} held out; {rate} bytes per token, {ids}"
+        if isinstance(train, Stream):
+            return [
+                f"{self.sources[0]}: {count(train.num_tokens)} tokens in "
+                f"{train.num_sequences:,} sequences, {held_out}"
+            ]
+        lines = [
+            f"{name}: {part.share:.4g} of the sequences, {count(part.stream.num_tokens)} tokens in "
+            f"{part.stream.num_sequences:,} sequences, {part.share * position / n:.2f} epochs"
+            for name, part in zip(self.sources, train.parts, strict=True)
+            for n in [part.stream.num_sequences]
+        ]
+        return [*lines, f"together {count(train.num_tokens)} tokens, {held_out}"]
 
 
 def prepare_data(
     config: DataConfig, *, seed: int, sequence: int, masked: bool, folder: Path
 ) -> Data:
-    """Tokenise the corpus, or find it tokenised, and open its two splits.
+    """Open the sources, tokenising those of text where they are not yet, and mix them.
 
-    Collective where ``torch.distributed`` is initialised. Rank 0 works while the others wait; a
-    node that does not see rank 0's files works for itself.
+    Collective where ``torch.distributed`` is initialised. Rank 0 tokenises while the others wait;
+    tokens that are prepared every rank opens for itself.
 
     Args:
-        config: source, tokenizer, split.
+        config: sources, tokenizer, split.
         seed: what the split, the order and the masks are drawn from.
         sequence: tokens per sequence.
         masked: labels for a masked language model, else the next token.
-        folder: tokens are kept in ``folder / "data"``.
+        folder: tokens of text are kept in ``folder / "data"``.
 
     Raises:
-        DataError: on every rank; no text, no such tokenizer or column, too little text, or the text
-            is where the run writes.
+        DataError: on every rank; no text, no such tokenizer or column, too little text, sources
+            that do not go together, or the text is where the run writes.
     """
-    check_apart(config.source, folder)
-    cached = folder / "data" / _cache_key(config, seed)
-    _build_where_needed(cached, lambda: _build(cached, config, seed))
-    meta = cache.read_meta(cached)
-    assert meta is not None
-    # The one that wrote the tokens, whatever a hub has under its name by now.
-    is_bytes = config.tokenizer == "bytes"
-    tokenizer = byte_tokenizer() if is_bytes else known_tokenizer(str(cached / "tokenizer"))
-    tokenizer.reads_specials = config.specials == "ids"
+    sources = sources_of(config)
+    for one in sources:
+        check_apart(one.source, folder)
+    weights = whole_weights([one.weight for one in sources])
+    with _group() as group:
+        opened = _open(config, sources, seed, folder, group)
+    tokenizer = opened[0].tokenizer
     masking = None
     if masked:
         masking = Masking(config.masked, _mask_of(tokenizer, config), tokenizer.size)
-    train, held_out = (
-        Stream(
-            cache.open_tokens(cached, meta, split),
-            num_bytes=meta.text_bytes[split],
-            sequence=sequence,
-            seed=seed,
-            masking=masking,
-        )
-        for split in ("train", "held_out")
-    )
-    if train.num_sequences == 0:
-        raise DataError(
-            "The corpus is shorter than one sequence.",
-            numbers=f"{train.num_tokens} tokens to train on, data.sequence = {sequence}.",
-            write="more text, or a smaller --data.sequence",
-        )
-    for note in meta.notes:
+
+    def stream(number: int, tokens: Tokens, num_bytes: int | None) -> Stream:
+        own = (seed + number * _APART) % 2**63
+        return Stream(tokens, num_bytes=num_bytes, sequence=sequence, seed=own, masking=masking)
+
+    train = [stream(n, each.train, each.text_bytes[0]) for n, each in enumerate(opened)]
+    for source, found in zip(opened, train, strict=True):
+        if found.num_sequences == 0:
+            raise DataError(
+                "The corpus is shorter than one sequence.",
+                numbers=f"{found.num_tokens} tokens to train on, data.sequence = {sequence}"
+                + (f", in {source.source}." if len(opened) > 1 else "."),
+                write="more text, or a smaller --data.sequence",
+            )
+    held_out = [stream(n, each.held_out, each.text_bytes[1]) for n, each in enumerate(opened)]
+    for note in (note for each in opened for note in each.notes):
         say(note)
-    if config.held_out and held_out.num_sequences == 0:
-        say(f"the held-out text ({held_out.num_tokens} tokens) is shorter than a sequence: no loss")
-    identity = json.dumps([meta.sha256, sequence, seed, config.masked if masked else None])
-    return Data(tokenizer, train, held_out, hashlib.sha256(identity.encode()).hexdigest()[:16])
+    measured = _mixed(held_out, weights)
+    if config.held_out and measured.num_sequences == 0:
+        say(f"the held-out text ({measured.num_tokens} tokens) is shorter than a sequence: no loss")
+    return Data(
+        tokenizer,
+        _mixed(train, weights),
+        measured,
+        _fingerprint(opened, weights, sequence, seed, config.masked if masked else None),
+        tuple(one.source for one in sources),
+    )
 
 
-# -- who works, who waits --------------------------------------------------------------------------
+def sources_of(config: DataConfig) -> tuple[SourceConfig, ...]:
+    """The sources of a run: those of data.sources, or data.source alone.
+
+    Raises:
+        DataError: both are given, or a tokenizer would be trained on each of several.
+    """
+    if not config.sources:
+        return (SourceConfig(config.source, field=config.field),)
+    if config.source != DataConfig().source or config.field is not None:
+        raise DataError(
+            "data.source, or data.field, stands beside data.sources.",
+            numbers=f"data.source = {config.source!r}, and there are {len(config.sources)} others.",
+            write="[[data.sources]] for each of them, with source, field and weight",
+        )
+    if config.tokenizer == "bpe":
+        raise DataError(
+            "data.tokenizer = bpe would be trained on each of data.sources for itself.",
+            numbers=f"There are {len(config.sources)}.",
+            write="mics tokenize --tokenizer bpe <one of them> <folder>, and "
+            "--data.tokenizer <folder>/tokenizer for the others",
+        )
+    return config.sources
 
 
-def _build_where_needed(cached: Path, build: Callable[[], None]) -> None:
+# -- opening ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _group() -> Iterator[Group]:
     if not dist.is_initialized():
-        build()
+        yield None
         return
     group = dist.new_group(backend="gloo", timeout=_LONGEST)
     assert group is not None
     try:
-        _on_all(build if dist.get_rank() == 0 else None, group)
-        marks = gather_json(_mark(cached), group)
-        sees = marks[dist.get_rank()] == marks[0]
-        first_here = int(os.environ.get("LOCAL_RANK", dist.get_rank())) == 0
-        _on_all(build if first_here and not sees else None, group)
-        meta = cache.read_meta(cached)
-        facts = {"data": ["none" if meta is None else json.dumps(meta.sha256)]}
-        check_agreement(facts, [group], torch.device("cpu"))
+        yield group
     finally:
         dist.destroy_process_group(group)
 
 
-def _on_all(build: Callable[[], None] | None, group: dist.ProcessGroup) -> None:
-    """Build, where there is something to, and raise one rank's error on all."""
+def _open(
+    config: DataConfig, sources: Sequence[SourceConfig], seed: int, folder: Path, group: Group
+) -> list[Opened]:
+    """Open every source; tokens first, which is soon done and may refuse them all."""
+    told = on_all(lambda: [is_tokens(one.source) for one in sources], group)
+    _check_alike(told, "tells tokens from text otherwise, or does not see the same files")
+    ready = told[0]
+    if all(ready):
+        _refuse_options_of_text(config)
+    opened: dict[int, Opened] = {}
 
-    def explain(error: Exception) -> DataError:
-        return DataError(
-            f"Rank {dist.get_rank()} failed at the data.",
-            numbers=f"{type(error).__name__}: {error}",
+    def open_ready() -> list[object]:
+        numbers = [number for number, is_ready in enumerate(ready) if is_ready]
+        opened.update({n: open_tokens(sources[n].source, config) for n in numbers})
+        return [opened[n].identity for n in numbers]
+
+    _check_alike(on_all(open_ready, group), "sees other tokens")
+    for number, one in enumerate(sources):
+        if not ready[number]:
+            own = replace(config, source=one.source, field=one.field, sources=())
+            opened[number] = open_text(own, seed, folder, group)
+    found = [opened[number] for number in range(len(sources))]
+    _check_tokenizers(found)
+    return found
+
+
+def _check_alike(told: list[object], what: str) -> None:
+    """Raises DataError on all ranks where one has found something else than the first."""
+    others = [rank for rank, one in enumerate(told) if one != told[0]]
+    if others:
+        raise DataError(
+            f"Rank {others[0]} {what} in data.source.",
+            numbers=f"{len(others)} of {len(told)} ranks differ from rank 0.",
+            write="a folder that all nodes share, or the same copy on each",
         )
 
-    together(build, group, kind=DataError, explain=explain)
 
-
-def _mark(cached: Path) -> str:
-    """Equal for those who see the same folder, and not for a copy of it on another disk."""
-    try:
-        stat = (cached / "meta.json").stat()
-    except OSError:
-        return "none"
-    return f"{stat.st_ino} {stat.st_mtime_ns}"
-
-
-# -- one rank's work -------------------------------------------------------------------------------
-
-
-def _build(cached: Path, config: DataConfig, seed: int) -> None:
-    try:
-        _tokenise(cached, config, seed)
-    except OSError as error:
-        raise DataError(
-            "The tokens of the corpus cannot be written.",
-            numbers=f"{error}.",
-            write="--run.folder <a writable folder with room for the tokens>",
-        ) from error
-
-
-def _tokenise(cached: Path, config: DataConfig, seed: int) -> None:
-    """Bring the tokens up to date: where files look otherwise their text is read and compared."""
-    with TextProgress() as progress:
-        sources = _sources(config)
-        meta = cache.read_meta(cached)
-        whole = meta is not None and cache.is_intact(cached, progress.show)
-        if meta is not None and whole and meta.sources == sources:
-            return
-        tokenizer = _tokenizer(config)  # before the text, which takes long to read
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=cached.parent) as file:  # nameless: gone if we are killed
-            spooled = spool(
-                read_documents(config.source, config.field, config.format),
-                file,
-                share=config.held_out,
-                limit=config.limit,
-                seed=seed,
-                specials=tokenizer.specials if tokenizer else OWN_SPECIALS,
-                progress=progress.show,
+def _refuse_options_of_text(config: DataConfig) -> None:
+    plain = DataConfig()
+    for name in _OF_TEXT:
+        if getattr(config, name) != getattr(plain, name):
+            raise DataError(
+                f"data.{name} is for text, and data.source is tokens.",
+                numbers=f"data.{name} = {getattr(config, name)!r}.",
+                write=f"mics tokenize with --{name}, or leave it out",
             )
-            same_text = meta is not None and whole and meta.text == spooled.digest
-            if (
-                meta is not None
-                and same_text
-                and (not tokenizer or checksums_of(tokenizer) == meta.tokenizer)
-            ):
-                cache.renew(cached, meta, sources)
-                return
-            if tokenizer is None:
-                progress.show("training the tokenizer", 0, 0)
-                texts = (text for text, _ in spooled.pieces(held_out=False))
-                tokenizer = train_bpe(texts, config.vocabulary)
-            tokenizer.reads_specials = config.specials == "ids"
-            cache.write(cached, spooled, tokenizer, sources, progress.show)
 
 
-def _tokenizer(config: DataConfig) -> Tokenizer | None:
-    """The tokenizer that is named; ``None`` for the one that is trained on the text."""
-    if config.tokenizer == "bytes":
-        return byte_tokenizer()
-    return None if config.tokenizer == "bpe" else saved_tokenizer(config.tokenizer)
+def _check_tokenizers(opened: Sequence[Opened]) -> None:
+    """Raises DataError where ids of two sources do not mean the same."""
+    first = opened[0]
+    for one in opened[1:]:
+        kept = first.tokenizer_sha256 and one.tokenizer_sha256
+        if one.tokenizer.size != first.tokenizer.size or (
+            kept and one.tokenizer_sha256 != first.tokenizer_sha256
+        ):
+            raise DataError(
+                "The sources are tokens of different tokenizers.",
+                numbers=f"{first.source} has {first.tokenizer.size:,} ids, {one.source} "
+                f"{one.tokenizer.size:,}; their tokenizer.json differ.",
+                write="--data.tokenizer <folder of tokens>/tokenizer, or mics tokenize them alike",
+            )
 
 
 def _mask_of(tokenizer: Tokenizer, config: DataConfig) -> int:
@@ -217,36 +234,21 @@ def _mask_of(tokenizer: Tokenizer, config: DataConfig) -> int:
     return tokenizer.mask
 
 
-def _cache_key(config: DataConfig, seed: int) -> str:
-    """A name for the options that the tokens follow from; their files are in ``meta.json``."""
-    facts = {
-        "format": _FORMAT,
-        "config": asdict(config) | {"masked": None, "sequence": None},
-        "seed": seed,
-    }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+# -- mixing ----------------------------------------------------------------------------------------
 
 
-def _sources(config: DataConfig) -> str:
-    """Equal as long as nobody has written to the files of text and tokenizer, or replaced them.
-
-    Size and time of a file can be kept when its content changes; the time at which the kernel saw
-    the last change (ctime) can not.
-    """
-    looks = []
-    for file in [*find_files(config.source), *_tokenizer_files(config.tokenizer)]:
-        try:
-            seen = file.stat()
-        except OSError as error:
-            raise DataError(
-                f"{file} cannot be read: {error.strerror}.", write="--data.source <readable files>"
-            ) from None
-        times = [seen.st_mtime_ns, seen.st_ctime_ns]
-        looks.append([str(file), seen.st_size, seen.st_ino, *times])
-    return hashlib.sha256(json.dumps(looks).encode()).hexdigest()
+def _mixed(streams: Sequence[Stream], weights: Sequence[int]) -> Sequences:
+    return streams[0] if len(streams) == 1 else Mixture(streams, weights)
 
 
-def _tokenizer_files(name: str) -> list[Path]:
-    path = Path(name).expanduser()
-    files = path.iterdir() if path.is_dir() else [path]
-    return sorted(file for file in files if file.is_file())
+def _fingerprint(
+    opened: Sequence[Opened],
+    weights: Sequence[int],
+    sequence: int,
+    seed: int,
+    masked: float | None,
+) -> str:
+    told = [one.identity for one in opened]
+    what = told[0] if len(told) == 1 else [told, list(weights)]
+    identity = json.dumps([what, sequence, seed, masked])
+    return hashlib.sha256(identity.encode()).hexdigest()[:16]
