@@ -8,6 +8,7 @@ from mics.errors import DataError
 from mics.training.config import DataConfig
 from mics.training.data.foreign import find_token_files, fingerprint_of
 from mics.training.data.opened import Opened
+from mics.training.data.saved_tokenizer import checksums_of
 from mics.training.data.shards import Shards
 from mics.training.data.token_folder import TOKENIZER, is_token_folder, read_token_folder
 from mics.training.data.tokens import Tokenizer, byte_tokenizer, saved_tokenizer
@@ -78,6 +79,7 @@ def _own(source: str, folder: Path, config: DataConfig) -> Opened:
             numbers=f"It has {tokenizer.size:,} ids, the tokens are of {found.vocabulary:,}.",
             write="a whole copy of the folder",
         )
+    _check_named(config, found.tokenizer, source, folder)
     whole = found.opened(folder, "train")
     sizes: tuple[int | None, int | None]
     if found.splits["held_out"].tokens:
@@ -98,6 +100,18 @@ def _own(source: str, folder: Path, config: DataConfig) -> Opened:
         identity=[found.checksums, len(train)],
         notes=found.notes,
     )
+
+
+def _check_named(config: DataConfig, saved: dict[str, str], source: str, folder: Path) -> None:
+    """Raises DataError where the options name another tokenizer than that of a folder."""
+    if config.tokenizer == DataConfig().tokenizer:
+        return
+    if checksums_of(named_tokenizer(config)).get("tokenizer.json") != saved.get("tokenizer.json"):
+        raise DataError(
+            f"data.tokenizer is not the tokenizer of {source}.",
+            numbers=f"It is {config.tokenizer!r}, and its tokenizer.json differs.",
+            write=f"leave --data.tokenizer out, or --data.tokenizer {folder / TOKENIZER}",
+        )
 
 
 def _check_share(config: DataConfig, share: object, source: str) -> None:
