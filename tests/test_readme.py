@@ -58,6 +58,7 @@ ACCUMULATING = [
 SAVING = [code for _, code in PYTHON if "mics.save(" in code and code not in AVERAGING]
 DEALING = [code for _, code in PYTHON if "mics.deal(" in code]
 PLANNING = [code for _, code in PYTHON if "mics.plan(" in code]
+TOKENS = [code for _, code in PYTHON if "tokens.json" in code]
 
 
 def test_the_readme_is_two_screens_and_some() -> None:
@@ -84,7 +85,7 @@ def test_every_block_of_python_is_run_by_a_test() -> None:
     backends = [code for document, code in PYTHON if document == "CONTRIBUTING.md"]
     assert len(backends) == 1  # run in test_backend.py, the others here
     run = ACCUMULATING + AVERAGING + SAVING + PLANNING + SKIPPING + COMPARING
-    run += GATHERING + DEALING + TRACING
+    run += GATHERING + DEALING + TRACING + TOKENS
     assert len(run) + 1 == len(PYTHON)
     assert ACCUMULATING and AVERAGING and SAVING and PLANNING and SKIPPING and COMPARING
 
@@ -352,6 +353,32 @@ def test_the_lines_that_plan_print_a_partition_and_both_times(
     partition, seconds, reason = way.split(maxsplit=2)
     assert 64 % int(partition) == 0 and float(seconds) > 0 and float(other) > 0
     assert reason.startswith(f"p = {partition}")
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_data_page_tokenise_and_train_as_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("docs", "examples"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    first, second, training = [words for d, words in COMMANDS if d == "docs/data.md"][:3]
+    for words in (first, second, [*training, "--run.steps", "2", "--evaluation.sample", "0"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "mics", *words],
+            env=os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=250,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    assert "tokens/stdlib: 0.7 of the sequences" in done.stdout + done.stderr
+    (code,) = TOKENS
+    (tmp_path / "tokens" / "tokens.json").symlink_to("stdlib/tokens.json")
+    (tmp_path / "tokens" / "train-00000.bin").symlink_to("stdlib/train-00000.bin")
+    exec(code, {})
+    assert capsys.readouterr().out == "True True\n"
 
 
 # -- commands ------------------------------------------------------------------------------------
