@@ -2,101 +2,96 @@
 
     python benchmarks/tokenizing.py
 
-The corpus is the source of the running Python's standard library, one row of JSON for each file,
-without its tests; the tokenizer a byte-level BPE of 8,192 ids, trained on it.
-"Alone" is `encode_batch` on texts that are in memory already, as many threads as there are
-processes of mics, and writes nothing; mics reads the rows, tokenises, takes checksums and writes
-shards. Each run is a process of its own, the two take turns, and what counts is the median of the
-ratios of neighbours: other work on the machine slows both. Processor time is a second measure,
-which other work changes little.
+The corpus is 5 MB of the running Python's standard library, one row of JSON for each file; the
+tokenizer a byte-level BPE of 8,192 ids, trained on it. "Alone" is `encode_batch` on texts that are
+in memory already, by as many threads as there are processes of mics, and writes nothing; mics reads
+the rows, tokenises, takes checksums and writes shards. Each run is a process of its own, the two
+take turns, and what counts is the median of the ratios of neighbours: other work on the machine
+slows both. Processor time is a second measure, which other work changes little.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import platform
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import tokenizers
+
+from mics.training.data.finding import find_files
+from mics.training.data.tokenizing.making import make_token_folder
+from mics.training.data.tokenizing.plan import Job
+from mics.training.data.tokenizing.share import Share
+from mics.training.data.tokens import train_bpe
+
 RESULTS = Path(__file__).parent / "results"
-TURNS = 5
+TURNS = 7
+MOST = 5_000_000  # bytes of text: short turns, because other work comes and goes
 PROCESSES = (1, 2)
 
 
 def write_corpus(folder: Path) -> int:
     """One row for each file of the standard library; the bytes of all texts."""
-    from mics.training.data.finding import find_files
-
     size = 0
     with (folder / "rows.jsonl").open("w") as out:
         for file in find_files("stdlib"):
             text = file.read_text()
+            if size > MOST:
+                break
             size += len(text.encode())
             out.write(json.dumps({"text": text}) + "\n")
     return size
 
 
 def train_tokenizer(folder: Path) -> None:
-    from mics.training.data.tokens import train_bpe
-
     with (folder / "rows.jsonl").open() as rows:
         texts = [json.loads(row)["text"].encode() for row in rows]
     train_bpe(texts, 8192).save(folder / "tokenizer")
 
 
-def alone(folder: Path) -> None:
-    """Time `encode_batch` on texts in memory."""
-    from tokenizers import Tokenizer
-
-    backend = Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
+def alone(folder: Path, processes: int) -> float:
+    """Time `encode_batch` on texts in memory, by as many threads."""
+    os.environ |= {"RAYON_NUM_THREADS": str(processes), "TOKENIZERS_PARALLELISM": "true"}
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
     with (folder / "rows.jsonl").open() as rows:
         texts = [json.loads(row)["text"] for row in rows]
-    begun, used = time.perf_counter(), _processor()
+    begun = time.perf_counter()
     for first in range(0, len(texts), 64):
         backend.encode_batch(texts[first : first + 64], add_special_tokens=False)
-    _tell(time.perf_counter() - begun, _processor() - used)
+    return time.perf_counter() - begun
 
 
-def ours(folder: Path, processes: int) -> None:
+def ours(folder: Path, processes: int) -> float:
     """Time the making of all parts: processes started, text read, shards on the disk."""
-    from mics.training.data.tokenizing.making import make_token_folder
-    from mics.training.data.tokenizing.plan import Job
-    from mics.training.data.tokenizing.share import Share
-
-    tokenizer = str(folder / "tokenizer")
-    job = Job(str(folder / "rows.jsonl"), tokenizer=tokenizer)
+    job = Job(str(folder / "rows.jsonl"), tokenizer=str(folder / "tokenizer"))
     with tempfile.TemporaryDirectory() as scratch:
-        used = _processor()
         out = Path(scratch) / "tokens"
-        made = make_token_folder(job, out, Share(), processes, lambda *_: None)
-        _tell(made.seconds, _processor() - used)
+        return make_token_folder(job, out, Share(), processes, lambda *_: None).seconds
 
 
-def _processor() -> float:
-    spent = [resource.getrusage(of) for of in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(one.ru_utime + one.ru_stime for one in spent)
+def apart(work: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
+    """What a function returns in a process of its own, and the processor time that it took."""
+    heard, said = multiprocessing.Pipe(duplex=False)
 
+    def report() -> None:
+        found = work(*arguments)
+        spent = [resource.getrusage(of) for of in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        said.send([found, sum(one.ru_utime + one.ru_stime for one in spent)])
 
-def _tell(seconds: float, processor: float) -> None:
-    print(json.dumps([seconds, processor]))
-
-
-def run(what: str, folder: Path, processes: int) -> tuple[float, float]:
-    """Seconds and processor seconds of one run in a process of its own."""
-    words = [sys.executable, __file__, what, str(folder), str(processes)]
-    threads = {"RAYON_NUM_THREADS": str(processes), "TOKENIZERS_PARALLELISM": "true"}
-    done = subprocess.run(words, env=os.environ | threads, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    seconds, processor = json.loads(done.stdout.splitlines()[-1])
-    return seconds, processor
+    process = multiprocessing.get_context("fork").Process(target=report)
+    process.start()
+    found, processor = heard.recv()
+    process.join()
+    return found, processor
 
 
 def measure(folder: Path, size: int) -> list[dict[str, Any]]:
@@ -104,8 +99,8 @@ def measure(folder: Path, size: int) -> list[dict[str, Any]]:
     for processes in PROCESSES:
         pairs = []
         for turn in range(TURNS):
-            whats = ("alone", "ours") if turn % 2 == 0 else ("ours", "alone")
-            taken = {what: run(what, folder, processes) for what in whats}
+            whats = (alone, ours) if turn % 2 == 0 else (ours, alone)
+            taken = {one.__name__: apart(one, folder, processes) for one in whats}
             pairs.append((taken["alone"], taken["ours"]))
             print(processes, taken, file=sys.stderr, flush=True)
         rows.append(
@@ -125,16 +120,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         size = write_corpus(folder)
-        train_tokenizer(folder)
+        apart(train_tokenizer, folder)  # whose threads would go on in the others
         rows = measure(folder, size)
-    import tokenizers
-
     lines = [
         "# Tokenising beside `tokenizers` alone",
         "",
         f"`python benchmarks/tokenizing.py`: {size / 1e6:.1f} MB of Python source in rows of JSON, "
-        f"{os.cpu_count()} cores that other work shares, tokenizers {tokenizers.__version__}, "
-        f"Python {platform.python_version()}; medians of {TURNS} turns.",
+        f"{os.cpu_count()} cores under a load of {os.getloadavg()[1]:.0f}, most of it other work; "
+        f"tokenizers {tokenizers.__version__}, Python {platform.python_version()}; medians of "
+        f"{TURNS} turns.",
         "",
         "| processes | `encode_batch` alone | `mics tokenize` | throughput of alone (least, most) "
         "| by processor time |",
@@ -159,9 +153,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 1:
-        main()
-    elif sys.argv[1] == "alone":
-        alone(Path(sys.argv[2]))
-    else:
-        ours(Path(sys.argv[2]), int(sys.argv[3]))
+    main()

@@ -138,6 +138,8 @@ def test_a_folder_saved_by_datasets_gives_its_rows_and_nothing_else(tmp_path: Pa
     assert "lists 2 file(s), there is no data-00001-of-00002.arrow" in said
     (tmp_path / "saved" / "state.json").write_text("[")
     assert "its state.json cannot be read" in refusal(tmp_path / "saved")
+    (tmp_path / "saved" / "state.json").unlink()
+    assert "has saved, but not to its end" in refusal(tmp_path / "saved")
 
 
 REFUSED_TABLES: list[tuple[str, str | bytes, list[str]]] = [
@@ -145,6 +147,7 @@ REFUSED_TABLES: list[tuple[str, str | bytes, list[str]]] = [
     ("a.txt", '{\n "version": 1\n}', ["a.txt has no column 'text'", AS_TEXT]),
     ("a.json", '{"text": ["a", "b"]}', ["holds no text", "of type list"]),
     ("a.json", '["a", "b"]', ["Entry 1 of", "is no JSON object", "of type str"]),
+    ("a.txt", '["a", 1]\n["b", 2]\n', ["Line 1 of", "is no JSON object", "type list", AS_TEXT]),
     ("a.txt", '[{"text": "a"}, 3]', ["Entry 2 of", "is no JSON object", "of type int"]),
     ("a.txt", '[{"text": "a"},', ["JSON by its name or its first bytes", "cannot be read"]),
     ("a.json", "no table", ["JSON by its name or its first bytes", "JSONDecodeError", AS_TEXT]),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from mics.anatomy.anatomy import Anatomy
 from mics.anatomy.blocks import find_blocks
 from mics.anatomy.flops import model_flops
@@ -30,6 +32,7 @@ from mics.ranks.launcher import read_launch
 from mics.topology import Topology, possible_partitions
 from mics.training.batching import Batching, sequence_length, solve
 from mics.training.config import TrainConfig
+from mics.training.data.token_folder import is_token_folder, read_token_folder
 from mics.training.expectation import (
     cluster_of,
     compute_dtype,
@@ -149,6 +152,10 @@ def list_models() -> str:
 
 def _vocabulary(config: TrainConfig) -> int:
     """Count the ids of a tokenizer that may not exist yet; presets without a vocabulary ask."""
+    for one in config.data.sources or (config.data,):
+        folder = Path(one.source).expanduser()
+        if is_token_folder(folder):
+            return read_token_folder(folder).vocabulary
     return config.data.vocabulary if config.data.tokenizer == "bpe" else BYTE_IDS
 
 

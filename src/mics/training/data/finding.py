@@ -103,6 +103,8 @@ def _walk(top: Path, without: frozenset[str] = frozenset(), suffix: str = "") ->
         if {_STATE, _INFO} <= names and (saved := _saved_rows(folder)) is not None:
             yield from saved
             continue
+        if _INFO in names and _STATE not in names and any(n.endswith(".arrow") for n in names):
+            raise _not_whole(folder)
         for entry in entries:
             path = folder / entry.name
             if entry.name.endswith(suffix) and _is_file(path):
@@ -242,6 +244,14 @@ def _saved_rows(folder: Path) -> list[Path] | None:
             write="--data.source <a whole copy of it>",
         )
     return [folder / name for name in names]
+
+
+def _not_whole(folder: Path) -> DataError:
+    return DataError(
+        f"{folder} is a data set that datasets has saved, but not to its end.",
+        numbers=f"There is {_INFO}, and no {_STATE}, which lists the files of its rows.",
+        write="--data.source <a whole copy of it>, or a glob of its .arrow files",
+    )
 
 
 def _has_splits(folder: Path) -> DataError:

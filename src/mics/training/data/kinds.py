@@ -210,6 +210,8 @@ def _kind_of_text(
             return "json lines"
         stream.seek(start)
         return "json lines" if isinstance(_first_value(stream), dict) else "json"
+    if _are_arrays(head):
+        return "json lines"  # whose rows are no objects, which is said where they are read
     delimiter = delimiter_of(head, field)
     if delimiter is not None:
         return "tsv" if delimiter == "\t" else "csv"
@@ -225,6 +227,18 @@ def _first_value(stream: BinaryIO) -> object:
         return json.loads(line)
     except (ValueError, RecursionError):
         return None
+
+
+def _are_arrays(head: bytes) -> bool:
+    """Whether every line of a beginning, two or more, is an array of JSON."""
+    lines = [line for line in head.split(b"\n") if line.strip()]
+    lines = lines[:-1] if len(head) >= _HEAD - len(_BOM) else lines
+    if len(lines) < 2 or any(line.lstrip()[:1] != b"[" for line in lines):
+        return False
+    try:
+        return all(isinstance(json.loads(line), list) for line in lines)
+    except (ValueError, RecursionError):
+        return False
 
 
 def delimiter_of(head: bytes, field: str) -> str | None:

@@ -127,7 +127,7 @@ def _value(row: object, field: str, place: str, example: str) -> object:
         raise DataError(
             f"{place} is no JSON object.",
             numbers=f"It is of type {type(row).__name__}.",
-            write=example,
+            write=f"{example}{_AS_TEXT}",
         )
     if field not in row:
         raise no_column(field, list(row), place)
