@@ -6,7 +6,7 @@ The corpus is 5 MB of the running Python's standard library, one row of JSON for
 tokenizer a byte-level BPE of 8,192 ids, trained on it. "Alone" is `encode_batch` on texts that are
 in memory already, by as many threads as there are processes of mics, and writes nothing; mics reads
 the rows, tokenises, takes checksums and writes shards. Each run is a process of its own, the two
-take turns, and what counts is the median of the ratios of neighbours: other work on the machine
+take turns, and what counts is the median of the ratios inside a turn: other work on the machine
 slows both. Processor time is a second measure, which other work changes little.
 """
 
@@ -34,7 +34,7 @@ from mics.training.data.tokenizing.share import Share
 from mics.training.data.tokens import train_bpe
 
 RESULTS = Path(__file__).parent / "results"
-TURNS = 7
+TURNS = 5
 MOST = 5_000_000  # bytes of text: short turns, because other work comes and goes
 PROCESSES = (1, 2)
 
@@ -94,26 +94,53 @@ def apart(work: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
     return found, processor
 
 
-def measure(folder: Path, size: int) -> list[dict[str, Any]]:
-    rows = []
-    for processes in PROCESSES:
-        pairs = []
-        for turn in range(TURNS):
-            whats = (alone, ours) if turn % 2 == 0 else (ours, alone)
-            taken = {one.__name__: apart(one, folder, processes) for one in whats}
-            pairs.append((taken["alone"], taken["ours"]))
-            print(processes, taken, file=sys.stderr, flush=True)
-        rows.append(
-            {
-                "processes": processes,
-                "alone_mb_s": statistics.median(size / 1e6 / a[0] for a, _ in pairs),
-                "mics_mb_s": statistics.median(size / 1e6 / m[0] for _, m in pairs),
-                "ratio": statistics.median(a[0] / m[0] for a, m in pairs),
-                "ratios": sorted(a[0] / m[0] for a, m in pairs),
-                "processor_ratio": statistics.median(a[1] / m[1] for a, m in pairs),
-            }
+def measure(folder: Path, size: int) -> dict[str, Any]:
+    """Seconds and processor seconds of every run, by turn; all kinds of runs are in each turn."""
+    turns = []
+    for turn in range(TURNS):
+        kinds = [(work, count) for count in PROCESSES for work in (alone, ours)]
+        kinds = kinds if turn % 2 == 0 else kinds[::-1]
+        taken = {f"{one.__name__} {n}": apart(one, folder, n) for one, n in kinds}
+        print(taken, file=sys.stderr, flush=True)
+        turns.append(taken)
+    return {"bytes": size, "turns": turns}
+
+
+def ratios(turns: list[dict[str, Any]], one: str, other: str, measure: int = 0) -> list[float]:
+    """How many times as fast the second kind of run was as the first, by turn, in order."""
+    return sorted(taken[one][measure] / taken[other][measure] for taken in turns)
+
+
+def table(found: dict[str, Any]) -> list[str]:
+    turns = found["turns"]
+    lines = [
+        "| processes | `encode_batch` alone | `mics tokenize` | throughput of alone (least, most) "
+        "| by processor time |",
+        "|---|---|---|---|---|",
+    ]
+    for count in PROCESSES:
+        first, second = f"alone {count}", f"ours {count}"
+        rates = [
+            statistics.median(found["bytes"] / 1e6 / taken[kind][0] for taken in turns)
+            for kind in (first, second)
+        ]
+        wall, processor = ratios(turns, first, second), ratios(turns, first, second, 1)
+        lines.append(
+            f"| {count} | {rates[0]:.2f} MB/s | {rates[1]:.2f} MB/s | {statistics.median(wall):.2f} "
+            f"({wall[0]:.2f}, {wall[-1]:.2f}) | {statistics.median(processor):.2f} |"
         )
-    return rows
+    scaling = {kind: ratios(turns, f"{kind} 1", f"{kind} 2") for kind in ("ours", "alone")}
+    words = {
+        kind: f"{statistics.median(found):.2f} ({found[0]:.2f}, {found[-1]:.2f})"
+        for kind, found in scaling.items()
+    }
+    return [
+        *lines,
+        "",
+        f"Two processes are {words['ours']} times as fast as one; `encode_batch` alone by two "
+        f"threads {words['alone']} times as fast as by one.",
+        "",
+    ]
 
 
 def main() -> None:
@@ -121,7 +148,7 @@ def main() -> None:
         folder = Path(scratch)
         size = write_corpus(folder)
         apart(train_tokenizer, folder)  # whose threads would go on in the others
-        rows = measure(folder, size)
+        found = measure(folder, size)
     lines = [
         "# Tokenising beside `tokenizers` alone",
         "",
@@ -130,25 +157,10 @@ def main() -> None:
         f"tokenizers {tokenizers.__version__}, Python {platform.python_version()}; medians of "
         f"{TURNS} turns.",
         "",
-        "| processes | `encode_batch` alone | `mics tokenize` | throughput of alone (least, most) "
-        "| by processor time |",
-        "|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {row['processes']} | {row['alone_mb_s']:.2f} MB/s | {row['mics_mb_s']:.2f} MB/s "
-        f"| {row['ratio']:.2f} ({row['ratios'][0]:.2f}, {row['ratios'][-1]:.2f}) "
-        f"| {row['processor_ratio']:.2f} |"
-        for row in rows
-    ]
-    lines += [
-        "",
-        f"Two processes are {rows[1]['mics_mb_s'] / rows[0]['mics_mb_s']:.2f} times as fast as one "
-        f"({rows[1]['alone_mb_s'] / rows[0]['alone_mb_s']:.2f} for `encode_batch` alone with two "
-        "threads).",
-        "",
+        *table(found),
     ]
     (RESULTS / "tokenize.md").write_text("\n".join(lines))
-    (RESULTS / "tokenize.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (RESULTS / "tokenize.json").write_text(json.dumps(found, indent=1) + "\n")
     print("\n".join(lines))
 
 

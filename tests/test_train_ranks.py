@@ -18,7 +18,7 @@ from test_training import elsewhere, lines, losses, settings
 from mics.recovery import job as jobs
 from mics.training import loop
 from mics.training.batching import Batching, solve
-from mics.training.config import BatchConfig, TrainConfig
+from mics.training.config import BatchConfig, SourceConfig, TrainConfig
 from mics.training.data import Batch
 from mics.training.setup import Run
 
@@ -157,6 +157,38 @@ def test_checkpoints_go_from_few_ranks_to_many_and_back(
     assert samples(tmp_path, "parts") == samples(tmp_path, "whole")
     assert [entry["ranks"] for entry in lines(config)] == [6, 8, 4, 2]
     assert losses(config) == pytest.approx(losses(whole), abs=1e-6)
+
+
+@pytest.mark.slow
+def test_a_mixture_trains_on_the_same_samples_at_another_layout_and_after_a_resume(
+    tmp_path: Path, text: Path
+) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("".join(f"{at};" for at in range(9000)))
+    config = settings(
+        tmp_path,
+        text,
+        data={"source": "stdlib", "sources": weighted(text, other)},
+        run={"steps": 3},
+        batch={"global_batch": 6, "micro_batch": 1},
+        optimizer={"eps": 1e-3, "decay": "none"},
+        parallel={"partition": 1, "gpus_per_node": 1},
+        checkpoint={"every": 1, "memory": False},
+    )
+    whole = elsewhere(config, "whole")
+    assert run_ranks(train, 2, whole, "whole", 2) == [0, 0]
+    for ranks, steps in ((1, 2), (3, 3)):
+        run = dataclasses.replace(config.run, steps=steps)
+        assert (
+            run_ranks(train, ranks, dataclasses.replace(config, run=run), "parts", ranks)
+            == [0] * ranks
+        )
+    assert samples(tmp_path, "parts") == samples(tmp_path, "whole")
+    assert losses(config) == pytest.approx(losses(whole), abs=1e-6)
+
+
+def weighted(*files: Path) -> tuple[SourceConfig, ...]:
+    return tuple(SourceConfig(str(file), 2.0 - at) for at, file in enumerate(files))
 
 
 # -- arithmetic ------------------------------------------------------------------------------------
