@@ -126,8 +126,8 @@ def table(found: dict[str, Any]) -> list[str]:
         ]
         wall, processor = ratios(turns, first, second), ratios(turns, first, second, 1)
         lines.append(
-            f"| {count} | {rates[0]:.2f} MB/s | {rates[1]:.2f} MB/s | {statistics.median(wall):.2f} "
-            f"({wall[0]:.2f}, {wall[-1]:.2f}) | {statistics.median(processor):.2f} |"
+            f"| {count} | {rates[0]:.2f} MB/s | {rates[1]:.2f} MB/s "
+            f"| {statistics.median(wall):.2f} ({wall[0]:.2f}, {wall[-1]:.2f}) | {statistics.median(processor):.2f} |"
         )
     scaling = {kind: ratios(turns, f"{kind} 1", f"{kind} 2") for kind in ("ours", "alone")}
     words = {

@@ -28,7 +28,7 @@ OF_TRAFFIC = """
     node_inter_bytes
 """
 OF_THE_COMMAND_LINE = """
-    train run new plan simulate page export import import-config bench check trace lab doctor
+    train tokenize run new plan simulate page export import import-config bench check trace lab doctor
     completion
 """
 

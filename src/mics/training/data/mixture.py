@@ -142,7 +142,7 @@ class Mixture:
         )
 
     def _parts(self, position: int, count: int) -> list[tuple[int, NDArray[np.int64], int]]:
-        """Of each source that is there: its number, its rows, and its own first position."""
+        """Each source that is there: its number, its rows, and its own first position."""
         periods, places = np.divmod(np.arange(position, position + count), len(self._order))
         sources = self._order[places]
         own = periods * self._weights[sources] + self._earlier[places]

@@ -100,7 +100,7 @@ class TokenFolder:
 
     @property
     def checksums(self) -> list[list[str]]:
-        """Of every shard of every split: equal for equal ids."""
+        """Those of every shard of every split: equal for equal ids."""
         return [[shard.sha256 for shard in self.splits[split].shards] for split in SPLITS]
 
 
