@@ -124,10 +124,11 @@ def table(found: dict[str, Any]) -> list[str]:
             statistics.median(found["bytes"] / 1e6 / taken[kind][0] for taken in turns)
             for kind in (first, second)
         ]
-        wall, processor = ratios(turns, first, second), ratios(turns, first, second, 1)
+        wall = ratios(turns, first, second)
+        processor = statistics.median(ratios(turns, first, second, 1))
+        spread = f"{statistics.median(wall):.2f} ({wall[0]:.2f}, {wall[-1]:.2f})"
         lines.append(
-            f"| {count} | {rates[0]:.2f} MB/s | {rates[1]:.2f} MB/s "
-            f"| {statistics.median(wall):.2f} ({wall[0]:.2f}, {wall[-1]:.2f}) | {statistics.median(processor):.2f} |"
+            f"| {count} | {rates[0]:.2f} MB/s | {rates[1]:.2f} MB/s | {spread} | {processor:.2f} |"
         )
     scaling = {kind: ratios(turns, f"{kind} 1", f"{kind} 2") for kind in ("ours", "alone")}
     words = {

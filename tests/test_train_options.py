@@ -24,6 +24,7 @@ from mics.training.config import (
     OptimizerConfig,
     ParallelConfig,
     RunConfig,
+    SourceConfig,
     TrainConfig,
 )
 from mics.training.dry_run import describe
@@ -53,6 +54,50 @@ def test_what_is_printed_can_be_read_back(tmp_path: Path) -> None:
     assert read_settings(written(tmp_path, as_toml(config))) == config
     assert read_settings(written(tmp_path, as_toml(TrainConfig()))) == TrainConfig()
     assert "global_batch" not in as_plain(config)["batch"]
+
+
+SOURCES = """
+[[data.sources]]
+source = "a"
+weight = 3
+
+[[data.sources]]
+source = "b"
+field = "body"
+"""
+
+
+def test_several_sources_are_read_printed_and_read_back(tmp_path: Path) -> None:
+    config = read_settings(written(tmp_path, SOURCES))
+    assert config.data.sources == (SourceConfig("a", 3.0), SourceConfig("b", 1.0, "body"))
+    assert read_settings(written(tmp_path, as_toml(config))) == config
+    check_settings(config)
+    words = [str(written(tmp_path, SOURCES)), "--data.sources.1.weight", "0.5"]
+    assert parse(words).options.data.sources[1] == SourceConfig("b", 0.5, "body")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[[data.sources]]\nsuorce = 'a'", "no key data.sources.suorce; did you mean 'source'?"),
+        ("[[data.sources]]\nweight = 2", "data.sources"),
+        ("[[data.sources]]\nsource = 'a'\nweight = '2'", "data.sources.weight has a value"),
+        ("[[data.sources]]\nsource = 'a'\nweight = true", "data.sources.weight has a value"),
+        ("[data]\nsources = 'a'", "data.sources is an array of tables"),
+        ("[data]\nsources = ['a']", "data.sources is an array of tables"),
+        ("[data.sources]\nsource = 'a'", "data.sources is an array of tables"),
+        ("[[data.sources]]\nsource = 'a'\nweight = 0", "data.sources.weight is out of range"),
+        ("[[data.sources]]\nsource = 'a'\nweight = -1", "data.sources.weight is out of range"),
+        ("[[data.sources]]\nsource = 'a'\nweight = nan", "data.sources.weight is out of range"),
+        ("[[data.sources]]\nsource = 'a'\nweight = inf", "data.sources.weight is out of range"),
+        ('[[data.sources]]\nsource = "a\\u0000"', "data.sources.source is out of range"),
+    ],
+)
+def test_sources_that_make_no_sense_are_refused(text: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_settings(read_settings(written(tmp_path, text)))
+    assert words in str(caught.value)
+    assert "Write: " in str(caught.value)
 
 
 def test_words_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
