@@ -184,6 +184,19 @@ def test_bytes_are_the_text_wherever_parts_begin(
         assert ids == [i for one in wanted for i in [*one.encode(), byte_tokenizer().separator]]
 
 
+def test_a_line_that_begins_where_a_part_does_is_read_once(
+    tmp_path: Path, small_parts: None
+) -> None:
+    rows = [f"{number:051}" for number in range(300)]
+    lines = [json.dumps({"text": row}) + "\n" for row in rows]
+    assert {len(line) for line in lines} == {64}  # 64 of them are a part
+    (tmp_path / "rows.jsonl").write_text("".join(lines))
+    outcome = make(Job(str(tmp_path / "rows.jsonl"), held_out=0), tmp_path / "tokens")
+    assert outcome.parts == 5
+    ids = ids_of(tmp_path / "tokens", "train")
+    assert ids == [i for row in rows for i in [*row.encode(), byte_tokenizer().separator]]
+
+
 # -- who works -------------------------------------------------------------------------------------
 
 
@@ -210,12 +223,12 @@ def test_a_share_that_is_done_says_what_is_left_to_others(
         read_token_folder(tmp_path / "tokens")
 
 
-def _make_slowly(job: Job, folder: Path) -> None:
+def _make_slowly(job: Job, folder: Path, seconds: float) -> None:
     os.setsid()
     encode = work.Tokenizer.encode_all
 
     def slow(self: Any, texts: Any) -> Any:
-        time.sleep(0.02)
+        time.sleep(seconds)
         return encode(self, texts)
 
     work.Tokenizer.encode_all = slow  # type: ignore[method-assign]  # of this process alone
@@ -229,21 +242,33 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
     make(job, tmp_path / "whole")
     draw, unfinished = random.Random(1), 0
     for _ in range(5):
-        child = multiprocessing.get_context("fork").Process(
-            target=_make_slowly, args=(job, tmp_path / "killed")
-        )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # fork with threads (3.12)
-            child.start()
-        time.sleep(draw.uniform(0.1, 0.5))
-        assert child.pid is not None
-        os.kill(child.pid, signal.SIGKILL)
-        child.join()
+        kill_after(draw.uniform(0.1, 0.5), job, tmp_path / "killed", 0.02)
         unfinished += not (tmp_path / "killed" / MANIFEST).exists()
-        await_end_of_group(child.pid)
     assert unfinished
     make(job, tmp_path / "killed", processes=2)
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
+
+
+def test_a_killed_command_leaves_no_process_behind(
+    corpus: Path, tmp_path: Path, small_parts: None
+) -> None:
+    """Some thirty parts take two seconds each; a process ends the one that it is at."""
+    kill_after(1.0, Job(str(corpus)), tmp_path / "tokens", 2.0)
+    assert not (tmp_path / "tokens" / MANIFEST).exists()
+
+
+def kill_after(seconds: float, job: Job, folder: Path, each: float) -> None:
+    child = multiprocessing.get_context("fork").Process(
+        target=_make_slowly, args=(job, folder, each)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # fork with threads (3.12)
+        child.start()
+    time.sleep(seconds)
+    assert child.pid is not None
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    await_end_of_group(child.pid)
 
 
 def await_end_of_group(pid: int) -> None:
