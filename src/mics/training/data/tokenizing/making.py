@@ -304,7 +304,9 @@ def _looks(plan: Plan) -> str:
 
 
 def _cores(share: Share) -> int:
-    return max(1, len(os.sched_getaffinity(0)) // share.here)
+    linux = hasattr(os, "sched_getaffinity")  # which knows what a scheduler has given this task
+    cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count() or 1
+    return max(1, cores // share.here)
 
 
 def _not_written(folder: Path, error: OSError) -> DataError:
