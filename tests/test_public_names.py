@@ -28,8 +28,8 @@ OF_TRAFFIC = """
     node_inter_bytes
 """
 OF_THE_COMMAND_LINE = """
-    train tokenize run new plan simulate page export import import-config bench check trace lab doctor
-    completion
+    train tokenize run new plan simulate page export import import-config bench check trace lab
+    doctor completion
 """
 
 
