@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -50,10 +51,12 @@ SKIPPING = [code for _, code in PYTHON if "mics.Verdicts(" in code]
 COMPARING = [code for _, code in PYTHON if "mics.stragglers(" in code]
 GATHERING = [code for _, code in PYTHON if "mics.gathered(" in code]
 TRACING = [code for _, code in PYTHON if "mics.trace(" in code]
+SCRIPTS = [code for _, code in PYTHON if "dist.init_process_group()" in code]
+COUNTING = [code for _, code in PYTHON if "mics.ledger(" in code and code not in SCRIPTS]
 ACCUMULATING = [
     code
     for _, code in PYTHON
-    if ".backward()" in code and code not in AVERAGING + SKIPPING + TRACING
+    if ".backward()" in code and code not in AVERAGING + SKIPPING + TRACING + SCRIPTS
 ]
 SAVING = [code for _, code in PYTHON if "mics.save(" in code and code not in AVERAGING]
 DEALING = [code for _, code in PYTHON if "mics.deal(" in code]
@@ -84,7 +87,7 @@ def test_every_block_of_python_is_run_by_a_test() -> None:
     backends = [code for document, code in PYTHON if document == "CONTRIBUTING.md"]
     assert len(backends) == 1  # run in test_backend.py, the others here
     run = ACCUMULATING + AVERAGING + SAVING + PLANNING + SKIPPING + COMPARING
-    run += GATHERING + DEALING + TRACING
+    run += GATHERING + DEALING + TRACING + SCRIPTS
     assert len(run) + 1 == len(PYTHON)
     assert ACCUMULATING and AVERAGING and SAVING and PLANNING and SKIPPING and COMPARING
 
@@ -175,6 +178,7 @@ def test_every_loop_of_the_documents_trains_as_one_process_and_as_the_others() -
         names: dict[str, Any] = {"model": model, "mics": mics, "batch": _batch()}
         names["loss"] = nn.functional.mse_loss
         names["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.1)
+        names["print"] = lambda *_: None
         for _ in range(2):
             exec(code, names)
             names["optimizer"].zero_grad()
@@ -185,6 +189,28 @@ def test_every_loop_of_the_documents_trains_as_one_process_and_as_the_others() -
         assert torch.allclose(ours, alone, rtol=1e-5, atol=1e-6)
     for weights in others:
         assert all(torch.equal(a, b) for a, b in zip(first, weights, strict=True))
+
+
+def test_the_lines_that_count_are_among_those_that_train() -> None:
+    (code,) = COUNTING
+    assert code in ACCUMULATING and "mics.predict_traffic(" in code
+
+
+@pytest.mark.slow
+def test_the_script_of_the_first_five_minutes_prints_what_they_show() -> None:
+    (script,), (shown,) = SCRIPTS, [b for b in blocks("docs/start.md", "text") if b[:3] == "hop"]
+    assert shown in blocks("docs/ledger.md", "text")
+
+    def run() -> list[str]:
+        dist.destroy_process_group()  # the script makes its own
+        printed: list[str] = []
+        exec(script, {"print": lambda one: printed.append(str(one))})
+        return printed
+
+    (loss, counted), *others = run_ranks(run, 4)
+    assert float(loss.split()[1]) < 0.9
+    assert counted.splitlines() == shown.strip().splitlines()
+    assert others == [[]] * 3
 
 
 def test_the_lines_that_deal_train_alike_on_any_number_of_ranks() -> None:
@@ -357,26 +383,53 @@ def test_the_lines_that_plan_print_a_partition_and_both_times(
 # -- commands ------------------------------------------------------------------------------------
 
 
-def commands_of(document: str) -> list[list[str]]:
-    """Every command of mics in a fenced block of a document, as words."""
+SHELL = ("cd", "git", "make", "mics", "pip", "python", "srun", "torchrun", "/tmp/new/bin/")
+
+
+def lines_of(document: str) -> list[str]:
+    """Every line of a document's fenced blocks of commands; one that goes on is one line."""
     lines: list[str] = []
-    for block in blocks(document, ""):
+    for block in [*blocks(document, ""), *blocks(document, "sh")]:
         shown = block.startswith("$ ")  # a command and what it prints
+        block = block.replace("\\\n", " ")
         lines += [block.splitlines()[0][2:]] if shown else block.splitlines()
-    parts = [part.strip() for line in lines for part in line.split("#")[0].split(";")]
-    return [shlex.split(part)[1:] for part in parts if part.startswith("mics ")]
+    return [part.strip() for line in lines for part in line.split("#")[0].split(";")]
+
+
+def commands_of(document: str) -> list[list[str]]:
+    """Every command of mics in a document, as words: alone, under a launcher, or under another."""
+    found = []
+    for line in lines_of(document):
+        if not line.startswith(("mics ", "torchrun ", "srun ")):
+            continue
+        words = shlex.split(line)
+        for place, word in enumerate(words):
+            if word == "mics" and (place == 0 or words[place - 1] in ("--", "-m", "srun")):
+                found.append(words[place + 1 :])
+    return found
 
 
 COMMANDS = [(d, words) for d in ["README.md", *PAGES] for words in commands_of(d)]
+
+
+@pytest.fixture
+def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the repository's files and the configurations that pages have one save."""
+    for path in ROOT.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (job,) = blocks("docs/trainer.md", "toml")
+    for name in ("job.toml", "big.toml", "train.toml"):
+        (tmp_path / name).write_text(job)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @pytest.mark.parametrize(
     ("document", "words"), COMMANDS, ids=[f"{d} {shlex.join(words)}" for d, words in COMMANDS]
 )
 def test_commands_of_the_documents_have_the_options_they_are_given(
-    document: str, words: list[str], monkeypatch: pytest.MonkeyPatch
+    document: str, words: list[str], clone: Path
 ) -> None:
-    monkeypatch.chdir(ROOT)
     verb = next(verb for verb in VERBS if verb.name == words[0])
     module = importlib.import_module(f"mics.commands.{verb.module}")
     keywords: dict[str, Any] = {"config": (tyro.conf.FlagCreatePairsOff,)}
@@ -384,6 +437,24 @@ def test_commands_of_the_documents_have_the_options_they_are_given(
         assert module.parse(words[1:], **keywords)
     else:
         assert tyro.cli(module.Config, args=words[1:], **keywords)
+
+
+@pytest.mark.parametrize("document", PAGES)
+def test_other_commands_of_the_documents_name_what_there_is(document: str) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    for block in blocks(document, "sh"):
+        for line in filter(None, (line.strip() for line in block.splitlines())):
+            assert line.startswith((*SHELL, "--")), line
+    for line in lines_of(document):
+        if line.startswith("python ") and not line.startswith("python -"):
+            assert (ROOT / shlex.split(line)[1]).is_file(), line
+    text = (ROOT / document).read_text()
+    named = {
+        name for group in re.findall(r"torch-mics\[([\w,]+)\]", text) for name in group.split(",")
+    }
+    assert named <= extras.keys()
 
 
 def told(words: list[str]) -> subprocess.CompletedProcess[str]:
