@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.extra]
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with both, made of what git knows, so that no rest of an earlier build is in them."""
+    """A folder with both, made of what git knows: no rest of an earlier build is in them."""
     pytest.importorskip("build")
     source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
     files = subprocess.run(
