@@ -171,7 +171,7 @@ def test_the_readmes_lines_from_ddp_train() -> None:
 
 
 def test_every_loop_of_the_documents_trains_as_one_process_and_as_the_others() -> None:
-    """Two replicas of two ranks; to the bit, whichever of the public ways is written."""
+    """Two replicas of two ranks; to the bit, but where mics divides in place of the loss."""
 
     def run(code: str) -> Any:
         model = mics.shard(_model(), partition=2, mp_policy=MixedPrecisionPolicy())
@@ -187,8 +187,11 @@ def test_every_loop_of_the_documents_trains_as_one_process_and_as_the_others() -
     first, *others = [run_ranks(run, 4, code)[0] for code in ACCUMULATING]
     for ours, alone in zip(first, _trained_alone(2), strict=True):
         assert torch.allclose(ours, alone, rtol=1e-5, atol=1e-6)
-    for weights in others:
-        assert all(torch.equal(a, b) for a, b in zip(first, weights, strict=True))
+    for code, weights in zip(ACCUMULATING[1:], others, strict=True):
+        rtol, atol = (1e-5, 1e-6) if "normalise=" in code else (0, 0)
+        assert all(
+            torch.allclose(a, b, rtol=rtol, atol=atol) for a, b in zip(first, weights, strict=True)
+        )
 
 
 def test_the_lines_that_count_are_among_those_that_train() -> None:
@@ -202,9 +205,11 @@ def test_the_script_of_the_first_five_minutes_prints_what_they_show() -> None:
     assert shown in blocks("docs/ledger.md", "text")
 
     def run() -> list[str]:
-        dist.destroy_process_group()  # the script makes its own
         printed: list[str] = []
-        exec(script, {"print": lambda one: printed.append(str(one))})
+        group = r"^dist\.(init|destroy)_process_group\(\)$"  # the ranks of tests have one
+        code, lines = re.subn(group, "", script, flags=re.MULTILINE)
+        assert lines == 2
+        exec(code, {"print": lambda one: printed.append(str(one))})
         return printed
 
     (loss, counted), *others = run_ranks(run, 4)
