@@ -398,7 +398,7 @@ def lines_of(document: str) -> list[str]:
         shown = block.startswith("$ ")  # a command and what it prints
         block = block.replace("\\\n", " ")
         lines += [block.splitlines()[0][2:]] if shown else block.splitlines()
-    return [part.strip() for line in lines for part in line.split("#")[0].split(";")]
+    return [part.strip() for line in lines for part in re.split("[#>]", line)[0].split(";")]
 
 
 def commands_of(document: str) -> list[list[str]]:
