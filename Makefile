@@ -18,8 +18,8 @@ help:
 	@echo "make lint    format, lint and types"
 	@echo "make check   make lint, then the fast tests: before every commit"
 	@echo "make test    make check and the slow tests, before every pull request"
-	@echo "make test-extra  what takes long or needs more, half an hour"
-	@echo "make test-all  make test and make test-extra: what CI runs"
+	@echo "make test-extra  what takes long or needs more, an hour; MINUTES=30: what fits, other files every day"
+	@echo "make test-all  make test and make test-extra"
 	@echo "make torchtitan  its tests, in an environment of its own (300 MB for triton), some minutes"
 	@echo "make faults  kill ranks, nodes, saves and states in memory, 45 minutes; writes benchmarks/results/"
 	@echo "make fuzz    300 random models and schedules on 4 ranks against one process, 10 minutes"
@@ -40,10 +40,10 @@ demo: setup
 	$(BIN)/mics train examples/demo.toml
 
 test: setup lint
-	$(BIN)/python -m pytest -m "not extra"
+	$(BIN)/python -m pytest -m "not extra" --durations 20
 
 test-extra: setup
-	$(BIN)/python -m pytest -m extra
+	$(BIN)/python -m pytest -m extra --durations 40 $(if $(MINUTES),--minutes $(MINUTES))
 
 test-all: test test-extra
 
@@ -104,7 +104,7 @@ bench-environments: .venv-deepspeed-0.19.8/ready .venv-deepspeed-0.19.2/ready
 	@touch $@
 
 torchtitan: .venv-torchtitan/ready
-	PYTHONPATH=src .venv-torchtitan/bin/python -m pytest tests/test_torchtitan.py
+	PYTHONPATH=src .venv-torchtitan/bin/python -m pytest tests/test_torchtitan*.py
 
 # torchtitan asks for older versions than .venv has, so it is installed without what it asks for.
 .venv-torchtitan/ready: .venv/ready benchmarks/environments/torchtitan.txt

@@ -1,10 +1,17 @@
-"""What every test has of its own, not the user's: a cache of traces, and memory for states."""
+"""What every test has of its own, not the user's: a cache of traces, and memory for states.
+
+``--minutes N`` begins no other test after so long, for a machine that has no more time. The order
+of files is drawn anew every day, so that each has its turn, and the summary says how many had none.
+"""
 
 from __future__ import annotations
 
+import datetime
 import os
+import random
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -28,3 +35,29 @@ def own_memory() -> Iterator[None]:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("MICS_MEMORY", folder)
         yield
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--minutes", type=float, help="begin no other test after so long")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--minutes") is not None:
+        files = sorted({item.path for item in items})  # whose fixtures are made once
+        random.Random(datetime.datetime.now(datetime.UTC).toordinal()).shuffle(files)
+        items.sort(key=lambda item: files.index(item.path))
+
+
+def pytest_runtestloop(session: pytest.Session) -> None:
+    minutes = session.config.getoption("--minutes")
+    if minutes is not None:
+        session.config.stash[END] = time.monotonic() + 60 * minutes
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if time.monotonic() > item.config.stash.get(END, float("inf")):
+        pytest.skip("no time was left to begin it")
+
+
+END = pytest.StashKey[float]()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import functools
+import gc
 import multiprocessing as mp
 import os
 import pickle
@@ -83,6 +84,9 @@ def collect_ranks(
     with tempfile.TemporaryDirectory() as folder:
         pipes: list[Connection] = []
         processes = []
+        # What is here already is no garbage of the ranks: to look through it all would copy every
+        # page of it into each of them.
+        gc.freeze()
         for rank in range(world):
             ours, theirs = context.Pipe()
             place = Place(rank, world, ranks_per_node or world, folder, backend)
@@ -93,6 +97,7 @@ def collect_ranks(
             theirs.close()
             pipes.append(ours)
             processes.append(process)
+        gc.unfreeze()
         results: dict[int, tuple[str, Any]] = {}
         try:
             while len(results) < world:

@@ -53,14 +53,16 @@ def settings(others: dict[str, Any]) -> dict[str, Any]:
 class Run:
     """The loop of Accelerate's own documentation, and what came of it."""
 
-    def __init__(self, accelerator: Any, kind: str, *, dropout: float = 0.0) -> None:
+    def __init__(
+        self, accelerator: Any, kind: str, *, dropout: float = 0.0, size: int = SIZE
+    ) -> None:
         self.accelerator = accelerator
         torch.manual_seed(dist.get_rank())
         model = MAKERS[kind](dropout)
         trained = [param for param in model.parameters() if param.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-2)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1 / (1 + n))
-        loader = DataLoader(tokens_of(kind, SIZE), batch_size=2, shuffle=True)
+        loader = DataLoader(tokens_of(kind, size), batch_size=2, shuffle=True)
         self.model, self.optimizer, self.loader, self.scheduler = accelerator.prepare(
             model, optimizer, loader, scheduler
         )
@@ -164,6 +166,32 @@ def test_resuming_equals_not_stopping_to_the_bit(kind: str, tmp_path: Path) -> N
     assert sorted(path.name for path in (tmp_path / "state").glob("mics*")) == ["mics"]
     assert not list((tmp_path / "state").glob("*model*"))
     assert not list((tmp_path / "state").glob("optimizer*"))
+
+
+def _some_steps(folder: str, whole: bool) -> tuple[list[float], list[float]]:
+    """Train two epochs of two steps, of 16 micro-batches over all ranks each; or their second."""
+    accelerator = ours(gradient_accumulation_steps=16 // dist.get_world_size())
+    run = Run(accelerator, "gpt", size=64)
+    if whole:
+        run.epochs(0, 1)
+        accelerator.save_state(folder)
+    else:
+        accelerator.load_state(folder)
+    run.epochs(1, 2)
+    per_step = torch.tensor(run.losses).reshape(-1, 16 // dist.get_world_size()).mean(1)
+    return per_step.tolist()[-2:], run.norms[-2:]
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 4)])
+def test_a_run_goes_on_with_another_number_of_ranks(
+    before: int, after: int, tmp_path: Path
+) -> None:
+    folder = str(tmp_path)
+    whole, norms = run_ranks(quietly, before, _some_steps, folder, True)[0]
+    for found, own in run_ranks(quietly, after, _some_steps, folder, False):
+        assert _apart(whole, found) < 1e-5
+        assert _apart(norms, own) < 1e-5
 
 
 def _save(folder: str) -> tuple[torch.Tensor, ...]:

@@ -17,43 +17,35 @@ from mics.benching.collectives import keep_choices, measure_collectives
 from mics.benching.contestants import Contestant, Layout
 from mics.benching.deepspeed_child import Order, configuration
 from mics.benching.deepspeed_parent import RELEASES, DeepSpeed, find_python
-from mics.benching.dilated import CLUSTERS, Dilation, Stretched, arithmetic
+from mics.benching.dilated import CLUSTERS, Stretched, arithmetic
+from mics.benching.options import OWN_ENGINES, Dilation, Workload
 from mics.benching.picture import plot_comparison
 from mics.benching.side_by_side import Compared, agree, compare
 from mics.benching.spread import Spread
-from mics.benching.workloads import Workload
+from mics.benching.workloads import Language
 from mics.communication.forms import Choice, choices_of, measure
 from mics.errors import MicsError
 from mics.ranks.mesh import groups_of, init_mesh, ranks_of
 
 SMALL = Workload(hidden=16, layers=2, rows=1, length=16, micro_steps=2)
-ENGINES = (
-    "mics",
-    "mics p=1",
-    "fsdp2",
-    "hsdp every micro-step",
-    "hsdp deferred",
-    "ddp",
-    "computation",
-)
 ROOT = Path(__file__).parents[1]
 
 
-def _compared(work: Workload | Stretched) -> list[Compared]:
+def _compared(work: Language | Stretched) -> list[Compared]:
     torch.set_num_threads(1)
     # FSDP2 of BERT's outputs, of which nothing is changed in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
-    engines = [Contestant(name, work, Layout(2, 2)) for name in ENGINES]
+    engines = [Contestant(name, work, Layout(2, 2)) for name in OWN_ENGINES]
     return compare(engines, 2, told=lambda *_: None)
 
 
 @pytest.mark.parametrize("kind", ["gpt", pytest.param("bert", marks=pytest.mark.extra), "dilated"])
 def test_all_engines_have_the_same_losses(kind: str) -> None:
-    work: Workload | Stretched = Workload(kind, 16, 2, 1, 16, 2)
+    work: Language | Stretched = Language(Workload(kind, 16, 2, 1, 16, 2))
     if kind == "dilated":
         work = Stretched(Dilation(micro_steps=2, blocks=2, block_bytes=2**12), 1e9)
     for found in run_ranks(_compared, 4, work):
-        assert [one.engine for one in found] == list(ENGINES)
+        assert [one.engine for one in found] == list(OWN_ENGINES)
         assert agree(found)
         assert len({*found[0].losses}) == 3  # it trains
 
@@ -275,7 +267,7 @@ def _fields(work: Workload) -> dict[str, object]:
 def _beside(names: tuple[str, ...], ranks_per_node: int = 2) -> list[Compared]:
     torch.set_num_threads(1)
     engines: list[Contestant | DeepSpeed] = [
-        Contestant("mics", SMALL, Layout(2, ranks_per_node)),
+        Contestant("mics", Language(SMALL), Layout(2, ranks_per_node)),
         *(DeepSpeed(Order(name, _fields(SMALL), None, 2, ranks_per_node)) for name in names),
     ]
     return compare(engines, 1, told=lambda *_: None)

@@ -308,7 +308,7 @@ def test_mics_alone_lists_every_verb_with_an_example(capsys: pytest.CaptureFixtu
     for verb in VERBS:
         assert verb.summary in printed
         assert f"$ {verb.example}" in printed
-        assert importlib.util.find_spec(f"mics.commands.{verb.module}")
+        assert importlib.util.find_spec(f"mics.commands.{verb.options}")
 
 
 def test_unknown_verb_and_option_exit_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -153,7 +153,8 @@ def test_a_weight_that_cannot_be_is_refused(name: str, weight: float, words: str
 def test_a_dry_run_counts_the_chosen_experts_only(name: str, parameters: str, work: str) -> None:
     """6 FLOPs for each weight that a token meets (12.9 B, 3.3 B less embeddings) and attention."""
     parallel = ParallelConfig(ranks=64, gpus_per_node=8, dtype="fp32")
-    text = describe(TrainConfig(model=ModelConfig(name=name), parallel=parallel))
+    data = DataConfig(sequence=1024)
+    text = describe(TrainConfig(model=ModelConfig(name=name), data=data, parallel=parallel))
     assert f"{parameters} parameters" in text
     assert f"work    {work} GFLOPs per token" in text
 

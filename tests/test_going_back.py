@@ -148,7 +148,8 @@ def test_the_slow_rank_is_named_in_the_step_line_the_table_and_the_metrics(
     assert slow.startswith("rank 1 (node 0) is slow: ") and slow.endswith("late at hop 1")
     assert [e["slow"] for e in lines(config)] == [None] * 10 + [slow] * 2
     out = capfd.readouterr().out
-    assert [line.split("  ")[0] for line in out.splitlines() if "SLOW" in line] == [
+    shown = out.splitlines()
+    assert [shown[n - 1].split("  ")[0] for n, line in enumerate(shown) if "SLOW" in line] == [
         "step 11/12",
         "step 12/12",
     ]

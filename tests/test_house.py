@@ -41,8 +41,8 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
     },
     "host or accelerator": {},
     "inheritance": {
-        "commands/bench.py:Dilated": "options that two commands share",
-        "commands/bench.py:Train": "options that two commands share",
+        "commands/options/bench.py:Dilated": "options that two commands share",
+        "commands/options/bench.py:Train": "options that two commands share",
         "commands/lab.py:CompareInLab": "options that two commands share",
         "commands/lab.py:RunInLab": "options that two commands share",
         "commands/lab.py:Up": "options that two commands share",

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from mics import TopologyError
-from mics.ranks.launcher import (
-    Launch,
-    check_place,
-    export_torch_variables,
-    first_host,
-    more_ranks,
-    read_launch,
-    takes_new_nodes,
-)
+from mics.ranks.address import export_torch_variables, first_host
+from mics.ranks.launcher import Launch, check_place, more_ranks, read_launch, takes_new_nodes
+from mics.ranks.nodes_given import check_nodes_given, nodes_given, without_srun
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 SLURM = {
@@ -85,6 +81,59 @@ def of_mpi(prefix: str) -> dict[str, str]:
         ),
         pytest.param({"WORLD_SIZE": "1"}, None, id="a world of one"),
         pytest.param({"SLURM_NTASKS": "8"}, None, id="the shell of salloc"),
+        pytest.param(
+            SRUN | {"SLURM_STEP_ID": "4294967290", "SLURM_PROCID": "0"},
+            None,
+            id="the shell of salloc as a step",
+        ),
+        pytest.param(
+            {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_NUM_NODES": "2"},
+            None,
+            id="a batch script that asked for nodes alone",
+        ),
+        # As Slurm 22.05 and MPICH 4.0.2 set them on this project's machines.
+        pytest.param(
+            SRUN
+            | {"SLURM_STEP_ID": "0", "SLURM_STEPID": "0", "SLURM_STEP_NUM_TASKS": "8"}
+            | {"SLURM_NPROCS": "8", "SLURM_TASKS_PER_NODE": "4(x2)", "SLURM_NNODES": "2"}
+            | PMI
+            | {"PMI_FD": "11", "PMI_JOBID": "3.2"},
+            Launch("Slurm", 3, 8, 3, 4),
+            id="srun --mpi=pmi2, all of it",
+        ),
+        pytest.param(HYDRA | {"PMI_FD": "6"}, Launch("MPICH", 3, 8, 1, 2), id="mpiexec.hydra"),
+        pytest.param(
+            CRAY | {"PALS_RANKID": "3", "PALS_NODEID": "0", "PALS_LOCAL_RANKID": "3"},
+            Launch("Cray MPICH", 3, 8, 3, 4),
+            id="mpiexec of PALS",
+        ),
+        pytest.param(
+            TORCHRUN
+            | {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "4", "PET_NODE_RANK": "1"}
+            | {"GROUP_RANK": "1", "TORCHELASTIC_RUN_ID": "none"},
+            Launch("torchrun", 5, 8, 1, 4),
+            id="Kubeflow's TrainJob",
+        ),
+        pytest.param(
+            TORCHRUN | {"NODE_RANK": "1", "ACCELERATE_TORCH_DEVICE": "cpu"},
+            Launch("torchrun", 5, 8, 1, 4),
+            id="Ray Train",
+        ),
+        pytest.param(
+            TORCHRUN | {"SM_HOSTS": '["algo-1", "algo-2"]', "SM_CURRENT_HOST": "algo-2"},
+            Launch("torchrun", 5, 8, 1, 4),
+            id="SageMaker with torch_distributed",
+        ),
+        pytest.param(
+            OPEN_MPI | {"SM_HOSTS": '["algo-1", "algo-2"]', "SM_NUM_GPUS": "2"},
+            Launch("Open MPI", 3, 4, 1, 2),
+            id="SageMaker with MPI",
+        ),
+        pytest.param(
+            SRUN | TORCHRUN | {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"},
+            Launch("torchrun", 5, 8, 1, 4),
+            id="torchrun started by srun",
+        ),
         pytest.param({}, None, id="nobody"),
     ],
 )
@@ -100,7 +149,18 @@ def test_each_launcher_is_recognised_by_its_own_variables(
         (TORCHRUN | {"RANK": "-1"}, "RANK must be 0 to 7, one for each of 8 ranks"),
         (TORCHRUN | {"RANK": "8"}, "RANK must be 0 to 7, one for each of 8 ranks"),
         (TORCHRUN | {"WORLD_SIZE": "0"}, "WORLD_SIZE must be at least 1"),
+        (TORCHRUN | {"WORLD_SIZE": "9" * 20}, "WORLD_SIZE must be at most 1,048,576"),
+        (TORCHRUN | {"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE must be an integer, got '9999"),
+        (TORCHRUN | {"WORLD_SIZE": "1_6"}, "WORLD_SIZE must be an integer, got '1_6'"),
+        (TORCHRUN | {"RANK": " 1"}, "RANK must be an integer, got ' 1'"),
+        (TORCHRUN | {"RANK": ""}, "RANK must be an integer, got ''"),
+        (TORCHRUN | {"RANK": "1.0"}, "RANK must be an integer, got '1.0'"),
         (TORCHRUN | {"WORLD_SIZE": "abc"}, "WORLD_SIZE must be an integer, got 'abc'"),
+        (of_mpi("MV2_COMM_WORLD") | {"MV2_COMM_WORLD_SIZE": "0"}, "MV2_COMM_WORLD_SIZE must be"),
+        (SLURM | {"SLURM_LOCALID": "8"}, "SLURM_LOCALID must be 0 to 7 on a node of that many"),
+        (FLUX | {"FLUX_JOB_NNODES": "0"}, "Flux gave the nodes different numbers of ranks"),
+        ({"PALS_RANKID": "3"}, "PALS started this process, but nothing says how many"),
+        ({"ALPS_APP_PE": "3"}, "ALPS started this process, but nothing says how many"),
         (TORCHRUN | {"LOCAL_RANK": "4"}, "LOCAL_RANK must be 0 to 3 on a node of that many"),
         (TORCHRUN | {"LOCAL_RANK": "-1"}, "LOCAL_RANK must be 0 to 3 on a node of that many"),
         (TORCHRUN | {"RANK": "0"}, "LOCAL_RANK is larger than RANK"),
@@ -142,18 +202,128 @@ def test_what_is_no_port_is_refused_before_anybody_is_waited_for(
 
 
 @pytest.mark.parametrize(
+    "host", ["127.0.0.1:29500", "http://node1", "a b", "node1,node2", "-", "[::1", "x" * 300]
+)
+def test_what_is_no_host_is_refused_before_anybody_is_waited_for(
+    host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (TORCHRUN | {"MASTER_ADDR": host, "MASTER_PORT": "29500"}).items():
+        monkeypatch.setenv(name, value)
+    launch = read_launch()
+    assert launch is not None
+    with pytest.raises(TopologyError, match="MASTER_ADDR is no host") as caught:
+        export_torch_variables(launch)
+    assert "the port is MASTER_PORT's" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "node-1.cluster.local", "gpu_7", "::1", "fe80::1%eth0"]
+)
+def test_hosts_are_names_and_addresses(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (TORCHRUN | {"MASTER_ADDR": host, "MASTER_PORT": "29500"}).items():
+        monkeypatch.setenv(name, value)
+    launch = read_launch()
+    assert launch is not None
+    export_torch_variables(launch)
+
+
+@pytest.mark.parametrize(
     ("launch", "wanted", "words"),
     [
-        (Launch("Slurm", 0, 1, 0, 1), 64, "srun --ntasks-per-node=64 mics"),
-        (Launch("Slurm", 0, 8, 0, 4), 64, "srun --ntasks-per-node=32 mics"),
-        (Launch("Slurm", 0, 12, 0, 4), 64, "srun --ntasks-per-node=<GPUs per node> mics"),
+        (Launch("Slurm", 0, 1, 0, 1), 64, "srun --ntasks-per-node=64 --ntasks=64 mics"),
+        (Launch("Slurm", 0, 8, 0, 4), 64, "srun --ntasks-per-node=32 --ntasks=64 mics"),
+        (Launch("Slurm", 0, 12, 0, 4), 64, "srun --ntasks-per-node=<GPUs per node> --ntasks=64"),
         (Launch("torchrun", 0, 1, 0, 1), 64, "torchrun --nproc-per-node 64 -m mics"),
+        (Launch("torchrun", 0, 8, 0, 4), 64, "torchrun --nproc-per-node 32 -m mics"),
         (Launch("mics run", 0, 8, 0, 4), 64, "mics run --ranks-per-node 32 ... -- mics"),
         (Launch("Open MPI", 0, 1, 0, 1), 64, "mpirun -n 64 mics"),
     ],
 )
-def test_more_ranks_are_the_launchers_to_start(launch: Launch, wanted: int, words: str) -> None:
+def test_more_ranks_are_the_launchers_to_start(
+    launch: Launch, wanted: int, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SLURM_JOB_NUM_NODES", raising=False)
     assert more_ranks(launch, wanted).startswith(words)
+
+
+def test_a_slurm_job_of_one_task_is_told_of_all_its_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "8")
+    told = more_ranks(Launch("Slurm", 0, 1, 0, 1), 64)
+    assert told == "srun --ntasks-per-node=8 --ntasks=64 mics ..."
+
+
+# -- nodes without a launcher --------------------------------------------------------------------
+
+SKY = {
+    "SKYPILOT_NUM_NODES": "2",
+    "SKYPILOT_NODE_RANK": "1",
+    "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2",
+}
+
+
+@pytest.mark.parametrize(
+    ("environment", "source", "words"),
+    [
+        ({"PET_NNODES": "2", "PET_NODE_RANK": "0"}, "Kubeflow", "Write: torchrun -m mics ...;"),
+        ({"PET_NNODES": "1:4"}, "Kubeflow", "has given this job 4 nodes"),
+        (SKY, "SkyPilot", '--nnodes "$SKYPILOT_NUM_NODES" --node-rank "$SKYPILOT_NODE_RANK"'),
+        ({"SM_HOSTS": '["algo-1", "algo-2"]'}, "SageMaker", '"torch_distributed": {"enabled"'),
+        ({"AWS_BATCH_JOB_NUM_NODES": "4"}, "AWS Batch", '"$AWS_BATCH_JOB_NODE_INDEX"'),
+    ],
+)
+def test_nodes_on_which_nobody_has_started_ranks_do_not_train_alone(
+    environment: dict[str, str], source: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert read_launch(environment) is None
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(TopologyError) as caught:
+        check_nodes_given()
+    assert str(caught.value).startswith(f"{source} has given this job ")
+    assert words in str(caught.value)
+    assert f"unset {next(iter(environment))}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"PET_NNODES": "1"},
+        {"PET_NNODES": "two"},
+        {"SKYPILOT_NUM_NODES": "1"},
+        {"SM_HOSTS": '["algo-1"]'},
+        {"SM_HOSTS": "[" * 100_000},
+        {"SM_HOSTS": "7"},
+    ],
+)
+def test_one_node_is_one_node(environment: dict[str, str]) -> None:
+    assert nodes_given(environment) is None
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({}, ""),
+        ({"SLURM_NTASKS": "8"}, "Slurm has allocated 8 tasks, but srun has not started this"),
+        ({"SLURM_JOB_NUM_NODES": "2"}, "Slurm has allocated 2 nodes, but srun has not"),
+        (
+            {"SLURM_JOB_NUM_NODES": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"},
+            "Slurm has allocated 2 nodes, but srun has not",
+        ),
+        ({"SLURM_NTASKS": "8", "SLURM_STEP_ID": "4294967290"}, "Slurm has allocated 8 tasks"),
+        ({"SLURM_NTASKS": "8", "SLURM_STEP_ID": "0"}, ""),
+        ({"SLURM_NTASKS": "1", "SLURM_JOB_NUM_NODES": "1"}, ""),
+    ],
+)
+def test_a_process_that_srun_has_not_started_is_told_so(
+    environment: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    said = without_srun()
+    assert said.startswith(words) and bool(said) == bool(words)
 
 
 def test_torchrun_inside_a_slurm_job_wins() -> None:

@@ -14,6 +14,9 @@ import pytest
 from mics.__main__ import main
 from mics.commands import VERBS
 from mics.commands.numbers import Number, numbers_of, out_of_bounds
+from mics.errors import ConfigError
+from mics.training.config import TrainConfig
+from mics.training.settings import RANGES, check_settings
 
 NEEDED: dict[str, dict[str, Any]] = {
     "Train": {"partition": 2},
@@ -29,7 +32,7 @@ def configurations() -> Iterator[tuple[str, type]]:
     for verb in VERBS:
         if verb.name == "train":
             continue
-        config: Any = importlib.import_module(f"mics.commands.{verb.module}").Config
+        config: Any = importlib.import_module(f"mics.commands.{verb.options}").Config
         several = get_args(config) if not isinstance(config, type) else (config,)
         for one in several:
             yield verb.name, get_args(one)[0] if get_origin(one) is Annotated else one
@@ -133,3 +136,14 @@ def test_an_option_without_bounds_is_found() -> None:
     names = [("count", int, 1), ("name", str, "a"), ("flag", bool, False)]
     (count,) = numbers_of(dataclasses.make_dataclass("Options", names))
     assert (count.option, count.bounds, count.whole) == ("--count", None, True)
+
+
+@pytest.mark.parametrize("number", list(numbers_of(TrainConfig)), ids=lambda number: number.option)
+def test_every_number_of_a_run_has_bounds_and_is_refused_out_of_them(number: Number) -> None:
+    assert ".".join(number.path) in {name for name, *_ in RANGES}
+    check_settings(TrainConfig())
+    several = isinstance(value_of(TrainConfig(), number.path), tuple)
+    for value in [-1, 10**30] if number.whole else [-1.0, math.nan, math.inf]:
+        config = changed(TrainConfig(), number.path, (value, value) if several else value)
+        with pytest.raises(ConfigError, match=rf"{'.'.join(number.path)} is out of range"):
+            check_settings(config)

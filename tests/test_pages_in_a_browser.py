@@ -34,7 +34,7 @@ def a_page(folder: Path) -> Path:
         if n % 20 == 0:
             entries.append(SkipRecord(n, EVIL, None, 1.0, 1, 0, 1, []))
             entries += [EvaluationRecord(n, 3.0, None, 0.5), SaveRecord(n, 0.25)]
-    written(folder, *entries, EndRecord(59, None, EVIL))
+    written(folder, *entries, EndRecord(59, None, EVIL, True))
     (folder / "config.toml").write_text(EVIL)
     assert write_page(folder, folder / "run.html")
     return folder / "run.html"

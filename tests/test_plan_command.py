@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,13 @@ from test_run_page import Page
 import mics
 from mics.__main__ import main
 from mics.planning.validation import Holds, Row
+
+
+@pytest.fixture(autouse=True)
+def a_wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sentences stay on one line, and tables have all columns."""
+    monkeypatch.setenv("COLUMNS", "300")
+
 
 PLAN = ["plan", "--model", "gpt2-tiny", "--nodes", "2", "--micro-batch", "1", "4"]
 
@@ -24,10 +32,10 @@ def test_mics_plan_prints_a_table_and_writes_files(
     out = capsys.readouterr().out
     for words in (
         "A step costs $",
-        "3e+11 tokens $",
+        "300.00 B tokens $",
         " days; ",
         "Best: p = ",
-        "$/B tokens",
+        "$/B",
         "Around it: partition down to ",
         "GPU: NVIDIA A100 data sheet",
         "Assumed: 0.8 GiB a GPU for its runtime",
@@ -228,9 +236,10 @@ def test_mics_simulate_compares_engines(tmp_path: Path, capsys: pytest.CaptureFi
     assert json.loads(files["trace"].read_text())["traceEvents"]
     assert files["png"].read_bytes().startswith(b"\x89PNG")
     assert "as if it fitted" not in out
-    numbers = ["--memory", "1.64", "--intra", "200", "--inter", "20", "--micro-batch", "1"]
-    assert main([*words[:3], "--nodes", "1", *numbers, "--engines", "mics", "ddp"]) == 0
-    assert "of 1.619 GiB for a step: it is simulated as if it fitted" in capsys.readouterr().out
+    numbers = ["--memory", "4", "--intra", "200", "--inter", "20", "--micro-batch", "1"]
+    large = ["simulate", "--model", "bert-large", "--nodes", "1", *numbers, "--sequence", "128"]
+    assert main([*large, "--engines", "mics", "ddp"]) == 0
+    assert "of 3.948 GiB for a step: it is simulated as if it fitted" in capsys.readouterr().out
     assert main([*words, "--bandwidth", "0.01", "--scaling", "strong"]) == 0
     slower = capsys.readouterr().out
     assert slower != out
@@ -305,3 +314,28 @@ def test_mics_simulate_validate_fails_when_a_figure_is_missed(
     assert out.read_text() == printed
     assert f"| a figure | 1 x | 2 x | +100.0% | held out | {holds} |" in printed
     assert ("not held: a figure" in err) == bool(code)
+
+
+# -- the width of a terminal -----------------------------------------------------------------------
+
+WHOLE = re.compile(r"(?<![\w.,])\d[\d,]*(?:\.\d+)?(?![\w,]|\.\d)")
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+@pytest.mark.parametrize(
+    "words", [[*PLAN, "--sweep", "nodes=1..4"], ["simulate", "--model", "gpt2-tiny"]]
+)
+def test_nothing_is_wider_than_the_terminal_and_no_number_is_broken(
+    columns: int,
+    words: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(words) == 0
+    numbers = set(WHOLE.findall(capsys.readouterr().out))
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= columns
+    assert set(WHOLE.findall(out)) <= numbers
+    assert columns > 60 or "left out for want of room: " in out

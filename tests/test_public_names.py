@@ -28,7 +28,8 @@ OF_TRAFFIC = """
     node_inter_bytes
 """
 OF_THE_COMMAND_LINE = """
-    train run plan simulate page export import import-config bench check trace lab doctor
+    train run new plan simulate page export import import-config bench check trace lab doctor
+    completion
 """
 
 
@@ -69,4 +70,5 @@ def made_in(module: Any) -> set[str]:
 def test_the_verbs_are_these_and_each_has_its_file() -> None:
     assert [verb.name for verb in VERBS] == OF_THE_COMMAND_LINE.split()
     for verb in VERBS:
-        importlib.import_module(f"mics.commands.{verb.module}")
+        assert hasattr(importlib.import_module(f"mics.commands.{verb.options}"), "Config")
+        assert hasattr(importlib.import_module(f"mics.commands.{verb.module}"), "run")

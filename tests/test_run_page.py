@@ -91,7 +91,7 @@ def test_a_page_says_what_was_measured_and_what_full_sharding_would_have_sent(
     tmp_path: Path,
 ) -> None:
     steps = [a_step(n, loss=3.0 - n / 10) for n in (1, 2, 3)]
-    end = EndRecord(3, None, "def f():")
+    end = EndRecord(3, None, "def f():", True)
     folder = written(tmp_path / "one", a_begin(), *steps, EvaluationRecord(3, 2.9, 1.5, 0.5), end)
     (folder / "config.toml").write_text("[run]\nsteps = 9\n")
     page = page_of(folder)
@@ -114,7 +114,7 @@ def test_a_page_says_what_was_measured_and_what_full_sharding_would_have_sent(
 def test_nothing_that_somebody_wrote_becomes_part_of_the_page(tmp_path: Path) -> None:
     skip = SkipRecord(2, EVIL, None, 1.0, 1, 0, 1, [])
     entries = [a_begin(model=EVIL, torch=EVIL), a_step(1), a_step(2, taken=False, skipped=EVIL)]
-    folder = written(tmp_path / "<b>", *entries, skip, EndRecord(2, EVIL, EVIL))
+    folder = written(tmp_path / "<b>", *entries, skip, EndRecord(2, EVIL, EVIL, True))
     (folder / "config.toml").write_text(f"# {EVIL}")
     page = page_of(folder)
     assert "img" not in page.tags

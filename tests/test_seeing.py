@@ -12,7 +12,8 @@ import pytest
 
 from mics.quantities import count, size
 from mics.training.config import LogConfig
-from mics.training.display import evaluation_line, open_display, step_line
+from mics.training.display import History, drawn, open_display
+from mics.training.lines import evaluation_line, step_line
 from mics.training.plot import plot_run, read_metrics
 from mics.training.record import EvaluationRecord, StepRecord
 from mics.training.trackers import open_trackers
@@ -47,17 +48,63 @@ def a_step(step: int = 3, **more: Any) -> StepRecord:
     return StepRecord(**values | more)
 
 
-def test_a_line_says_everything_and_what_is_unknown_is_not_guessed() -> None:
+def test_a_line_says_everything_where_there_is_room_and_guesses_nothing_that_is_unknown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
     line = step_line(a_step(), 100)
     assert line == (
-        "step   3/100  loss 2.5000  1.250 bits/byte  lr 1.0e-03  norm 0.75  8,192 tok/s "
+        "step   3/100  loss 2.5000  1.250 bits/byte  lr 1.0e-03  norm 0.75  8,192 tok/s  "
         "(1,024/GPU)  MFU 41.5%  mem 3.00 GiB  sent between nodes 5.00 MiB, inside 2.00 KiB  "
         "hop 1 0.25 s (n/a exposed)  hop 2 0.12 s (0.06 s exposed)  ETA 1:02:05"
     )
     unknown = step_line(a_step(mfu=None, memory_bytes=None, seconds_left=None), 9)
     assert "MFU n/a  mem n/a" in unknown
     assert unknown.endswith("ETA n/a")
-    assert step_line(a_step(slow="rank 5"), 9).endswith("ETA 1:02:05  SLOW: rank 5")
+    assert step_line(a_step(slow="rank 5"), 9).endswith("ETA 1:02:05\n  SLOW: rank 5")
+
+
+@pytest.mark.parametrize(
+    ("columns", "line"),
+    [
+        (60, "step   3/100  loss 2.5000  8,192 tok/s  ETA 1:02:05"),
+        (
+            80,
+            "step   3/100  loss 2.5000  1.250 bits/byte  8,192 tok/s  MFU 41.5%  ETA 1:02:05",
+        ),
+        (
+            120,
+            "step   3/100  loss 2.5000  1.250 bits/byte  lr 1.0e-03  norm 0.75  8,192 tok/s  "
+            "MFU 41.5%  mem 3.00 GiB  ETA 1:02:05",
+        ),
+    ],
+)
+def test_a_line_is_no_wider_than_the_terminal_and_leaves_out_what_matters_least(
+    columns: int, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert len(line) <= columns
+    assert step_line(a_step(), 100) == line
+    slow = step_line(a_step(slow="rank 5 (node 2) is slow: " + 9 * "397.8 ms of its own, "), 100)
+    assert all(len(each) <= columns for each in slow.split("\n"))
+    assert "SLOW: rank 5" in slow
+
+
+def test_a_history_has_a_sign_for_as_many_losses_as_there_must_be() -> None:
+    assert drawn([3.0, 2.0, 1.0], 8, "abc") == "cba"
+    assert drawn([4.0, 2.0, 1.0, 1.0], 2, "abc") == "ca"
+    assert drawn([1.0, 1.0], 8, "abc") == "aa"
+
+
+def test_a_history_is_bounded_and_keeps_first_last_and_means() -> None:
+    history = History()
+    for number in range(1500):
+        history.add(float(number))
+    assert (history.first, history.last) == (0.0, 1499.0)
+    values = history.values
+    assert len(values) < 512
+    assert values == sorted(values)
+    assert values[:2] == [1.5, 5.5]
 
 
 def test_numbers_that_are_not_finite_become_null() -> None:
@@ -69,7 +116,7 @@ def test_numbers_that_are_not_finite_become_null() -> None:
 def test_a_loss_of_nothing_is_not_zero_anywhere(tmp_path: Path) -> None:
     step = a_step(loss=None, bits_per_byte=None)
     held_out = EvaluationRecord(3, None, None)
-    assert "loss n/a  lr" in step_line(step, 9)
+    assert "loss n/a  " in step_line(step, 9)
     assert evaluation_line(held_out) == "held out after step 3: loss n/a"
     lines = [step.as_json(), held_out.as_json()]
     assert [json.loads(line)["loss"] for line in lines] == [None, None]
@@ -105,6 +152,9 @@ def test_the_live_table_has_the_same_numbers(capsys: pytest.CaptureFixture[str])
     out = capsys.readouterr().out
     for word in ("2.5000, 1.250 bits/byte", "8,192 tokens/s, 1,024 per GPU, MFU 41.5%"):
         assert word in out
+    shown = " ".join(out.split())
+    for word in ("loss so far 2.500 ", "tokens seen 4.10 k", "elapsed 0:00"):
+        assert word in shown
     assert "NOT as predicted" in out
     assert "SKIPPED (not finite: loss nan)" in out
     assert "held out after step 3: loss 2.0000  1.000 bits/byte" in out

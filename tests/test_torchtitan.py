@@ -127,13 +127,40 @@ def test_other_meshes_have_the_losses_of_fsdp2(
         torch.testing.assert_close(found, right, rtol=0, atol=1e-6)
 
 
+# -- validation ----------------------------------------------------------------------------------
+
+
+def _validated(folder: Path, accumulation: int) -> Any:
+    told = []
+    for sign in "-+":
+        config = configured(sign, folder, accumulation)
+        del config.model_spec.model.layers[2:]
+        validator = config.validator
+        validator.enable, validator.freq, validator.steps = True, 1, 2
+        validator.dataloader.dataset = config.dataloader.dataset
+        validator.dataloader.dataset_path = config.dataloader.dataset_path
+        run = titan.Run(config)
+        told.append((run.losses, run.validated))
+    return told
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_steps_after_a_validation_with_the_loss_in_chunks_are_those_of_fsdp2(
+    folder: Path, accumulation: int
+) -> None:
+    for (losses, told), (own, ours) in run_ranks(_validated, WORLD, folder, accumulation):
+        assert len(losses) == len(told) == STEPS
+        torch.testing.assert_close(own, losses, rtol=0, atol=1e-6)
+        torch.testing.assert_close(ours, told, rtol=0, atol=1e-6)
+
+
 # -- refused -------------------------------------------------------------------------------------
 
 
 def _build(folder: Path, section: str, name: str, value: Any) -> None:
     config = configured("+", folder)
     setattr(getattr(config, section), name, value)
-    if name in ("tensor_parallel_degree", "expert_parallel_degree"):
+    if name.endswith("_parallel_degree") and not name.startswith("pipeline"):
         config.parallelism.spmd_backend = "spmd_types"
     config.build()
 
@@ -143,9 +170,9 @@ def _build(folder: Path, section: str, name: str, value: Any) -> None:
     [
         ("parallelism", "pipeline_parallel_degree", 2, "pipeline_parallel_degree = 1"),
         ("parallelism", "expert_parallel_degree", 2, '"partial_dtensor"'),
+        ("parallelism", "context_parallel_degree", 2, '"partial_dtensor"'),
         ("parallelism", "enable_fsdp_symm_mem", True, "enable_fsdp_symm_mem = False"),
         ("parallelism", "tensor_parallel_degree", 2, '"partial_dtensor"'),
-        ("validator", "enable", True, "config.loss = config.loss.loss_fn"),
         ("training", "disable_cuda_graphs", False, "disable_cuda_graphs = True"),
     ],
 )

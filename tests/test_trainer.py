@@ -255,6 +255,36 @@ def test_a_run_goes_on_at_another_p_and_may_be_evaluated_before(tmp_path: Path) 
         assert _apart(first, other) < 1e-5
 
 
+def _some_steps(folder: str, accumulation: int, whole: bool) -> list[float]:
+    """Train three epochs of two steps, of 16 micro-batches over all ranks each.
+
+    Those that go on begin in the middle of the second.
+    """
+    args = arguments(
+        folder,
+        gradient_accumulation_steps=accumulation,
+        save_strategy="steps",
+        save_steps=3,
+        num_train_epochs=3,
+    )
+    trainer = with_mics(Trainer, partition=PARTITION)(
+        model=gpt(), args=args, train_dataset=tokens_of("gpt", 64)
+    )
+    trainer.train(resume_from_checkpoint=None if whole else f"{folder}/checkpoint-3")
+    return history(trainer, "loss") + history(trainer, "grad_norm")
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 4)])
+def test_a_run_goes_on_with_another_number_of_ranks(
+    before: int, after: int, tmp_path: Path
+) -> None:
+    whole = run_ranks(quietly, before, _some_steps, str(tmp_path), 16 // before, True)[0]
+    assert len(whole) == 12
+    for found in run_ranks(quietly, after, _some_steps, str(tmp_path), 16 // after, False):
+        assert _apart(whole, found) < 1e-5
+
+
 def _refusals(folder: str) -> None:
     with pytest.raises(ConfigError, match="no keyword 'partitions'"):
         with_mics(Trainer, partitions=2)

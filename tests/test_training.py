@@ -590,8 +590,12 @@ def _alone(config: TrainConfig) -> TrainConfig:
 
 
 def test_header_lines_and_end_say_what_happened(
-    tmp_path: Path, corpus: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    corpus: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "300")  # room for the whole line of a step
     config = settings(
         tmp_path, corpus, evaluation={"every": 2, "sample": 5, "sequences": 4, "prompt": "7 times"}
     )

@@ -4,12 +4,14 @@ torchtitan asks its device of two names of one module, and expects an accelerato
 before its other modules read them. Its trainer calls ``torch.distributed.set_timeout``, which torch
 2.13 has under a private name only. FSDP2 with torchtitan's divide factor multiplies inside of a
 reduction, which Gloo cannot; sums are forced by FSDP2's own method. Its attentions do not train on
-a CPU; its debug model is given the one that its image models have.
+a CPU; its debug models are given the one that its image models have, or where masks and context
+parallelism matter one with whole score matrices in the place of a kernel.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -51,6 +53,7 @@ class _Cpu(types.ModuleType):
     def empty_cache(self) -> None: ...
 
 
+@functools.cache
 def on_the_cpu() -> None:
     """Let torchtitan take the host for its device; before anything else of it is imported."""
     assert "torchtitan.trainer" not in sys.modules
@@ -87,8 +90,7 @@ def small(config: Any, folder: Path, steps: int, accumulation: int, world: int) 
     """A debug configuration in the size of a test, as the command line would set it."""
     from torchtitan.models.common.attention import ScaledDotProductAttention
 
-    for layer in config.model_spec.model.layers:
-        layer.attention.inner_attention = ScaledDotProductAttention.Config()
+    set_attention(config, ScaledDotProductAttention.Config())
     config.hf_assets_path = str(folder / "tokenizer")
     config.dataloader.dataset_path = str(folder / "texts")
     config.dump_folder = str(folder / "out")
@@ -103,6 +105,39 @@ def small(config: Any, folder: Path, steps: int, accumulation: int, world: int) 
     config.validator.enable = False
     config.debug.seed, config.debug.enable_structured_logging = 1, False
     return config
+
+
+def set_attention(config: Any, attention: Any) -> None:
+    """Give each block of a model an inner attention."""
+    for layer in config.model_spec.model.layers:
+        layer.attention.inner_attention = attention
+
+
+def masked_attention() -> Any:
+    """Configure torchtitan's attention by masks, without its kernel.
+
+    Masks are torchtitan's; what context parallelism makes of them, and the gathering of keys and
+    values, is torch's.
+    """
+    from torch.nn.attention.flex_attention import create_mask
+    from torchtitan.models.common.attention import FlexAttention
+
+    class Masked(FlexAttention):  # type: ignore[misc]
+        @dataclasses.dataclass(kw_only=True, slots=True)
+        class Config(FlexAttention.Config):  # type: ignore[misc]
+            pass
+
+        def forward(  # torchtitan spreads arguments by these names
+            self, q_BLNH: Any, k_BLNH: Any, v_BLNH: Any, *, attention_masks: Any, **kwargs: Any
+        ) -> Any:
+            q, k, v = (one.transpose(1, 2) for one in (q_BLNH, k_BLNH, v_BLNH))
+            sizes = (q.shape[0], 1, q.shape[2], k.shape[2])
+            mask = create_mask(attention_masks.mask_mod, *sizes, device="cpu")
+            keywords = {key: kwargs[key] for key in ("scale", "enable_gqa") if key in kwargs}
+            product = torch.nn.functional.scaled_dot_product_attention
+            return product(q, k, v, attn_mask=mask, **keywords).transpose(1, 2)
+
+    return Masked.Config()
 
 
 def with_sums(config: Any) -> Any:
@@ -131,6 +166,7 @@ class Run:
         os.environ |= {"LOCAL_RANK": str(dist.get_rank())}
         self.losses: list[float] = []
         self.norms: list[float] = []
+        self.validated: list[float] = []
         self.seen: list[Any] = []
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -143,10 +179,14 @@ class Run:
                 log(step, loss, most, norm, **kwargs)
 
             self.trainer.metrics_processor.log = note
+            self.trainer.metrics_processor.log_validation = self._note_validation
             if watch is not None:
                 self._watch(watch(self.trainer))
             self.trainer.train()
             self.trainer.close()
+
+    def _note_validation(self, loss: float, step: int) -> None:
+        self.validated.append(loss)
 
     def _watch(self, ask: Callable[[], Any]) -> None:
         step = self.trainer.train_step

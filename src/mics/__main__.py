@@ -6,13 +6,15 @@ import difflib
 import importlib
 import importlib.util
 import logging
+import os
 import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
-from mics.commands import VERBS
+from mics.commands import VERBS, Verb
 from mics.errors import MicsError, naming_extras
+from mics.ranks.console import outliving, progress
 from mics.ranks.launcher import is_first_rank, read_launch
 from mics.version import __version__
 
@@ -41,44 +43,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"mics {__version__}")
         return 0
     name, *options = words
-    if name not in [verb.name for verb in VERBS]:
+    verb = next((verb for verb in VERBS if verb.name == name), None)
+    if verb is None:
         close = difflib.get_close_matches(name, [verb.name for verb in VERBS], 1)
         hint = f"did you mean {close[0]!r}?" if close else "`mics` alone lists the verbs."
         return _refuse(f"there is no verb {name!r}; {hint}")
-    return _run_verb(name, options)
+    return _run_verb(verb, options)
 
 
-def _run_verb(name: str, options: list[str]) -> int:
+def _run_verb(verb: Verb, words: list[str]) -> int:
+    if os.environ.get("NO_COLOR"):  # which tyro does not ask for
+        os.environ.setdefault("PYTHON_TYRO_ANSI_CODES", "False")
     import tyro
 
     for logger in _BESIDE_THE_MATTER:
         logging.getLogger(logger).setLevel(logging.ERROR)
-    try:
-        with naming_extras(f"mics {name}"):
-            verb = importlib.import_module(f"mics.commands.{_module(name)}")
-    except MicsError as error:
-        return _refuse(str(error))
     keywords: dict[str, Any] = {
-        "prog": f"mics {name}",
+        "prog": f"mics {verb.name}",
         "console_outputs": is_first_rank(),
-        "config": (tyro.conf.FlagCreatePairsOff,),
     }
+    config = None
     try:
-        with naming_extras(f"mics {name}"):
-            if hasattr(verb, "parse"):
-                config = verb.parse(options, **keywords)
-            else:
-                config = tyro.cli(verb.Config, args=options, **keywords)
+        with naming_extras(f"mics {verb.name}"):
+            options = importlib.import_module(f"mics.commands.{verb.options}")
+            with outliving(sys.stdout):  # a help may be long, and its reader leave
+                if hasattr(options, "parse"):
+                    config = options.parse(words, **keywords)
+                else:
+                    config = tyro.cli(options.Config, args=words, **keywords)
+            if config is None:
+                return 0
+            if verb.takes and "torch" not in sys.modules:
+                progress(f"mics {verb.name}: loading PyTorch")
+            work = importlib.import_module(f"mics.commands.{verb.module}")
     except MicsError as error:
         return _refuse(str(error))
     try:
-        with naming_extras(f"mics {name}"):
-            code: int = verb.run(config)
+        with naming_extras(f"mics {verb.name}"):
+            code: int = work.run(config)
     except KeyboardInterrupt:
         _complain("mics: interrupted")
         return 1
     except MicsError as error:
-        return _fail(name, error)
+        return _fail(verb.name, error)
     return code
 
 
@@ -96,10 +103,6 @@ def _fail(name: str, error: MicsError) -> int:
     time.sleep(_PATIENCE_SECONDS)
     _complain(f"mics {name}: rank {launch.rank}: {error}")
     return 1
-
-
-def _module(name: str) -> str:
-    return next(verb.module for verb in VERBS if verb.name == name)
 
 
 def _overview() -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mics.anatomy.blocks import Blocks, find_blocks
+from mics.anatomy.recipe import default_sequence
 from mics.anatomy.sizes import units_of_model
 from mics.anatomy.trace import Trace, between
 from mics.anatomy.watch import trace
@@ -17,9 +18,6 @@ from mics.errors import PlanError
 
 Loss = Callable[[Any, int, int], torch.Tensor]
 """A forward of a model on the meta device, for a micro-batch and a sequence, up to the loss."""
-
-
-_SEQUENCE = 4096
 
 
 class TraceStore(Protocol):
@@ -95,7 +93,7 @@ class Anatomy:
     def sequence_or(self, asked: int | None) -> int:
         """Choose the sequence to plan for: what is asked for, else the model's positions.
 
-        At most 4096 where none is asked for.
+        ``default_sequence`` where none is asked for.
 
         Raises:
             PlanError: the sequence is longer than the model has positions.
@@ -103,12 +101,12 @@ class Anatomy:
         if asked is not None and (not isinstance(asked, int) or isinstance(asked, bool)):
             raise PlanError(f"A sequence is a whole number of tokens, got {asked!r}.")
         if asked is None:
-            return min(self.positions or _SEQUENCE, _SEQUENCE)
+            return default_sequence(self.positions)
         if (self.positions is not None and asked > self.positions) or asked < 1:
             raise PlanError(
                 f"The model does not take a sequence of {asked}.",
                 numbers=f"It has {self.positions or 'no limit of'} positions.",
-                write=f"--sequence {self.positions or _SEQUENCE}",
+                write=f"--sequence {self.positions or default_sequence(None)}",
             )
         return asked
 

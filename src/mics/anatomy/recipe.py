@@ -23,6 +23,12 @@ MOST_AHEAD = 1 << 10
 MOST_FRAGMENTATION = 10.0
 MOST_SIGMA = 10.0
 
+LONGEST_BY_DEFAULT = 4096
+"""Tokens of a sequence, at most, where nobody says how many: some models take very long ones."""
+
+MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
+"""Which are tried where nobody names one."""
+
 MOST = {
     "partition": MOST_RANKS,
     "partitions": MOST_RANKS,
@@ -72,7 +78,7 @@ class Recipe:
     compute_bytes: int = 2
     reduce_bytes: int = 4
     master_bytes: int = 4
-    optimizer: str = "adamw"
+    optimizer: str = "adamw-fused"
     prefetch: int = 1
     pipelined: bool = False
     stack: str = "eager"
@@ -125,6 +131,15 @@ class Machine:
         check_number(self, 0, "runtime_gib", "communicator_gib", "sigma")
         check_number(self, 1, "fragmentation")
         check_whole(self, 1, "reductions")
+
+
+def default_sequence(positions: int | None) -> int:
+    """Choose the sequence of a plan, a dry run and a run for which nobody chooses one.
+
+    Args:
+        positions: of the model; ``None`` where it has no limit.
+    """
+    return min(positions or LONGEST_BY_DEFAULT, LONGEST_BY_DEFAULT)
 
 
 def check_whole(record: object, least: int, *names: str) -> None:

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -16,24 +16,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.fsdp import fully_shard as torch_fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from mics.benching.options import Name
 from mics.communication.forms import Collectives
 from mics.sharding.micro_steps import micro_steps
 from mics.sharding.shard import shard
-
-Name = Literal[
-    "mics",
-    "mics p=1",
-    "fsdp2",
-    "hsdp every micro-step",
-    "hsdp deferred",
-    "ddp",
-    "computation",
-    "zero2",
-    "zero3",
-    "hpz",
-    "deepspeed mics",
-]
-"""The last four are DeepSpeed's, each a process of its own (``deepspeed_parent.py``)."""
 
 
 class Training(Protocol):
@@ -180,46 +166,25 @@ class _InProcess:
     """One engine of this process.
 
     Args:
-        about: what it does, a line.
         parallel: makes the model parallel.
         micro_steps: runs the micro-steps of a step.
         optimizes: whether a step ends with the optimizer's.
     """
 
-    about: str
     parallel: Callable[[Training, Layout], Any]
     micro_steps: Callable[[Any, list[Any]], MicroSteps]
     optimizes: bool = True
 
 
 _ENGINES: dict[Name, _InProcess] = {
-    "mics": _InProcess(
-        "mics: partition groups, hierarchical where they span nodes, hop 2 once a step",
-        _mics,
-        _of_mics,
-    ),
-    "mics p=1": _InProcess(
-        "mics with a whole replica on every rank, what it chooses where that fits",
-        partial(_mics, partition=1),
-        _of_mics,
-    ),
-    "fsdp2": _InProcess("FSDP2 full shard over all ranks", _fsdp2, _of_a_loop),
-    "hsdp every micro-step": _InProcess(
-        "FSDP2 HSDP, an all-reduce over the replicas every micro-step", _hsdp, _of_a_loop
-    ),
-    "hsdp deferred": _InProcess(
-        "FSDP2 HSDP, the all-reduce on the last micro-step only", _hsdp, _with_the_all_reduce_last
-    ),
-    "ddp": _InProcess(
-        "DDP, the all-reduce on the last micro-step only (no_sync)", _ddp, _with_no_sync
-    ),
-    "computation": _InProcess(
-        "forward and backward of every micro-step and nothing else: a floor, no engine",
-        _alone,
-        _of_a_loop,
-        optimizes=False,
-    ),
+    # Partition groups, hierarchical where they span nodes, hop 2 once a step.
+    "mics": _InProcess(_mics, _of_mics),
+    # A whole replica on every rank, what mics chooses where that fits.
+    "mics p=1": _InProcess(partial(_mics, partition=1), _of_mics),
+    "fsdp2": _InProcess(_fsdp2, _of_a_loop),
+    "hsdp every micro-step": _InProcess(_hsdp, _of_a_loop),
+    "hsdp deferred": _InProcess(_hsdp, _with_the_all_reduce_last),
+    "ddp": _InProcess(_ddp, _with_no_sync),
+    # Forward and backward of every micro-step and nothing else: a floor, no engine.
+    "computation": _InProcess(_alone, _of_a_loop, optimizes=False),
 }
-
-NAMES: dict[Name, str] = {name: engine.about for name, engine in _ENGINES.items()}
-"""The engines of this process, and what each does."""

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mics.benching.dilated import Dilation, Stretched
-from mics.benching.workloads import Workload
+from mics.benching.dilated import Stretched
+from mics.benching.options import Dilation, Workload
+from mics.benching.workloads import Language
 from mics.ranks.device import HOST
 from mics.ranks.joining import JOIN_SECONDS, backend_on, join, make_world
 from mics.ranks.launcher import read_launch
@@ -92,8 +93,9 @@ def main() -> None:
     order = Order(**json.loads(sys.stdin.readline()))
     work: Any
     if order.link_bits is None:
-        work = Workload(**order.work)
-        micro_batch, micro_steps = work.rows, work.micro_steps
+        options = Workload(**order.work)
+        work = Language(options)
+        micro_batch, micro_steps = options.rows, options.micro_steps
     else:
         dilation = Dilation(**order.work)
         work = Stretched(dilation, order.link_bits)

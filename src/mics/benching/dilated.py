@@ -23,19 +23,18 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 import transformers
 from torch import nn
 
 from mics.anatomy.flops import block_forward_flops
-from mics.anatomy.recipe import MOST_MICRO_BATCH, MOST_MICRO_STEPS, MOST_SEQUENCE
+from mics.benching.options import Dilation
 from mics.errors import MicsError
 from mics.hardware.lookup import find_node
 from mics.models.presets import PRESETS
 from mics.planning.subject import subject
-from mics.quantities import Within
 
 NODES = 8
 """How many nodes the cluster's link is taken to join: with more of them a p3dn's carries less."""
@@ -64,29 +63,6 @@ CLUSTERS = {
     ),
 }
 """The clusters that are stood for, by the name of their node in the catalogue."""
-
-
-@dataclass(frozen=True)
-class Dilation:
-    """What stands for what.
-
-    Args:
-        model: a preset of ``mics train --models`` whose blocks are all alike.
-        cluster: "p3dn" or "p4d".
-        micro_batch: sequences per GPU and micro-step of the model.
-        sequence: tokens per sequence.
-        micro_steps: per step.
-        blocks: how many blocks the stand-in has.
-        block_bytes: size of one of them, in fp32.
-    """
-
-    model: str = "bert-10b"
-    cluster: Literal["p3dn", "p4d"] = "p3dn"
-    micro_batch: Annotated[int, Within(1, MOST_MICRO_BATCH)] = 8
-    sequence: Annotated[int, Within(1, MOST_SEQUENCE)] = 512
-    micro_steps: Annotated[int, Within(1, MOST_MICRO_STEPS)] = 4
-    blocks: Annotated[int, Within(1, 1 << 10)] = 6
-    block_bytes: Annotated[int, Within(1, 1 << 40)] = 2**21
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mics.benching.contestants import Contestant, Layout, Name
+from mics.benching.contestants import Contestant, Layout
 from mics.benching.deepspeed_child import Order
 from mics.benching.deepspeed_parent import RELEASES, DeepSpeed
-from mics.benching.dilated import Dilation, Stretched
+from mics.benching.dilated import Stretched
+from mics.benching.options import Dilation, Name
 from mics.benching.side_by_side import Stepping
-from mics.benching.workloads import Workload
+from mics.benching.workloads import Language
 from mics.lab.network import bits_per_second
 from mics.ranks.console import speaks
 from mics.ranks.mesh import start
@@ -98,7 +99,7 @@ def bits_of(link: str | None) -> float | None:
 
 def engine_of(
     name: Name,
-    work: Workload | Stretched,
+    work: Language | Stretched,
     layout: Layout,
     *,
     dilation: Dilation | None,
@@ -116,8 +117,8 @@ def engine_of(
     if name not in RELEASES:
         return Contestant(name, work, layout)
     partition, k = layout.partition, layout.gpus_per_node
-    if isinstance(work, Workload):
-        return DeepSpeed(Order(name, asdict(work), None, partition, k))
+    if isinstance(work, Language):
+        return DeepSpeed(Order(name, asdict(work.options), None, partition, k))
     assert dilation is not None
     scale = work.arithmetic.scale
     return DeepSpeed(Order(name, asdict(dilation), link_bits, partition, k, scale))

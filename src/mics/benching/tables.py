@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mics.benching.collectives import Measured
-from mics.benching.contestants import Name
 from mics.benching.deepspeed_child import WORK_AROUND
 from mics.benching.deepspeed_parent import RELEASES
+from mics.benching.options import Name
 from mics.benching.side_by_side import Compared, computation_of
 from mics.quantities import MIB, milliseconds
 

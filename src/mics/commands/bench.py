@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-import tyro
-
-from mics.anatomy.recipe import MOST_RANKS
 from mics.benching.collectives import keep_choices, measure_collectives
-from mics.benching.contestants import NAMES, Layout, Name
+from mics.benching.contestants import Layout
 from mics.benching.deepspeed_parent import RELEASES, check_environments
-from mics.benching.dilated import Dilation, Stretched
+from mics.benching.dilated import Stretched
 from mics.benching.session import bits_of, engine_of, link_of, meet, write_results
 from mics.benching.side_by_side import Compared, agree, compare
 from mics.benching.tables import (
@@ -21,104 +18,16 @@ from mics.benching.tables import (
     comparison_lines,
     notes_on,
 )
-from mics.benching.workloads import Workload
+from mics.benching.workloads import Language
 from mics.commands.numbers import check_numbers
+from mics.commands.options.bench import Collectives, Comparison, Config, Dilated, Train
 from mics.errors import MicsError
-from mics.quantities import Within, parse_size
+from mics.quantities import parse_size
 from mics.ranks.console import progress, show, speaks
 from mics.ranks.mesh import groups_of, init_mesh
 from mics.ranks.starting import leave_groups
 
-_SIZES = tuple(f"{2**n}KiB" for n in range(6, 17, 2))
-
-
 _LARGEST = 2**40
-
-
-@dataclass(frozen=True)
-class Collectives:
-    """Time all-gather, reduce-scatter and all-reduce, flat and hierarchical, beside the floor.
-
-    What is faster in fp32 is kept in the profile that later runs choose by ($MICS_PROFILE); a lab's
-    own profile ends with the lab, so measure in one that is up, or set the variable.
-
-    Run it on the ranks that are to be measured: under torchrun, Slurm or MPI, or in a lab:
-    `mics lab run --nodes 2 --gpus-per-node 4 -- mics bench collectives`.
-    """
-
-    partition: Annotated[tuple[int, ...], Within(1, MOST_RANKS)] = ()
-    """Ranks of the measured groups; by default those of a node, of 2, 4, 8, ... nodes, and all."""
-
-    gpus_per_node: Annotated[int | None, Within(1, MOST_RANKS)] = None
-    """Ranks joined by the fast link; what the launcher says by default."""
-
-    sizes: tuple[str, ...] = _SIZES
-    """Sizes of the gathered message: 64KiB, 8MiB, ..."""
-
-    repeats: Annotated[int, Within(1, 1_000_000)] = 5
-    """Calls of each; the median is shown, with quartiles."""
-
-    link: str | None = None
-    """Rate of a node's slow link (200mbit), for the floor; a lab's own is known."""
-
-    out: Path | None = None
-    """JSON file to write."""
-
-
-@dataclass(frozen=True)
-class _Comparison:
-    partition: Annotated[int, Within(1, MOST_RANKS)]
-    """Ranks per partition group, for mics and HSDP."""
-
-    gpus_per_node: Annotated[int | None, Within(1, MOST_RANKS)] = None
-    """Ranks joined by the fast link; what the launcher says by default."""
-
-    engines: tuple[Name, ...] = tuple(NAMES)
-    """Which engines; the first one is what the others are compared with. DeepSpeed's need
-    `make bench-environments`."""
-
-    steps: Annotated[int, Within(1, 1_000_000)] = 5
-    """Steps of each that count; one more warms up."""
-
-    collectives: Literal["auto", "flat", "hierarchical"] = "auto"
-    """How mics gathers and reduces: as measured, or in this form."""
-
-    overlap: bool = True
-    """Whether mics gathers and reduces beside computation, on the CPU."""
-
-    link: str | None = None
-    """Rate of a node's slow link (200mbit), for the floor; a lab's own is known."""
-
-    out: Path | None = None
-    """JSON file to write; a picture of the same name (.png) goes beside it."""
-
-
-@dataclass(frozen=True)
-class Train(_Comparison):
-    """Train the same model with several engines, steps interleaved, and compare.
-
-    In a lab: `mics lab run --nodes 4 --gpus-per-node 2 -- mics bench train --partition 2`.
-    """
-
-    workload: Workload = field(default_factory=Workload)
-
-
-@dataclass(frozen=True)
-class Dilated(_Comparison):
-    """The same with a large model on a real cluster, every time stretched by one stated factor.
-
-    In a lab: `mics lab run --nodes 8 --gpus-per-node 2 --link 100mbit -- mics bench dilated
-    --partition 2`.
-    """
-
-    dilation: Dilation = field(default_factory=Dilation)
-
-
-Config = (
-    Annotated[Collectives, tyro.conf.subcommand("collectives")]
-    | Annotated[Train, tyro.conf.subcommand("train")]
-    | Annotated[Dilated, tyro.conf.subcommand("dilated")]
-)
 
 
 def run(config: Config) -> int:
@@ -169,7 +78,7 @@ def _collectives(config: Collectives) -> int:
 
 def _train(config: Train) -> int:
     title = f"{config.workload.kind}, {config.workload.layers} x {config.workload.hidden}"
-    return _compare(config, config.workload, title, {"workload": config.workload})
+    return _compare(config, Language(config.workload), title, {"workload": config.workload})
 
 
 def _dilated(config: Dilated) -> int:
@@ -186,7 +95,7 @@ def _dilated(config: Dilated) -> int:
 
 
 def _compare(
-    config: _Comparison, work: Workload | Stretched, title: str, what: dict[str, Any]
+    config: Comparison, work: Language | Stretched, title: str, what: dict[str, Any]
 ) -> int:
     link = link_of(config.link)
     link_bits = bits_of(link)

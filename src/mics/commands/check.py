@@ -38,15 +38,15 @@ class Config:
     """Nodes that the ranks stand for."""
 
     ranks_per_node: Annotated[int, Within(1, 64)] = 2
-    """Ranks of each; processes."""
+    """Ranks of each node; each is a process of this machine."""
 
     steps: Annotated[int, Within(1, 1000)] = 3
     """Optimizer steps after which the script is ended."""
 
     seconds: Annotated[float, Within(1, 1e6)] = 300.0
-    """In which they must have been taken."""
+    """Seconds in which the steps must have been taken."""
 
-    json: bool = False
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print the report as JSON."""
 
     command: tyro.conf.Positional[tuple[str, ...]] = ()

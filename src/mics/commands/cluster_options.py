@@ -9,7 +9,6 @@ from typing import Annotated
 from mics.errors import PlanError
 from mics.hardware.cluster import Node
 from mics.hardware.lookup import described, find_gpu, find_node
-from mics.hardware.measured import measured_node
 from mics.quantities import Within
 
 DEFAULT = "p4d"
@@ -28,13 +27,13 @@ class ClusterOptions:
     --inter."""
 
     intra: Annotated[float | None, Within(1e-3, 1e6)] = None
-    """GB/s of a ring inside the node."""
+    """With --memory: GB/s that a ring inside the node carries."""
 
     inter: Annotated[float | None, Within(1e-3, 1e6)] = None
-    """GB/s of a node to others: an eighth of its Gbit/s."""
+    """With --memory: GB/s that a node sends to others, an eighth of its Gbit/s."""
 
     gpus_per_node: Annotated[int | None, Within(1, 1024)] = None
-    """With --memory; 8 by default."""
+    """With --memory: GPUs of a node; 8 by default."""
 
     profile: Path | None = None
     """Instead of --node: the JSON of `mics bench collectives --out`; with --gpu."""
@@ -60,6 +59,8 @@ def node_of(options: ClusterOptions) -> Node:
             raise PlanError(
                 "A profile says how fast links are, not what computes.", write="--gpu H100"
             )
+        from mics.hardware.measured import measured_node
+
         return measured_node(options.profile, find_gpu(options.gpu))
     numbers = {"memory": options.memory, "intra": options.intra, "inter": options.inter}
     if all(number is None for number in numbers.values()):

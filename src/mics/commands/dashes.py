@@ -64,7 +64,7 @@ def _words(config: Any, usual: Any) -> Iterator[str]:
         elif value == other:
             continue
         elif isinstance(value, bool):
-            yield name
+            yield name if value else f"--no-{name[2:]}"
         elif isinstance(value, tuple):
             yield from (name, *map(str, value))
         else:

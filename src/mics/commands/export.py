@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -19,10 +19,10 @@ class Config:
     One tensor is in memory at a time; every file of the checkpoint is verified first.
     """
 
-    checkpoint: tyro.conf.Positional[Path]
+    checkpoint: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="CHECKPOINT")]]
     """A checkpoint, or a run's folder for its newest one."""
 
-    out: tyro.conf.Positional[Path]
+    out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="FOLDER")]]
     """Folder to be made."""
 
     dtype: Literal["as-is", "bf16", "fp16", "fp32"] = "as-is"
@@ -31,10 +31,10 @@ class Config:
     shard_size: str = "5GB"
     """Most bytes in one file: 500MB, 5GB, ..."""
 
-    check: bool = False
+    check: tyro.conf.FlagCreatePairsOff[bool] = False
     """Load the result with transformers; compare logits and small files with the checkpoint's."""
 
-    adapters: bool = False
+    adapters: tyro.conf.FlagCreatePairsOff[bool] = False
     """Write the adapters of peft alone, as PeftModel.from_pretrained reads them."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -18,10 +18,10 @@ class Config:
     with `mics train --run.resume OUT`.
     """
 
-    folder: tyro.conf.Positional[Path]
+    folder: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="FOLDER")]]
     """Folder that transformers' save_pretrained or DeepSpeed's save_checkpoint wrote."""
 
-    out: tyro.conf.Positional[Path]
+    out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="CHECKPOINT")]]
     """Checkpoint to be made."""
 
     dtype: Literal["as-is", "bf16", "fp16", "fp32"] = "as-is"

@@ -20,7 +20,7 @@ class Config:
     counterpart and why, and the lines of a loop of your own.
     """
 
-    file: tyro.conf.Positional[Path]
+    file: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="CONFIGURATION")]]
     """ds_config.json, or the parameters of smdistributed.modelparallel as JSON."""
 
     ranks: Annotated[int | None, Within(1, 1_000_000)] = None
@@ -32,7 +32,7 @@ class Config:
     out: Path | None = None
     """File to write instead of printing."""
 
-    json: bool = False
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print options, fields and lines as JSON."""
 
 

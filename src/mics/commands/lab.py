@@ -78,7 +78,7 @@ class CompareInLab(Shape):
     """Steps that are timed, behind one that is not."""
 
     seconds: Annotated[float, Within(1, 1e6)] = 3600.0
-    """In which each script must have taken them."""
+    """Seconds in which each script must have taken its steps."""
 
     logs: Path = Path("lab-logs")
     """Folder for what every rank prints."""

@@ -3,126 +3,33 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-import tyro
+from typing import Any
 
 from mics.anatomy.memory import NOT_MODELLED
-from mics.anatomy.recipe import (
-    MOST_AHEAD,
-    MOST_BATCH,
-    MOST_FRAGMENTATION,
-    MOST_MICRO_BATCH,
-    MOST_MICRO_STEPS,
-    MOST_RANKS,
-    MOST_SEQUENCE,
-    Machine,
-    Recipe,
-)
 from mics.commands.checks import check_folders, refuse_others, write_text
-from mics.commands.cluster_options import ClusterOptions, node_of
+from mics.commands.cluster_options import node_of
 from mics.commands.dashes import command_line
+from mics.commands.job import check_job, job_text, launch_lines, options_of_job, torchrun
 from mics.commands.numbers import check_numbers
+from mics.commands.options.plan import Config
 from mics.errors import PlanError
 from mics.hardware.catalogue_text import catalogue
-from mics.hardware.cluster import MOST_NODES, Cluster
+from mics.hardware.cluster import Cluster
 from mics.hardware.stacks import find_stack
-from mics.planning.answer import TOP, Plans
+from mics.models.presets import rule_of
+from mics.planning.answer import Plans
 from mics.planning.api import plan
 from mics.planning.parsing import parse_range
 from mics.planning.plan import Plan, equal_plans
-from mics.planning.question import MICRO_BATCHES
 from mics.planning.ranking import error_on
 from mics.planning.scaling import ENGINES, weak_scaling
 from mics.planning.subject import subject
 from mics.planning.sweep import sweep, sweep_table
 from mics.planning.table import as_document
-from mics.quantities import Within
+from mics.ranks.columns import fitted
 from mics.ranks.console import progress, show
-
-
-@dataclass(frozen=True)
-class Config:
-    """Simulate every legal way to train a model on a cluster; print those that fit, the best first.
-
-    Needs no GPU and makes no weight. A cluster is a node of the catalogue (`mics plan --list`), a
-    file of your own, three numbers, or what `mics bench collectives --out` measured.
-    """
-
-    where: Annotated[ClusterOptions, tyro.conf.arg(name="")] = field(default_factory=ClusterOptions)
-
-    model: str = "bert-10b"
-    """A preset (`mics train --models`), config.json, a folder with one, or a hub name."""
-
-    nodes: Annotated[int, Within(1, MOST_NODES)] = 8
-    """How many."""
-
-    sequence: Annotated[int | None, Within(1, MOST_SEQUENCE)] = None
-    """Tokens of one sequence; the model's positions by default, at most 4096."""
-
-    global_batch: Annotated[int | None, Within(1, MOST_BATCH)] = None
-    """Sequences per step, from which the micro-steps follow; by default those of the fastest way,
-    with --micro-steps. Every way does the same work."""
-
-    micro_steps: Annotated[int | None, Within(1, MOST_MICRO_STEPS)] = None
-    """Per step, instead of --global-batch; 4 by default."""
-
-    micro_batch: Annotated[tuple[int, ...], Within(1, MOST_MICRO_BATCH)] = MICRO_BATCHES
-    """Which to try."""
-
-    partition: Annotated[tuple[int, ...], Within(1, MOST_RANKS)] = ()
-    """Which to try; every legal one by default."""
-
-    checkpointing: Literal["both", "none", "full"] = "both"
-    """Recompute every block in backward."""
-
-    offload: Literal["auto", "none", "full"] = "auto"
-    """Keep what blocks save for backward on the host, where its link is known; with checkpointing
-    their inputs. "auto" where it does not fit otherwise."""
-
-    optimizer: Literal["adamw", "adamw-fused", "sgd-momentum", "sgd"] = "adamw"
-    """Which states are kept."""
-
-    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Of gradients on the wire, in hop 1 and in hop 2."""
-
-    prefetch: Annotated[int, Within(0, MOST_AHEAD)] = Recipe.prefetch
-    """Blocks gathered ahead."""
-
-    stack: str = Recipe.stack
-    """How much of a GPU's rate the software reaches: eager, fused, mics-paper."""
-
-    fragmentation: Annotated[float, Within(1, MOST_FRAGMENTATION)] = Machine.fragmentation
-    """What the allocator takes over what is alive."""
-
-    tokens: Annotated[float | None, Within(1, 1e18)] = None
-    """Of the whole run (300e9): how long it takes and what it costs, failures included."""
-
-    sweep: str | None = None
-    """Also plan for other numbers of nodes: nodes=2..64 (doubling)."""
-
-    by: Literal["time", "cost"] = "time"
-    """Which number of nodes of a sweep is best: tokens per second, or dollars per token. On one
-    number of nodes both rank alike."""
-
-    top: Annotated[int, Within(1, 1_000_000)] = TOP
-    """Lines of the table."""
-
-    json: Path | None = None
-    """File for all plans."""
-
-    png: Path | None = None
-    """File for a picture."""
-
-    html: Path | None = None
-    """File for a page with choice, price, command, memory, timeline and scaling."""
-
-    list: bool = False
-    """List GPUs, nodes and software stacks with their sources, and stop."""
 
 
 def run(config: Config) -> int:
@@ -176,12 +83,16 @@ def _plan(config: Config) -> int:
     progress(f"simulating on {cluster}")
     plans = plan(anatomy, cluster, **options_of(config))
     swept = sweep(plans.best, parse_range(config.sweep), progress) if config.sweep else []
-    lines = [plans.report(top=config.top, tokens=config.tokens)]
+    lines = [*rule_of(config.model), plans.report(top=config.top, tokens=config.tokens)]
     if swept:
         lines.append(sweep_table(swept, config.by) + "\n")
     lines.append("\n".join(plans.caveats(swept)))
     _files(config, plans, swept)
-    show("\n".join(lines))  # last: what can fail has been done
+    show(fitted("\n".join(lines)))  # last: what can fail has been done
+    if config.toml is not None:  # commands stay whole, to be copied
+        runs = fitted(f"{config.toml} runs so: {plans.best.figures}. Look first, on any machine:")
+        look = f"  mics train {config.toml} --dry-run"
+        show("\n".join(["", runs, look, *launch_lines(plans.best, [str(config.toml)])]))
     return 0
 
 
@@ -214,6 +125,8 @@ def _files(config: Config, plans: Plans, swept: Sequence[Plan]) -> None:
     best = plans.best
     title = f"{config.model} on {best.cluster}"
     texts: list[tuple[Path, str]] = []
+    if config.toml is not None:
+        texts.append((config.toml, job_text(config, best, config.toml)))
     if config.json is not None:
         document = json.dumps(_document(config, plans, swept), indent=1, allow_nan=False)
         texts.append((config.json, document + "\n"))
@@ -228,7 +141,7 @@ def _files(config: Config, plans: Plans, swept: Sequence[Plan]) -> None:
         asked = Asked(
             title,
             command_line("plan", config),
-            _training(config, best),
+            torchrun(best, options_of_job(config, best)),
             plans.price(config.tokens),
             plans.caveats(around),
         )
@@ -239,21 +152,6 @@ def _files(config: Config, plans: Plans, swept: Sequence[Plan]) -> None:
         draw(config.png, title, plans, scaling)
     for file, text in texts:
         write_text(file, text)
-
-
-def _training(config: Config, best: Plan) -> str:
-    """Write the command that trains as a plan says, on every node of it."""
-    node, way = best.cluster.node, best.way
-    words = ["torchrun", "--nnodes", str(best.cluster.nodes)]
-    words += ["--nproc-per-node", str(node.gpus_per_node), "-m", "mics", "train"]
-    words += ["--model.name", config.model, "--data.sequence", str(way.sequence)]
-    words += ["--parallel.partition", str(way.partition)]
-    words += ["--batch.micro-batch", str(way.micro_batch)]
-    words += ["--batch.micro-steps", str(way.micro_steps)]
-    if way.checkpointing:
-        words.append("--parallel.activation-checkpointing")
-    words += ["--parallel.activation-offload", "on" if way.offload else "off"]
-    return shlex.join(words)
 
 
 def _around(nodes: int) -> list[int]:
@@ -270,4 +168,6 @@ def _check(config: Config) -> None:
             "On one number of nodes time and cost rank alike.",
             write="--by cost --sweep nodes=2..64",
         )
-    check_folders(config.json, config.png, config.html)
+    if config.toml is not None:
+        check_job(config)
+    check_folders(config.json, config.png, config.html, config.toml)

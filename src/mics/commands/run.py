@@ -39,7 +39,7 @@ class Config:
     """Addresses of all nodes' agents, host:port,host:port,...; left out for one node."""
 
     node_index: Annotated[int, Within(0, 9999)] = 0
-    """Which of them this one is."""
+    """Which of --nodes this one is; the first is 0."""
 
     listen: str = ""
     """Where this agent listens, address:port; by default as in --nodes."""

@@ -4,24 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Annotated, Literal
+from dataclasses import replace
 
-import tyro
-
-from mics.anatomy.recipe import (
-    MOST_MICRO_BATCH,
-    MOST_MICRO_STEPS,
-    MOST_RANKS,
-    MOST_SEQUENCE,
-    MOST_SIGMA,
-    Machine,
-    Recipe,
-)
+from mics.anatomy.recipe import Recipe
 from mics.commands.checks import check_folders, refuse_others, write_text
-from mics.commands.cluster_options import ClusterOptions, node_of
+from mics.commands.cluster_options import node_of
 from mics.commands.numbers import check_numbers
+from mics.commands.options.simulate import Config
 from mics.errors import PlanError
 from mics.hardware.cluster import Cluster, Link, Node, extrapolated
 from mics.hardware.stacks import find_stack
@@ -32,87 +21,14 @@ from mics.planning.scaling import strong_scaling, too_large, weak_scaling
 from mics.planning.subject import subject
 from mics.planning.validation import as_markdown, validate
 from mics.planning.weighing import simulate_recipe
-from mics.quantities import GIB, Within
+from mics.quantities import GIB
+from mics.ranks.columns import Column, as_table, fitted
 from mics.ranks.console import progress, show
-from mics.simulation.profiles import PROFILES, EngineName
+from mics.simulation.profiles import PROFILES
 from mics.simulation.timeline import chrome_trace
 from mics.topology import possible_partitions
 
-_TIMES = Within(1e-6, 1e6)
 _MOST_TRACED = 1024
-
-
-@dataclass(frozen=True)
-class Config:
-    """Simulate a step on growing clusters and compare engines. Needs no GPU, makes no weight.
-
-    The partition is the smallest that fits unless --partition names one.
-    """
-
-    where: Annotated[ClusterOptions, tyro.conf.arg(name="")] = field(default_factory=ClusterOptions)
-
-    model: str = "bert-10b"
-    """A preset (`mics train --models`), config.json, a folder with one, or a hub name."""
-
-    nodes: str = "2..64"
-    """How many: a range, doubling, or one number."""
-
-    engines: tuple[EngineName, ...] = (
-        "mics",
-        "hsdp every micro-step",
-        "hsdp deferred",
-        "fsdp2",
-    )
-    """Which; the first is what the others are compared with."""
-
-    partition: Annotated[int | None, Within(1, MOST_RANKS)] = None
-    """p; the smallest that fits by default."""
-
-    sequence: Annotated[int | None, Within(1, MOST_SEQUENCE)] = None
-    """Tokens of one sequence; the model's positions by default, at most 4096."""
-
-    micro_batch: Annotated[int, Within(1, MOST_MICRO_BATCH)] = 8
-    """Sequences of a GPU and micro-step."""
-
-    micro_steps: Annotated[int, Within(1, MOST_MICRO_STEPS)] = Recipe.micro_steps
-    """Per step; with --scaling strong those on the smallest cluster."""
-
-    checkpointing: bool = True
-    """Recompute every block in backward."""
-
-    scaling: Literal["weak", "strong"] = "weak"
-    """Every GPU keeps its work, or all GPUs share the work of the smallest cluster."""
-
-    bandwidth: Annotated[float, _TIMES] = 1.0
-    """What if links between nodes carried so many times as much."""
-
-    latency: Annotated[float, _TIMES] = 1.0
-    """What if a hop between nodes took so many times as long."""
-
-    pipelined: bool = False
-    """What if the two stages of consecutive gathers ran beside each other (mics: on the CPU)."""
-
-    stack: str = Recipe.stack
-    """How much of a GPU's rate the software reaches: eager, fused, mics-paper."""
-
-    sigma: Annotated[float, Within(0, MOST_SIGMA)] = Machine.sigma
-    """Spread of a micro-step's time over GPUs."""
-
-    json: Path | None = None
-    """File for all figures."""
-
-    png: Path | None = None
-    """File for a picture of the curves."""
-
-    trace: Path | None = None
-    """File for a timeline of the first engine's step on the smallest cluster, for Perfetto or
-    chrome://tracing."""
-
-    validate: bool = False
-    """Print every published figure beside the simulated one, and stop."""
-
-    out: Path | None = None
-    """With --validate: file for the table (Markdown)."""
 
 
 def run(config: Config) -> int:
@@ -178,7 +94,7 @@ def _simulate(config: Config) -> int:
         *too_large(plan, config.engines),
     ]
     _files(config, plan, curves)
-    show("\n".join(filter(None, lines)))  # last: what can fail has been done
+    show(fitted("\n".join(filter(None, lines))))  # last: what can fail has been done
     return 0
 
 
@@ -257,20 +173,24 @@ def _on_gloo(node: Node, config: Config) -> str:
 
 def _table(curves: Mapping[str, Sequence[tuple[float, float]]], config: Config) -> list[str]:
     first = config.engines[0]
-    lines = [
-        f"{'GPUs':>7}  {'engine':<24}{'tokens/s':>14}{'per GPU':>10}{'efficiency':>12}"
-        f"{f'time over {first}':>26}"
-    ]
+    columns = (
+        Column("GPUs"),
+        Column("engine", left=True),
+        Column("tokens/s", 2),
+        Column("per GPU", 3),
+        Column("efficiency", 1),
+        Column(f"time over {first}"),
+    )
+    rows = []
     for index, (gpus, base) in enumerate(curves[first]):
         for engine in config.engines:
             speed = curves[engine][index][1]
             at_first = curves[engine][0]
             efficiency = speed / gpus / (at_first[1] / at_first[0])
-            lines.append(
-                f"{gpus:>7.0f}  {engine:<24}{speed:>14,.0f}{speed / gpus:>10,.0f}"
-                f"{efficiency:>12.1%}{base / speed:>26.2f}"
-            )
-    return [*lines, *(f"{engine}: {PROFILES[engine].about}" for engine in config.engines)]
+            figures = (f"{speed:,.0f}", f"{speed / gpus:,.0f}", f"{efficiency:.1%}")
+            rows.append((f"{gpus:.0f}", engine, *figures, f"{base / speed:.2f}"))
+    about = [f"{engine}: {PROFILES[engine].about}" for engine in config.engines]
+    return [*as_table(columns, rows), *about]
 
 
 def _files(config: Config, plan: Plan, curves: Mapping[str, Sequence[tuple[float, float]]]) -> None:

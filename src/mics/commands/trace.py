@@ -17,9 +17,7 @@ from mics.commands.numbers import check_numbers
 from mics.errors import ConfigError, TraceError
 from mics.quantities import Within
 from mics.ranks.console import progress
-from mics.ranks.device import default_device_type, on_accelerator
-from mics.ranks.launcher import Launch, more_ranks, read_launch
-from mics.ranks.starting import MOST_RANKS
+from mics.ranks.launcher import MOST_RANKS, Launch, more_ranks, read_launch
 
 _CONFIGURATION = ".toml"
 _NO_HANG = 0.0  # the first rank writes for a while, and is no rank that hangs
@@ -99,7 +97,7 @@ def _as_the_trainer_says(config: Config) -> Config:
     """
     if not _is_trainer(config):
         return config
-    from mics.commands.train import parse as parse_train
+    from mics.commands.options.train import parse as parse_train
 
     parallel = parse_train(config.command).options.parallel
     for name in ("ranks", "gpus_per_node"):
@@ -122,7 +120,7 @@ def _start_ranks(config: Config) -> int:
     """Run the same command on ranks of this machine."""
     from mics.agent.running import run_agent
     from mics.agent.settings import Settings
-    from mics.ranks.device import num_devices
+    from mics.ranks.device import default_device_type, num_devices, on_accelerator
 
     device = default_device_type()
     ranks = config.ranks or (num_devices(device) if on_accelerator(device) else 1)
@@ -155,6 +153,8 @@ def _trace_here(config: Config, launch: Launch) -> int:
 
 def _stand_for_nodes(config: Config, launch: Launch) -> None:
     """Say in torchrun's variables how many ranks stand for a node, where all are of this one."""
+    from mics.ranks.device import default_device_type, on_accelerator
+
     per_node = config.gpus_per_node
     if per_node is None or per_node == launch.ranks_per_node:
         return
@@ -185,7 +185,7 @@ def _script(config: Config, launch: Launch) -> Callable[[], object]:
 
 def _trainer(config: Config, launch: Launch) -> Callable[[], object]:
     """The trainer, in a folder of its own that is gone afterwards; the run's is left alone."""
-    from mics.commands.train import parse as parse_train
+    from mics.commands.options.train import parse as parse_train
     from mics.training.loop import train
     from mics.training.settings import check_settings
 

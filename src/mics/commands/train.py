@@ -2,58 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated
-
-import tyro
-
-from mics.errors import ConfigError
-from mics.training.config import TrainConfig
-
-
-@dataclass(frozen=True)
-class Config:
-    """Train a language model with MiCS: values are the defaults, then the file's, then these.
-
-    Under torchrun, Slurm or MPI this is one rank of the job; otherwise ranks are started here.
-    """
-
-    file: tyro.conf.Positional[Path | None] = None
-    """Configuration (TOML), one table per group of options below. It comes first."""
-
-    options: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
-
-    dry_run: bool = False
-    """Show configuration, model, batch, groups and memory, and train nothing."""
-
-    models: bool = False
-    """List the models that have a name."""
-
-
-def parse(words: Sequence[str], **keywords: object) -> Config:
-    """Read the file, if one is named, and the options over it.
-
-    Raises:
-        ConfigError: the file cannot be read, or does not come first.
-        SystemExit: the options could not be parsed (2), or help was asked for (0).
-    """
-    file = Path(words[0]) if words and not words[0].startswith("-") else None
-    default = Config()
-    if file is not None:
-        from mics.training.settings import read_settings
-
-        default = Config(file, read_settings(file))
-    config = tyro.cli(Config, args=list(words), default=default, **keywords)  # type: ignore[call-overload]
-    assert isinstance(config, Config)
-    if config.file != file:
-        raise ConfigError(
-            "The configuration file must come first.",
-            numbers=f"{config.file} stands among the options.",
-            write=f"mics train {config.file} --table.key value ...",
-        )
-    return config
+from mics.commands.options.train import Config
+from mics.hardware.lookup import find_node
+from mics.ranks.console import show
+from mics.training import dry_run
+from mics.training.launching import run_on_ranks
+from mics.training.loop import train
+from mics.training.settings import check_settings
 
 
 def run(config: Config) -> int:
@@ -65,12 +20,6 @@ def run(config: Config) -> int:
     Raises:
         MicsError: options, data, model or checkpoints are not right.
     """
-    from mics.hardware.lookup import find_node
-    from mics.ranks.console import show
-    from mics.training import dry_run
-    from mics.training.launching import run_on_ranks
-    from mics.training.settings import check_settings
-
     if config.models:
         show(dry_run.list_models())
         return 0
@@ -80,6 +29,4 @@ def run(config: Config) -> int:
     if config.dry_run:
         show(dry_run.describe(config.options))
         return 0
-    from mics.training.loop import train
-
     return run_on_ranks(train, config.options)

@@ -6,6 +6,7 @@ from mics.hardware.cluster import UNMEASURED, Link, Node
 from mics.hardware.lookup import dated, gpus, nodes
 from mics.hardware.stacks import stacks
 from mics.quantities import GIB
+from mics.ranks.columns import fitted
 
 
 def catalogue() -> str:
@@ -26,36 +27,37 @@ def catalogue() -> str:
     lines.append(f"  (1) reckoned with as {UNMEASURED} of the peak")
     lines += ["", f"Nodes ({dated('nodes')}; dollars per hour on demand, us-east-1)"]
     lines.append(
-        f"  {'name':<10}{'GPUs':>15}{'inside':>12}{'between':>12}{'hop inside':>12}"
+        f"  {'name':<9}{'GPUs':>14}{'inside':>12}{'between':>12}{'hop inside':>12}"
         f"{'between':>10}{'$/h':>9}"
     )
     for node in nodes().values():
         price = "n/a" if node.price is None else f"{node.price:.2f}"
         lines.append(
-            f"  {node.name:<10}{f'{node.gpus_per_node} x {node.gpu.name}':>15}"
+            f"  {node.name:<9}{f'{node.gpus_per_node} x {node.gpu.name}':>14}"
             f"{_rate(node.intra):>12}{_rate(node.inter):>12}{_latency(node.intra):>12}"
             f"{_latency(node.inter):>10}{price:>9}"
         )
         lines.append(f"    {_host(node)}; {node.source}")
     lines += ["", f"Software stacks ({dated('stacks')}; factor on the modelled rate)"]
     lines += [f"  {s.name:<12}{s.factor:>6.3f}  {s.calibrated}" for s in stacks().values()]
-    lines += ["", "A node of your own, a .toml file:", "", *_FORM]
-    return "\n".join(lines)
+    return "\n".join(
+        [fitted("\n".join(lines)), "", "A node of your own, a .toml file:", "", *_FORM]
+    )
 
 
 _FORM = (
     "  [ours]",
     '  gpu = "H100"',
     "  gpus_per_node = 8",
-    "  price = 30.0                                  # may be left out",
+    "  price = 30.0                                  # optional",
     "  fixed = 5                                     # microseconds of any collective",
-    "  intra = { bandwidth = 350, latency = 4 }      # GB/s of a ring, microseconds per hop",
+    "  intra = { bandwidth = 350, latency = 4 }      # GB/s of a ring, us of a hop",
     "  inter = { bandwidth = 180, latency = 20 }",
-    "  host = { memory = 1152, bandwidth = 25 }      # GiB, GB/s of a GPU; may be left out",
+    "  host = { memory = 1152, bandwidth = 25 }      # GiB, GB/s of a GPU; optional",
     "",
-    "  [gpus.ours]                                   # only for a GPU that is not listed",
+    "  [gpus.ours]                                   # for a GPU that is not listed",
     "  memory = 96                                   # GiB it is sold with",
-    "  usable = 95                                   # GiB torch reports; may be left out",
+    "  usable = 95                                   # GiB torch reports; optional",
     "  peak = 500                                    # TFLOPS, 16 bits",
     "  bandwidth = 4000                              # GB/s",
 )

@@ -105,6 +105,19 @@ class Host:
 
 
 @dataclass(frozen=True)
+class Instance:
+    """What a cloud rents a node as.
+
+    Args:
+        name: AWS' name of it.
+        efa: its interfaces of the Elastic Fabric Adapter.
+    """
+
+    name: str
+    efa: int
+
+
+@dataclass(frozen=True)
 class Node:
     """A machine with some GPUs.
 
@@ -120,6 +133,7 @@ class Node:
             compute, copy and sum on the same cores; 1 where nobody has measured it.
         machine: what else is assumed of it.
         host: its own memory and its link to the GPUs; ``None`` where nobody knows.
+        instance: what a cloud rents it as; ``None`` for a machine of one's own.
     """
 
     name: str
@@ -135,6 +149,7 @@ class Node:
     inside: float = 1.0
     machine: Machine = ON_GPUS
     host: Host | None = None
+    instance: Instance | None = None
 
     @property
     def most_nodes(self) -> int:

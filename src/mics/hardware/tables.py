@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mics.errors import PlanError
-from mics.hardware.cluster import GIVEN, Gpu, Host, Link, Node
+from mics.hardware.cluster import GIVEN, Gpu, Host, Instance, Link, Node
 from mics.quantities import GIB
 
 _MOST = 1 << 17
@@ -18,6 +18,7 @@ _MOST_INTRA = 1800.0  # GB/s of a GPU, one way: NVLink 6
 _MOST_INTER = 100.0  # GB/s of a GPU: an interface of 800 Gbit/s for each
 _NODE_KEYS = {
     "instance",
+    "efa",
     "gpu",
     "gpus_per_node",
     "price",
@@ -83,7 +84,15 @@ def node_of(name: str, facts: Mapping[str, Any], known: Mapping[str, Gpu]) -> No
         source=_text(name, facts, "source"),
         measured_nodes=_count(name, facts, "measured_nodes") if measured else None,
         host=_host(f"host of {name}", facts["host"]) if "host" in facts else None,
+        instance=_instance(name, facts),
     )
+
+
+def _instance(name: str, facts: Mapping[str, Any]) -> Instance | None:
+    rented, efa = _text(name, facts, "instance"), "efa" in facts
+    if efa and not rented:
+        raise PlanError(f"{name} has efa and no instance.", write='instance = "p5.48xlarge"')
+    return Instance(rented, _count(name, facts, "efa") if efa else 0) if rented else None
 
 
 def check_rates(of: str, intra: float, inter: float, gpus_per_node: int) -> None:

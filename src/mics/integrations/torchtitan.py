@@ -1,8 +1,14 @@
 """torchtitan with mics: a Trainer.Config whose trainer shards by mics in FSDP2's place.
 
-torchtitan's own function makes the model parallel, with its meshes, tensor parallelism,
-checkpointing and compilation; where that calls torch's ``fully_shard`` mics' is called
+torchtitan's own function makes the model parallel, with its meshes, tensor, context and expert
+parallelism, checkpointing and compilation; where that calls torch's ``fully_shard`` mics' is called
 (``calling.py``). A trainer made from torchtitan's runs each micro-batch as a micro-step.
+
+[Note: a loss in chunks]
+torchtitan's default loss runs the head and its backward once per chunk, outside of the model's
+forward. Each is a backward pass of its own to FSDP2, while for hop 2 they are one with the backward
+that follows. Without gradients, in a validation, no backward ends the head's last forward, and
+FSDP2 takes the next one of the model for a part of it.
 """
 
 from __future__ import annotations
@@ -18,6 +24,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import fully_shard as torch_fully_shard
 
+from mics import compat
 from mics.communication.forms import Collectives
 from mics.errors import ConfigError, naming_extras
 from mics.integrations.calling import calling
@@ -39,8 +46,9 @@ def with_mics(config: Any, *, collectives: Collectives = "auto", overlap: bool =
 
     Everything else stays a setting of torchtitan: the partition is
     ``parallelism.data_parallel_shard_degree`` (times ``context_parallel_degree``), the replicas are
-    ``data_parallel_replicate_degree``. Gradients are accumulated as shards, and hop 2 runs in the
-    last micro-batch of a step only. Checkpoints are torchtitan's own.
+    ``data_parallel_replicate_degree``. Experts of ``expert_parallel_degree`` are sharded over the
+    ranks of a replica that hold the same ones. Gradients are accumulated as shards, and hop 2 runs
+    in the last micro-batch of a step only. Checkpoints are torchtitan's own.
 
     Args:
         config: ``torchtitan.trainer.Trainer.Config``, or of a trainer made from that.
@@ -111,12 +119,15 @@ class _WithMics(_Base):  # type: ignore[misc]
     model_parts: list[nn.Module]
     gradient_accumulation_steps: int
     loss_fn: Any
+    validator: Any
 
     def __init__(self, config: Any) -> None:
         _refuse(config)
         self._begun = 0  # micro-batches of the step
         super().__init__(config)
         self.loss_fn = self._in_parts(self.loss_fn)
+        if config.validator.enable and hasattr(self.validator, "loss_fn"):
+            self.validator.loss_fn = self._at_rest_after(self.validator.loss_fn)
 
     def train_step(self, *args: Any, **kwargs: Any) -> None:
         """Run torchtitan's; its first micro-batch begins a step."""
@@ -134,7 +145,7 @@ class _WithMics(_Base):  # type: ignore[misc]
     def _in_parts(self, loss_fn: Callable[..., Any]) -> Callable[..., Any]:
         """A loss that may run backward passes of its own, before the one that hop 2 is beside.
 
-        torchtitan's loss in chunks runs one per chunk, and switches all reductions on in the last.
+        torchtitan's switches all reductions on in the last of them, see [Note: a loss in chunks].
         """
 
         def loss(*args: Any, **kwargs: Any) -> Any:
@@ -149,6 +160,20 @@ class _WithMics(_Base):  # type: ignore[misc]
                     hop.held = False
             assert isinstance(model, FSDPModule)
             model.set_requires_all_reduce(self._is_last)
+            return result
+
+        return loss
+
+    def _at_rest_after(self, loss_fn: Callable[..., Any]) -> Callable[..., Any]:
+        """A loss without gradients, after which no forward is under way.
+
+        See [Note: a loss in chunks].
+        """
+
+        def loss(*args: Any, **kwargs: Any) -> Any:
+            (model,) = self.model_parts
+            result = loss_fn(*args, **kwargs)
+            compat.reset_iteration(model)
             return result
 
         return loss
@@ -209,7 +234,6 @@ def _refuse(config: Any) -> None:
             write="enable_fsdp_symm_mem = False",
         )
     _refuse_unnamed_parts(parallelism)
-    _refuse_chunks_beside_validation(config)
 
 
 def _refuse_unnamed_parts(parallelism: Any) -> None:
@@ -229,21 +253,4 @@ def _refuse_unnamed_parts(parallelism: Any) -> None:
             "would take for whole ones.",
             numbers=f"Degrees: {', '.join(beside)}.",
             write='parallelism.spmd_backend = "partial_dtensor"',
-        )
-
-
-def _refuse_chunks_beside_validation(config: Any) -> None:
-    """Refuse a validation whose loss runs the head in chunks: the next step would miss a hop 2.
-
-    Raises:
-        ConfigError: both are configured.
-    """
-    from torchtitan.components.loss import ChunkedLossWrapper
-
-    if config.validator.enable and isinstance(config.loss, ChunkedLossWrapper.Config):
-        raise ConfigError(
-            "After a validation with the loss in chunks, hop 2 of the head would not run in the "
-            "next step, and optimizer.step() would be refused.",
-            numbers=f"validator.enable = True, chunks = {config.loss.num_chunks}.",
-            write="config.loss = config.loss.loss_fn, or validator.enable = False",
         )

@@ -18,16 +18,19 @@ from transformers import (
 
 from mics.errors import ConfigError
 from mics.models.configurations import check_language_alone, read_configuration
-from mics.models.presets import PRESETS
+from mics.models.presets import find_preset
 
 Task = Literal["causal", "masked"]
 
 _POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx")
+BYTE_IDS = 259
+"""Ids of the tokenizer that a run has where nobody names one: bytes, and three special ones."""
+
 _PAD_VOCABULARY_TO = 8  # so that the largest matrix keeps an even shape
 
 
 def load_config(name: str, *, vocabulary: int, separator: int) -> PretrainedConfig:
-    """The configuration of a preset, a ``config.json``, a folder with one, or a hub name.
+    """The configuration of a preset, a size, a ``config.json``, a folder with one, or a hub name.
 
     Args:
         name: what ``model.name`` is in the run's options.
@@ -38,7 +41,7 @@ def load_config(name: str, *, vocabulary: int, separator: int) -> PretrainedConf
     Raises:
         ConfigError: there is no such model; names the nearest preset.
     """
-    preset = PRESETS.get(name)
+    preset = find_preset(name)
     if preset is not None:
         own = dict(preset.settings)
         if preset.vocabulary_of_tokenizer:

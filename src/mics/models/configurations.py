@@ -64,7 +64,7 @@ def read_configuration(name: str) -> PretrainedConfig:
         raise ConfigError(
             f"There is no model {name!r}" + (f"; did you mean {near[0]!r}?" if near else "."),
             numbers=f"Presets: {', '.join(PRESETS)}.",
-            write="<preset, config.json, folder or hub name such as owner/model>",
+            write="<preset, size such as 13b, config.json, folder or hub name such as owner/model>",
         )
     try:
         where = str(path) if path.exists() else name

@@ -1,28 +1,13 @@
-"""Models by name: the shapes the paper trains, standard ones, and tiny ones for one machine.
+"""Models by name: the shapes the paper trains, published families, and tiny ones for one machine.
 
 The 10B and 15B shapes are those of MiCS section 5 (BERT: hidden, intermediate and layers as in its
-table of models; vocabularies as there). The shapes of GPT-2, Llama, Mixtral and Qwen3 are their
-authors' own.
+table of models; vocabularies as there).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A transformers configuration: its ``model_type`` and what differs from the defaults.
-
-    ``vocabulary_of_tokenizer`` says that the vocabulary is the tokenizer's, rounded up, instead of
-    one of the configuration.
-    """
-
-    model_type: str
-    about: str
-    settings: dict[str, Any]
-    vocabulary_of_tokenizer: bool = False
+from mics.models.by_count import preset_of_count
+from mics.models.families import FAMILIES, Preset, decoder, experts
 
 
 def _encoder(
@@ -43,15 +28,6 @@ def _gpt2(hidden: int, layers: int, heads: int, positions: int, **more: int) -> 
         "n_layer": layers,
         "n_head": heads,
         "n_positions": positions,
-        **more,
-    }
-
-
-def _experts(feed_forward: int, experts: int, chosen: int, **more: int) -> dict[str, int]:
-    return {
-        "moe_intermediate_size": feed_forward,
-        "num_experts": experts,
-        "num_experts_per_tok": chosen,
         **more,
     }
 
@@ -87,54 +63,7 @@ PRESETS: dict[str, Preset] = {
         _encoder(1024, 4096, 24, 16, vocab_size=30522, max_position_embeddings=512),
     ),
     "gpt2-xl": Preset("gpt2", "GPT-2 XL", _gpt2(1600, 48, 25, 1024, vocab_size=50257)),
-    "llama-8b": Preset(
-        "llama",
-        "Llama 3 8B",
-        _encoder(
-            4096,
-            14336,
-            32,
-            32,
-            num_key_value_heads=8,
-            vocab_size=128256,
-            max_position_embeddings=8192,
-        )
-        | {"rms_norm_eps": 1e-5, "rope_theta": 500000.0},
-    ),
-    "mixtral-8x7b": Preset(
-        "mixtral",
-        "Mixtral 8x7B, 2 of 8 experts per token",
-        _encoder(
-            4096,
-            14336,
-            32,
-            32,
-            num_key_value_heads=8,
-            num_local_experts=8,
-            num_experts_per_tok=2,
-            vocab_size=32000,
-            max_position_embeddings=32768,
-        )
-        | {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "router_aux_loss_coef": 0.02},
-    ),
-    "qwen3-30b-a3b": Preset(
-        "qwen3_moe",
-        "Qwen3 30B-A3B, 8 of 128 experts per token",
-        _encoder(
-            2048,
-            6144,
-            48,
-            32,
-            num_key_value_heads=4,
-            head_dim=128,
-            vocab_size=151936,
-            max_position_embeddings=40960,
-            bos_token_id=151643,
-            eos_token_id=151645,
-        )
-        | _experts(768, 128, 8)
-        | {"norm_topk_prob": True, "rope_theta": 1e6, "router_aux_loss_coef": 0.001},
-    ),
+    **FAMILIES,
     "bert-tiny": Preset(
         "bert",
         "BERT for one machine",
@@ -157,15 +86,29 @@ PRESETS: dict[str, Preset] = {
     "llama-tiny": Preset(
         "llama",
         "Llama for one machine",
-        _encoder(128, 384, 4, 4, num_key_value_heads=2, max_position_embeddings=128),
+        decoder(128, 384, 4, 4, 2, max_position_embeddings=128),
         vocabulary_of_tokenizer=True,
     ),
     "qwen3-moe-tiny": Preset(
         "qwen3_moe",
         "Qwen3-MoE for one machine, 2 of 8 experts per token",
-        _encoder(128, 384, 4, 4, num_key_value_heads=2, head_dim=32, max_position_embeddings=128)
-        | _experts(192, 8, 2)
-        | {"norm_topk_prob": True, "router_aux_loss_coef": 0.01},
+        decoder(128, 384, 4, 4, 2, head_dim=32, max_position_embeddings=128)
+        | experts(192, 8, 2, router_aux_loss_coef=0.01),
         vocabulary_of_tokenizer=True,
     ),
 }
+
+
+def find_preset(name: str) -> Preset | None:
+    """Find the preset of a name, or the shape of a number of parameters such as 13b.
+
+    Raises:
+        ConfigError: the number is one that no shape follows from.
+    """
+    return PRESETS.get(name) or preset_of_count(name)
+
+
+def rule_of(name: str) -> list[str]:
+    """Say by which rule a number of parameters became a shape; nothing of any other name."""
+    preset = None if name in PRESETS else preset_of_count(name)
+    return [] if preset is None else [preset.about]

@@ -17,13 +17,11 @@ from mics.planning.inverse import Limits, limits_around
 from mics.planning.nearest import check_any
 from mics.planning.plan import Plan, Rejected, equal_plans, search
 from mics.planning.question import Question
-from mics.planning.ranking import error_on
+from mics.planning.ranking import TOP, error_on
 from mics.planning.reasons import explained
-from mics.planning.table import as_table
+from mics.planning.table import plan_table
 from mics.quantities import GIB, dtype_name
-
-TOP = 10
-"""Lines of a table of plans."""
+from mics.ranks.columns import fitted
 
 
 @dataclass(frozen=True, repr=False)
@@ -63,7 +61,7 @@ class Plans(Sequence[Plan]):
         return iter(self.plans)
 
     def __str__(self) -> str:
-        return "\n".join([self.report(), *self.caveats()])
+        return fitted("\n".join([self.report(), *self.caveats()]))
 
     def __repr__(self) -> str:
         best = f"the best: {self.best.way}" if self.plans else "none fits"
@@ -100,7 +98,7 @@ class Plans(Sequence[Plan]):
                 f"software stack {stack.name}: {stack.calibrated}",
                 self._work(),
                 "",
-                as_table(self.plans[:top]),
+                *plan_table(self.plans[:top]),
                 *self._notes(top),
                 "",
                 f"{len(self.plans)} of {tried} ways fit. Best: {self.best.reason}.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mics.hardware.cluster import Cluster
+from mics.quantities import count
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Price:
         text += as_dollars(self.billion_tokens)
         if self.tokens is not None:
             days = "n/a" if self.days is None else f"{self.days:,.1f} days"
-            text += f", {self.tokens:.3g} tokens {as_dollars(self.run)} in {days}"
+            text += f", {count(round(self.tokens))} tokens {as_dollars(self.run)} in {days}"
         return f"{text}; {self.lost:.1%} of the time goes to checkpoints and failures."
 
 

@@ -63,7 +63,9 @@ def page(
     """
     best, partitions = plans[0], best_of_partitions(plans)
     top = lead(f"Take {best.reason}.") + facts(_facts(best, asked.price))
-    top += paragraphs(["To train so, on every node:"], small=True) + command(asked.training)
+    top += paragraphs(
+        ["To train so, on every node (HEAD is the first one):"], small=True
+    ) + command(asked.training)
     sections = [
         Section("Plans, the best first", html=_table(plans[:12])),
         Section(
@@ -133,4 +135,4 @@ def _scaling(scaling: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
 
 def _table(plans: Sequence[Plan]) -> str:
     rows = [(f"{plan.cluster.nodes}", *cells(plan)) for plan in plans]
-    return table(("nodes", *COLUMNS), rows, _ON_A_PHONE)
+    return table(("nodes", *(column.name for column in COLUMNS)), rows, _ON_A_PHONE)

@@ -12,6 +12,7 @@ from mics.anatomy.memory import Memory, Need, with_fragmentation
 from mics.anatomy.recipe import Recipe
 from mics.hardware.cluster import Cluster, host_of
 from mics.planning.cost import dollars
+from mics.planning.figures import Figures, figures_of
 from mics.planning.host import HostNeed, fits_host, host_need, usable
 from mics.planning.question import Question
 from mics.planning.ranking import count_equal, error_on, in_order
@@ -56,6 +57,11 @@ class Plan:
             f"{self.tokens_per_second:,.0f} tokens/s, MFU {self.mfu:.1%}"
             + (f"\n{self.reason}" if self.reason else "")
         )
+
+    @property
+    def figures(self) -> Figures:
+        """The figures that a run of it has too."""
+        return figures_of(self.anatomy, self.cluster, [self.way])
 
     @property
     def need(self) -> Need:

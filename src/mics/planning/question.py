@@ -7,14 +7,12 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from mics.anatomy.memory import OPTIMIZERS
-from mics.anatomy.recipe import Recipe, check_one_of, check_whole
+from mics.anatomy.recipe import MICRO_BATCHES, Recipe, check_one_of, check_whole
 from mics.errors import PlanError
 from mics.hardware.cluster import Cluster, host_of
 from mics.hardware.stacks import find_stack
 from mics.topology import possible_partitions
 from mics.traffic import Form
-
-MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 
 
 @dataclass(frozen=True)

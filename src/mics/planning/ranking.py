@@ -20,6 +20,9 @@ STEP_ERROR_ON_GLOO = 0.075
 """The same for CPU ranks that talk through Gloo: the largest error of ten measured configurations
 (``benchmarks/results/predicted_steps.json``)."""
 
+TOP = 10
+"""How many of the first are shown."""
+
 Item = TypeVar("Item")
 
 

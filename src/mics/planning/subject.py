@@ -15,8 +15,6 @@ from mics.anatomy.blocks import Blocks
 from mics.anatomy.trace_cache import TraceCache
 from mics.errors import PlanError, naming_extras
 
-_VOCABULARY = 32768  # of presets that take their tokenizer's
-
 
 def subject(
     model: Any,
@@ -24,7 +22,7 @@ def subject(
     dtype: torch.dtype = torch.bfloat16,
     blocks: Blocks = None,
     loss: Loss | None = None,
-    vocabulary: int = _VOCABULARY,
+    vocabulary: int | None = None,
 ) -> Anatomy:
     """Take a model apart without making a weight of it.
 
@@ -37,7 +35,8 @@ def subject(
         blocks: as in ``mics.shard``.
         loss: ``loss(model, micro_batch, sequence)`` runs it on inputs it makes on the meta device;
             by default as transformers' language models are, ids in and labels beside them.
-        vocabulary: for presets that take their tokenizer's.
+        vocabulary: for presets that take their tokenizer's; by default that of a run for which
+            nobody names a tokenizer.
 
     Raises:
         ConfigError: there is no such model.
@@ -60,10 +59,10 @@ def subject(
             hooked=sum(p.numel() for p in model.parameters() if compat.has_gather_hook(p)),
         )
     with naming_extras("A model by its name"):
-        from mics.models.building import build, load_config
+        from mics.models.building import BYTE_IDS, build, load_config
     config = model
     if not hasattr(config, "to_json_string"):
-        config = load_config(str(model), vocabulary=vocabulary, separator=0)
+        config = load_config(str(model), vocabulary=vocabulary or BYTE_IDS, separator=0)
     # The configuration's own text leaves out which attention and products of experts are run.
     kernels = [getattr(config, f"_{of}_implementation", None) for of in ("attn", "experts")]
     identity = "\n".join([config.to_json_string(), f"{kernels} {dtype} {torch.__version__}"])

@@ -12,7 +12,7 @@ from mics.planning.cost import as_dollars
 from mics.planning.plan import Plan, search
 from mics.planning.ranking import error_on, in_order
 from mics.planning.reasons import explained
-from mics.planning.table import as_table
+from mics.planning.table import plan_table
 from mics.ranks.console import Told
 
 
@@ -27,7 +27,7 @@ def sweep(plan: Plan, counts: Sequence[int], told: Told) -> list[Plan]:
     best = []
     question = replace(plan.question, global_batch=plan.sequences)
     for nodes in counts:
-        told(f"simulating on {nodes} nodes")
+        told(f"simulating on {nodes} node{'s' if nodes > 1 else ''}")
         try:
             other = replace(plan.cluster, nodes=nodes)
             plans = explained(search(plan.anatomy, other, question))
@@ -46,13 +46,9 @@ def sweep_table(plans: Sequence[Plan], by: Literal["time", "cost"]) -> str:
 
     Of numbers of nodes that are equally good, within the model's error, the fewest are best.
     """
-    table = as_table(plans).split("\n")
     lines = [
         f"the best plan on each number of nodes, for a step of {plans[0].sequences:,} sequences",
-        f"{'nodes':>6}  {table[0]}",
-    ]
-    lines += [
-        f"{plan.cluster.nodes:>6}  {line}" for plan, line in zip(plans, table[1:], strict=True)
+        *plan_table(plans, with_nodes=True),
     ]
     costs = {"time": _seconds, "cost": _dollars}[by]
     known = [plan for plan in plans if not math.isinf(costs(plan))]

@@ -7,34 +7,38 @@ from typing import Any
 
 from mics.planning.plan import Plan
 from mics.quantities import GIB
+from mics.ranks.columns import Column, as_table
 
 COLUMNS = (
-    "p",
-    "replicas",
-    "micro-batch",
-    "micro-steps",
-    "checkpoint",
-    "gather",
-    "memory",
-    "step",
-    "tokens/s",
-    "MFU",
-    "HFU",
-    "hop 1 waits",
-    "hop 2 waits",
-    "between nodes",
-    "$/B tokens",
+    Column("p"),
+    Column("replicas", 8),
+    Column("micro-batch"),
+    Column("micro-steps"),
+    Column("checkpoint"),
+    Column("gather", 4),
+    Column("memory"),
+    Column("step"),
+    Column("tokens/s", 1),
+    Column("MFU", 3),
+    Column("HFU", 9),
+    Column("hop 1 waits", 6),
+    Column("hop 2 waits", 5),
+    Column("between nodes", 7),
+    Column("$/B tokens", 2),
 )
 
 
-def as_table(plans: Sequence[Plan]) -> str:
-    """Write one line per plan."""
-    rows = [COLUMNS, *(cells(plan) for plan in plans)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
+def plan_table(plans: Sequence[Plan], *, with_nodes: bool = False) -> list[str]:
+    """Write one line per plan, as wide as the terminal allows; the lines.
+
+    Args:
+        plans: of the rows.
+        with_nodes: whether a column says on how many nodes a plan is.
+    """
+    if with_nodes:
+        rows = [(f"{plan.cluster.nodes}", *cells(plan)) for plan in plans]
+        return as_table((Column("nodes"), *COLUMNS), rows)
+    return as_table(COLUMNS, [cells(plan) for plan in plans])
 
 
 def cells(plan: Plan) -> tuple[str, ...]:

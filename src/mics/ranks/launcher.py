@@ -13,6 +13,9 @@ from dataclasses import dataclass
 
 from mics.errors import MicsError, TopologyError
 
+MOST_RANKS = 1024
+"""More are not started on one machine: each is a process of some hundred megabytes."""
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -34,8 +37,13 @@ class Launch:
         return self.world == 1 or (self.knows_nodes and self.ranks_per_node == self.world)
 
 
+_INTEGER = re.compile(r"-?[0-9]{1,30}")
+
 Names = tuple[str, str, str, str]
 """The variables of a launcher: rank, world, local rank, ranks of the node."""
+
+MOST_RANKS = 2**20
+"""More than any job has."""
 
 AGENT_GENERATION = "MICS_GENERATION"
 """What the agents of ``mics run`` add to torchrun's variables: how many times all ranks began."""
@@ -75,6 +83,8 @@ _MPI: dict[str, Names] = {
 }
 _HYDRA: Names = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
 _CRAY: Names = ("PMI_RANK", "PMI_SIZE", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE")
+# What some say of a rank, beside variables of MPI that a program without MPI is not given.
+_WITHOUT_SIZE = {"PMIx": "PMIX_RANK", "PALS": "PALS_RANKID", "ALPS": "ALPS_APP_PE"}
 _NAMES = _MPI | {
     "torchrun": _TORCHRUN,
     "mics run": _TORCHRUN,
@@ -118,12 +128,13 @@ def _told(env: Mapping[str, str], *, met: bool = False) -> Launch | None:
     if met:
         return launch
     _check_half_of_torchrun(env, launch)
-    if launch is None and "PMIX_RANK" in env:
-        raise TopologyError(
-            "PMIx started this process, but nothing says how many others it has started.",
-            numbers=f"PMIX_RANK = {env['PMIX_RANK']}; there is no size beside it.",
-            write="mpirun, srun or torchrun ... mics ...",
-        )
+    for source, rank in _WITHOUT_SIZE.items():
+        if launch is None and rank in env:
+            raise TopologyError(
+                f"{source} started this process, but nothing says how many others it has started.",
+                numbers=f"{rank} = {env[rank][:80]}; there is no size beside it.",
+                write="mpirun, srun or torchrun ... mics ...",
+            )
     return launch
 
 
@@ -166,54 +177,21 @@ def is_first_rank() -> bool:
     return launch is None or launch.rank == 0
 
 
-def allocated_tasks() -> int:
-    """Tasks of a Slurm allocation in whose shell this process was started, without srun; else 0."""
-    tasks = os.environ.get("SLURM_NTASKS", "")
-    return int(tasks) if tasks.isdecimal() and "SLURM_PROCID" not in os.environ else 0
-
-
 def more_ranks(launch: Launch, wanted: int) -> str:
     """Return what to write for another number of ranks than the launcher has started."""
+    nodes = max(1, launch.world // launch.ranks_per_node)
+    if launch.source == "Slurm":  # a job of one task may have many nodes
+        allocated = os.environ.get("SLURM_JOB_NUM_NODES", "")
+        nodes = max(nodes, int(allocated[:9]) if allocated.isdecimal() else 1)
+    each = wanted // nodes if wanted % nodes == 0 else "<GPUs per node>"
     if launch.source == "Slurm":
-        nodes = max(1, launch.world // launch.ranks_per_node)
-        each = wanted // nodes if wanted % nodes == 0 else "<GPUs per node>"
-        return f"srun --ntasks-per-node={each} mics ..."
+        # The job's own number of tasks would win over tasks per node.
+        return f"srun --ntasks-per-node={each} --ntasks={wanted} mics ..."
     if launch.source == "torchrun":
-        return f"torchrun --nproc-per-node {wanted} -m mics ..."
+        return f"torchrun --nproc-per-node {each} -m mics ..."
     if launch.source == "mics run":
-        nodes = max(1, launch.world // launch.ranks_per_node)
-        each = wanted // nodes if wanted % nodes == 0 else "<GPUs per node>"
         return f"mics run --ranks-per-node {each} ... -- mics ..."
     return f"mpirun -n {wanted} mics ..."
-
-
-def export_torch_variables(launch: Launch) -> None:
-    """Set the variables ``torch.distributed`` reads, where the launcher did not.
-
-    Raises:
-        TopologyError: the address of rank 0 is unknown, or its port is none.
-    """
-    os.environ.setdefault("RANK", str(launch.rank))
-    os.environ.setdefault("WORLD_SIZE", str(launch.world))
-    os.environ.setdefault("LOCAL_RANK", str(launch.local_rank))
-    if launch.knows_nodes:
-        os.environ.setdefault("LOCAL_WORLD_SIZE", str(launch.ranks_per_node))
-    if not os.environ.get("MASTER_ADDR"):
-        os.environ["MASTER_ADDR"] = _master_address(launch)
-    if not os.environ.get("MASTER_PORT"):
-        # One port per Slurm job, so that two jobs on one node do not meet.
-        job = _integer(os.environ, "SLURM_JOB_ID", "Slurm") if "SLURM_JOB_ID" in os.environ else 0
-        os.environ["MASTER_PORT"] = str(29500 + job % 10000)
-    _check_port(os.environ["MASTER_PORT"])
-
-
-def _check_port(text: str) -> None:
-    if not text.isdecimal() or not 0 < int(text[:9]) < 2**16:
-        raise TopologyError(
-            "MASTER_PORT is no port that rank 0 could listen on.",
-            numbers=f"MASTER_PORT = {text!r}; ports are 1 to 65535.",
-            write="export MASTER_PORT=29500",
-        )
 
 
 # -- launchers -----------------------------------------------------------------------------------
@@ -252,11 +230,16 @@ def _pmi(env: Mapping[str, str]) -> Launch | None:
 
 
 def _scheduler(env: Mapping[str, str]) -> Launch | None:
-    if "SLURM_PROCID" in env and "SLURM_NTASKS" in env:
+    if "SLURM_PROCID" in env and "SLURM_NTASKS" in env and not is_slurm_shell(env):
         return _slurm(env)
     if "FLUX_TASK_RANK" in env and "FLUX_JOB_SIZE" in env:
         return _flux(env)
     return None
+
+
+def is_slurm_shell(env: Mapping[str, str]) -> bool:
+    """Whether this is the shell of ``salloc``, a step with a number of its own (slurm.h)."""
+    return env.get("SLURM_STEP_ID") == "4294967290"
 
 
 def _read(env: Mapping[str, str], source: str, names: Names) -> Launch:
@@ -302,6 +285,8 @@ def _check(launch: Launch) -> None:
     wrong = ""
     if launch.world < 1:
         wrong = f"{world} must be at least 1"
+    elif launch.world > MOST_RANKS:
+        wrong = f"{world} must be at most {MOST_RANKS:,}"
     elif not 0 <= launch.rank < launch.world:
         wrong = f"{rank} must be 0 to {launch.world - 1}, one for each of {launch.world} ranks"
     _refuse(launch, wrong)
@@ -360,37 +345,11 @@ def _check_half_of_torchrun(env: Mapping[str, str], launch: Launch | None) -> No
             )
 
 
-def _master_address(launch: Launch) -> str:
-    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST")
-    if nodes and not launch.one_node:
-        return first_host(nodes)
-    if launch.one_node:
-        return "127.0.0.1"
-    raise TopologyError(
-        f"{launch.source} does not say where rank 0 listens.",
-        numbers=f"{launch.world} ranks, "
-        + (f"{launch.ranks_per_node} per node, " if launch.knows_nodes else "")
-        + "MASTER_ADDR is not set.",
-        write="export MASTER_ADDR=<host of rank 0>",
-    )
-
-
-def first_host(nodelist: str) -> str:
-    """Return the first host of a Slurm node list: ``gpu[07-09,12],x`` is ``gpu07``."""
-    match = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\])?([^,\[]*)", nodelist.strip())
-    if match is None:
-        raise TopologyError(
-            "Slurm's node list is empty.", write="export MASTER_ADDR=<host of rank 0>"
-        )
-    return match[1] + (match[2] or "") + match[3]
-
-
 def _integer(env: Mapping[str, str], name: str, source: str) -> int:
-    try:
-        return int(env[name])
-    except KeyError:
+    if name not in env:
         raise TopologyError(
             f"{source} started this process but {name} is not set.", write=f"export {name}=..."
-        ) from None
-    except ValueError:
-        raise TopologyError(f"{name} must be an integer, got {env[name]!r}.") from None
+        )
+    if not _INTEGER.fullmatch(env[name]):  # int() takes more: blanks, 1_0, digits of any script
+        raise TopologyError(f"{name} must be an integer, got {env[name][:80]!r}.")
+    return int(env[name])

@@ -41,9 +41,6 @@ from mics.ranks.joining import backend_on, make_world
 from mics.ranks.launcher import Launch
 from mics.ranks.whereabouts import say_failure
 
-MOST_RANKS = 1024
-"""More are not started on one machine: each is a process of some hundred megabytes."""
-
 LOCAL = "mics"
 """The ``source`` of a ``Launch`` whose ranks were started here."""
 

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mics.anatomy.recipe import default_sequence
 from mics.errors import ConfigError
 from mics.ranks.console import say
 from mics.training.config import BatchConfig
 
-_LONGEST_BY_DEFAULT = 1024
 _MICRO_BATCH = 8  # where nothing says otherwise; the paper's
 
 
@@ -144,11 +144,8 @@ def solve(config: BatchConfig, ranks: int) -> Batching:
 
 
 def sequence_length(asked: int, positions: int | None) -> int:
-    """Tokens per sequence: ``data.sequence``, or where that is 0 what the model has positions for.
-
-    1024 at most, unless more are asked for: some models have no limit, or a very high one.
-    """
-    return asked or min(positions or _LONGEST_BY_DEFAULT, _LONGEST_BY_DEFAULT)
+    """Tokens per sequence: ``data.sequence``, or where that is 0 the one that a plan has too."""
+    return asked or default_sequence(positions)
 
 
 def _check_divides(whole: int, ranks: int, per_rank: int, name: str, value: int) -> None:

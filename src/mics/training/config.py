@@ -78,7 +78,8 @@ class DataConfig:
     """Size of the vocabulary that "bpe" trains."""
 
     sequence: int = 0
-    """Tokens per sequence; 0 is as many as the model has positions, 1024 at most."""
+    """Tokens per sequence; 0 is as many as the model has positions, 4096 at most, as
+    in `mics plan`."""
 
     held_out: float = 0.05
     """Share of the documents (by file, for text files) kept for evaluation."""
@@ -115,10 +116,10 @@ class OptimizerConfig:
     """Steps over which the learning rate rises to its peak."""
 
     decay: Literal["cosine", "linear", "none"] = "cosine"
-    """How it falls afterwards."""
+    """How the learning rate falls after the warmup."""
 
     final: float = 0.1
-    """Share of the peak that is left at the last step."""
+    """Share of the peak learning rate that is left at the last step."""
 
     weight_decay: float = 0.1
     """Decay of the weights with two or more dims; biases and norms are not decayed."""
@@ -137,14 +138,15 @@ class OptimizerConfig:
     are 16; 0: none. A step whose loss or norm is not finite is skipped in any case."""
 
     spike_norm: float = 0.0
-    """The same of the norm of the gradient, before clipping; 10 is a spike in most runs."""
+    """Skip a step whose gradient, before clipping, has this many times the median norm of such
+    steps; 0: none. 10 is a spike in most runs."""
 
     bad_steps: int = 3
     """Skipped steps in a row after which the run goes back to its newest checkpoint, and goes on
     behind the data of all steps so far."""
 
     rollbacks: int = 2
-    """How often it does; the next time, and where there is no checkpoint, it stops."""
+    """How often a run goes back so; the next time, and where there is no checkpoint, it stops."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -175,7 +177,7 @@ class ParallelConfig:
     "auto" where --parallel.node is named, and the fastest plan that fits does."""
 
     compile: bool = False
-    """torch.compile each block."""
+    """Compile each block with torch.compile."""
 
     node: str | None = None
     """What these nodes are (`mics plan --list`): the time of a step is predicted, and "auto" takes
@@ -196,7 +198,7 @@ class EvaluationConfig:
     """Tokens of the sample at the end (causal models); 0 for none."""
 
     prompt: str = "def "
-    """What the sample goes on from."""
+    """Text that the sample goes on from."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -211,7 +213,7 @@ class CheckpointConfig:
     """Newest checkpoints kept; older ones are deleted. 0 keeps all."""
 
     asynchronous: bool = True
-    """Write beside the next steps instead of before them."""
+    """Write checkpoints beside the next steps, instead of before them."""
 
     memory: bool = True
     """Keep the state in the memory of the nodes too (/dev/shm, or MICS_MEMORY), from where ranks
@@ -239,10 +241,10 @@ class LogConfig:
     """Write TensorBoard events."""
 
     wandb: str = ""
-    """Weights & Biases project to log to."""
+    """Weights & Biases project to log to; empty: none."""
 
     mlflow: str = ""
-    """MLflow experiment to log to."""
+    """MLflow experiment to log to; empty: none."""
 
 
 @dataclass(frozen=True, config=_STRICT)

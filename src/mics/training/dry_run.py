@@ -8,6 +8,7 @@ from mics.anatomy.flops import model_flops
 from mics.anatomy.memory import NOT_MODELLED, memory
 from mics.hardware.cluster import Cluster
 from mics.models.building import (
+    BYTE_IDS,
     build,
     check_fits,
     load_config,
@@ -16,12 +17,14 @@ from mics.models.building import (
     task_of,
 )
 from mics.models.experts import ask_for_router_loss
-from mics.models.presets import PRESETS
+from mics.models.presets import PRESETS, rule_of
+from mics.planning.figures import figures_of
 from mics.planning.nearest import check_any
 from mics.planning.plan import Plan, search
 from mics.planning.question import Question
 from mics.planning.subject import subject
 from mics.quantities import count, size
+from mics.ranks.columns import Column, as_table, fitted
 from mics.ranks.drawing import draw
 from mics.ranks.launcher import read_launch
 from mics.topology import Topology, possible_partitions
@@ -37,7 +40,7 @@ from mics.training.expectation import (
 from mics.training.launching import num_ranks
 from mics.training.settings import as_toml
 
-_BYTE_IDS = 259  # bytes and the special ids
+_PARTS = (Column("states", 2), Column("gathered", 2), Column("activations", 2), Column("together"))
 
 
 def describe(config: TrainConfig) -> str:
@@ -67,22 +70,24 @@ def describe(config: TrainConfig) -> str:
     offload = best.way.offload if best is not None else min(question.offload)
     if best is not None:
         topology = Topology(topology.nodes, k, best.way.partition)
+    recipes = recipes_of(question, cluster, topology.partition, offload)
     model = anatomy.model
     lines = [
-        as_toml(config),
         f"model   {config.model.name}: {type(model).__name__} ({task_of(shape)}), "
         f"{count(num_parameters(model))} parameters in {len(find_blocks(model, None))} blocks, "
         f"{positions if positions is not None else 'any number of'} positions",
+        *(f"shape   {words}" for words in rule_of(config.model.name)),
         f"batch   {batch}; {count(batch.global_batch * sequence)} tokens per step, "
         f"{sequence} per sequence",
         _work(anatomy, sequence, batch),
+        f"plan    {figures_of(anatomy, cluster, recipes)}",
         "",
         draw(topology),
         *_choice(config, best),
         "",
         *_memory(config, anatomy, cluster, question, topology.partition, offload),
     ]
-    return "\n".join(lines)
+    return "\n".join([as_toml(config), fitted("\n".join(lines))])
 
 
 def _fastest(
@@ -124,20 +129,27 @@ def _on_host(best: Plan) -> list[str]:
 
 def list_models() -> str:
     """List the presets, one per line."""
-    rows = [f"{'name':<14}{'parameters':>12}{'layers':>8}{'hidden':>8}{'positions':>11}  about"]
+    columns = (
+        Column("name", left=True),
+        Column("parameters"),
+        Column("layers", 2),
+        Column("hidden", 3),
+        Column("positions", 1),
+        Column("about", left=True),
+    )
+    rows = []
     for name, preset in PRESETS.items():
-        shape = load_config(name, vocabulary=_BYTE_IDS, separator=0)
+        shape = load_config(name, vocabulary=BYTE_IDS, separator=0)
         parameters = count(num_parameters(build(shape)))
-        rows.append(
-            f"{name:<14}{parameters:>12}{shape.num_hidden_layers:>8}{shape.hidden_size:>8}"
-            f"{num_positions(shape):>11}  {preset.about}"
-        )
-    return "\n".join(rows)
+        sizes = (shape.num_hidden_layers, shape.hidden_size, num_positions(shape))
+        rows.append((name, parameters, *map(str, sizes), preset.about))
+    sizes_too = "Or a number of parameters, as 350m, 13b: " + rule_of("13b")[0] + "."
+    return "\n".join([*as_table(columns, rows), fitted(sizes_too)])
 
 
 def _vocabulary(config: TrainConfig) -> int:
     """Count the ids of a tokenizer that may not exist yet; presets without a vocabulary ask."""
-    return config.data.vocabulary if config.data.tokenizer == "bpe" else _BYTE_IDS
+    return config.data.vocabulary if config.data.tokenizer == "bpe" else BYTE_IDS
 
 
 def _work(anatomy: Anatomy, sequence: int, batch: Batching) -> str:
@@ -162,21 +174,20 @@ def _memory(
     known = config.parallel.partition != "auto" or config.parallel.node is not None
     checkpointing = "with" if config.parallel.activation_checkpointing else "without"
     away = ", activations on the host" if offload else ""
-    lines = [
-        f"memory per GPU, micro-batch {question.micro_batches[0]}, {checkpointing} activation "
-        f"checkpointing{away} (fp32 weights, gradients and Adam; `mics plan` for more)",
-        f"  {'partition':>9}{'replicas':>10}{'states':>14}{'gathered':>14}{'activations':>14}"
-        f"{'together':>14}  largest in",
-    ]
+    columns = (Column("partition"), Column("replicas", 3), *_PARTS, Column("largest", left=True))
+    rows = []
     for p in possible_partitions(cluster.nodes, cluster.node.gpus_per_node):
         phases = memory(anatomy, recipes_of(question, cluster, p, offload)[0])
         need = phases.phases[phases.phase]
         states = need.parameters + need.optimizer + need.gradients
         gathered = need.unsharded_blocks + need.prefetched_blocks + need.communication_buffers
+        parts = (states, gathered, need.activations + need.logits, need.total)
         mark = "  <- chosen" if known and p == chosen else ""
-        lines.append(
-            f"  {p:>9}{cluster.gpus // p:>10}{size(states):>14}{size(gathered):>14}"
-            f"{size(need.activations + need.logits):>14}{size(need.total):>14}  "
-            f"{phases.phase}{mark}"
-        )
-    return [*lines, f"  not modelled: {NOT_MODELLED}"]
+        rows.append((f"{p}", f"{cluster.gpus // p}", *map(size, parts), f"{phases.phase}{mark}"))
+    return [
+        f"memory per GPU, micro-batch {question.micro_batches[0]}, {checkpointing} activation "
+        f"checkpointing{away} (fp32 weights, gradients and Adam; tensors alone, `mics plan` for "
+        "more)",
+        *as_table(columns, rows),
+        f"not modelled: {NOT_MODELLED}",
+    ]

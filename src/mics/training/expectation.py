@@ -14,6 +14,7 @@ from mics.anatomy.recipe import ON_GPUS, ON_HOSTS, Machine, Recipe
 from mics.errors import PlanError
 from mics.hardware.cluster import Cluster, Gpu, Link, Node
 from mics.hardware.lookup import find_node
+from mics.planning.figures import Figures, figures_of
 from mics.planning.plan import Plan, search
 from mics.planning.question import Question
 from mics.planning.reasons import explained
@@ -216,6 +217,17 @@ class Forecast:
             )
         trace = self.anatomy.trace(self.question.micro_batches[0], self.question.recipe.sequence)
         return Expectation(self._needed(partition, offload), seconds, model_flops(trace))
+
+    def planned(self, partition: int, offload: bool) -> Figures | None:
+        """Say how a step is run and what it needs of a GPU, as a plan and a dry run do.
+
+        Ranks on CPUs stand for GPUs here. ``None`` for a model that cannot be traced.
+        """
+        if not self.traced:
+            return None
+        on_gpus = replace(self.cluster, node=replace(self.cluster.node, machine=ON_GPUS))
+        recipes = recipes_of(self.question, on_gpus, partition, offload)
+        return figures_of(self.anatomy, on_gpus, recipes)
 
     def _needed(self, partition: int, offload: bool) -> int:
         leaves = offload and on_accelerator(self.device)  # else it leaves for the same memory

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
-from mics.errors import ConfigError
+from mics.errors import CheckpointError, ConfigError
 from mics.ranks.console import say
-from mics.ranks.device import default_device_type, expand_segments, on_accelerator
-from mics.ranks.launcher import Launch, allocated_tasks, more_ranks, read_launch
-from mics.ranks.starting import MOST_RANKS, leave_groups, run_local_ranks
+from mics.ranks.device import (
+    default_device_type,
+    expand_segments,
+    num_devices,
+    on_accelerator,
+)
+from mics.ranks.launcher import MOST_RANKS, Launch, full_world, more_ranks, read_launch
+from mics.ranks.nodes_given import check_nodes_given, without_srun
+from mics.ranks.starting import leave_groups, run_local_ranks
 from mics.training.config import TrainConfig
+from mics.training.settings import check_settings, read_settings
 
 Work = Callable[[TrainConfig], int]
 """What every rank does; returns the rank's exit code."""
@@ -32,15 +42,50 @@ def run_on_ranks(work: Work, config: TrainConfig) -> int:
     launch = read_launch()
     ranks = num_ranks(config, launch)
     if launch is None:
-        if allocated_tasks() > 1:
-            say(
-                f"Slurm has allocated {allocated_tasks()} tasks, but srun has not started this "
-                f"process: {ranks} rank(s) of this machine train. Write: srun mics train ..."
-            )
+        check_nodes_given()
+        if words := without_srun():
+            say(f"{words}: {ranks} rank(s) of this machine train. Write: srun mics train ...")
         return run_local_ranks(_work_here, ranks, default_device_type(), None, work, config)
+    _say_idle(launch)
     code = work(config)
     leave_groups()
     return code
+
+
+def _say_idle(launch: Launch) -> None:
+    """Say that a node has more accelerators than the launcher has started ranks there."""
+    devices = num_devices(default_device_type())
+    if launch.rank == 0 and launch.knows_nodes and devices > launch.ranks_per_node:
+        nodes = max(1, launch.world // launch.ranks_per_node)
+        say(
+            f"{launch.source} has started {launch.ranks_per_node} rank(s) on this node, which has "
+            f"{devices} accelerators. For all of them write: {more_ranks(launch, nodes * devices)}"
+        )
+
+
+def train_as_worker(file: str, folder: str) -> None:
+    """Train as one rank of a job whose process group somebody else has made, such as Ray.
+
+    Args:
+        file: configuration (TOML) of ``mics train``.
+        folder: of the run, on storage that all ranks see.
+
+    Raises:
+        ConfigError: the configuration is not right, or there is no process group.
+        MicsError: whatever ``mics train`` raises, or its last checkpoint was not written.
+    """
+    from mics.training.loop import train
+
+    settings = read_settings(Path(file))
+    settings = replace(settings, run=replace(settings.run, folder=Path(folder)))
+    check_settings(settings)
+    if not dist.is_initialized():
+        raise ConfigError(
+            "A worker trains in the process group of its launcher, and there is none.",
+            write="mics train, which makes one",
+        )
+    if train(settings) != 0:
+        raise CheckpointError("The last checkpoint could not be written.")
 
 
 def _work_here(launch: Launch, work: Work, config: TrainConfig) -> int:
@@ -67,7 +112,7 @@ def num_ranks(config: TrainConfig, launch: Launch | None) -> int:
             write="torchrun or srun ... mics train, to start ranks on several machines",
         )
     if launch is not None:
-        if wanted is not None and wanted != launch.world:
+        if wanted is not None and wanted not in (launch.world, full_world(launch.world)):
             raise ConfigError(
                 f"parallel.ranks is for ranks started here, but {launch.source} has started some.",
                 numbers=f"parallel.ranks = {wanted}, {launch.source} started {launch.world}.",

@@ -215,6 +215,7 @@ class EndRecord:
     step: int
     checkpoint: str | None
     sample: str | None  # of what the model writes
+    finished: bool  # else it goes on when it is started again; job scripts ask for it
 
     def as_json(self) -> str:
         """Write one line of ``metrics.jsonl``."""

@@ -14,7 +14,9 @@ import torch
 import torch.distributed as dist
 
 from mics.errors import ConfigError
+from mics.models.presets import rule_of
 from mics.quantities import count, size
+from mics.ranks.columns import fitted
 from mics.ranks.console import alarm, say, show
 from mics.ranks.device import on_accelerator
 from mics.ranks.drawing import draw
@@ -194,7 +196,9 @@ class _Speaker:
         words = []
         if text is not None:
             words += ["", "sample", *(f"  | {line}" for line in text.splitlines())]
-        self._record(EndRecord(at.step, None if checkpoint is None else str(checkpoint), text))
+        kept = None if checkpoint is None else str(checkpoint)
+        finished = at.step >= self._run.config.run.steps
+        self._record(EndRecord(at.step, kept, text, finished))
         words += self._pictures()
         words += ["", *self._traffic(at)]
         words += ["", *self._next(at, checkpoint)]
@@ -340,13 +344,14 @@ def _header(run: Run, meter: Meter, at: Progress) -> str:
     steps_left = run.config.run.steps - at.step
     epochs = (at.position + steps_left * batch.global_batch) / data.train.num_sequences
     lines = [
-        as_toml(run.config),
         f"model   {run.config.model.name}: {type(run.model).__name__.removeprefix('FSDP')}, "
         f"{count(run.parameters)} parameters, {run.sequence} tokens per sequence",
+        *(f"shape   {words}" for words in rule_of(run.config.model.name)),
         f"data    {run.config.data.source}: {count(data.train.num_tokens)} tokens in "
         f"{data.train.num_sequences:,} sequences, {data.held_out.num_sequences:,} held out; "
         f"{data.train.bytes_per_token:.2f} bytes per token, {data.tokenizer.size:,} ids",
         f"batch   {batch}",
+        f"plan    {run.planned or 'n/a'}",
         *(f"ranks   {words}" for words in [batch.on(run.ranks)] if words),
         f"steps   {at.step + 1} to {run.config.run.steps}, {epochs:.2f} epochs in the end",
         f"bytes   {size(meter.predicted_between_nodes)} between nodes and "
@@ -354,7 +359,7 @@ def _header(run: Run, meter: Meter, at: Progress) -> str:
         "",
         draw(run.topology),
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join([as_toml(run.config), fitted("\n".join(lines))]) + "\n"
 
 
 def _open_to_append(path: Path) -> TextIO:

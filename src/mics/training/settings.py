@@ -103,7 +103,7 @@ def check_settings(config: TrainConfig) -> None:
                 raise _out_of_range(name, value, "a number that is finite")
             if isinstance(part, str) and not _can_be_written(part):
                 raise _out_of_range(name, ascii(value), "letters, no NUL")
-    for name, fits, allowed in _RANGES:
+    for name, fits, allowed in RANGES:
         if name in values and not fits(values[name]):
             raise _out_of_range(name, values[name], allowed)
 
@@ -123,9 +123,10 @@ def _within(low: int, high: int = _MOST) -> tuple[Callable[[Any], bool], str]:
 
 _SHARE = (lambda value: 0 <= value < 1, "a share of at least 0 and below 1")
 _SPIKE = (lambda value: value == 0 or value > 1, "0 (off) or above 1")
-_RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("run.steps", *_within(1)),
     ("run.seed", lambda value: 0 <= value < 2**63, "0 to 2^63 - 1"),
+    ("model.router_loss", lambda value: value >= 0, "0 or more"),
     ("data.sequence", lambda value: value == 0 or 2 <= value <= 2**24, "0, or 2 to 2^24"),
     ("data.held_out", *_SHARE),
     ("data.limit", *_within(0)),
@@ -153,8 +154,10 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("evaluation.sample", *_within(0)),
     ("checkpoint.every", *_within(0)),
     ("checkpoint.keep", *_within(0)),
+    ("checkpoint.memory_every", *_within(1)),
     ("log.every", *_within(1)),
 )
+"""What every option that is a number may be: its name, a test, and the same in words."""
 
 
 def _can_be_written(text: str) -> bool:

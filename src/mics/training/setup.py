@@ -26,6 +26,7 @@ from mics.models.building import (
 from mics.models.experts import as_asked_by, ask_for_router_loss
 from mics.models.interchange.weights import load_weights
 from mics.models.small_files import OF_MODELS, small_files
+from mics.planning.figures import Figures
 from mics.planning.subject import subject
 from mics.ranks.agreement import check_agreement
 from mics.ranks.device import default_device_type
@@ -61,6 +62,7 @@ class Run:
     device: torch.device
     sequence: int
     expected: Expectation
+    planned: Figures | None
     memory_before: int | None
     assets: dict[str, bytes]
     folder: HeldFolder
@@ -139,6 +141,7 @@ def set_up(config: TrainConfig) -> Iterator[Run]:
         torch.manual_seed(config.run.seed + 1 + dist.get_rank())  # of dropout
         remember_dealt(model, batch.micro_batches)
         groups = units_of(model)[0].groups
+        partition = groups.shard.size()
         yield Run(
             config=config,
             shape=shape,
@@ -147,12 +150,13 @@ def set_up(config: TrainConfig) -> Iterator[Run]:
             optimizer=make_optimizer(model, config.optimizer),
             data=data,
             batch=batch,
-            topology=Topology.from_world(world, groups.gpus_per_node, groups.shard.size()),
+            topology=Topology.from_world(world, groups.gpus_per_node, partition),
             device=device,
             sequence=sequence,
             expected=expected.on(world, len(batch.dealt(0, world))).expect(
-                groups.shard.size(), choice.offload
+                partition, choice.offload
             ),
+            planned=expected.planned(partition, choice.offload),
             memory_before=before,
             assets=_assets(config, shape, data.tokenizer),
             folder=folder,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
+import threading
 from types import FrameType
+from typing import Any
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
 
@@ -12,13 +14,17 @@ class StopRequest:
     """While entered, those signals only set ``stop``; the loop saves and ends by itself.
 
     A launcher passes a signal on to ranks that the terminal has already told, so a second one is
-    no more than the first. SIGHUP stays ignored where it is (nohup).
+    no more than the first. SIGHUP stays ignored where it is (nohup). Signals are handled in a
+    program's first thread alone; in another, as Ray's, they are left to who started it.
     """
 
     def __init__(self) -> None:
         self.stop = False
 
     def __enter__(self) -> StopRequest:
+        self._before: dict[signal.Signals, Any] = {}
+        if threading.current_thread() is not threading.main_thread():
+            return self
         before = {number: signal.getsignal(number) for number in _SIGNALS}
         if before[signal.SIGHUP] is signal.SIG_IGN:
             del before[signal.SIGHUP]

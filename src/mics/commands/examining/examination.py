@@ -19,11 +19,11 @@ from mics.commands.examining.facts import (
 from mics.commands.examining.links import probe_links
 from mics.commands.examining.options import Config
 from mics.commands.examining.report import Report, as_json, as_text
-from mics.errors import MicsError
+from mics.errors import CheckError, MicsError
 from mics.ranks.console import show
-from mics.ranks.device import num_devices
+from mics.ranks.device import default_device_type, num_devices
 from mics.ranks.joining import RanksMissing, backend_on, join, make_world
-from mics.ranks.launcher import Launch
+from mics.ranks.launcher import Launch, read_launch
 from mics.ranks.mesh import device_of, init_mesh
 from mics.ranks.starting import choose_device_type, run_local_ranks
 from mics.topology import Topology
@@ -47,6 +47,19 @@ def examine_launched(config: Config, launch: Launch) -> int:
         RanksMissing: some ranks did not come; rank 0 raises it for all.
     """
     return record(_as_rank_of_launcher)(config, launch) or 0
+
+
+def examine_worker() -> None:
+    """Examine a job whose process group somebody else has made, such as Ray, as one of its ranks.
+
+    Raises:
+        CheckError: a problem was named.
+    """
+    launch = read_launch()
+    if launch is None:
+        raise CheckError("This worker was not told its rank.", write="RANK and WORLD_SIZE")
+    if check(launch, Config(), default_device_type(), dict(os.environ)) != 0:
+        raise CheckError("The ranks of this job are not right; rank 0 has said why.")
 
 
 def _as_rank_of_launcher(config: Config, launch: Launch) -> int:

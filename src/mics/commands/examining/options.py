@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+import tyro
+
 from mics.anatomy.recipe import MOST_RANKS as MOST_RANKS_OF_A_JOB
 from mics.quantities import Within
-from mics.ranks.device import default_device_type
-from mics.ranks.launcher import Launch, more_ranks
-from mics.ranks.starting import MOST_RANKS
+from mics.ranks.launcher import MOST_RANKS, Launch, more_ranks
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Config:
     timeout: Annotated[float, Within(0.001, 86_400)] = 60.0
     """Seconds to wait for a rank that does not answer."""
 
-    json: bool = False
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print one JSON document instead of text."""
 
 
@@ -45,6 +45,8 @@ def nonsense(config: Config, launch: Launch | None) -> str | None:
         if config.ranks == launch.world:
             return f"leave out --ranks: {started}."
         return f"leave out --ranks: {started}. For others write {more_ranks(launch, config.ranks)}"
+    from mics.ranks.device import default_device_type
+
     accelerator = default_device_type()
     if config.device not in ("auto", "cpu", accelerator):
         possible = " or ".join(dict.fromkeys(["cpu", accelerator]))

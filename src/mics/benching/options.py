@@ -1,0 +1,84 @@
+"""What ``mics bench`` can be asked to compare: engines and what they train; no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from mics.anatomy.recipe import MOST_MICRO_BATCH, MOST_MICRO_STEPS, MOST_SEQUENCE
+from mics.quantities import Within
+
+Name = Literal[
+    "mics",
+    "mics p=1",
+    "fsdp2",
+    "hsdp every micro-step",
+    "hsdp deferred",
+    "ddp",
+    "computation",
+    "zero2",
+    "zero3",
+    "hpz",
+    "deepspeed mics",
+]
+"""The last four are DeepSpeed's, each a process of its own (``deepspeed_parent.py``)."""
+
+OWN_ENGINES: tuple[Name, ...] = (
+    "mics",
+    "mics p=1",
+    "fsdp2",
+    "hsdp every micro-step",
+    "hsdp deferred",
+    "ddp",
+    "computation",
+)
+"""The engines that need no environment of their own."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A small model, its text and its batches; ids are bytes."""
+
+    kind: Literal["gpt", "bert"] = "gpt"
+    """The family of the model."""
+
+    hidden: Annotated[int, Within(1, 1 << 16)] = 256
+    """Width of the model."""
+
+    layers: Annotated[int, Within(1, 1 << 10)] = 6
+    """Blocks of the model."""
+
+    rows: Annotated[int, Within(1, MOST_MICRO_BATCH)] = 2
+    """Sequences per rank and micro-step."""
+
+    length: Annotated[int, Within(1, 1 << 16)] = 64
+    """Bytes per sequence."""
+
+    micro_steps: Annotated[int, Within(1, MOST_MICRO_STEPS)] = 4
+    """Micro-steps per optimizer step."""
+
+
+@dataclass(frozen=True)
+class Dilation:
+    """A large model on a real cluster, and the blocks that stand for it."""
+
+    model: str = "bert-10b"
+    """A preset of `mics train --models` whose blocks are all alike."""
+
+    cluster: Literal["p3dn", "p4d"] = "p3dn"
+    """The nodes that are stood for."""
+
+    micro_batch: Annotated[int, Within(1, MOST_MICRO_BATCH)] = 8
+    """Sequences per GPU and micro-step of the model."""
+
+    sequence: Annotated[int, Within(1, MOST_SEQUENCE)] = 512
+    """Tokens per sequence of the model."""
+
+    micro_steps: Annotated[int, Within(1, MOST_MICRO_STEPS)] = 4
+    """Micro-steps per optimizer step."""
+
+    blocks: Annotated[int, Within(1, 1 << 10)] = 6
+    """Blocks of the stand-in."""
+
+    block_bytes: Annotated[int, Within(1, 1 << 40)] = 2**21
+    """Size of one of them in fp32, in bytes."""
