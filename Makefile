@@ -9,7 +9,8 @@ BIN := .venv/bin
 # One thread per rank: the ranks of tests and examples share this machine's cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test test-extra test-all torchtitan faults fuzz check lint bench bench-environments clean
+.PHONY: help setup demo test test-extra test-all torchtitan faults fuzz check lint docs dist bench \
+	bench-environments clean
 
 help:
 	@echo "make setup   create .venv with the exact versions of constraints.txt"
@@ -22,6 +23,8 @@ help:
 	@echo "make torchtitan  its tests, in an environment of its own (300 MB for triton), some minutes"
 	@echo "make faults  kill ranks, nodes, saves and states in memory, 45 minutes; writes benchmarks/results/"
 	@echo "make fuzz    300 random models and schedules on 4 ranks against one process, 10 minutes"
+	@echo "make docs    the documentation site, strictly, into build/site; no network is needed"
+	@echo "make dist    wheel and sdist into dist/, checked"
 	@echo "make bench   measure everything, write benchmarks/results/ (Linux, root, 2 hours)"
 	@echo "make bench-environments  DeepSpeed, for mics bench, in environments of its own"
 	@echo "make clean   remove .venv and caches"
@@ -54,6 +57,17 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The figures of docs/figures are drawn again; what is said of the next MkDocs is not an error.
+docs: setup
+	$(BIN)/python docs/site/figures.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+dist: setup
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python -m pytest tests/test_packaging.py
 
 faults: setup
 	$(BIN)/python -m pytest tests/test_recovery*.py tests/test_kills.py tests/test_agent*.py tests/test_going_back.py

@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -50,10 +51,12 @@ SKIPPING = [code for _, code in PYTHON if "mics.Verdicts(" in code]
 COMPARING = [code for _, code in PYTHON if "mics.stragglers(" in code]
 GATHERING = [code for _, code in PYTHON if "mics.gathered(" in code]
 TRACING = [code for _, code in PYTHON if "mics.trace(" in code]
+SCRIPTS = [code for _, code in PYTHON if "dist.init_process_group()" in code]
+COUNTING = [code for _, code in PYTHON if "mics.ledger(" in code and code not in SCRIPTS]
 ACCUMULATING = [
     code
     for _, code in PYTHON
-    if ".backward()" in code and code not in AVERAGING + SKIPPING + TRACING
+    if ".backward()" in code and code not in AVERAGING + SKIPPING + TRACING + SCRIPTS
 ]
 SAVING = [code for _, code in PYTHON if "mics.save(" in code and code not in AVERAGING]
 DEALING = [code for _, code in PYTHON if "mics.deal(" in code]
@@ -85,7 +88,7 @@ def test_every_block_of_python_is_run_by_a_test() -> None:
     backends = [code for document, code in PYTHON if document == "CONTRIBUTING.md"]
     assert len(backends) == 1  # run in test_backend.py, the others here
     run = ACCUMULATING + AVERAGING + SAVING + PLANNING + SKIPPING + COMPARING
-    run += GATHERING + DEALING + TRACING + TOKENS
+    run += GATHERING + DEALING + TRACING + TOKENS + SCRIPTS
     assert len(run) + 1 == len(PYTHON)
     assert ACCUMULATING and AVERAGING and SAVING and PLANNING and SKIPPING and COMPARING
 
@@ -169,13 +172,14 @@ def test_the_readmes_lines_from_ddp_train() -> None:
 
 
 def test_every_loop_of_the_documents_trains_as_one_process_and_as_the_others() -> None:
-    """Two replicas of two ranks; to the bit, whichever of the public ways is written."""
+    """Two replicas of two ranks; to the bit, but where mics divides in place of the loss."""
 
     def run(code: str) -> Any:
         model = mics.shard(_model(), partition=2, mp_policy=MixedPrecisionPolicy())
         names: dict[str, Any] = {"model": model, "mics": mics, "batch": _batch()}
         names["loss"] = nn.functional.mse_loss
         names["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.1)
+        names["print"] = lambda *_: None
         for _ in range(2):
             exec(code, names)
             names["optimizer"].zero_grad()
@@ -184,8 +188,35 @@ def test_every_loop_of_the_documents_trains_as_one_process_and_as_the_others() -
     first, *others = [run_ranks(run, 4, code)[0] for code in ACCUMULATING]
     for ours, alone in zip(first, _trained_alone(2), strict=True):
         assert torch.allclose(ours, alone, rtol=1e-5, atol=1e-6)
-    for weights in others:
-        assert all(torch.equal(a, b) for a, b in zip(first, weights, strict=True))
+    for code, weights in zip(ACCUMULATING[1:], others, strict=True):
+        rtol, atol = (1e-5, 1e-6) if "normalise=" in code else (0, 0)
+        assert all(
+            torch.allclose(a, b, rtol=rtol, atol=atol) for a, b in zip(first, weights, strict=True)
+        )
+
+
+def test_the_lines_that_count_are_among_those_that_train() -> None:
+    (code,) = COUNTING
+    assert code in ACCUMULATING and "mics.predict_traffic(" in code
+
+
+@pytest.mark.slow
+def test_the_script_of_the_first_five_minutes_prints_what_they_show() -> None:
+    (script,), (shown,) = SCRIPTS, [b for b in blocks("docs/start.md", "text") if b[:3] == "hop"]
+    assert shown in blocks("docs/ledger.md", "text")
+
+    def run() -> list[str]:
+        printed: list[str] = []
+        group = r"^dist\.(init|destroy)_process_group\(\)$"  # the ranks of tests have one
+        code, lines = re.subn(group, "", script, flags=re.MULTILINE)
+        assert lines == 2
+        exec(code, {"print": lambda one: printed.append(str(one))})
+        return printed
+
+    (loss, counted), *others = run_ranks(run, 4)
+    assert float(loss.split()[1]) < 0.9
+    assert counted.splitlines() == shown.strip().splitlines()
+    assert others == [[]] * 3
 
 
 def test_the_lines_that_deal_train_alike_on_any_number_of_ranks() -> None:
@@ -384,32 +415,77 @@ def test_the_commands_of_the_data_page_tokenise_and_train_as_printed(
 # -- commands ------------------------------------------------------------------------------------
 
 
-def commands_of(document: str) -> list[list[str]]:
-    """Every command of mics in a fenced block of a document, as words."""
+SHELL = ("cd", "git", "make", "mics", "pip", "python", "srun", "torchrun", "/tmp/new/bin/")
+
+
+def lines_of(document: str) -> list[str]:
+    """Every line of a document's fenced blocks of commands; one that goes on is one line."""
     lines: list[str] = []
-    for block in blocks(document, ""):
+    for block in [*blocks(document, ""), *blocks(document, "sh")]:
         shown = block.startswith("$ ")  # a command and what it prints
+        block = block.replace("\\\n", " ")
         lines += [block.splitlines()[0][2:]] if shown else block.splitlines()
-    parts = [part.strip() for line in lines for part in re.split("[#>]", line)[0].split(";")]
-    return [shlex.split(part)[1:] for part in parts if part.startswith("mics ")]
+    return [part.strip() for line in lines for part in re.split("[#>]", line)[0].split(";")]
+
+
+def commands_of(document: str) -> list[list[str]]:
+    """Every command of mics in a document, as words: alone, under a launcher, or under another."""
+    found = []
+    for line in lines_of(document):
+        if not line.startswith(("mics ", "torchrun ", "srun ")):
+            continue
+        words = shlex.split(line)
+        for place, word in enumerate(words):
+            if word == "mics" and (place == 0 or words[place - 1] in ("--", "-m", "srun")):
+                found.append(words[place + 1 :])
+    return found
 
 
 COMMANDS = [(d, words) for d in ["README.md", *PAGES] for words in commands_of(d)]
+
+
+@pytest.fixture
+def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the repository's files and the configurations that pages have one save."""
+    for path in ROOT.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (job,) = blocks("docs/trainer.md", "toml")
+    for name in ("job.toml", "big.toml", "train.toml"):
+        (tmp_path / name).write_text(job)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @pytest.mark.parametrize(
     ("document", "words"), COMMANDS, ids=[f"{d} {shlex.join(words)}" for d, words in COMMANDS]
 )
 def test_commands_of_the_documents_have_the_options_they_are_given(
-    document: str, words: list[str], monkeypatch: pytest.MonkeyPatch
+    document: str, words: list[str], clone: Path
 ) -> None:
-    monkeypatch.chdir(ROOT)
     verb = next(verb for verb in VERBS if verb.name == words[0])
     module = importlib.import_module(f"mics.commands.{verb.options}")
     if hasattr(module, "parse"):
         assert module.parse(words[1:])
     else:
         assert tyro.cli(module.Config, args=words[1:])
+
+
+@pytest.mark.parametrize("document", PAGES)
+def test_other_commands_of_the_documents_name_what_there_is(document: str) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    for block in blocks(document, "sh"):
+        for line in filter(None, (line.strip() for line in block.splitlines())):
+            assert line.startswith((*SHELL, "--")), line
+    for line in lines_of(document):
+        if line.startswith("python ") and not line.startswith("python -"):
+            assert (ROOT / shlex.split(line)[1]).is_file(), line
+    text = (ROOT / document).read_text()
+    named = {
+        name for group in re.findall(r"torch-mics\[([\w,]+)\]", text) for name in group.split(",")
+    }
+    assert named <= extras.keys()
 
 
 def told(words: list[str]) -> subprocess.CompletedProcess[str]:
