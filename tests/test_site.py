@@ -32,6 +32,7 @@ PASSED_ON = {
     "commands/simulate.py": "words of the system",
     "communication/step_facts.py": "the same error, with the ranks",
     "ranks/joining.py": "what another rank has found",
+    "training/data/tokenizing/pool.py": "what another process has found",
 }
 """Files that raise an error in the words of another one, and whose those are."""
 
