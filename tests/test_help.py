@@ -74,9 +74,10 @@ def table_in(text: str) -> dict[str, Any]:
     return table
 
 
-def test_a_reader_that_leaves_a_help_is_no_error() -> None:
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"]])
+def test_a_reader_that_leaves_a_help_is_no_error(words: list[str]) -> None:
     with subprocess.Popen(
-        [sys.executable, "-m", "mics", "train", "--help"],
+        [sys.executable, "-m", "mics", *words],
         env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -367,7 +367,7 @@ def test_the_page_has_a_command_for_every_job() -> None:
         ("slurm --node p9", "There is no node 'p9' in the catalogue"),
         ("slurm --node p5 --gpus-per-node 16", "A p5 has fewer GPUs."),
         ("slurm --node p5 --network infiniband", "AWS joins its p5.48xlarge by EFA."),
-        ("slurm --config none.toml", "The configuration none.toml cannot be read"),
+        ("slurm --config none.toml", "There is no none.toml, the run to write a job for"),
         ("slurm --time soon", "--time must be 10 minutes to a year"),
         ("slurm --time 5", "--time must be 10 minutes to a year"),
         ("slurm --time 999-0", "--time must be 10 minutes to a year"),

@@ -37,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if importlib.util.find_spec("tyro") is None:
         return _refuse("the command line needs tyro: pip install 'torch-mics[cli]'")
     if not words or words[0] in ("-h", "--help", "help"):
-        print(_overview())
+        with outliving(sys.stdout):
+            print(_overview(), flush=True)
         return 0
     if words[0] == "--version":
         print(f"mics {__version__}")

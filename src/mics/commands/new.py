@@ -115,6 +115,11 @@ def _job(config: Config) -> Job:
 
     _check_options(config)
     node = None if config.node is None else find_node(config.node)
+    if not config.config.exists():
+        raise ConfigError(
+            f"There is no {config.config}, the run to write a job for.",
+            write="mics plan ... --toml job.toml, which writes one, or --config examples/job.toml",
+        )
     settings = read_settings(config.config)
     check_settings(settings)
     template = TEMPLATES[config.kind]
