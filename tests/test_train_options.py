@@ -29,7 +29,6 @@ from mics.training.config import (
 )
 from mics.training.dry_run import describe
 from mics.training.launching import num_ranks
-from mics.training.optimisation import learning_rate
 from mics.training.settings import as_plain, as_toml, check_settings, read_settings
 from mics.training.trackers import check_trackers
 
@@ -303,22 +302,6 @@ def test_batches_that_contradict_say_the_numbers_and_what_would_work(
         solve(BatchConfig(**given), 4)
     for word in words:
         assert word in str(caught.value)
-
-
-# -- the learning rate -----------------------------------------------------------------------------
-
-
-def test_the_learning_rate_rises_then_falls_to_its_final_share() -> None:
-    config = OptimizerConfig(learning_rate=1.0, warmup=4, final=0.1)
-    rates = [learning_rate(config, step, 20) for step in range(1, 21)]
-    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
-    assert rates[4] == 1.0
-    assert rates[3:] == sorted(rates[3:], reverse=True)
-    assert rates[-1] == pytest.approx(0.1)
-    linear = OptimizerConfig(learning_rate=1.0, decay="linear", final=0.0)
-    assert [learning_rate(linear, step, 5) for step in range(1, 6)] == [1.0, 0.75, 0.5, 0.25, 0.0]
-    constant = OptimizerConfig(learning_rate=1.0, decay="none")
-    assert learning_rate(constant, 5, 5) == 1.0
 
 
 # -- ranks and trackers ----------------------------------------------------------------------------

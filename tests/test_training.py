@@ -42,6 +42,7 @@ from mics.training.config import (
     RunConfig,
     TrainConfig,
 )
+from mics.training.schedules import learning_rate
 from mics.training.settings import read_settings
 from mics.training.signals import StopRequest
 
@@ -363,6 +364,10 @@ def test_a_learning_rate_that_jumps_is_announced(
     assert "as 6 steps, decay cosine and peak 3.0e-04 have it" in said
     advice = "--optimizer.learning-rate 3e-05 --optimizer.decay none --optimizer.warmup 0"
     assert f"To go on without a jump: {advice}" in said
+    # At step 3 of 6 the rate would be 1.65e-4: the schedule begins 3e-5 / 1.65e-4 as high.
+    lower = said.partition("or, falling as cosine does: --optimizer.learning-rate ")[2].split()[0]
+    scaled = dataclasses.replace(optimizer, learning_rate=float(lower))
+    assert learning_rate(scaled, 3, 6) == pytest.approx(3e-5, rel=1e-3)
     rates = [entry["learning_rate"] for entry in lines(config)]
     assert rates[2:4] == pytest.approx([3e-5, 1.23e-4], rel=0.01), "what was said is what is done"
 

@@ -27,6 +27,9 @@ class RunConfig:
     steps: int = 1000
     """Optimizer steps in all, those of the run resumed from included."""
 
+    epochs: float | None = None
+    """Instead of steps: how often the run sees its training sequences."""
+
     seed: int = 0
     """Seed of weights, data order, masking and dropout."""
 
@@ -79,11 +82,13 @@ class DataConfig:
     `weight` and `field`."""
 
     field: str | None = None
-    """Column of the tables that holds the text; default: "text"."""
+    """Column of the tables that holds the text; default: "text". Of conversations: the messages;
+    default: "messages", or "prompt" and "completion"."""
 
-    format: Literal["auto", "text"] = "auto"
+    format: Literal["auto", "text", "chat"] = "auto"
     """"auto": a file is a table where its bytes are one, whatever its name; "text": tables of
-    letters (JSON, CSV) are text as they stand."""
+    letters (JSON, CSV) are text as they stand; "chat": rows are conversations, which go through the
+    tokenizer's chat template, and what the assistant says is learnt."""
 
     tokenizer: str = "bytes"
     """"bytes", "bpe" (trained on the corpus), or a saved tokenizer: folder, tokenizer.json, hub
@@ -107,8 +112,28 @@ class DataConfig:
     limit: int = 0
     """Most bytes of text to take from the source; 0 takes all."""
 
+    packing: bool = True
+    """Several conversations in a row that do not see each other; else one each, and padding."""
+
     masked: float = 0.15
     """Share of tokens that a masked language model has to predict."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class LoraConfig:
+    """Small matrices that train beside weights that stay (LoRA: Hu et al., 2021); needs peft."""
+
+    rank: int = 0
+    """Columns of the first matrix; 0 trains all weights."""
+
+    alpha: float = 16.0
+    """What the product of both counts: alpha / rank."""
+
+    dropout: float = 0.0
+    """Share of their inputs that is left out in training."""
+
+    targets: tuple[str, ...] = ()
+    """Names of the layers that have them, such as q_proj; none: every linear layer but the head."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -135,11 +160,16 @@ class OptimizerConfig:
     warmup: int = 0
     """Steps over which the learning rate rises to its peak."""
 
-    decay: Literal["cosine", "linear", "none"] = "cosine"
-    """How the learning rate falls after the warmup."""
+    decay: Literal["cosine", "linear", "wsd", "inverse-sqrt", "none"] = "cosine"
+    """How the learning rate falls after the warmup: over all steps; "wsd": over the last ones
+    alone; "inverse-sqrt": with the square root of the step."""
+
+    decayed: float = 0.1
+    """Share of the steps at whose end the learning rate falls, of "wsd"."""
 
     final: float = 0.1
-    """Share of the peak learning rate that is left at the last step."""
+    """Share of the peak learning rate that is left at the last step; of "inverse-sqrt" the
+    least."""
 
     weight_decay: float = 0.1
     """Decay of the weights with two or more dims; biases and norms are not decayed."""
@@ -212,13 +242,16 @@ class EvaluationConfig:
     """Steps between evaluations; 0 evaluates at the end only."""
 
     sequences: int = 256
-    """Held-out sequences of one evaluation, at most."""
+    """Held-out sequences of one evaluation, at most; of each set."""
+
+    sets: tuple[str, ...] = ()
+    """More to measure beside the held-out share, as NAME=SOURCE, read as data.source is."""
 
     sample: int = 200
     """Tokens of the sample at the end (causal models); 0 for none."""
 
     prompt: str = "def "
-    """Text that the sample goes on from."""
+    """Text that the sample goes on from; of conversations: what a user says."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -274,6 +307,7 @@ class TrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

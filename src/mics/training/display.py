@@ -19,7 +19,7 @@ from rich.text import Text
 from mics.quantities import clock, count, percent, seconds, size
 from mics.ranks.console import outliving, show
 from mics.training.lines import evaluation_line, loss_of, step_line
-from mics.training.record import EvaluationRecord, StepRecord
+from mics.training.record import HELD_OUT, EvaluationRecord, StepRecord
 
 _BLOCKS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
 _ASCII = "_.-=+*#"
@@ -105,7 +105,8 @@ class _LiveDisplay:
     def evaluation(self, record: EvaluationRecord) -> None:
         bits = record.bits_per_byte
         unit = "" if bits is None else f", {bits:.3f} bits/byte"
-        self._held_out = f"{loss_of(record)}{unit} (step {record.step})"
+        if record.name == HELD_OUT:
+            self._held_out = f"{loss_of(record)}{unit} (step {record.step})"
         self.say(evaluation_line(record))
 
     def say(self, words: str) -> None:

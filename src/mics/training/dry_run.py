@@ -24,7 +24,6 @@ from mics.planning.figures import figures_of
 from mics.planning.nearest import check_any
 from mics.planning.plan import Plan, search
 from mics.planning.question import Question
-from mics.planning.subject import subject
 from mics.quantities import count, size
 from mics.ranks.columns import Column, as_table, fitted
 from mics.ranks.drawing import draw
@@ -35,12 +34,13 @@ from mics.training.config import TrainConfig
 from mics.training.data.token_folder import is_token_folder, read_token_folder
 from mics.training.expectation import (
     cluster_of,
-    compute_dtype,
     fastest,
     question_of,
     recipes_of,
 )
 from mics.training.launching import num_ranks
+from mics.training.lora import anatomy_of, check_lora
+from mics.training.measuring import sources_by_name
 from mics.training.settings import as_toml
 
 _PARTS = (Column("states", 2), Column("gathered", 2), Column("activations", 2), Column("together"))
@@ -55,6 +55,8 @@ def describe(config: TrainConfig) -> str:
         ConfigError: an option does not fit.
         TopologyError: partition or GPUs per node do not fit the ranks.
     """
+    check_lora(config)
+    sources_by_name(config)
     launch = read_launch()
     ranks = config.parallel.ranks or num_ranks(config, launch)
     k = config.parallel.gpus_per_node or (launch.ranks_per_node if launch else ranks)
@@ -63,7 +65,7 @@ def describe(config: TrainConfig) -> str:
     positions = num_positions(shape)
     sequence = sequence_length(config.data.sequence, positions)
     check_fits(shape, sequence=sequence, vocabulary=0)
-    anatomy = subject(shape, dtype=compute_dtype(config))
+    anatomy = anatomy_of(config, shape)
     batch = solve(config.batch, ranks)
     wanted = config.parallel.partition
     topology = Topology.from_world(ranks, k, k if wanted == "auto" else wanted)

@@ -9,13 +9,18 @@ from torch.distributed.fsdp import FSDPModule
 
 from mics.ranks.issuing import all_reduce, broadcast
 from mics.ranks.whereabouts import world_group
-from mics.training.data import Batch, Sequences, Tokenizer
+from mics.training.data import Prompt, Sequences, Tokenizer
 from mics.training.step import token_loss
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, held_out: Sequences, *, sequences: int, micro_batch: int, device: torch.device
+    model: nn.Module,
+    held_out: Sequences,
+    *,
+    sequences: int,
+    micro_batch: int,
+    device: torch.device,
 ) -> float | None:
     """Mean loss per predicted token, in nats, over the first held-out sequences.
 
@@ -36,7 +41,7 @@ def evaluate(
         first = (turn * world + rank) * micro_batch
         batch = held_out.batch(first, micro_batch)
         batch.labels[max(0, wanted - first) :] = -100
-        batch = Batch(batch.inputs.to(device), batch.labels.to(device))
+        batch = batch.to(device)
         sums[0] += token_loss(model, batch)
         sums[1] += batch.num_targets
     _rest(model)
@@ -49,7 +54,7 @@ def evaluate(
 def sample(
     model: nn.Module,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompt: Prompt,
     *,
     tokens: int,
     positions: int,
@@ -57,13 +62,14 @@ def sample(
     device: torch.device,
     temperature: float = 0.8,
 ) -> str:
-    """Let a causal model go on from ``prompt``. Collective; the same text on every rank.
+    """Let a causal model go on from some tokens, up to one that ends. Collective.
+
+    The same text on every rank.
 
     Every token is drawn on rank 0 and broadcast: ranks must feed the model the same, and nothing
     promises that their last bits agree.
     """
-    start = [int(token) for token in tokenizer.encode(prompt)] or [tokenizer.separator]
-    ids = torch.tensor([start], dtype=torch.int64, device=device)
+    ids = torch.tensor([prompt.ids], dtype=torch.int64, device=device)
     generator = torch.Generator(device).manual_seed(seed)
     model.eval()
     for _ in range(tokens):
@@ -71,6 +77,8 @@ def sample(
         drawn = torch.multinomial((logits / temperature).softmax(0), 1, generator=generator)
         broadcast(drawn, world_group())
         ids = torch.cat([ids, drawn.reshape(1, 1)], dim=1)
+        if prompt.ends and int(drawn) in prompt.ends:
+            break
     _rest(model)
     return tokenizer.decode(ids[0].tolist())
 

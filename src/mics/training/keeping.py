@@ -29,8 +29,8 @@ from mics.models.small_files import OF_MODELS, small_files
 from mics.ranks.console import alarm, say
 from mics.ranks.skips import SkipRule
 from mics.ranks.whereabouts import during
-from mics.training.optimisation import learning_rate
 from mics.training.progress import Progress
+from mics.training.schedules import learning_rate
 from mics.training.setup import Run
 
 _RULE = "skips"
@@ -171,7 +171,16 @@ class Keeper:
             f"with {learning_rate(config, step + 1, steps):.1e}, as {steps} steps, decay "
             f"{config.decay} and peak {config.learning_rate:.1e} have it. To go on without a jump: "
             f"--optimizer.learning-rate {taken:.4g} --optimizer.decay none --optimizer.warmup 0"
+            f"{self._same_shape(here, taken)}"
         )
+
+    def _same_shape(self, here: float, taken: float) -> str:
+        """Offer the schedule as it is, only lower or higher, so that it goes on from there."""
+        config = self._run.config.optimizer
+        if min(here, taken) <= 0 or config.decay == "none":
+            return ""
+        peak = config.learning_rate * taken / here
+        return f"; or, falling as {config.decay} does: --optimizer.learning-rate {peak:.4g}"
 
     def _refuse_to_collide(self, found: Path) -> None:
         """A run from a named checkpoint would meet what its folder has already, and save nothing.

@@ -84,7 +84,7 @@ def _parts(record: StepRecord, steps: int) -> Iterator[_Part]:
 def evaluation_line(record: EvaluationRecord) -> str:
     """Write an evaluation."""
     bits = f"  {record.bits_per_byte:.3f} bits/byte" if record.bits_per_byte is not None else ""
-    return f"held out after step {record.step}: loss {loss_of(record)}{bits}"
+    return f"{record.name.replace('_', ' ')} after step {record.step}: loss {loss_of(record)}{bits}"
 
 
 def loss_of(record: StepRecord | EvaluationRecord) -> str:

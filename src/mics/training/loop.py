@@ -17,7 +17,7 @@ from mics.training.meter import Meter
 from mics.training.progress import Progress
 from mics.training.rates import peak_flops
 from mics.training.record import EvaluationRecord, LatenessRecord, SaveRecord, bits_per_byte
-from mics.training.reporting import open_reporter
+from mics.training.reporting import Reporter, open_reporter
 from mics.training.setup import Run, set_up
 from mics.training.signals import StopRequest
 from mics.training.skipping import Skipping
@@ -36,11 +36,11 @@ def train(config: TrainConfig) -> int:
     """
     # Until everything is set up a signal ends the process as it does any other.
     with set_up(config) as run, StopRequest() as asked:
+        config = run.config  # whose length is known
         rule = _rule(config)
         keeper, memory = Keeper(run, rule), Memory(run, rule)
         at = _first(keeper, memory)
-        meter, lookout = _meter(run), Lookout(run.model)
-        skipping = Skipping(run, keeper)
+        meter, lookout, skipping = _meter(run), Lookout(run.model), Skipping(run, keeper)
         with open_reporter(run, meter, at) as reporter:
             stopped = False
             while at.step < config.run.steps and not stopped:
@@ -77,7 +77,7 @@ def train(config: TrainConfig) -> int:
                 if stopped or _is_due(at.step, config.checkpoint.every, config):
                     reporter.saved(_save(keeper, at))
                 if _is_due(at.step, config.evaluation.every, config):
-                    reporter.evaluation(_evaluate(run, at.step))
+                    _measure(run, at.step, reporter)
                 keeper.look_after_save()
 
             keeper.look_after_save(wait=True)
@@ -121,9 +121,14 @@ def _save(keeper: Keeper, at: Progress) -> SaveRecord:
     return SaveRecord(at.step, time.perf_counter() - begun)
 
 
+def _measure(run: Run, step: int, reporter: Reporter) -> None:
+    for name in run.measured:
+        reporter.evaluation(_evaluate(run, step, name))
+
+
 @during("the evaluation")
-def _evaluate(run: Run, step: int) -> EvaluationRecord | None:
-    held_out, sequences = run.data.held_out, run.config.evaluation.sequences
+def _evaluate(run: Run, step: int, name: str) -> EvaluationRecord | None:
+    held_out, sequences = run.measured[name], run.config.evaluation.sequences
     if min(held_out.num_sequences, sequences) == 0:
         return None
     begun = time.perf_counter()
@@ -137,7 +142,7 @@ def _evaluate(run: Run, step: int) -> EvaluationRecord | None:
     rate, bits = held_out.bytes_per_token, None
     if not run.masked and loss is not None and rate is not None:
         bits = bits_per_byte(loss, rate)
-    return EvaluationRecord(step, loss, bits, time.perf_counter() - begun)
+    return EvaluationRecord(step, loss, bits, time.perf_counter() - begun, name)
 
 
 @during("the evaluation")
@@ -147,7 +152,7 @@ def _sample(run: Run) -> str | None:
     return sample(
         run.model,
         run.data.tokenizer,
-        run.config.evaluation.prompt,
+        run.data.start_of(run.config.evaluation.prompt),
         tokens=run.config.evaluation.sample,
         positions=run.sequence,
         seed=run.config.run.seed,

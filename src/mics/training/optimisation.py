@@ -1,14 +1,13 @@
-"""AdamW, its learning rate, the global gradient norm."""
+"""AdamW, and the global gradient norm."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import nn
 
 from mics.sharding.clipping import clip_grad_norm_, get_total_norm
 from mics.training.config import OptimizerConfig
+from mics.training.schedules import learning_rate
 
 MEMORY = "adamw-fused"
 """What ``make_optimizer`` makes, as the memory model calls it."""
@@ -32,26 +31,6 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
         eps=config.eps,
         fused=True,
     )
-
-
-def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """The learning rate of one step, a function of the step alone: resuming needs no state.
-
-    It rises linearly over ``warmup`` steps, then falls along half a cosine or a line to ``final``
-    times the peak, which it reaches at the last step.
-
-    Args:
-        config: the peak and the shape.
-        step: 1 to ``steps``.
-        steps: steps of the whole run.
-    """
-    if step <= config.warmup:
-        return config.learning_rate * step / config.warmup
-    if config.decay == "none" or steps <= config.warmup + 1:
-        return config.learning_rate
-    done = (step - config.warmup - 1) / (steps - config.warmup - 1)
-    left = (1 + math.cos(math.pi * done)) / 2 if config.decay == "cosine" else 1 - done
-    return config.learning_rate * (config.final + (1 - config.final) * left)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:

@@ -11,10 +11,11 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from mics.planning.pages import colours
+from mics.training.record import HELD_OUT
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Steps and evaluations of a metrics file, in order of step.
+    """Steps and evaluations of the held-out share in a metrics file, in order of step.
 
     A run that was resumed has written some steps twice; the later line counts.
     """
@@ -24,7 +25,7 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]
             entry = json.loads(line)
         except ValueError:  # the process was killed while it wrote this line
             continue
-        if entry.get("kind") in by_kind:
+        if entry.get("kind") in by_kind and entry.get("name", HELD_OUT) == HELD_OUT:
             by_kind[entry["kind"]][entry["step"]] = entry
     steps, evaluations = ([rows[n] for n in sorted(rows)] for rows in by_kind.values())
     return steps, evaluations

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 from mics.ranks.lateness import Lateness
 
+HELD_OUT = "held_out"
+"""What the share of the training data that is held out is called among what is measured."""
+
 
 @dataclass(frozen=True)
 class StepRecord:
@@ -141,12 +144,13 @@ class LatenessRecord:
 
 @dataclass(frozen=True)
 class EvaluationRecord:
-    """The loss on held-out text after a step."""
+    """The loss on what is not trained on, after a step."""
 
     step: int
     loss: float | None
     bits_per_byte: float | None
     seconds: float | None = None  # that it took
+    name: str = HELD_OUT  # of what was measured: a set of evaluation.sets, or this
 
     def as_json(self) -> str:
         """Write one line of ``metrics.jsonl``."""
@@ -154,7 +158,7 @@ class EvaluationRecord:
 
     def as_scalars(self) -> dict[str, float]:
         """Return what a tracker takes: everything that is known."""
-        return _known("held_out", dataclasses.asdict(self))
+        return _known(self.name, dataclasses.asdict(self))
 
 
 @dataclass(frozen=True)

@@ -287,9 +287,10 @@ class _Speaker:
             named = isinstance(self._run.config.run.resume, Path)
             auto = " with --run.resume auto" if named else ""
             return [*words, f"next        the same command{auto} goes on from there"]
+        adapters = " --adapters" if self._run.config.lora.rank else ""
         return [
             *words,
-            f"next        mics export {checkpoint} {self._folder / 'exported'}",
+            f"next        mics export {checkpoint} {self._folder / 'exported'}{adapters}",
             f"            or the same command with --run.steps {2 * self._steps}, to go on",
         ]
 
@@ -346,7 +347,7 @@ def _header(run: Run, meter: Meter, at: Progress) -> str:
     epochs = f", {end / data.train.num_sequences:.2f} epochs in the end"
     lines = [
         f"model   {run.config.model.name}: {type(run.model).__name__.removeprefix('FSDP')}, "
-        f"{count(run.parameters)} parameters, {run.sequence} tokens per sequence",
+        f"{count(run.parameters)} parameters{_trained(run)}, {run.sequence} tokens per sequence",
         *(f"shape   {words}" for words in rule_of(run.config.model.name)),
         *(f"data    {line}" for line in data.lines(end)),
         f"batch   {batch}",
@@ -359,6 +360,12 @@ def _header(run: Run, meter: Meter, at: Progress) -> str:
         draw(run.topology),
     ]
     return "\n".join([as_toml(run.config), fitted("\n".join(lines))]) + "\n"
+
+
+def _trained(run: Run) -> str:
+    """How many of the parameters train, where not all of them do."""
+    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    return "" if trained == run.parameters else f", of which {count(trained)} train"
 
 
 def _open_to_append(path: Path) -> TextIO:

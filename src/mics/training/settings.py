@@ -130,6 +130,7 @@ _SHARE = (lambda value: 0 <= value < 1, "a share of at least 0 and below 1")
 _SPIKE = (lambda value: value == 0 or value > 1, "0 (off) or above 1")
 RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("run.steps", *_within(1)),
+    ("run.epochs", lambda value: 0 < value <= 10**6, "above 0, 10^6 at most"),
     ("run.seed", lambda value: 0 <= value < 2**63, "0 to 2^63 - 1"),
     ("model.router_loss", lambda value: value >= 0, "0 or more"),
     (
@@ -142,11 +143,15 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("data.limit", *_within(0)),
     ("data.masked", lambda value: 0 < value < 1, "a share between 0 and 1"),
     ("data.vocabulary", lambda value: 260 <= value <= 2**24, "260 (256 bytes) to 2^24"),
+    ("lora.rank", *_within(0, 2**16)),
+    ("lora.alpha", lambda value: value > 0, "above 0"),
+    ("lora.dropout", *_SHARE),
     ("batch.global_batch", *_within(1, 2**31)),
     ("batch.micro_batch", *_within(1, 2**20)),
     ("batch.micro_steps", *_within(1, 2**31)),
     ("optimizer.learning_rate", lambda value: value > 0, "above 0"),
     ("optimizer.warmup", *_within(0)),
+    ("optimizer.decayed", lambda value: 0 < value <= 1, "above 0, 1 at most"),
     ("optimizer.final", lambda value: 0 <= value <= 1, "0 to 1"),
     ("optimizer.weight_decay", lambda value: value >= 0, "0 or more"),
     ("optimizer.betas", lambda value: all(0 <= beta < 1 for beta in value), _SHARE[1]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +25,9 @@ from mics.models.building import (
 )
 from mics.models.experts import as_asked_by, ask_for_router_loss
 from mics.models.interchange.weights import load_weights
+from mics.models.packing import check_packed
 from mics.models.small_files import OF_MODELS, small_files
 from mics.planning.figures import Figures
-from mics.planning.subject import subject
 from mics.ranks.agreement import check_agreement
 from mics.ranks.device import default_device_type
 from mics.ranks.launcher import full_world
@@ -39,10 +39,14 @@ from mics.sharding.units import units_of
 from mics.topology import Topology
 from mics.training.batching import Batching, sequence_length, solve
 from mics.training.config import TrainConfig
-from mics.training.data import IGNORED, Batch, Data, Tokenizer, prepare_data
-from mics.training.expectation import Expectation, compute_dtype, forecast
+from mics.training.data import IGNORED, Batch, Data, Sequences, Tokenizer, open_data
+from mics.training.expectation import Expectation, forecast
+from mics.training.length import in_steps
+from mics.training.lora import anatomy_of, check_lora
+from mics.training.measuring import open_sets, sources_by_name
 from mics.training.optimisation import make_optimizer
 from mics.training.rates import memory_bytes
+from mics.training.record import HELD_OUT
 from mics.training.settings import as_toml
 from mics.training.trackers import check_trackers
 
@@ -57,6 +61,7 @@ class Run:
     parameters: int
     optimizer: torch.optim.Optimizer
     data: Data
+    measured: Mapping[str, Sequences]
     batch: Batching
     topology: Topology
     device: torch.device
@@ -99,10 +104,7 @@ class Run:
             batch = self.data.train.batch(position + (number or 0) * size, size)
             if number is None:  # as large as any other, and nothing in it is to be predicted
                 batch.labels.fill_(IGNORED)
-            yield Batch(
-                batch.inputs.to(self.device, non_blocking=True),
-                batch.labels.to(self.device, non_blocking=True),
-            )
+            yield batch.to(self.device)
 
 
 @contextmanager
@@ -112,14 +114,16 @@ def set_up(config: TrainConfig) -> Iterator[Run]:
     Raises:
         MicsError: an option, the data, the model or the cluster does not fit; on every rank.
     """
-    check_trackers(config.log)
+    _check(config)
     world, _ = start()
     device_type = default_device_type()
     device = torch.device(device_type)
     batch = _batch(config, world, device)
     with hold_folder(config.run.folder) as folder:
         shape, data, sequence = _shape_and_data(config)
-        anatomy = subject(shape, dtype=compute_dtype(config))
+        config = in_steps(config, data.train.num_sequences, batch.global_batch)
+        measured = _measured(config, shape, data, sequence)
+        anatomy = anatomy_of(config, shape)
         expected = forecast(config, anatomy, batch, sequence, device)
         choice = expected.choose(config.parallel.partition)
         before = memory_bytes(device)
@@ -149,6 +153,7 @@ def set_up(config: TrainConfig) -> Iterator[Run]:
             parameters=parameters,
             optimizer=make_optimizer(model, config.optimizer),
             data=data,
+            measured=measured,
             batch=batch,
             topology=Topology.from_world(world, groups.gpus_per_node, partition),
             device=device,
@@ -162,6 +167,21 @@ def set_up(config: TrainConfig) -> Iterator[Run]:
             folder=folder,
         )
         dist.barrier()
+
+
+def _check(config: TrainConfig) -> None:
+    """Raises MicsError where options contradict each other, before anything is read."""
+    check_trackers(config.log)
+    check_lora(config)
+    sources_by_name(config)
+
+
+def _measured(
+    config: TrainConfig, shape: PretrainedConfig, data: Data, sequence: int
+) -> dict[str, Sequences]:
+    """What the model is measured with, by name."""
+    sets = open_sets(config, sequence=sequence, masked=task_of(shape) == "masked")
+    return {HELD_OUT: data.held_out, **sets}
 
 
 def _batch(config: TrainConfig, world: int, device: torch.device) -> Batching:
@@ -178,13 +198,17 @@ def _shape_and_data(config: TrainConfig) -> tuple[PretrainedConfig, Data, int]:
     ask_for_router_loss(draft, config.model.router_loss)  # refused before data are prepared
     sequence = sequence_length(config.data.sequence, num_positions(draft))
     check_fits(draft, sequence=sequence, vocabulary=0)
-    data = prepare_data(
+    if config.data.format == "chat" and config.data.packing and task_of(draft) == "causal":
+        check_packed(draft)
+    data = open_data(
         config.data,
         seed=config.run.seed,
         sequence=sequence,
         masked=task_of(draft) == "masked",
         folder=config.run.folder,
     )
+    if data.template is not None and config.evaluation.sample:
+        data.start_of(config.evaluation.prompt)  # refused before it trains
     shape = load_config(name, vocabulary=data.tokenizer.size, separator=data.tokenizer.separator)
     ask_for_router_loss(shape, config.model.router_loss)
     check_fits(shape, sequence=sequence, vocabulary=data.tokenizer.size)

@@ -19,7 +19,8 @@ from mics.ranks.skips import SkipRule, Verdict
 from mics.sharding.micro_steps import micro_steps
 from mics.training.config import OptimizerConfig
 from mics.training.data import Batch
-from mics.training.optimisation import clip_gradients, learning_rate, set_learning_rate
+from mics.training.optimisation import clip_gradients, set_learning_rate
+from mics.training.schedules import learning_rate
 
 Counter = Callable[[], Mapping[str, float]]
 
@@ -145,7 +146,7 @@ def _sum_over_ranks(
 
 def token_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
     """Cross entropy in nats, summed over the tokens that ``batch`` predicts. Shape ()."""
-    return _cross_entropy(model(input_ids=batch.inputs), batch)
+    return _cross_entropy(model(**batch.model_inputs()), batch)
 
 
 def losses(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -158,7 +159,7 @@ def losses(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor |
     Raises:
         MicsError: the configuration asks for it, and the model has none.
     """
-    output = model(input_ids=batch.inputs)
+    output = model(**batch.model_inputs())
     loss = _cross_entropy(output, batch)
     if not _weight_of(model):
         return loss, None

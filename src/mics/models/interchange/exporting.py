@@ -84,8 +84,8 @@ def export(
         told: is called as the work goes on.
 
     Raises:
-        CheckpointError: no checkpoint, a damaged one, one without a model configuration, or ``out``
-            exists or cannot be written.
+        CheckpointError: no checkpoint, a damaged one, one without a model configuration or with
+            adapters, or ``out`` exists or cannot be written.
     """
     checkpoint = find_checkpoint(path)
     manifest = verified_manifest(checkpoint)
@@ -95,13 +95,17 @@ def export(
             numbers=f"{len(manifest.frozen)} are not there: {first_of(list(manifest.frozen))}.",
             write="mics export --adapters, or mics.load into the whole model and mics.save of that",
         )
+    if ADAPTERS in manifest.files:
+        raise CheckpointError(
+            f"{checkpoint} has adapters of peft beside its weights, which no plain model has.",
+            numbers=f"It is told of them by {ADAPTERS}.",
+            write="mics export --adapters; peft's merge_and_unload puts them into the weights",
+        )
     if MODEL_CONFIG not in manifest.files:
         raise CheckpointError(
             f"{checkpoint} does not say which transformers model it is of.",
             numbers=f"Its assets are {_assets(manifest) or 'none'}.",
-            write="mics export --adapters"
-            if ADAPTERS in manifest.files
-            else 'mics.save(..., assets={"model/config.json": config.to_json_string().encode()})',
+            write='mics.save(..., assets={"model/config.json": config.to_json_string().encode()})',
         )
     check_new(out)
     with new_folder(out) as making:

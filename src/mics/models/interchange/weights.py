@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,8 +14,9 @@ from safetensors import safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from mics.checkpoint.adapters import adapters_of
 from mics.checkpoint.contents import Contents, contents_of
-from mics.checkpoint.layout import MODEL, of_kind
+from mics.checkpoint.layout import ADAPTERS, ASSETS, MODEL, of_kind
 from mics.checkpoint.manifest import Entry
 from mics.checkpoint.reading import read_tensors
 from mics.errors import CheckpointError
@@ -22,6 +25,7 @@ from mics.ranks.console import alarm, say
 from mics.ranks.device import communication_device, default_device_type
 
 _MOST_NAMED = 3
+_ADAPTED = ".base_layer."  # what peft calls the layer that an adapter was put around
 _ROWS = 4096  # of a tied parameter that are compared at once
 
 
@@ -29,7 +33,8 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     """Fill a model, sharded or not, from the safetensors of a transformers folder.
 
     Values are converted to the parameters' dtypes. Of tied parameters one name is enough. Tensors
-    that the model has no place for (another head) are said and left out.
+    that the model has no place for (another head) are said and left out. Adapters of peft keep the
+    values they have.
 
     Args:
         model: a transformers model.
@@ -38,13 +43,32 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     Raises:
         CheckpointError: parameters are missing there, or have other shapes.
     """
-    contents = contents_of(model, None)
+    contents = _of_base(model, contents_of(model, None))
     found, unused = match_weights(folder, read_entries(folder), model, contents)
     if unused:
         say(f"{len(unused)} tensor(s) of {folder} have no place in the model{_named(unused)}")
     tensors = of_kind(MODEL, contents.tensors)
     read_tensors(folder, found, tensors)
     say_not_finite(folder, _not_finite(tensors))
+
+
+def _of_base(model: nn.Module, contents: Contents) -> Contents:
+    """What the model has without its adapters, by the names it has without them."""
+    told = adapters_of(model)
+    if not told:
+        return contents
+    adapters = json.loads(told[ADAPTERS.removeprefix(ASSETS)])["adapters"].values()
+    beside = {MODEL + name for one in adapters for name in one["tensors"].values()}
+    tensors = {
+        name.replace(_ADAPTED, "."): tensor
+        for name, tensor in contents.tensors.items()
+        if name not in beside
+    }
+    aliases = {
+        name.replace(_ADAPTED, "."): first.replace(_ADAPTED, ".")
+        for name, first in contents.aliases.items()
+    }
+    return replace(contents, tensors=tensors, aliases=aliases)
 
 
 def match_weights(

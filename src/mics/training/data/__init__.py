@@ -1,7 +1,10 @@
-"""Text becomes tokens, and tokens batches."""
+"""Text and conversations become tokens, and tokens batches."""
 
-from mics.training.data.mixture import Sequences as Sequences
+from mics.training.data.chats import Chats as Chats
+from mics.training.data.opening import open_data as open_data
 from mics.training.data.prepare import Data as Data
+from mics.training.data.prepare import Prompt as Prompt
+from mics.training.data.prepare import Sequences as Sequences
 from mics.training.data.prepare import prepare_data as prepare_data
 from mics.training.data.stream import IGNORED as IGNORED
 from mics.training.data.stream import Batch as Batch

@@ -112,6 +112,15 @@ def read_meta(folder: Path) -> Meta | None:
     return meta if sizes == {s: n * itemsize for s, n in meta.tokens.items()} else None
 
 
+def checksums_in(folder: Path) -> str:
+    """The checksums that a folder's ``meta.json`` gives of what is in it; "none" without one."""
+    try:
+        told = json.loads(read_small(folder / "meta.json"))
+        return json.dumps(told.get("facts", told)["sha256"])
+    except (OSError, ValueError, KeyError, AttributeError):
+        return "none"
+
+
 def is_intact(folder: Path, progress: ShowBytes) -> bool:
     """Whether every byte of a cache is what was written."""
     meta = read_meta(folder)

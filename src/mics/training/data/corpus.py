@@ -63,7 +63,7 @@ def read_documents(
     if field is not None and form == "text":
         raise _no_table(field, "data.format = text reads no table.")
     if source.startswith(HUB):
-        yield from texts(_hub_rows(source, field or FIELD), field or FIELD, source)
+        yield from texts(hub_rows(source, field or FIELD), field or FIELD, source)
         return
     plain: list[Path] = []
     tables: list[Path] = []
@@ -132,7 +132,12 @@ def _no_table(field: str, numbers: str) -> DataError:
     )
 
 
-def _hub_rows(source: str, field: str) -> Iterator[tuple[str, Any]]:
+def hub_rows(source: str, field: str | None) -> Iterator[tuple[str, Any]]:
+    """What every row of a data set of the hub has in a column; ``None`` gives whole rows.
+
+    Raises:
+        DataError: it cannot be read, or has no such column.
+    """
     from datasets import load_dataset
 
     name, _, split = source.removeprefix(HUB).partition("@")
@@ -143,9 +148,9 @@ def _hub_rows(source: str, field: str) -> Iterator[tuple[str, Any]]:
         )
         for number, row in enumerate(rows, 1):
             place = f"Row {number} of {source}"
-            if field not in row:
+            if field is not None and field not in row:
                 raise no_column(field, list(row), place)
-            yield place, row[field]
+            yield place, row if field is None else row[field]
     except DataError:
         raise
     except Exception as error:  # whatever the library, the network or a builder raises

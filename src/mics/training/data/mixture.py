@@ -151,7 +151,3 @@ class Mixture:
             (rows,) = np.nonzero(sources == source)
             found.append((source, rows, int(own[rows[0]])))  # they follow each other
         return found
-
-
-Sequences = Stream | Mixture
-"""What gives batches by their position in an endless order."""

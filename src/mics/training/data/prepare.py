@@ -16,17 +16,30 @@ from mics.errors import DataError
 from mics.quantities import count
 from mics.ranks.console import say
 from mics.training.config import DataConfig, SourceConfig
+from mics.training.data.chat_template import ChatTemplate
+from mics.training.data.chats import Chats
 from mics.training.data.corpus import check_apart
-from mics.training.data.mixture import Mixture, Sequences, whole_weights
+from mics.training.data.mixture import Mixture, whole_weights
 from mics.training.data.opened import Group, Opened, on_all
 from mics.training.data.stream import Masking, Stream, Tokens
 from mics.training.data.text_source import open_text
 from mics.training.data.token_source import is_tokens, open_tokens
 from mics.training.data.tokens import Tokenizer
 
+Sequences = Stream | Mixture | Chats
+"""What gives batches by their position in an endless order."""
+
 _LONGEST = timedelta(days=2)  # ranks wait for the one that tokenises
 _OF_TEXT = ("field", "format", "specials", "vocabulary", "limit")  # options of no use to tokens
 _APART = 0x9E3779B97F4A7C15  # between the seeds of sources, so that equal ones are not in step
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The ``ids`` that a model goes on from, and which ones end what it writes, if any do."""
+
+    ids: list[int]
+    ends: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -35,6 +48,7 @@ class Data:
 
     ``fingerprint`` names tokens, order and masks: equal ones give equal batches at every position.
     ``sources`` are those of the training stream, by the names that the options have for them.
+    ``template`` is that of conversations; text has none.
     """
 
     tokenizer: Tokenizer
@@ -42,10 +56,29 @@ class Data:
     held_out: Sequences
     fingerprint: str
     sources: tuple[str, ...]
+    template: ChatTemplate | None = None
+
+    def start_of(self, text: str) -> Prompt:
+        """Where a sample goes on from: the end of a text, or what a user says.
+
+        Raises:
+            DataError: the chat template does not take it.
+        """
+        if self.template is not None:
+            ids = self.template.prompt([{"role": "user", "content": text}])
+            return Prompt(ids, self.tokenizer.special_ids)
+        return Prompt(self.tokenizer.encode(text) or [self.tokenizer.separator])
 
     def lines(self, position: int) -> list[str]:
         """What there is, for people, and how often a run that ends at ``position`` has seen it."""
         train, ids = self.train, f"{self.tokenizer.size:,} ids"
+        if isinstance(train, Chats):
+            return [
+                f"{self.sources[0]}: {train.num_conversations:,} conversations in "
+                f"{train.num_sequences:,} sequences, {self.held_out.num_sequences:,} held out, "
+                f"{train.filled:.1%} full; {count(train.num_learnt)} of {count(train.num_tokens)} "
+                f"tokens are learnt, {ids}"
+            ]
         rate = "n/a" if train.bytes_per_token is None else f"{train.bytes_per_token:.2f}"
         held_out = f"{self.held_out.num_sequences:,} held out; {rate} bytes per token, {ids}"
         if isinstance(train, Stream):
@@ -85,7 +118,7 @@ def prepare_data(
     for one in sources:
         check_apart(one.source, folder)
     weights = whole_weights([one.weight for one in sources])
-    with _group() as group:
+    with group_of_ranks() as group:
         opened = _open(config, sources, seed, folder, group)
     tokenizer = opened[0].tokenizer
     masking = None
@@ -148,7 +181,8 @@ def sources_of(config: DataConfig) -> tuple[SourceConfig, ...]:
 
 
 @contextmanager
-def _group() -> Iterator[Group]:
+def group_of_ranks() -> Iterator[Group]:
+    """A Gloo group of all ranks that waits long, while one of them tokenises."""
     if not dist.is_initialized():
         yield None
         return
@@ -237,7 +271,7 @@ def _mask_of(tokenizer: Tokenizer, config: DataConfig) -> int:
 # -- mixing ----------------------------------------------------------------------------------------
 
 
-def _mixed(streams: Sequence[Stream], weights: Sequence[int]) -> Sequences:
+def _mixed(streams: Sequence[Stream], weights: Sequence[int]) -> Stream | Mixture:
     return streams[0] if len(streams) == 1 else Mixture(streams, weights)
 
 

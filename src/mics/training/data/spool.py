@@ -97,13 +97,13 @@ def spool(
         raise DataError("The corpus is empty.", numbers="0 bytes of text.", write="--data.source")
     file.flush()
     text = np.memmap(file, dtype=np.uint8, mode="r")
-    held_out = _held_out(ranks, share)
+    held_out = held_out_of(ranks, share)
     if share and len(ends) == 1:
         ends, held_out = [_cut(text, share), size], [False, True]
     return Spool(text, ends, held_out, whole.hexdigest(), spelled.words())
 
 
-def _held_out(ranks: list[int], share: float) -> list[bool]:
+def held_out_of(ranks: list[int], share: float) -> list[bool]:
     """Which documents are held out, by a number of 64 bits of each: some, but not all."""
     held_out = [rank < share * OF_ALL for rank in ranks]
     if share and not any(held_out):

@@ -24,16 +24,34 @@ class Batch:
     """``inputs`` and ``labels``, int64 of shape [sequences, length]; labels are aligned to inputs.
 
     ``labels[i, j]`` is what the model should predict at ``inputs[i, j]``: the next token, the token
-    behind a mask, or ``IGNORED``.
+    behind a mask, or ``IGNORED``. ``positions``, of the same shape, begin at 0 anew for every text
+    of a row that must not see those before it; ``None``: a row is one text.
     """
 
     inputs: torch.Tensor
     labels: torch.Tensor
+    positions: torch.Tensor | None = None
 
     @property
     def num_targets(self) -> int:
         """How many labels are to be predicted."""
         return int((self.labels != IGNORED).sum())
+
+    def to(self, device: torch.device) -> Batch:
+        """Copy it to a device; from pinned memory beside what runs there."""
+        places = self.positions
+        return Batch(
+            self.inputs.to(device, non_blocking=True),
+            self.labels.to(device, non_blocking=True),
+            None if places is None else places.to(device, non_blocking=True),
+        )
+
+    def model_inputs(self) -> dict[str, torch.Tensor | bool]:
+        """What a transformers model is called with."""
+        if self.positions is None:
+            return {"input_ids": self.inputs}
+        # With a cache transformers takes positions for places in it, and attention is not cut.
+        return {"input_ids": self.inputs, "position_ids": self.positions, "use_cache": False}
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,12 @@ Row = tuple[str, Any]
 
 
 def rows_of(
-    stream: BinaryIO, file: Path, kind: Kind, field: str, start: int = 0, stop: int | None = None
+    stream: BinaryIO,
+    file: Path,
+    kind: Kind,
+    field: str | None,
+    start: int = 0,
+    stop: int | None = None,
 ) -> Iterator[Row]:
     """What every row of an open table has in its column ``field``.
 
@@ -39,7 +44,7 @@ def rows_of(
         stream: the table.
         file: its name, for people.
         kind: what its bytes are.
-        field: the column.
+        field: the column; ``None`` gives whole rows.
         start: where to begin: JSON lines that begin at that byte or later; of Parquet and Arrow the
             group of rows (``weigh``); other tables are read whole.
         stop: where to end, in the same unit.
@@ -79,7 +84,7 @@ def unreadable(shown: str, error: BaseException, more: str = "") -> DataError:
 
 
 def _of_lines(
-    stream: BinaryIO, file: Path, field: str, start: int, stop: int | None
+    stream: BinaryIO, file: Path, field: str | None, start: int, stop: int | None
 ) -> Iterator[Row]:
     number = 0
     behind = f", counted from byte {start:,}" if start else ""
@@ -98,7 +103,7 @@ def _of_lines(
         yield place, _value(row, field, place, 'one {"text": "..."} a line')
 
 
-def _of_document(stream: BinaryIO, file: Path, field: str) -> Iterator[Row]:
+def _of_document(stream: BinaryIO, file: Path, field: str | None) -> Iterator[Row]:
     """A list of objects, or one object that is a row itself."""
     data = stream.read(LONGEST_LINE + 1)
     if len(data) > LONGEST_LINE:
@@ -117,8 +122,8 @@ def _of_document(stream: BinaryIO, file: Path, field: str) -> Iterator[Row]:
         yield place, _value(row, field, place, '[{"text": "..."}, ...]')
 
 
-def _value(row: object, field: str, place: str, example: str) -> object:
-    """A row's value in one column.
+def _value(row: object, field: str | None, place: str, example: str) -> object:
+    """A row's value in one column, or the row.
 
     Raises:
         DataError: it is no object, or has no such column.
@@ -129,14 +134,16 @@ def _value(row: object, field: str, place: str, example: str) -> object:
             numbers=f"It is of type {type(row).__name__}.",
             write=f"{example}{_AS_TEXT}",
         )
+    if field is None:
+        return row
     if field not in row:
         raise no_column(field, list(row), place)
     return row[field]
 
 
-def _of_cells(stream: BinaryIO, file: Path, field: str) -> Iterator[Row]:
+def _of_cells(stream: BinaryIO, file: Path, field: str | None) -> Iterator[Row]:
     start = stream.tell()
-    delimiter = _delimiter(stream.read(_HEADER), file, field)
+    delimiter = _delimiter(stream.read(_HEADER), file, field or "")
     stream.seek(start)
     for _ in text_of(stream, file):
         pass  # all of it is text, or this has raised
@@ -146,9 +153,9 @@ def _of_cells(stream: BinaryIO, file: Path, field: str) -> Iterator[Row]:
         with _long_cells():
             reader = csv.reader(lines, delimiter=delimiter, strict=True)
             names = next(reader, [])
-            if names and names.count(field) != 1:
+            if names and field is not None and names.count(field) != 1:
                 raise no_column(field, names, str(file))
-            at = names.index(field) if names else 0
+            at = names.index(field) if names and field is not None else 0
             for row in reader:
                 place = f"Line {reader.line_num} of {file}"
                 if row and len(row) != len(names):
@@ -158,7 +165,7 @@ def _of_cells(stream: BinaryIO, file: Path, field: str) -> Iterator[Row]:
                         write=f"quotes around a cell with commas or line ends{_AS_TEXT}",
                     )
                 if row:
-                    yield place, row[at]
+                    yield place, dict(zip(names, row, strict=True)) if field is None else row[at]
     except csv.Error as error:
         raise unreadable(f"Line {reader.line_num} of {file}", error, _AS_TEXT) from None
     finally:
@@ -200,7 +207,7 @@ def weigh(stream: BinaryIO, file: Path, kind: Kind, field: str) -> list[int]:
 
 
 def _of_arrow(
-    stream: BinaryIO, file: Path, kind: Kind, field: str, start: int, stop: int | None
+    stream: BinaryIO, file: Path, kind: Kind, field: str | None, start: int, stop: int | None
 ) -> Iterator[Row]:
     with _reading(file):
         table = _opened(stream, file, kind, field)
@@ -209,19 +216,22 @@ def _of_arrow(
             groups = range(table.num_row_groups)[start:stop]
             number = sum(table.metadata.row_group(n).num_rows for n in range(start))
             taken = table.iter_batches(
-                _ROWS_AT_ONCE, row_groups=list(groups), columns=[field], use_threads=False
+                _ROWS_AT_ONCE,
+                row_groups=list(groups),
+                columns=None if field is None else [field],
+                use_threads=False,
             )
         else:
             for batch in islice(_batches(table, kind), start):
                 number += batch.num_rows
             taken = islice(_batches(_opened(stream, file, kind, field), kind), start, stop)
         for batch in taken:
-            for value in batch.column(field):
+            for value in batch.to_struct_array() if field is None else batch.column(field):
                 number += 1
                 yield f"Row {number} of {file}", value.as_py()
 
 
-def _opened(stream: BinaryIO, file: Path, kind: Kind, field: str) -> Any:
+def _opened(stream: BinaryIO, file: Path, kind: Kind, field: str | None) -> Any:
     """A reader of pyarrow, once its table is known to have the column."""
     try:
         import pyarrow as arrow
@@ -244,7 +254,7 @@ def _opened(stream: BinaryIO, file: Path, kind: Kind, field: str) -> Any:
             raise EOFError("it does not end as one")
         table = arrow.ipc.open_stream(arrow.memory_map(str(file)))
         names = table.schema.names
-    if names.count(field) != 1:
+    if field is not None and names.count(field) != 1:
         raise no_column(field, names, str(file))
     return table
 

@@ -6,8 +6,10 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -51,7 +53,7 @@ def open_text(config: DataConfig, seed: int, folder: Path, group: Group) -> Open
         DataError: on every rank; no text, no such tokenizer or column.
     """
     cached = folder / "data" / _cache_key(config, seed)
-    _build_where_needed(cached, config, seed, group)
+    build_where_needed(cached, lambda: _build(cached, config, seed), group)
     meta = cache.read_meta(cached)
     assert meta is not None
     # The one that wrote the tokens, whatever a hub has under its name by now.
@@ -73,10 +75,17 @@ def open_text(config: DataConfig, seed: int, folder: Path, group: Group) -> Open
 # -- who works, who waits --------------------------------------------------------------------------
 
 
-def _build_where_needed(cached: Path, config: DataConfig, seed: int, group: Group) -> None:
-    def build() -> None:
-        _build(cached, config, seed)
+def build_where_needed(cached: Path, build: Callable[[], None], group: Group) -> None:
+    """Build a folder on rank 0, and on the nodes that do not see it there. Collective.
 
+    Args:
+        cached: the folder; its ``meta.json`` says what is in it, by checksums.
+        build: makes it, where it is not there yet.
+        group: of all ranks; ``None`` for a process alone.
+
+    Raises:
+        DataError: on every rank, what one of them raised.
+    """
     if group is None:
         build()
         return
@@ -85,8 +94,7 @@ def _build_where_needed(cached: Path, config: DataConfig, seed: int, group: Grou
     sees = marks[dist.get_rank()] == marks[0]
     first_here = int(os.environ.get("LOCAL_RANK", dist.get_rank())) == 0
     on_all(build if first_here and not sees else None, group)
-    meta = cache.read_meta(cached)
-    facts = {"data": ["none" if meta is None else json.dumps(meta.sha256)]}
+    facts = {"data": [cache.checksums_in(cached)]}
     check_agreement(facts, [group], torch.device("cpu"))
 
 
@@ -115,8 +123,9 @@ def _build(cached: Path, config: DataConfig, seed: int) -> None:
 
 def _tokenise(cached: Path, config: DataConfig, seed: int) -> None:
     """Bring the tokens up to date: where files look otherwise their text is read and compared."""
+    form: Literal["auto", "text"] = "text" if config.format == "text" else "auto"
     with TextProgress() as progress:
-        sources = _sources(config)
+        sources = looks_of(config)
         meta = cache.read_meta(cached)
         whole = meta is not None and cache.is_intact(cached, progress.show)
         if meta is not None and whole and meta.sources == sources:
@@ -125,7 +134,7 @@ def _tokenise(cached: Path, config: DataConfig, seed: int) -> None:
         cached.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=cached.parent) as file:  # nameless: gone if we are killed
             spooled = spool(
-                read_documents(config.source, config.field, config.format),
+                read_documents(config.source, config.field, form),
                 file,
                 share=config.held_out,
                 limit=config.limit,
@@ -159,7 +168,7 @@ def _tokenizer(config: DataConfig) -> Tokenizer | None:
 def _cache_key(config: DataConfig, seed: int) -> str:
     """A name for the options that the tokens follow from; their files are in ``meta.json``."""
     options = asdict(config)
-    del options["sources"]  # it is one of them
+    del options["sources"], options["packing"]  # it is one of them; conversations are packed
     facts = {
         "format": _FORMAT,
         "config": {**options, "masked": None, "sequence": None},
@@ -168,7 +177,7 @@ def _cache_key(config: DataConfig, seed: int) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _sources(config: DataConfig) -> str:
+def looks_of(config: DataConfig) -> str:
     """Equal as long as nobody has written to the files of text and tokenizer, or replaced them.
 
     Size and time of a file can be kept when its content changes; the time at which the kernel saw

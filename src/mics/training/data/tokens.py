@@ -63,6 +63,11 @@ class Tokenizer:
         self.specials = sorted({str(token) for token in added if token.special})
 
     @property
+    def fast(self) -> PreTrainedTokenizerFast:
+        """What does the work; it has the chat template."""
+        return self._fast
+
+    @property
     def reads_specials(self) -> bool:
         """Whether text that spells a special token is that token, and not letters."""
         return not self._fast.backend_tokenizer.encode_special_tokens
@@ -70,6 +75,12 @@ class Tokenizer:
     @reads_specials.setter
     def reads_specials(self, value: bool) -> None:
         self._fast.backend_tokenizer.encode_special_tokens = not value
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """The ids of special tokens."""
+        added = self._fast.added_tokens_decoder.items()
+        return frozenset(int(number) for number, token in added if token.special)
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text."""

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mics.training.record import HELD_OUT
+
 METRICS = "metrics.jsonl"
 Entry = dict[str, Any]
 
@@ -68,7 +70,7 @@ def read_history(path: Path) -> History:
             last = number(entry, back)
             for kind, rows in kept.items():
                 kept[kind] = {n: row for n, row in rows.items() if last is None or n <= last}
-        elif entry["kind"] in kept:
+        elif entry["kind"] in kept and entry.get("name", HELD_OUT) == HELD_OUT:
             kept[entry["kind"]][entry["step"]] = entry
     steps, evaluations = ([rows[n] for n in sorted(rows)] for rows in kept.values())
     written = sum(entry["kind"] == "step" for entry in entries)
