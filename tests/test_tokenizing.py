@@ -153,6 +153,25 @@ def test_the_ids_are_those_of_tokenizers_alone(
     assert sum(split.documents for split in splits.values()) == len(documents(corpus))
 
 
+def test_all_of_a_long_text_is_in_one_split(
+    tmp_path: Path, small_parts: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "_LEAST", cutting.PIECE)  # a first stretch is shorter than a piece
+    (tmp_path / "texts").mkdir()
+    for number in range(12):
+        line = f"<{number:02}> " + "word " * 20 + "\n"
+        (tmp_path / "texts" / f"{number:02}.txt").write_text(line * 80)
+    outcome = make(Job(str(tmp_path / "texts"), held_out=0.5), tmp_path / "tokens")
+    assert outcome.found is not None
+    seen = []
+    for split, told in outcome.found.splits.items():
+        ids = ids_of(tmp_path / "tokens", split)
+        text = bytes(n for n in ids if n < 256).decode()
+        seen.append({number for number in range(12) if f"<{number:02}>" in text})
+        assert ids.count(outcome.found.separator) == told.documents == len(seen[-1])
+    assert seen[0] and seen[1] and not seen[0] & seen[1]
+
+
 def test_cuts_that_a_tokenizer_sees_are_counted(
     corpus: Path, tmp_path: Path, small_parts: None
 ) -> None:

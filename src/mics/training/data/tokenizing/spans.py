@@ -26,7 +26,7 @@ class Passage:
     Args:
         place: where it stands, for people.
         pieces: its bytes.
-        head: the first mebibyte of the document, where this is a later stretch of it.
+        head: the first mebibyte of the document, where this is a stretch of it.
         before: the last bytes in front of it, of the same document.
         ends: whether the document ends with it.
     """
@@ -62,9 +62,10 @@ def _stretch(stream: BinaryIO, file: Path, span: Span) -> Passage:
     size = stream.seek(0, 2)
     start, stop = (_cut(stream, at, begin, size) for at in (span.start, span.stop))
     head = before = b""
-    if start > begin:
+    if stop < size or start > begin:  # each stretch of a document goes where its head says
         stream.seek(begin)
         head = stream.read(PIECE)
+    if start > begin:
         stream.seek(max(begin, start - _BEFORE))
         before = stream.read(start - stream.tell())
     stream.seek(start)
