@@ -144,6 +144,35 @@ def test_epochs_become_steps_and_go_on(tmp_path: Path) -> None:
         assert "run.steps and run.epochs both say" in error
 
 
+def test_epochs_are_those_of_the_data_whatever_the_steps_so_far_were(tmp_path: Path) -> None:
+    config = settings(tmp_path, "epochs", run=RunConfig(folder=tmp_path / "epochs", epochs=3))
+    config = replace(config, batch=BatchConfig(global_batch=2), data=_alone(config.data))
+    run_ranks(loop.train, 1, config)  # 30 conversations, one in a row: 45 steps
+    assert len(losses(config)) == 3 * len(ROWS) // 2
+
+    larger = replace(config, batch=BatchConfig(global_batch=6))
+    run_ranks(loop.train, 2, replace(larger, run=replace(config.run, epochs=5)))
+    added = len(losses(config)) - 3 * len(ROWS) // 2
+    assert added == 2 * len(ROWS) // 6
+
+    step = max((tmp_path / "epochs").glob("step-*"))
+    again = RunConfig(folder=tmp_path / "tuned", epochs=2, resume=step)
+    data = replace(config.data, source=str(tmp_path / "other.jsonl"))
+    tuned = replace(config, run=again, data=data)
+    run_ranks(loop.train, 1, tuned)
+    assert len(losses(tuned)) == pytest.approx(2 * len(CONVERSATIONS) / 2, abs=1)
+    kept = max((tmp_path / "tuned").glob("step-*"))
+    assert f"steps = {losses_end(tuned)}" in (kept / "assets" / "config.toml").read_text()
+
+
+def _alone(data: DataConfig) -> DataConfig:
+    return replace(data, packing=False, held_out=0.0)
+
+
+def losses_end(config: TrainConfig) -> int:
+    return int(entries(config, "step")[-1]["step"])
+
+
 def test_epochs_are_rounded_up_to_whole_steps() -> None:
     config = TrainConfig(run=RunConfig(epochs=2.0))
     assert in_steps(config, sequences=15, global_batch=4).run.steps == 8

@@ -40,12 +40,13 @@ class Keeper:
     """Writes the checkpoints of a run. One that cannot be written is an alarm, not the end.
 
     Args:
-        run: what is trained.
+        run: what is trained; where it goes on from a state it is another one, of the same length
+            in epochs.
         rule: says which steps are skipped; it is kept and resumed with the rest.
     """
 
     def __init__(self, run: Run, rule: SkipRule) -> None:
-        self._run = run
+        self.run = run
         self._rule = rule
         self._back_to: int | None = None  # the step that the run has last gone back to
         self._folder = run.config.run.folder
@@ -60,7 +61,7 @@ class Keeper:
             CheckpointError: it is damaged, or of another model.
             ConfigError: "never" in a folder that has checkpoints, or they saw other sequences.
         """
-        wanted = self._run.config.run.resume
+        wanted = self.run.config.run.resume
         found = newest_intact(self._folder) if isinstance(wanted, str) else wanted
         if found is None:
             return Progress()
@@ -76,15 +77,16 @@ class Keeper:
             self._set_aside_newer(found)
         self._take_assets(found)
         if not _has_optimizer(found):  # imported weights
-            load(found, model=self._run.model)
+            load(found, model=self.run.model)
             say(f"starts from the weights of {found}; it has no optimizer state")
             return Progress()
         # The newest one was verified when it was found.
         loaded, taken = self._load(found, verify=not isinstance(wanted, str))
         at = self._progress(found, loaded.extra)
         self._resume_rule(found, loaded.extra)
+        self.run = self.run.going_on(at)
         self._announce_jump(at.step, taken)
-        self._run.batch.say_if_another(loaded.extra)
+        self.run.batch.say_if_another(loaded.extra)
         if step_of(found) == at.step and found.parent == self._folder:
             self.newest = found
         random = "" if loaded.random_restored else "; random state anew (other ranks)"
@@ -111,7 +113,7 @@ class Keeper:
 
     def _take_assets(self, found: Path) -> None:
         for name, data in small_files(found / MODEL_FILES, OF_MODELS).items():
-            self._run.assets.setdefault(f"model/{name}", data)
+            self.run.assets.setdefault(f"model/{name}", data)
 
     def go_back(self, at: Progress) -> tuple[Progress, Path] | None:
         """Load the newest state that was kept, and go on behind all data so far. Collective.
@@ -143,9 +145,9 @@ class Keeper:
 
     def _load(self, found: Path, *, verify: bool) -> tuple[Loaded, float]:
         """Load a checkpoint; return what else it held, and the learning rate it was taken with."""
-        optimizer = self._run.optimizer
+        optimizer = self.run.optimizer
         options = [_options(group) for group in optimizer.param_groups]
-        loaded = load(found, model=self._run.model, optimizer=optimizer, verify=verify)
+        loaded = load(found, model=self.run.model, optimizer=optimizer, verify=verify)
         taken = float(optimizer.param_groups[0]["lr"])
         for group, own in zip(optimizer.param_groups, options, strict=True):
             group.update(own)  # this run's options, not those of the run it goes on from
@@ -160,7 +162,7 @@ class Keeper:
 
     def _announce_jump(self, step: int, taken: float) -> None:
         """Say where the learning rate does not go on as it was: a longer run, another schedule."""
-        config, steps = self._run.config.optimizer, self._run.config.run.steps
+        config, steps = self.run.config.optimizer, self.run.config.run.steps
         if step < 1 or step >= steps:
             return
         here = learning_rate(config, step, steps)
@@ -176,7 +178,7 @@ class Keeper:
 
     def _same_shape(self, here: float, taken: float) -> str:
         """Offer the schedule as it is, only lower or higher, so that it goes on from there."""
-        config = self._run.config.optimizer
+        config = self.run.config.optimizer
         if min(here, taken) <= 0 or config.decay == "none":
             return ""
         peak = config.learning_rate * taken / here
@@ -217,13 +219,13 @@ class Keeper:
                 numbers=f"Its extra has {', '.join(extra) or 'nothing'}.",
                 write="mics.load in a loop of your own, or --model.weights to start from weights",
             ) from None
-        if data == self._run.data.fingerprint:
+        if data == self.run.data.fingerprint:
             return at
-        if self._run.config.run.resume == "auto":
+        if self.run.config.run.resume == "auto":
             raise ConfigError(
                 f"{found} was trained on other sequences than this run would go on with.",
                 numbers=f"Text, tokenizer, sequence length and seed give {data} there and "
-                f"{self._run.data.fingerprint} here.",
+                f"{self.run.data.fingerprint} here.",
                 write=f"the [data] and seed of {found / ASSETS / 'config.toml'}, or --run.resume "
                 f"{found} to go on with new data",
             )
@@ -237,22 +239,22 @@ class Keeper:
         if Peers().together(folder.exists, only=0)[0]:  # this step is done for the second time
             self.newest, self.last_failed = folder, False
             return
-        config = self._run.config.checkpoint
+        config = self.run.config.checkpoint
         extra: dict[str, Any] = {
             "step": at.step,
             "position": at.position,
             "tokens": at.tokens,
-            "data": self._run.data.fingerprint,
+            "data": self.run.data.fingerprint,
             _RULE: self._rule.state_dict(),
-            **self._run.batch.kept(),
+            **self.run.batch.kept(),
         }
         try:
             self._pending = save(
                 folder,
-                model=self._run.model,
-                optimizer=self._run.optimizer,
+                model=self.run.model,
+                optimizer=self.run.optimizer,
                 extra=extra,
-                assets=self._run.assets,
+                assets=self.run.assets,
                 asynchronous=config.asynchronous,
             )
         except CheckpointError as error:
@@ -272,7 +274,7 @@ class Keeper:
             return
         self.newest, self.last_failed = pending.path, False
         if dist.get_rank() == 0:
-            prune(self._folder, self._run.config.checkpoint.keep)
+            prune(self._folder, self.run.config.checkpoint.keep)
 
     def _failed(self, error: CheckpointError) -> None:
         self.last_failed = True

@@ -36,10 +36,10 @@ def train(config: TrainConfig) -> int:
     """
     # Until everything is set up a signal ends the process as it does any other.
     with set_up(config) as run, StopRequest() as asked:
-        config = run.config  # whose length is known
         rule = _rule(config)
         keeper, memory = Keeper(run, rule), Memory(run, rule)
         at = _first(keeper, memory)
+        run, config = keeper.run, keeper.run.config  # whose length is known
         meter, lookout, skipping = _meter(run), Lookout(run.model), Skipping(run, keeper)
         with open_reporter(run, meter, at) as reporter:
             stopped = False
@@ -94,7 +94,10 @@ def _rule(config: TrainConfig) -> SkipRule:
 def _first(keeper: Keeper, memory: Memory) -> Progress:
     """Where the run goes on: from memory where it has been kept there, else from a checkpoint."""
     recalled = memory.recall()
-    return keeper.resume() if recalled is None else keeper.go_on(recalled)
+    if recalled is None:
+        return keeper.resume()
+    keeper.run = keeper.run.going_on(recalled)
+    return keeper.go_on(recalled)
 
 
 def _is_due(step: int, every: int, config: TrainConfig) -> bool:

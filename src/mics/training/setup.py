@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -41,10 +41,11 @@ from mics.training.batching import Batching, sequence_length, solve
 from mics.training.config import TrainConfig
 from mics.training.data import IGNORED, Batch, Data, Sequences, Tokenizer, open_data
 from mics.training.expectation import Expectation, forecast
-from mics.training.length import in_steps
+from mics.training.length import going_on, in_steps
 from mics.training.lora import anatomy_of, check_lora
 from mics.training.measuring import open_sets, sources_by_name
 from mics.training.optimisation import make_optimizer
+from mics.training.progress import Progress
 from mics.training.rates import memory_bytes
 from mics.training.record import HELD_OUT
 from mics.training.settings import as_toml
@@ -53,9 +54,13 @@ from mics.training.trackers import check_trackers
 
 @dataclass(frozen=True)
 class Run:
-    """A run that is ready for its first step."""
+    """A run that is ready for its first step.
+
+    ``config`` has its length in steps, and ``epochs`` what that follows from, if anything.
+    """
 
     config: TrainConfig
+    epochs: float | None
     shape: PretrainedConfig
     model: nn.Module
     parameters: int
@@ -93,6 +98,15 @@ class Run:
         """How many each rank runs per step."""
         return len(self.batch.dealt(0, self.ranks))
 
+    def going_on(self, at: Progress) -> Run:
+        """The run as it is from ``at`` on: as many epochs may be another number of steps."""
+        if self.epochs is None:
+            return self
+        data, batch = self.data.train.num_sequences, self.batch.global_batch
+        config = going_on(self.config, self.epochs, at, data, batch)
+        assets = {**self.assets, "config.toml": as_toml(config).encode()}
+        return replace(self, config=config, assets=assets)
+
     def micro_batches(self, position: int) -> Iterator[Batch]:
         """This rank's micro-batches of the step that begins at ``position``.
 
@@ -121,6 +135,7 @@ def set_up(config: TrainConfig) -> Iterator[Run]:
     batch = _batch(config, world, device)
     with hold_folder(config.run.folder) as folder:
         shape, data, sequence = _shape_and_data(config)
+        epochs = config.run.epochs
         config = in_steps(config, data.train.num_sequences, batch.global_batch)
         measured = _measured(config, shape, data, sequence)
         anatomy = anatomy_of(config, shape)
@@ -148,6 +163,7 @@ def set_up(config: TrainConfig) -> Iterator[Run]:
         partition = groups.shard.size()
         yield Run(
             config=config,
+            epochs=epochs,
             shape=shape,
             model=model.train(),
             parameters=parameters,
