@@ -9,7 +9,7 @@ import pytest
 from mics import TopologyError
 from mics.ranks.address import export_torch_variables, first_host
 from mics.ranks.launcher import Launch, check_place, more_ranks, read_launch, takes_new_nodes
-from mics.ranks.nodes_given import check_nodes_given, nodes_given, without_srun
+from mics.ranks.nodes_given import apart, check_nodes_given, nodes_given, without_srun
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 SLURM = {
@@ -329,6 +329,30 @@ def test_a_process_that_srun_has_not_started_is_told_so(
 def test_torchrun_inside_a_slurm_job_wins() -> None:
     launch = read_launch(SLURM | TORCHRUN)
     assert launch is not None and launch.source == "torchrun"
+
+
+ALONE = TORCHRUN | {"GROUP_WORLD_SIZE": "1"}
+
+
+@pytest.mark.parametrize(
+    ("outer", "source"),
+    [
+        (SLURM | {"SLURM_STEP_ID": "0"}, "Slurm"),
+        (OPEN_MPI, "Open MPI"),
+        (SLURM, ""),  # the script of a job, which srun has not started
+        (SLURM | {"SLURM_STEP_ID": "4294967290"}, ""),  # the shell of salloc
+        (SLURM | {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "1"}, ""),
+        ({}, ""),
+    ],
+)
+def test_a_torchrun_in_each_of_several_tasks_is_told_that_it_is_alone(
+    outer: dict[str, str], source: str
+) -> None:
+    launch = read_launch(ALONE | outer)
+    assert launch is not None
+    said = apart(launch, ALONE | outer)
+    assert said.startswith(f"{source} has started") if source else said == ""
+    assert apart(launch, ALONE | outer | {"GROUP_WORLD_SIZE": "2"}) == ""
 
 
 def test_ragged_slurm_nodes_are_refused_with_their_sizes() -> None:

@@ -29,13 +29,13 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from mics.errors import MicsError
 from mics.ranks.address import export_torch_variables
 from mics.ranks.arrival import Waiting
-from mics.ranks.console import say
+from mics.ranks.console import alarm, say
 from mics.ranks.device import on_accelerator, use_local_device
 from mics.ranks.drawing import ranks_text
 from mics.ranks.interfaces import Door, door_of, is_loopback, listen_on
 from mics.ranks.issuing import all_reduce
 from mics.ranks.launcher import Launch, check_place
-from mics.ranks.nodes_given import without_srun
+from mics.ranks.nodes_given import apart, without_srun
 
 JOIN_SECONDS = 600.0
 """How long the ranks of a launcher wait for each other; nodes may have images to fetch first."""
@@ -73,6 +73,8 @@ def join(launch: Launch, device_type: str, seconds: float) -> Store:
     export_torch_variables(launch)
     if launch.source == "Slurm" and launch.world > 1 and (words := without_srun()):
         say(f"{words}: it waits for the others. Write: srun mics ...")
+    if words := apart(launch):
+        alarm(words)
     waiting = Waiting(seconds)
     store, door = _store(launch, waiting)
     listen_on(door)

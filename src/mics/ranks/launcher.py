@@ -111,6 +111,20 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch | None:
     return launch
 
 
+def read_outer(environment: Mapping[str, str]) -> Launch | None:
+    """What MPI or a scheduler says of this process, whoever else has started ranks inside of it.
+
+    Nobody, where that makes no sense, and in a script or shell that is none of several tasks.
+    """
+    try:
+        launch = _mpi(environment) or _pmi(environment)
+        if launch is None and any(name.startswith("SLURM_STEP") for name in environment):
+            launch = _scheduler(environment)
+    except TopologyError:
+        return None
+    return launch
+
+
 def ranks_per_node_told() -> int | None:
     """Ranks per node as the launcher tells it, right or wrong; ``None`` if there was no launcher.
 

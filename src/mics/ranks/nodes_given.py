@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from mics.errors import TopologyError
-from mics.ranks.launcher import is_slurm_shell
+from mics.ranks.launcher import Launch, is_slurm_shell, read_outer
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,25 @@ def check_nodes_given() -> None:
             numbers=f"{given.told} = {os.environ[given.told][:200]}; RANK is not set.",
             write=f"{given.launch}; or unset {given.told}, to use this node alone",
         )
+
+
+def apart(launch: Launch, environment: Mapping[str, str] | None = None) -> str:
+    """Say that torchrun's ranks know of this node alone, where several tasks run torchrun.
+
+    ``srun torchrun`` without ``--nnodes`` is as many jobs as there are tasks, all of them alike.
+    Else nothing.
+    """
+    env = os.environ if environment is None else environment
+    if launch.source != "torchrun" or env.get("GROUP_WORLD_SIZE") != "1":
+        return ""
+    outer = read_outer(env)
+    if outer is None or outer.world < 2:
+        return ""
+    return (
+        f"{outer.source} has started {outer.world} tasks, and torchrun knows of this one alone: "
+        f"{outer.world} runs of {launch.world} rank(s). For one run write: torchrun --nnodes "
+        f"{outer.world} --rdzv-backend c10d --rdzv-endpoint <host of one of them>:29500"
+    )
 
 
 def without_srun() -> str:
