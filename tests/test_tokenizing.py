@@ -172,6 +172,22 @@ def test_all_of_a_long_text_is_in_one_split(
     assert seen[0] and seen[1] and not seen[0] & seen[1]
 
 
+def test_a_part_of_another_task_is_made_again_where_its_files_have_changed(
+    tmp_path: Path, small_parts: None
+) -> None:
+    (tmp_path / "texts").mkdir()
+    for number in range(4):
+        (tmp_path / "texts" / f"{number}.txt").write_text(f"{number}" * 4000)
+    job, folder = Job(str(tmp_path / "texts"), held_out=0), tmp_path / "tokens"
+    assert make(job, folder, share=Share(0, 2)).missing == 2
+    seen = (tmp_path / "texts" / "0.txt").stat()
+    (tmp_path / "texts" / "0.txt").write_text("x" * 4000)
+    os.utime(tmp_path / "texts" / "0.txt", ns=(seen.st_atime_ns, seen.st_mtime_ns))
+    assert make(job, folder, share=Share(1, 2)).missing == 1
+    assert make(job, folder, share=Share(0, 2)).found is not None
+    assert ids_of(folder, "train")[:4000] == [ord("x")] * 4000
+
+
 def test_cuts_that_a_tokenizer_sees_are_counted(
     corpus: Path, tmp_path: Path, small_parts: None
 ) -> None:

@@ -130,7 +130,8 @@ def _make(
             Task(folder, job, plan, left, tokenizer), processes, total - todo, total, progress
         )
     seconds = time.monotonic() - begun
-    missing = [n for n in range(len(plan.parts)) if read_record(folder, n) is None]
+    dtype = tokenizer.dtype
+    missing = [n for n in range(len(plan.parts)) if not _is_made(folder, n, plan, dtype)]
     found = None
     if not missing or is_token_folder(folder):  # another task may have finished it meanwhile
         found, missing = _finish(folder, plan, made_from, tokenizer), []
