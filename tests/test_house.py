@@ -320,6 +320,14 @@ def test_files_that_are_named_exist() -> None:
 HOMES = (".", "src", "src/mics")
 
 
+def test_switches_are_named_as_they_are_given() -> None:
+    """An option that is on or off takes no word: --data.no-packing."""
+    texts = {path: path.read_text() for path in text_files() if path.suffix == ".md"}
+    texts |= {PACKAGE / file.path: file.text for file in FILES}
+    pattern = re.compile(r"--[a-z][\w.-]* (?:True|False)\b")
+    assert [(path, found) for path, text in texts.items() if (found := pattern.findall(text))] == []
+
+
 def test_every_note_that_is_cited_exists() -> None:
     texts = [file.text for file in FILES] + [(ROOT / "ARCHITECTURE.md").read_text()]
     cited = {note for text in texts for note in re.findall(r"\[Note: ([^\]]+)\]", text)}

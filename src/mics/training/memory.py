@@ -97,7 +97,7 @@ def _is_usable() -> bool:
         alarm(
             f"THE STATE IS NOT KEPT IN MEMORY: {reasons[0]} (of {len(reasons)} rank(s)). Training "
             "goes on; a restart goes on from the newest checkpoint.\n"
-            "Write: MICS_MEMORY=<a folder in memory>, or --checkpoint.memory False"
+            "Write: MICS_MEMORY=<a folder in memory>, or --checkpoint.no-memory"
         )
     return not reasons
 
