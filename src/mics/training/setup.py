@@ -122,21 +122,20 @@ class Run:
 
 
 @contextmanager
-def set_up(config: TrainConfig) -> Iterator[Run]:
+def set_up(asked: TrainConfig) -> Iterator[Run]:
     """Hold the run's folder and build what trains in it. Collective over all ranks.
 
     Raises:
         MicsError: an option, the data, the model or the cluster does not fit; on every rank.
     """
-    _check(config)
+    _check(asked)
     world, _ = start()
     device_type = default_device_type()
     device = torch.device(device_type)
-    batch = _batch(config, world, device)
-    with hold_folder(config.run.folder) as folder:
-        shape, data, sequence = _shape_and_data(config)
-        epochs = config.run.epochs
-        config = in_steps(config, data.train.num_sequences, batch.global_batch)
+    batch = _batch(asked, world, device)
+    with hold_folder(asked.run.folder) as folder:
+        shape, data, sequence = _shape_and_data(asked)
+        config = in_steps(asked, data.train.num_sequences, batch.global_batch)
         measured = _measured(config, shape, data, sequence)
         anatomy = anatomy_of(config, shape)
         expected = forecast(config, anatomy, batch, sequence, device)
@@ -163,7 +162,7 @@ def set_up(config: TrainConfig) -> Iterator[Run]:
         partition = groups.shard.size()
         yield Run(
             config=config,
-            epochs=epochs,
+            epochs=asked.run.epochs,
             shape=shape,
             model=model.train(),
             parameters=parameters,
