@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from mics.training.config import OptimizerConfig
+from mics.training.config import OptimizerConfig, RunConfig, TrainConfig
+from mics.training.length import say_if_never_warm
 from mics.training.schedules import learning_rate
 
 
@@ -51,3 +54,12 @@ def test_no_schedule_divides_by_zero() -> None:
             for warmup in (0, 1, 3, 5):
                 found = rates(steps, decay=decay, warmup=warmup)
                 assert all(0 < rate <= 1 for rate in found)
+
+
+def test_a_run_that_ends_before_its_peak_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    config = TrainConfig(run=RunConfig(steps=4), optimizer=OptimizerConfig(warmup=4))
+    say_if_never_warm(config)
+    assert capsys.readouterr().out == ""
+    say_if_never_warm(replace(config, optimizer=replace(config.optimizer, warmup=8)))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the run has 4 steps, the last with 1.5e-04 instead of 3.0e-04" in said

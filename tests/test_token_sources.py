@@ -97,6 +97,7 @@ def test_a_folder_without_a_split_has_its_end_held_out(texts: Path, tmp_path: Pa
         ({"limit": 10}, "data.limit is for text"),
         ({"format": "text"}, "data.format is for text"),
         ({"held_out": 0.3}, "has its own share of documents"),
+        ({"held_out": 0.0}, "0 for evaluation.sets"),
         ({"tokenizer": "bpe"}, "bpe is trained on text"),
     ],
 )

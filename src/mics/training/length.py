@@ -1,4 +1,4 @@
-"""How long a run is, where it is told in epochs."""
+"""How long a run is, where it is told in epochs, and whether that is long enough to warm up."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from mics.errors import ConfigError
 from mics.ranks.console import say
 from mics.training.config import RunConfig, TrainConfig
 from mics.training.progress import Progress
+from mics.training.schedules import learning_rate
 
 
 def in_steps(config: TrainConfig, sequences: int, global_batch: int) -> TrainConfig:
@@ -59,6 +60,17 @@ def going_on(
         f"sequences: until it is {epochs:g} the run has {steps:,} steps"
     )
     return replace(config, run=replace(config.run, steps=steps))
+
+
+def say_if_never_warm(config: TrainConfig) -> None:
+    """Say so where the run ends before the learning rate has risen to its peak."""
+    given, steps = config.optimizer, config.run.steps
+    if given.warmup > steps:
+        say(
+            f"THE LEARNING RATE NEVER REACHES ITS PEAK: optimizer.warmup = {given.warmup:,}, and "
+            f"the run has {steps:,} steps, the last with {learning_rate(given, steps, steps):.1e} "
+            f"instead of {given.learning_rate:.1e}"
+        )
 
 
 def _steps_to(epochs: float, at: Progress, sequences: int, global_batch: int) -> int:

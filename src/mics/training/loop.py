@@ -11,6 +11,7 @@ from mics.ranks.whereabouts import during
 from mics.training.config import TrainConfig
 from mics.training.evaluation import evaluate, sample
 from mics.training.keeping import Keeper
+from mics.training.length import say_if_never_warm
 from mics.training.lookout import Lookout
 from mics.training.memory import Memory
 from mics.training.meter import Meter
@@ -40,6 +41,7 @@ def train(config: TrainConfig) -> int:
         keeper, memory = Keeper(run, rule), Memory(run, rule)
         at = _first(keeper, memory)
         run, config = keeper.run, keeper.run.config  # whose length is known
+        say_if_never_warm(config)
         meter, lookout, skipping = _meter(run), Lookout(run.model), Skipping(run, keeper)
         with open_reporter(run, meter, at) as reporter:
             stopped = False

@@ -33,8 +33,8 @@ class Conversation:
         place: where it stands, for people.
         messages: each has a ``role`` and a ``content``, which a chat template takes as they are.
         prompt: how many of the first ones are never learnt: 0 where the row has ``messages``.
-        whole_turns: the row has a ``completion``: of it the assistant's turns are learnt as a whole,
-            whatever the template marks.
+        whole_turns: the row has a ``completion``: the assistant's turns in it are learnt as a
+            whole, whatever the template marks.
         tools: what the template is told of functions, or ``None``.
     """
 

@@ -118,7 +118,8 @@ def _check_share(config: DataConfig, share: object, source: str) -> None:
     if config.held_out not in (DataConfig().held_out, share):
         raise DataError(
             f"{source} has its own share of documents that are held out.",
-            numbers=f"It is {share}, and data.held_out = {config.held_out}.",
+            numbers=f"It is {share}, and data.held_out = {config.held_out}, which is 0 for "
+            "evaluation.sets, as all of each is measured.",
             write=f"mics tokenize --held-out {config.held_out} <source> <a new folder>, or leave "
             "--data.held-out out; --evaluation.sequences 0 evaluates nothing",
         )
