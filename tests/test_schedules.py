@@ -59,7 +59,7 @@ def test_no_schedule_divides_by_zero() -> None:
 def test_a_run_that_ends_before_its_peak_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     config = TrainConfig(run=RunConfig(steps=4), optimizer=OptimizerConfig(warmup=4))
     say_if_never_warm(config)
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""
     say_if_never_warm(replace(config, optimizer=replace(config.optimizer, warmup=8)))
-    said = " ".join(capsys.readouterr().out.split())
+    said = " ".join(capsys.readouterr().err.split())
     assert "the run has 4 steps, the last with 1.5e-04 instead of 3.0e-04" in said

@@ -19,7 +19,7 @@ from mics.training.config import DataConfig
 from mics.training.data.chat_template import ChatTemplate, Spoken
 from mics.training.data.chats import Chats, read_kept, write_chats
 from mics.training.data.conversations import Conversation, read_conversations
-from mics.training.data.corpus import check_apart
+from mics.training.data.corpus import OUTSIDE, check_apart
 from mics.training.data.prepare import Data, group_of_ranks
 from mics.training.data.spelling import Spelled
 from mics.training.data.spool import held_out_of
@@ -49,7 +49,7 @@ def prepare_chats(config: DataConfig, *, seed: int, sequence: int, folder: Path)
             that are for text.
     """
     _check_options(config)
-    check_apart(config.source, folder)
+    check_apart(config.source, folder, OUTSIDE)
     made = folder / "data" / f"chats-{_key(config, seed, sequence)}"
     with group_of_ranks() as group:
         build_where_needed(made, lambda: _build(made, config, seed, sequence), group)

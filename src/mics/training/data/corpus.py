@@ -30,20 +30,29 @@ class Document:
     pieces: Iterable[bytes]
 
 
-def check_apart(source: str, run: Path) -> None:
-    """Check that a run does not write into the folder that it reads.
+def check_apart(source: str, written: Path, write: str) -> None:
+    """Check that nobody writes into the folder that is read.
+
+    Args:
+        source: what is read.
+        written: the folder that is written.
+        write: how another one is named.
 
     Raises:
-        DataError: what it writes would be text of the next start.
+        DataError: what is written would be text of the next start.
     """
     check_name(source)
-    path, run = Path(source).expanduser().resolve(), run.resolve()
-    if path.is_dir() and run.is_relative_to(path) and not is_hidden(run.relative_to(path)):
+    path, folder = Path(source).expanduser().resolve(), written.resolve()
+    if path.is_dir() and folder.is_relative_to(path) and not is_hidden(folder.relative_to(path)):
         raise DataError(
-            "The folder of the run lies in data.source, which would be read with what it holds.",
-            numbers=f"run.folder is {run}, data.source {path}.",
-            write="--run.folder <a folder outside of it>, or a glob of files as --data.source",
+            "The folder that is written lies in the source, which is read with what it holds.",
+            numbers=f"{folder} lies in {path}.",
+            write=f"{write}, or a glob of files as the source",
         )
+
+
+OUTSIDE = "--run.folder <a folder outside of it>"
+"""How the folder of a run is named, for ``check_apart``."""
 
 
 def read_documents(

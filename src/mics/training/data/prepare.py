@@ -18,7 +18,7 @@ from mics.ranks.console import say
 from mics.training.config import DataConfig, SourceConfig
 from mics.training.data.chat_template import ChatTemplate
 from mics.training.data.chats import Chats
-from mics.training.data.corpus import check_apart
+from mics.training.data.corpus import OUTSIDE, check_apart
 from mics.training.data.mixture import Mixture, whole_weights
 from mics.training.data.opened import Group, Opened, on_all
 from mics.training.data.stream import Masking, Stream, Tokens
@@ -116,7 +116,7 @@ def prepare_data(
     """
     sources = sources_of(config)
     for one in sources:
-        check_apart(one.source, folder)
+        check_apart(one.source, folder, OUTSIDE)
     weights = whole_weights([one.weight for one in sources])
     with group_of_ranks() as group:
         opened = _open(config, sources, seed, folder, group)

@@ -93,7 +93,7 @@ def make_token_folder(
     Raises:
         DataError: the source or the tokenizer cannot be read, or the folder is of something else.
     """
-    check_apart(job.source, folder)
+    check_apart(job.source, folder, "mics tokenize <source> <a folder outside of it>")
     _check_free(folder)
     plan = make_plan(job, progress)
     try:
