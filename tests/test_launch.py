@@ -269,6 +269,7 @@ SKY = {
         (SKY, "SkyPilot", '--nnodes "$SKYPILOT_NUM_NODES" --node-rank "$SKYPILOT_NODE_RANK"'),
         ({"SM_HOSTS": '["algo-1", "algo-2"]'}, "SageMaker", '"torch_distributed": {"enabled"'),
         ({"AWS_BATCH_JOB_NUM_NODES": "4"}, "AWS Batch", '"$AWS_BATCH_JOB_NODE_INDEX"'),
+        ({"LWS_GROUP_SIZE": "4"}, "LeaderWorkerSet", '--node-rank "$LWS_WORKER_INDEX"'),
     ],
 )
 def test_nodes_on_which_nobody_has_started_ranks_do_not_train_alone(

@@ -80,6 +80,13 @@ _GIVERS = (
         f'{_TORCHRUN} --nnodes "$AWS_BATCH_JOB_NUM_NODES" --node-rank '
         '"$AWS_BATCH_JOB_NODE_INDEX" --master-addr "<address of the main node>" -m mics ...',
     ),
+    _Giver(
+        "LeaderWorkerSet",
+        "LWS_GROUP_SIZE",
+        _number,
+        f'{_TORCHRUN} --nnodes "$LWS_GROUP_SIZE" --node-rank "$LWS_WORKER_INDEX" '
+        '--master-addr "$LWS_LEADER_ADDRESS" -m mics ...',
+    ),
     _Giver("Slurm", "SLURM_JOB_NUM_NODES", _number, "srun mics ..."),
 )
 
