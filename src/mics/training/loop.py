@@ -39,9 +39,8 @@ def train(config: TrainConfig) -> int:
     with set_up(config) as run, StopRequest() as asked:
         rule = _rule(config)
         keeper, memory = Keeper(run, rule), Memory(run, rule)
-        at = _first(keeper, memory)
-        run, config = keeper.run, keeper.run.config  # whose length is known
-        say_if_never_warm(config)
+        run, at = _first(keeper, memory)
+        config = run.config  # whose length is known
         meter, lookout, skipping = _meter(run), Lookout(run.model), Skipping(run, keeper)
         with open_reporter(run, meter, at) as reporter:
             stopped = False
@@ -93,13 +92,20 @@ def _rule(config: TrainConfig) -> SkipRule:
     return SkipRule(spike_loss=given.spike_loss, spike_norm=given.spike_norm)
 
 
-def _first(keeper: Keeper, memory: Memory) -> Progress:
-    """Where the run goes on: from memory where it has been kept there, else from a checkpoint."""
+def _first(keeper: Keeper, memory: Memory) -> tuple[Run, Progress]:
+    """Where the run goes on: from memory where it has been kept there, else from a checkpoint.
+
+    Returns:
+        The run, whose length is known now, and how far it has come.
+    """
     recalled = memory.recall()
     if recalled is None:
-        return keeper.resume()
-    keeper.run = keeper.run.going_on(recalled)
-    return keeper.go_on(recalled)
+        at = keeper.resume()
+    else:
+        keeper.run = keeper.run.going_on(recalled)
+        at = keeper.go_on(recalled)
+    say_if_never_warm(keeper.run.config)
+    return keeper.run, at
 
 
 def _is_due(step: int, every: int, config: TrainConfig) -> bool:
