@@ -273,6 +273,12 @@ def database(folder: Path) -> bytes:
     return (folder / "db").read_bytes()
 
 
+@pytest.mark.parametrize("text", ['thing": { "a": 1 }\n', "t" * 257 + "ustar is a format\n"])
+def test_text_that_looks_like_the_mark_of_a_format_is_text(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(text)
+    assert texts(tmp_path / "a.txt") == [text.encode()]
+
+
 def test_nothing_binary_is_text_whatever_it_is_called(tmp_path: Path) -> None:
     (tmp_path / "made").mkdir()
     seeded = random.Random(0)

@@ -51,7 +51,7 @@ _COMPRESSED = (
     (rb"PK(\x03\x04|\x05\x06|\x07\x08)", "zip; .npz, .docx and .xlsx are too"),
     (rb"7z\xbc\xaf\x27\x1c", "7z"),
     (rb"Rar!\x1a\x07", "rar"),
-    (rb".{257}ustar", "tar"),
+    (rb".{257}ustar(  )?\0", "tar"),
 )
 _OTHERS = (
     (rb"SQLite format 3\0", "an SQLite database"),
@@ -65,7 +65,7 @@ _OTHERS = (
     (rb"\0asm", "a WebAssembly program"),
     (rb"\xca\xfe\xba\xbe", "a Java class or a program"),
     (rb"PACK\0\0\0[\x02\x03]", "a pack of git"),
-    (rb".{8}\{\s*\"", "a safetensors file"),
+    (rb".{4}\0{4}\{\s*\"", "a safetensors file"),  # a header of less than 4 GiB
     (rb"\x89HDF\r\n\x1a\n", "an HDF5 file"),
     (rb"Obj\x01", "an Avro file"),
     (rb"\x80[\x02-\x05]", "a pickle"),
