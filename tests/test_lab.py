@@ -309,9 +309,17 @@ def test_a_lab_that_is_up_is_shown_used_and_taken_down(capfd: pytest.CaptureFixt
     try:
         assert main(["lab", "up", "--name", name]) == 1
         assert f"There is a lab '{name}' already" in capfd.readouterr().err
-        command = ["lab", "exec", "node2", "--lab", name, "--", "cat", "/etc/hosts"]
-        assert main(command) == 0
-        assert "10.213.0.1 node0" in capfd.readouterr().out
+        command = [sys.executable, "-m", "mics", "lab", "exec", "node2", "--lab", name, "--"]
+        text = subprocess.check_output(
+            [*command, "sh", "-c", "hostname; cat /etc/hosts"], text=True
+        )
+        assert text.startswith("node2\n") and "10.213.0.1 node0" in text
+        told = "import os, signal; print('up', flush=True); signal.pause()"
+        with subprocess.Popen([*command, "python", "-c", told], stdout=subprocess.PIPE) as program:
+            assert program.stdout is not None and program.stdout.readline() == b"up\n"
+            program.terminate()
+        assert program.returncode == -signal.SIGTERM
+        assert not network.processes(f"mics-{name}-node2")
         assert main(["lab", "exec", "node2", "--lab", name]) == 2
         assert "no command" in capfd.readouterr().err
         assert main(["lab", "cut", "node1", "--lab", name]) == 0
@@ -322,7 +330,7 @@ def test_a_lab_that_is_up_is_shown_used_and_taken_down(capfd: pytest.CaptureFixt
         assert main(["lab", "restore", "node1", "--lab", name]) == 0
         in_use = running.in_node(state.find(name).lab, 2, ["sleep", "100"])
         with subprocess.Popen(in_use) as user:
-            while not network.processes(f"mics-{name}-node2"):
+            while Path(f"/proc/{user.pid}/comm").read_text() != "sleep\n":
                 time.sleep(0.05)
             with pytest.raises(LabError, match=f"Lab {name} is in use") as caught:
                 lifetime.check_unused(state.find(name).lab)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import tyro
 
@@ -23,6 +22,7 @@ from mics.lab.status import status
 from mics.lab.system import check_system
 from mics.quantities import Within
 from mics.ranks.console import progress, show
+from mics.ranks.program import as_command
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def _as_root(config: Config) -> int:
         case CompareInLab():
             _compare(config)
         case Exec():
-            return _exec(config)
+            _exec(config)
         case Up():
             lab = config.lab()
             lifetime.bring_up(lab)
@@ -258,11 +258,12 @@ def _compare(config: CompareInLab) -> None:
         write_text(config.json, json.dumps([asdict(one) for one in compared], indent=1) + "\n")
 
 
-def _exec(config: Exec) -> int:
+def _exec(config: Exec) -> NoReturn:
     lab = state.find(config.lab).lab
     index = lab.node_index(config.node)
-    words = running.in_node(lab, index, config.command)
-    return subprocess.run(words, env=running.environment(lab, index), check=False).returncode
+    words = running.in_node(lab, index, as_command(config.command))
+    # The program takes the place of this one, so that a signal to it reaches the program.
+    os.execvpe(words[0], words, running.environment(lab, index))
 
 
 def _switch(name: str | None, node: str, *, up: bool) -> str:

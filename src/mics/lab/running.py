@@ -86,12 +86,15 @@ def run(lab: Lab, words: Sequence[str], logs: Path, *, screen: IO[str] | None = 
 def in_node(lab: Lab, index: int, words: Sequence[str]) -> list[str]:
     """Return the command line that runs ``words`` in a node's namespace.
 
-    `ip netns exec` gives it mounts of its own, so the files mounted here are seen there alone.
+    `ip netns exec` gives it mounts of its own, so the files mounted here are seen there alone. It
+    has its node's name too: by its own name torchrun knows whether it is the one to be met.
     """
     hosts, switch = names_of_nodes(lab)
-    mount = "mount --bind $1 /etc/hosts && mount --bind $2 /etc/nsswitch.conf && shift 2 && exec "
-    shell = ["sh", "-c", mount + '"$@"', "sh", str(hosts), str(switch)]
-    return [find_program("ip") or "ip", "netns", "exec", lab.node(index), *shell, *words]
+    become = "hostname $1 && mount --bind $2 /etc/hosts && mount --bind $3 /etc/nsswitch.conf"
+    shell = ["sh", "-c", become + ' && shift 3 && exec "$@"', "sh"]
+    shell += [f"node{index}", str(hosts), str(switch)]
+    enter = [find_program("ip") or "ip", "netns", "exec", lab.node(index)]
+    return [*enter, find_program("unshare") or "unshare", "--uts", *shell, *words]
 
 
 def environment(lab: Lab, index: int) -> dict[str, str]:

@@ -11,7 +11,13 @@ from typing import Any
 
 from mics.errors import LabError
 
-_PACKAGES = {"ip": "iproute2", "tc": "iproute2", "mount": "mount"}
+_PACKAGES = {
+    "ip": "iproute2",
+    "tc": "iproute2",
+    "mount": "mount",
+    "unshare": "util-linux",
+    "hostname": "hostname",
+}
 
 
 def check_system() -> None:
