@@ -142,5 +142,5 @@ def _options(tables: dict[str, dict[str, Any]]) -> Iterator[str]:
 def _short(model: str) -> str:
     """Make a folder's name of a model's."""
     path = Path(model)
-    name = path.parent.name if path.name == "config.json" else path.name
+    name = path.parent.name if path.name == "config.json" else path.name.removesuffix(".json")
     return re.sub(r"[^\w.-]+", "-", name) or "model"
