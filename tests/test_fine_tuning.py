@@ -132,9 +132,10 @@ def test_sets_are_measured_by_their_names(
     assert "other after step 4: loss" in capfd.readouterr().out
 
 
-def test_epochs_become_steps_and_go_on(tmp_path: Path) -> None:
+def test_epochs_become_steps_and_go_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     config = settings(tmp_path, "epochs", run=RunConfig(folder=tmp_path / "epochs", epochs=1.5))
     run_ranks(loop.train, 1, config)
+    assert "or the same command with --run.epochs 3, to go on" in capfd.readouterr().out
     steps = len(losses(config))
     more = replace(config, run=replace(config.run, epochs=3.0))
     run_ranks(loop.train, 1, more)

@@ -75,6 +75,7 @@ def test_a_run_of_a_job_has_the_figures_of_its_plan(
     plan = figures(out)
     assert plan[:4] == ("4", "2", "4", "128")
     assert f"mics train {file} --dry-run" in out
+    assert "Write what it is to train on into its [data]" in " ".join(out.split())
     assert "torchrun --nnodes 2 --rdzv-backend c10d --rdzv-endpoint HEAD:29500 --nproc-per" in out
     assert main(["train", str(file), "--dry-run"]) == 0
     assert figures(capfd.readouterr().out) == plan

@@ -96,6 +96,7 @@ def test_the_walks_commands_run_as_printed(tmp_path: Path, around: dict[str, str
     assert 2 <= int(resumed) < STEPS
     assert steps_of(tmp_path) == list(range(1, STEPS + 1))
     assert "the job is queued again" not in after
+    assert 'folder = "runs/llama-10m"' in (tmp_path / "job.toml").read_text()
     outputs = "\n".join(said)
     figures = "p = 2, micro-batch 2, micro-steps 2, sequence 256, 2.04 GiB"
     assert " ".join(outputs.split()).count(figures) == 2  # the plan's and the dry run's

@@ -13,7 +13,7 @@ from mics.training.schedules import learning_rate
 
 
 def in_steps(config: TrainConfig, sequences: int, global_batch: int) -> TrainConfig:
-    """The options with ``run.steps`` in place of ``run.epochs``.
+    """The options with the ``run.steps`` that ``run.epochs`` are.
 
     The last step is the one in which the last epoch is complete: its batch may go on into the next.
 
@@ -37,7 +37,7 @@ def in_steps(config: TrainConfig, sequences: int, global_batch: int) -> TrainCon
             write=f"--run.steps {steps} without --run.epochs, or the other way round",
         )
     say(f"{epochs:g} epoch(s) of {sequences:,} sequences are {steps:,} steps of {global_batch}")
-    return replace(config, run=replace(config.run, steps=steps, epochs=None))
+    return replace(config, run=replace(config.run, steps=steps))
 
 
 def going_on(

@@ -288,10 +288,12 @@ class _Speaker:
             auto = " with --run.resume auto" if named else ""
             return [*words, f"next        the same command{auto} goes on from there"]
         adapters = " --adapters" if self._run.config.lora.rank else ""
+        epochs = self._run.config.run.epochs
+        longer = f"steps {2 * self._steps}" if epochs is None else f"epochs {2 * epochs:g}"
         return [
             *words,
             f"next        mics export {checkpoint} {self._folder / 'exported'}{adapters}",
-            f"            or the same command with --run.steps {2 * self._steps}, to go on",
+            f"            or the same command with --run.{longer}, to go on",
         ]
 
     @property
