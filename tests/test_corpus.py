@@ -201,6 +201,23 @@ def test_a_column_is_never_ignored(tmp_path: Path, capfd: pytest.CaptureFixture[
     assert "data.format = text reads no table" in refusal(tmp_path, field="text", form="text")
 
 
+@pytest.mark.parametrize(
+    ("row", "chat"),
+    [
+        ({"messages": []}, True),
+        ({"prompt": "a", "completion": "b"}, True),
+        ({"prompt": "a", "answer": "b"}, False),
+    ],
+)
+def test_conversations_without_their_format_are_told_of_it(
+    row: dict[str, object], chat: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    said = refusal(tmp_path / "a.jsonl")
+    assert ("Write: mics train --data.format chat for conversations, or" in said) == chat
+    assert "--data.field" in said
+
+
 def test_tables_of_letters_can_be_text_as_they_stand(tmp_path: Path) -> None:
     for name, text in {"a.json": '{"a": [1]}', "b.csv": "a,b\n1\n", "c.py": "print()"}.items():
         (tmp_path / name).write_text(text)

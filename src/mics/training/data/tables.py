@@ -65,10 +65,12 @@ def no_column(field: str, columns: list[str], shown: str) -> DataError:
     """What is said of a table, or a row of it, that lacks the column."""
     near = difflib.get_close_matches(field, columns, 1, cutoff=0.4)
     names = ", ".join(columns[:20]) + (", ..." if len(columns) > 20 else "")
+    chat = "messages" in columns or {"prompt", "completion"} <= {*columns}
+    learn = "mics train --data.format chat for conversations, or " if chat else ""
     return DataError(
         f"{shown} has no column {field!r}" + (f"; did you mean {near[0]!r}?" if near else "."),
         numbers=f"Its columns are {names}." if columns else "A row has no columns.",
-        write=f"--data.field {[*near, *columns, '<column>'][0]}{_AS_TEXT}",
+        write=f"{learn}--data.field {[*near, *columns, '<column>'][0]}{_AS_TEXT}",
     )
 
 
