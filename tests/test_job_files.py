@@ -375,6 +375,7 @@ def test_the_page_has_a_command_for_every_job() -> None:
         ("slurm --queue a;b", "--queue cannot be written into a job file"),
         ("slurm --account $(id)", "--account cannot be written into a job file"),
         ("slurm --folder runs/../..", "--folder cannot be written into a job file"),
+        ("slurm --folder runs/../..", "._/@+-, without ..: /fsx/runs/big"),
         ("slurm --folder runs/`id`", "--folder cannot be written into a job file"),
         ("slurm --container a/b:1;x", "--container cannot be written into a job file"),
         (

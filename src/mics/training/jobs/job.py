@@ -107,6 +107,7 @@ _NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.,+-]{0,127}")
 _IMAGE = re.compile(r"[A-Za-z0-9/][A-Za-z0-9_.:/#@+-]{0,511}")
 _PATH = re.compile(r"[A-Za-z0-9_./][A-Za-z0-9_./@+-]{0,511}")
+_PATH_IS = "a path of letters, digits and ._/@+-, without .."
 _TARGET = re.compile(r"/[A-Za-z0-9_./@+-]{1,511}")
 _SOURCE = re.compile(r"[A-Za-z0-9/][A-Za-z0-9_.:/@+-]{0,511}")
 
@@ -124,8 +125,8 @@ def check_job(job: Job) -> None:
         ("--queue", job.queue, _WORD, "the name of a queue"),
         ("--account", job.account, _WORD, "the name of an account"),
         ("--container", job.container, _IMAGE, "an image: registry.io/team/mics:1.0"),
-        ("--config", str(job.config), _PATH, "a path of letters, digits and ._/@+-: big.toml"),
-        ("--folder", str(job.folder), _PATH, "a path of letters, digits and ._/@+-: /fsx/runs/big"),
+        ("--config", str(job.config), _PATH, f"{_PATH_IS}: big.toml"),
+        ("--folder", str(job.folder), _PATH, f"{_PATH_IS}: /fsx/runs/big"),
         ("--node", job.instance.name if job.instance else "", _WORD, "a node of a plain name"),
         *(("--mount", one.source, _SOURCE, "SOURCE:/path") for one in job.mounts),
         *(("--mount", one.target, _TARGET, "SOURCE:/path") for one in job.mounts),
