@@ -37,7 +37,7 @@ def in_steps(config: TrainConfig, sequences: int, global_batch: int) -> TrainCon
             write=f"--run.steps {steps} without --run.epochs, or the other way round",
         )
     say(f"{epochs:g} epoch(s) of {sequences:,} sequences are {steps:,} steps of {global_batch}")
-    return replace(config, run=replace(config.run, steps=steps))
+    return replace(config, run=replace(config.run, steps=steps, epochs=None))
 
 
 def going_on(

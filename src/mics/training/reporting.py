@@ -288,7 +288,7 @@ class _Speaker:
             auto = " with --run.resume auto" if named else ""
             return [*words, f"next        the same command{auto} goes on from there"]
         adapters = " --adapters" if self._run.config.lora.rank else ""
-        epochs = self._run.config.run.epochs
+        epochs = self._run.epochs
         longer = f"steps {2 * self._steps}" if epochs is None else f"epochs {2 * epochs:g}"
         return [
             *words,
