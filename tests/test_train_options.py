@@ -382,8 +382,9 @@ def test_nodes_that_are_unknown_are_named_before_a_rank_is_started(
 )
 @pytest.mark.extra
 def test_a_dry_run_of_the_papers_models(
-    name: str, size: str, capsys: pytest.CaptureFixture[str]
+    name: str, size: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "120")  # room for all of the table
     words = ["train", "--model.name", name, "--dry-run", "--parallel.ranks", "64"]
     words += ["--parallel.gpus-per-node", "8", "--parallel.partition", "16"]
     words += ["--batch.global-batch", "8192", "--batch.micro-batch", "8"]
@@ -393,7 +394,7 @@ def test_a_dry_run_of_the_papers_models(
     assert "8192 sequences = 8 x 16 micro-step(s) x 64 rank(s)" in out
     assert "Group map: partition 16, 4 replicas" in out
     assert f'name = "{name}"' in out
-    table = out.partition("replicas        states")[2].splitlines()
+    table = out.partition("replicas      states")[2].splitlines()
     rows = [line.split() for line in table if line.strip()[:1].isdigit()]
     assert [row[0] for row in rows] == ["1", "2", "4", "8", "16", "32", "64"]
     assert [row[0] for row in rows if row[-1] == "chosen"] == ["16"]
