@@ -20,20 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mics.benching.deepspeed_parent import RELEASES, find_python
+from mics.benching.options import OWN_ENGINES
 from mics.errors import MicsError
 
 RESULTS = Path(__file__).parent / "results"
-TORCH = (
-    "mics",
-    "mics p=1",
-    "fsdp2",
-    "hsdp every micro-step",
-    "hsdp deferred",
-    "ddp",
-    "computation",
-)
-
-
 DEEPSPEED = ("mics", *RELEASES)
 
 
@@ -45,7 +35,7 @@ class Measurement:
     ranks: int  # per node
     link: str
     bench: tuple[str, ...]
-    engines: tuple[str, ...] = TORCH
+    engines: tuple[str, ...] = OWN_ENGINES
     small: tuple[str, ...] = ("--steps", "1")  # added for a short run
 
 

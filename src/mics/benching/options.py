@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from mics.anatomy.recipe import MOST_MICRO_BATCH, MOST_MICRO_STEPS, MOST_SEQUENCE
 from mics.quantities import Within
 
-Name = Literal[
+_Own = Literal[
     "mics",
     "mics p=1",
     "fsdp2",
@@ -16,22 +16,12 @@ Name = Literal[
     "hsdp deferred",
     "ddp",
     "computation",
-    "zero2",
-    "zero3",
-    "hpz",
-    "deepspeed mics",
 ]
+
+Name = Literal[_Own, "zero2", "zero3", "hpz", "deepspeed mics"]
 """The last four are DeepSpeed's, each a process of its own (``deepspeed_parent.py``)."""
 
-OWN_ENGINES: tuple[Name, ...] = (
-    "mics",
-    "mics p=1",
-    "fsdp2",
-    "hsdp every micro-step",
-    "hsdp deferred",
-    "ddp",
-    "computation",
-)
+OWN_ENGINES: tuple[Name, ...] = get_args(_Own)
 """The engines that need no environment of their own."""
 
 

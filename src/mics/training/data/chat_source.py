@@ -20,7 +20,7 @@ from mics.training.data.chat_template import ChatTemplate, Spoken
 from mics.training.data.chats import Chats, read_kept, write_chats
 from mics.training.data.conversations import Conversation, read_conversations
 from mics.training.data.corpus import OUTSIDE, check_apart
-from mics.training.data.prepare import Data, group_of_ranks
+from mics.training.data.prepare import Data, group_of_ranks, refuse_options_of_text
 from mics.training.data.spelling import Spelled
 from mics.training.data.spool import held_out_of
 from mics.training.data.text_source import build_where_needed, looks_of
@@ -75,14 +75,7 @@ def prepare_chats(config: DataConfig, *, seed: int, sequence: int, folder: Path)
 
 
 def _check_options(config: DataConfig) -> None:
-    plain = DataConfig()
-    for name in _OF_TEXT:
-        if getattr(config, name) != getattr(plain, name):
-            raise DataError(
-                f"data.{name} is for text, and data.format is chat.",
-                numbers=f"data.{name} = {getattr(config, name)!r}.",
-                write="leave it out",
-            )
+    refuse_options_of_text(config, _OF_TEXT, "data.format is chat", "leave it out")
     if config.tokenizer in ("bytes", "bpe"):
         raise DataError(
             "Conversations need the tokenizer of a chat model, which brings its chat template.",

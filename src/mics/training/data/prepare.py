@@ -202,7 +202,12 @@ def _open(
     _check_alike(told, "tells tokens from text otherwise, or does not see the same files")
     ready = told[0]
     if all(ready):
-        _refuse_options_of_text(config)
+        refuse_options_of_text(
+            config,
+            _OF_TEXT,
+            "data.source is tokens",
+            "mics tokenize with --{name}, or leave it out",
+        )
     opened: dict[int, Opened] = {}
 
     def open_ready() -> list[object]:
@@ -231,14 +236,27 @@ def _check_alike(told: list[object], what: str) -> None:
         )
 
 
-def _refuse_options_of_text(config: DataConfig) -> None:
+def refuse_options_of_text(
+    config: DataConfig, names: Sequence[str], instead: str, write: str
+) -> None:
+    """Refuse options that have no effect on what is no text.
+
+    Args:
+        config: the options.
+        names: of those that have none.
+        instead: what there is, as the end of a sentence.
+        write: what to write, with ``{name}`` for the option's.
+
+    Raises:
+        DataError: one of them has another value than its default.
+    """
     plain = DataConfig()
-    for name in _OF_TEXT:
+    for name in names:
         if getattr(config, name) != getattr(plain, name):
             raise DataError(
-                f"data.{name} is for text, and data.source is tokens.",
+                f"data.{name} is for text, and {instead}.",
                 numbers=f"data.{name} = {getattr(config, name)!r}.",
-                write=f"mics tokenize with --{name}, or leave it out",
+                write=write.format(name=name),
             )
 
 

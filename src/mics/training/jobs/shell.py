@@ -35,6 +35,22 @@ def variables(job: Job, **more: str) -> dict[str, str]:
     return environment(job) | more
 
 
+def torchrun(job: Job, port: int, restarts: int, identity: str) -> str:
+    """One torchrun of each node, which meet at the node that the shell has as ``head``.
+
+    Args:
+        job: the nodes and their GPUs.
+        port: where they meet.
+        restarts: how often ranks that fail begin again.
+        identity: of their meeting, as the shell is to read it.
+    """
+    return (
+        f"torchrun --nnodes={job.nodes} --nproc-per-node={job.gpus_per_node} "
+        f'--max-restarts={restarts} --rdzv-backend=c10d --rdzv-endpoint="$head:{port}" '
+        f"--rdzv-id={identity}"
+    )
+
+
 def function(name: str, body: list[str]) -> list[str]:
     """A function of a shell."""
     return [f"{name}() {{", *(f"    {line}" for line in body), "}"]

@@ -21,6 +21,7 @@ from mics.training.jobs.shell import (
     function,
     head,
     is_finished,
+    torchrun,
     variables,
 )
 
@@ -162,11 +163,7 @@ def _launch(job: Job) -> list[str]:
 
 
 def _torchrun(job: Job, port: int, restarts: int) -> str:
-    return (
-        f"torchrun --nnodes={job.nodes} --nproc-per-node={job.gpus_per_node} "
-        f'--max-restarts={restarts} --rdzv-backend=c10d --rdzv-endpoint="$head:{port}" '
-        f'--rdzv-id="$SLURM_JOB_ID-{port}"'
-    )
+    return torchrun(job, port, restarts, f'"$SLURM_JOB_ID-{port}"')
 
 
 def _agent(job: Job) -> list[str]:

@@ -16,6 +16,7 @@ from mics.training.jobs.shell import (
     PORT,
     exports,
     head,
+    torchrun,
     variables,
 )
 
@@ -68,11 +69,7 @@ def _by_torchrun(job: Job) -> list[str]:
 
 
 def _torchrun(job: Job, port: int, restarts: int) -> str:
-    return (
-        f"torchrun --nnodes={job.nodes} --nproc-per-node={job.gpus_per_node} "
-        f'--max-restarts={restarts} --rdzv-backend=c10d --rdzv-endpoint="$head:{port}" '
-        f"--rdzv-id={shlex.quote(job.name)}-{port}"
-    )
+    return torchrun(job, port, restarts, f"{shlex.quote(job.name)}-{port}")
 
 
 def _by_us(job: Job) -> list[str]:
