@@ -39,6 +39,8 @@ sys.exit(worst or max(abs(process.returncode) for process in started))
 """
 
 PROGRAMS = {
+    # An environment that nobody activated has no python of its own on the path.
+    "python": 'exec {python} "$@"',
     "mics": 'exec {python} -m mics "$@"',
     "torchrun": 'exec {python} -m torch.distributed.run "$@"',
     "srun": 'echo "$$" >> "$STAND_IN/steps"; exec {python} "$STAND_IN/srun.py" "$@"',

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -52,3 +53,29 @@ def flat_buffer(group: Any) -> torch.Tensor | None:
         if elsewhere or gradient.storage_offset() != offset:
             return None
     return first.new_empty(0).set_(storage, 0, (numel,), (1,))
+
+
+def message_of(group: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """One tensor for hop 2: the flat buffer behind the gradients, or a copy of them.
+
+    It is a copy where some have no gradient, see [Note: the same message on every rank] in
+    ``hop_two.py``, and where gradients are offloaded or stored in another dtype than the message's.
+    """
+    flat = flat_buffer(group)
+    if flat is not None:
+        return flat.to(device=device, dtype=dtype)
+    message = torch.zeros(compat.trainable_shard_numel(group), dtype=dtype, device=device)
+    for gradient, offset in zip(trainable_gradients(group), offsets_of(group), strict=True):
+        if gradient is not None:
+            message[offset : offset + gradient.numel()] = gradient.reshape(-1)
+    return message
+
+
+def copy_back(
+    message: torch.Tensor, gradients: Sequence[torch.Tensor | None], offsets: Sequence[int]
+) -> None:
+    """Write a copied message back into the gradients."""
+    storage = message.untyped_storage().data_ptr()
+    for gradient, offset in zip(gradients, offsets, strict=True):
+        if gradient is not None and gradient.untyped_storage().data_ptr() != storage:
+            gradient.copy_(message[offset : offset + gradient.numel()].view_as(gradient))

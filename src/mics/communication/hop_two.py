@@ -34,7 +34,7 @@ divided by R first.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,24 +44,23 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from mics import compat
+from mics.communication.averaging import Averaging
 from mics.communication.backend import Issue, Program, backend_of
 from mics.communication.gradients import (
-    flat_buffer,
+    copy_back,
     gradients_of,
+    message_of,
     offsets_of,
     trainable_gradients,
 )
 from mics.communication.guard import guard, optimizer_steps, watch_optimizers
 from mics.communication.landing import Landing
-from mics.communication.ledger import Ledger
 from mics.communication.same_steps import same_steps_of
 from mics.communication.used import Used
 from mics.errors import MicroStepError, MicsWarning
 from mics.quantities import MIB, first_of
 from mics.ranks.console import speaks
-from mics.ranks.issuing import all_reduce
-from mics.ranks.mesh import Groups, ranks_of
-from mics.traffic import StageMessage
+from mics.ranks.mesh import Groups
 
 
 @dataclass
@@ -80,7 +79,7 @@ class HopTwo:
     Args:
         group: the FSDP2 parameter group, sharded over a 1-D mesh.
         groups: of the unit, with more than one replica.
-        ledger: counts the all-reduces.
+        averaging: how the replicas come to the same gradients.
         landing: of the unit's reduce-scatters, if they land beside the backward pass.
         used: what this rank has used of the unit.
         became_ready: called when its turn in the order of hops may have come.
@@ -90,7 +89,7 @@ class HopTwo:
         self,
         group: Any,
         groups: Groups,
-        ledger: Ledger,
+        averaging: Averaging,
         landing: Landing | None,
         used: Used,
         became_ready: Callable[[], None],
@@ -98,7 +97,7 @@ class HopTwo:
         assert groups.replicas is not None
         self.group = group
         self._replicas = groups.replicas
-        self._ledger = ledger
+        self._averaging = averaging
         self._landing = landing
         self._used = used
         self._became_ready = became_ready
@@ -228,42 +227,27 @@ class HopTwo:
         if self._unsynced:
             guard(self)
 
-    # -- the all-reduce --------------------------------------------------------------------------
+    # -- hop 2 itself -----------------------------------------------------------------------------
 
     @torch.no_grad()
     def start(self) -> None:
-        """Begin the all-reduce, whether there are gradients here or not."""
+        """Begin hop 2, whether there are gradients here or not."""
         self.wait()
         self._unsynced = False
         self._pass.synced = True
-        self._flight = self._backend.beside(self._all_reduce, self._device, "hop 2")
+        self._flight = self._backend.beside(self._synchronise, self._device, "hop 2")
 
-    def _all_reduce(self, issue: Issue) -> Program:
+    def _synchronise(self, issue: Issue) -> Program:
         gradients = trainable_gradients(self.group)
-        message = _message(self.group, compat.reduce_dtype(self.group), self._device)
-        op = self._scale_and_op(message)
-        sent = StageMessage("flat", ranks_of(self._replicas), message.nbytes, 1)
-        span = self._ledger.issue(2, "all_reduce", sent, self._device)
-        yield from issue(
-            span,
-            lambda async_op: all_reduce(message, op, self._replicas, async_op=async_op),
-        )
+        message = message_of(self.group, self._averaging.dtype, self._device)
+        yield from self._averaging.program(message, issue)
         if any(g is not None and g.device != message.device for g in gradients):
             yield  # gradients offloaded to the host are copied once the caller waits
-        _copy_back(message, gradients, offsets_of(self.group))
+        copy_back(message, gradients, offsets_of(self.group))
         for i, (gradient, offset) in enumerate(zip(gradients, offsets_of(self.group), strict=True)):
             if gradient is None:
                 compat.give_gradient(self.group, i, message[offset:])
                 self._used.received(i)
-
-    def _scale_and_op(self, message: torch.Tensor) -> compat.ReduceOp:
-        """FSDP2's divide rules for the second hop: mean, or sum when a divide factor is set."""
-        if compat.divide_factor(self.group) is not None:
-            return dist.ReduceOp.SUM
-        if compat.sums_only(self.group) or message.dtype == torch.float16:
-            message.div_(self._replicas.size())  # before the sum, so that fp16 cannot overflow
-            return dist.ReduceOp.SUM
-        return dist.ReduceOp.AVG
 
     @torch.no_grad()
     def wait(self) -> None:
@@ -295,32 +279,6 @@ def _other_hook_error(group: Any, replicas: int) -> MicroStepError:
         numbers=f"Group of {first_of(compat.param_names(group))}; {replicas} replicas.",
         write="optimizer.step() after backward, or partition=<world size>",
     )
-
-
-def _message(group: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """One tensor to all-reduce: the flat buffer behind the gradients, or a copy of them.
-
-    It is a copy where some have no gradient, see [Note: the same message on every rank], and where
-    gradients are offloaded or stored in another dtype than they are reduced in.
-    """
-    flat = flat_buffer(group)
-    if flat is not None:
-        return flat.to(device=device, dtype=dtype)
-    message = torch.zeros(compat.trainable_shard_numel(group), dtype=dtype, device=device)
-    for gradient, offset in zip(trainable_gradients(group), offsets_of(group), strict=True):
-        if gradient is not None:
-            message[offset : offset + gradient.numel()] = gradient.reshape(-1)
-    return message
-
-
-def _copy_back(
-    message: torch.Tensor, gradients: Sequence[torch.Tensor | None], offsets: Sequence[int]
-) -> None:
-    """Write a copied message back into the gradients."""
-    storage = message.untyped_storage().data_ptr()
-    for gradient, offset in zip(gradients, offsets, strict=True):
-        if gradient is not None and gradient.untyped_storage().data_ptr() != storage:
-            gradient.copy_(message[offset : offset + gradient.numel()].view_as(gradient))
 
 
 _warned_about_repeats = False

@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mics import compat
 from mics.communication.apart import Message
+from mics.communication.averaging import AllReduce
 from mics.communication.backend import backend_of_mesh
 from mics.communication.collectives import AllGather, ReduceScatter
 from mics.communication.finite import finite_of
@@ -87,8 +88,10 @@ class Unit:
             compat.gather_beside_computation(group)
             self.landing = Landing(group, groups, self._landed if replicated else None)
         if replicated:
+            assert groups.replicas is not None
+            averaging = AllReduce(group, groups.replicas, self.ledger)
             self.hop_two = HopTwo(
-                group, groups, self.ledger, self.landing, self.used, self._became_ready
+                group, groups, averaging, self.landing, self.used, self._became_ready
             )
         issued = partial(issued_of(groups).add, self.number)
         self.all_gather = AllGather(
