@@ -53,7 +53,7 @@ class AllReduce:
         self._ledger = ledger
 
     def program(self, message: torch.Tensor, issue: Issue) -> Program:
-        """As ``Averaging.program``."""
+        """Run one all-reduce, of the whole message."""
         op = self._scale_and_op(message)
         sent = StageMessage("flat", ranks_of(self._replicas), message.nbytes, 1)
         span = self._ledger.issue(2, "all_reduce", sent, message.device)
