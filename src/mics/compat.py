@@ -384,6 +384,94 @@ def give_gradient(group: Any, index: int, shard: torch.Tensor) -> None:
     fsdp_param.sharded_param.grad = fsdp_param.to_sharded_dtensor(local)
 
 
+# 2.11 to 2.15: FSDP2 copies the shards of a group of one rank into buffers of its own before every
+# pass, and the gradients twice behind it. Nothing public lets it use what is there.
+
+
+def can_stay_whole(group: Any) -> bool:
+    """Whether the shards of a group are its whole parameters: one rank, nothing cast or moved."""
+    return shard_group(group).size() == 1 and all(
+        one.param_dtype is None
+        and not one.offload_to_cpu
+        and type(one._sharded_param_data) is torch.Tensor
+        and not has_gather_hook(one.sharded_param)
+        for one in group.fsdp_params
+    )
+
+
+def stay_whole(group: Any) -> None:
+    """Register the memory of the shards as the whole parameters, and never free it.
+
+    FSDP2 makes a parameter of its buffer in the first gather; here the shard takes the buffer's
+    place for that moment. What it has no buffer of it can not free.
+    """
+    drop_gather(group)
+    for one in group.fsdp_params:
+        shard = one._sharded_param_data
+        whole = getattr(one, "_unsharded_param", None)
+        if whole is None or local_of(whole).data_ptr() != shard.data_ptr():
+            if whole is not None:
+                del one._unsharded_param
+            one.all_gather_outputs = [shard]
+            one.init_unsharded_param()
+        one.all_gather_outputs = []
+    group.post_forward_mesh_info = None
+    group.reshard_after_backward = False
+    group._to_unsharded()
+
+
+def whole_gradients_are_sums(group: Any) -> bool:
+    """Whether FSDP2 would add a group's whole gradients to the shards' as they are.
+
+    That is where a replica is one rank, and nothing divides, rounds or reads them on the way.
+    """
+    if shard_group(group).size() > 1 or reads_gradients_at_once(group) or not wants_reduce(group):
+        return False
+    trainable = [one for one in group.fsdp_params if one.sharded_param.requires_grad]
+    kept, travels = {one.sharded_param.dtype for one in trainable}, reduce_dtype(group)
+    return divide_factor(group) is None and all(
+        one.unsharded_accumulated_grad is None
+        and getattr(one, "_unsharded_param", None) is not None
+        and one._unsharded_param.grad is not None
+        and torch.promote_types(one._unsharded_param.grad.dtype, travels) == travels
+        and kept == {travels}
+        for one in trainable
+    )
+
+
+def take_whole_gradients(group: Any) -> list[torch.Tensor]:
+    """Take the gradients off the whole trainable parameters, in FSDP2's order."""
+    taken = []
+    for one in group.fsdp_params:
+        if one.sharded_param.requires_grad:
+            taken.append(one.unsharded_grad_data)
+            one._unsharded_param.grad = None
+    return taken
+
+
+def give_gradients(group: Any, flat: torch.Tensor) -> None:
+    """Make views of a flat buffer the gradients of a group's trainable parameters."""
+    offset = 0
+    for one in group.fsdp_params:
+        if one.sharded_param.requires_grad:
+            local = flat.as_strided(one.sharded_size, one.contiguous_sharded_stride, offset)
+            one.sharded_param.grad = one.to_sharded_dtensor(local)
+            offset += one.padded_sharded_param_size.numel()
+
+
+def run_gradient_hooks(group: Any) -> None:
+    """Run the post-accumulate hooks of a group's trainable parameters, as FSDP2 does."""
+    for param in trainable_params(group):
+        hooks: dict[int, Any] = getattr(param, "_post_accumulate_grad_hooks", None) or {}
+        for hook in list(hooks.values()):
+            hook(param)
+
+
+def add_all(targets: list[torch.Tensor], others: list[torch.Tensor]) -> None:
+    """Add many tensors in place in one call; 2.11 to 2.15: what torch's optimizers use."""
+    torch._foreach_add_(targets, others)
+
+
 def param_names(group: Any) -> list[str]:
     """Names of a group's parameters; local to their module before the first forward."""
     return [p._param_fqn or p._module_info.param_name for p in group.fsdp_params]
@@ -553,6 +641,13 @@ def becomes_root(group: Any, model: nn.Module) -> bool:
         return False
     outer = (m for m in model.modules() if isinstance(m, FSDPModule) and m is not first)
     return not any(inner is first for m in outer for inner in m.modules())
+
+
+def outermost(group: Any, model: nn.Module) -> nn.Module:
+    """The sharded module under ``model`` that a group's module is in and no other one contains."""
+    (first, *_) = modules_of(group)
+    sharded = (m for m in model.modules() if isinstance(m, FSDPModule))
+    return next(m for m in sharded if any(inner is first for inner in m.modules()))
 
 
 def backward_gather_group(group: Any) -> dist.ProcessGroup:

@@ -58,12 +58,16 @@ class Used:
 
         It says so twice, as it asks for two buffers.
         """
-        again, self._said = self._said, not self._said
-        if again:
-            return
+        again, self._said = self._said, False
+        if not again:
+            self.reduced()
+            self._said = True
+
+    def reduced(self) -> None:
+        """What was noted is reduced."""
         if not self._noted:  # FSDP2 reduces what has a gradient, and nothing was filled in
             self._used.clear()
-        self._noted = False
+        self._noted = self._said = False
 
     def forget(self) -> None:
         """A step was left: its gradients are dropped."""

@@ -15,6 +15,12 @@ when the outermost forward ends,
     by an exception     FSDP2 is brought back to rest
 
 A forward under ``inference_mode`` leaves buffers behind that autograd refuses; they are dropped.
+
+[Note: a replica of one rank]
+Where a partition group is one rank, its shards are the whole parameters, unless they are cast or
+moved on their way. Then the whole parameters are made of the memory of the shards, once: nothing is
+copied before a pass, nothing freed behind it, and nothing can be older than the shards. What is
+registered changes as everywhere.
 """
 
 from __future__ import annotations
@@ -67,6 +73,7 @@ class _Rest:
                 else:
                     compat.register_gathered(group)
             check_registered(groups)
+            _let_stay_whole(module)
 
     def after_forward(self, module: nn.Module, _: Any, output: Any) -> None:
         if compat.in_backward() or not compat.is_outermost(module):
@@ -84,6 +91,17 @@ class _Rest:
         if torch.is_inference_mode_enabled():
             for group in groups:
                 compat.drop_inference_buffers(group)
+
+
+def _let_stay_whole(module: nn.Module) -> None:
+    """See [Note: a replica of one rank]; FSDP2 has to have taken the parameters for good."""
+    if all(compat.shard_group(group).size() > 1 for group in compat.groups_beside(module)):
+        return
+    compat.initialise(module)
+    with torch.inference_mode(False), torch.no_grad():
+        for group in compat.groups_beside(module):
+            if compat.can_stay_whole(group):
+                compat.stay_whole(group)
 
 
 def _keep(module: nn.Module, groups: Sequence[Any], output: Any) -> None:

@@ -68,6 +68,9 @@ class Member(Skippable, Protocol):
     def tree(self) -> Sequence[Self]:
         """Every unit under the same root, in module order."""
 
+    def note(self) -> None:
+        """Look at its whole gradients, before FSDP2 reduces them."""
+
 
 class Passes:
     """What the units under one root and on one mesh share.
@@ -215,7 +218,7 @@ class Passes:
         self.lockstep.end_backward()
         for unit in self.units:
             if compat.is_in_backward(unit.group) or compat.whole_gradients(unit.group):
-                unit.used.note()
+                unit.note()
 
     def _after_the_end(self) -> None:
         self._ends = -1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from mics.communication.collectives import AllGather, ReduceScatter
 from mics.communication.finite import finite_of
 from mics.communication.forms import Collectives, decide_by, measure
 from mics.communication.gathered import gathered
+from mics.communication.gradients import add_whole
 from mics.communication.hop_two import HopTwo
 from mics.communication.issued import issued_of
 from mics.communication.landing import Landing
@@ -242,13 +244,27 @@ class Unit:
             tracer.end_backward(self.ledger)
         if moment is not None and self._passes is not None:
             self._passes.end_use(self, moment)
+        self.note()
+
+    def note(self) -> None:
+        """Look at its whole gradients, before FSDP2 reduces them.
+
+        Where a replica is one rank there is nothing to reduce: they are added up at once.
+        """
         self.used.note()
+        if self.trains and compat.whole_gradients_are_sums(self.group):
+            self._before_gradients(self.used.reduced)
+            add_whole(self.group)
 
     def _before_reduce(self) -> None:
+        self._before_gradients(self.used.before_reduce)
+
+    def _before_gradients(self, use: Callable[[], None]) -> None:
+        """Something is about to be added to its gradients, which is the end of a use."""
         passes = self._find_passes()  # also of a unit that this rank has always left out
         if passes is not None:
             passes.before_reduce()
-        self.used.before_reduce()
+        use()
         if self.hop_two is not None:
             self.hop_two.before_reduce()
 
