@@ -6,6 +6,7 @@ that the unit reduces in.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any, Protocol
 
 import torch
@@ -28,11 +29,15 @@ class Averaging(Protocol):
 
     dtype: torch.dtype
 
+    def kind(self) -> Hashable:
+        """What units must have in common to be sent as one message; ``None`` if none are."""
+
     def program(self, message: torch.Tensor, issue: Issue) -> Program:
         """Replace a message by its mean over the replicas, or its sum where a divide factor is set.
 
         Args:
-            message: [numel of the padded shards of all trainable parameters], in place.
+            message: [numel of the padded shards of all trainable parameters], of one unit or of
+                several of one kind, in place.
             issue: how a call is waited for.
         """
 
@@ -51,6 +56,11 @@ class AllReduce:
         self._group = group
         self._replicas = replicas
         self._ledger = ledger
+
+    def kind(self) -> Hashable:
+        """Give the dtype, and what decides the division; see ``Averaging.kind``."""
+        summed = compat.divide_factor(self._group) is not None
+        return "all-reduce", self.dtype, summed, compat.sums_only(self._group)
 
     def program(self, message: torch.Tensor, issue: Issue) -> Program:
         """Run one all-reduce, of the whole message."""

@@ -4,7 +4,8 @@ A communicator matches its collectives by their order alone. A rank whose data s
 whole backward, learns of it at another moment than the others, so hop 2 does not start when a unit
 happens to be complete, but when it is and all before it have started: the last unit of the model
 first, as a backward pass completes them (``DistributedDataParallel`` orders its buckets for the
-same reason). A unit that nobody used takes part with zeros.
+same reason). A unit that nobody used takes part with zeros. Small ones share a message
+(``joined.py``), which starts when all of them may.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mics.communication.hop_two import HopTwo
+from mics.communication.joined import joined
 
 
 class HopOrder:
@@ -22,28 +24,44 @@ class HopOrder:
     """
 
     def __init__(self, hops: Sequence[HopTwo]) -> None:
-        self._hops = tuple(reversed(hops))
-        # The first that has not started. All are owed at once: the first forward, which makes this,
-        # may be of a step that has begun, and a rank may leave out its backward.
+        self._hops = hops
+        # The first that have not started. All are owed at once: the first forward, which makes
+        # this, may be of a step that has begun, and a rank may leave out its backward.
         self._next = 0
+        self._messages: list[list[HopTwo]] | None = None  # made anew, for what is trained may be
 
     def begin(self) -> None:
         """All units owe a hop 2."""
         self._next = 0
+        self._messages = None
 
     def advance(self) -> None:
         """Start those whose turn it is and that are ready."""
-        while self._next < len(self._hops):
-            hop = self._hops[self._next]
-            if hop.wanted:
-                if not hop.ready:
-                    return
-                hop.start()
-            self._next += 1
+        self._start(only_ready=True)
 
     def finish(self) -> None:
         """Start all that have not started."""
-        while self._next < len(self._hops):
-            if self._hops[self._next].wanted:
-                self._hops[self._next].start()
+        self._start(only_ready=False)
+
+    def _start(self, *, only_ready: bool) -> None:
+        if self._messages is None:
+            wanted = any(hop.wanted for hop in self._hops)
+            self._messages = messages_of(self._hops) if wanted else []
+        for message in self._messages[self._next :]:
+            hops = [hop for hop in message if hop.wanted]
+            if only_ready and not all(hop.ready for hop in hops):
+                return
             self._next += 1
+            if hops:
+                hops[0].start(hops[1:])
+
+
+def messages_of(hops: Sequence[HopTwo]) -> list[list[HopTwo]]:
+    """The hops of each message, in the order in which they start.
+
+    Args:
+        hops: of units under one root and on one mesh, in module order.
+    """
+    order = [hop for hop in reversed(hops) if hop.message_bytes]
+    sizes, kinds = [hop.message_bytes for hop in order], [hop.kind for hop in order]
+    return [[order[i] for i in message] for message in joined(sizes, kinds)]

@@ -34,8 +34,9 @@ divided by R first.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -229,29 +230,55 @@ class HopTwo:
 
     # -- hop 2 itself -----------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def start(self) -> None:
-        """Begin hop 2, whether there are gradients here or not."""
-        self.wait()
-        self._unsynced = False
-        self._pass.synced = True
-        self._flight = self._backend.beside(self._synchronise, self._device, "hop 2")
+    @property
+    def message_bytes(self) -> int:
+        """Bytes of its message, 0 if it never has one."""
+        return compat.trainable_shard_numel(self.group) * self._averaging.dtype.itemsize
 
-    def _synchronise(self, issue: Issue) -> Program:
-        gradients = trainable_gradients(self.group)
-        message = message_of(self.group, self._averaging.dtype, self._device)
+    @property
+    def kind(self) -> Hashable:
+        """What units must have in common to be sent as one message; ``None`` if none are."""
+        return self._averaging.kind()
+
+    @torch.no_grad()
+    def start(self, others: Sequence[HopTwo] = ()) -> None:
+        """Begin hop 2, whether there are gradients here or not.
+
+        Args:
+            others: of the same kind, which are sent in the same message.
+        """
+        hops = (self, *others)
+        for hop in hops:
+            hop.wait()
+            hop._unsynced = False
+            hop._pass.synced = True
+        flight = self._backend.beside(partial(self._synchronise, hops), self._device, "hop 2")
+        for hop in hops:
+            hop._flight = flight
+
+    def _synchronise(self, hops: Sequence[HopTwo], issue: Issue) -> Program:
+        gradients = [trainable_gradients(hop.group) for hop in hops]
+        parts = [message_of(hop.group, self._averaging.dtype, self._device) for hop in hops]
+        # On every backend a copy: memory is faster than any link, and one call has one order.
+        message = parts[0] if len(parts) == 1 else torch.cat(parts)
         yield from self._averaging.program(message, issue)
-        if any(g is not None and g.device != message.device for g in gradients):
+        if any(g is not None and g.device != message.device for each in gradients for g in each):
             yield  # gradients offloaded to the host are copied once the caller waits
-        copy_back(message, gradients, offsets_of(self.group))
-        for i, (gradient, offset) in enumerate(zip(gradients, offsets_of(self.group), strict=True)):
+        reduced = torch.split(message, [part.numel() for part in parts])
+        for hop, part, each in zip(hops, reduced, gradients, strict=True):
+            hop._take(part, each)
+
+    def _take(self, message: torch.Tensor, gradients: Sequence[torch.Tensor | None]) -> None:
+        offsets = offsets_of(self.group)
+        copy_back(message, gradients, offsets)
+        for i, (gradient, offset) in enumerate(zip(gradients, offsets, strict=True)):
             if gradient is None:
                 compat.give_gradient(self.group, i, message[offset:])
                 self._used.received(i)
 
     @torch.no_grad()
     def wait(self) -> None:
-        """Wait for a hop 2 under way, if there is one."""
+        """Wait for a hop 2 under way, if there is one; those in the same message are over too."""
         flight, self._flight = self._flight, None
         if flight is None:
             return

@@ -11,12 +11,21 @@ from torch import nn
 from mics import compat
 from mics.communication.apart import Message
 from mics.communication.gathered import gathered
+from mics.communication.hop_order import messages_of
 from mics.communication.ledger import LedgerView
 from mics.ranks.mesh import ranks_of
 from mics.sharding.units import Unit, units_of
 from mics.sharding.whole_step import WholeStep
 from mics.topology import Topology
-from mics.traffic import Traffic, UnitBytes, View, fsdp, message_traffic, unit_traffic
+from mics.traffic import (
+    StageMessage,
+    Traffic,
+    UnitBytes,
+    View,
+    fsdp,
+    message_traffic,
+    unit_traffic,
+)
 
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 
@@ -57,7 +66,7 @@ def predict_traffic(
             View(rank, partition, replicas, groups.gpus_per_node),
             sizes,
             micro_steps,
-            hop_2_runs=1,
+            hop_2_runs=0,
             all_gather=unit.decide("all_gather", partition, sizes.gather_bytes, gather),
             reduce_scatter=unit.decide("reduce_scatter", partition, sizes.reduce_bytes, reduce),
             gloo=unit.reduce_scatter.by_all_reduce,
@@ -67,6 +76,23 @@ def predict_traffic(
         once = unit.precomputing + _steps_of(unit, steppers)
         for (collective, sent), calls in own + [(one, 1) for one in once]:
             total += message_traffic(0, collective, sent, calls, rank, groups.gpus_per_node)
+    return total + _hop_2(model, rank)
+
+
+def _hop_2(model: nn.Module, rank: int) -> Traffic:
+    """One all-reduce of every message, which may be of several units."""
+    beside: dict[tuple[int, int], list[Unit]] = {}
+    for unit in units_of(model):
+        root = compat.outermost(unit.group, model)
+        beside.setdefault((id(root), id(unit.groups.shard)), []).append(unit)
+    total = Traffic({})
+    for units in beside.values():
+        groups, hops = units[0].groups, [u.hop_two for u in units if u.hop_two is not None]
+        replicas = (rank,) if groups.replicas is None else ranks_of(groups.replicas)
+        for together in messages_of(hops):
+            num_bytes = sum(hop.message_bytes for hop in together)
+            message = StageMessage("flat", replicas, num_bytes, 1)
+            total += message_traffic(2, "all_reduce", message, 1, rank, groups.gpus_per_node)
     return total
 
 
