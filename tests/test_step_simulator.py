@@ -7,6 +7,7 @@ import math
 import random
 from fractions import Fraction
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from mics import traffic
 from mics.anatomy.anatomy import Anatomy
 from mics.anatomy.recipe import Machine, Recipe
 from mics.anatomy.trace import Operator, Segment, Trace
+from mics.communication.joined import joined
 from mics.hardware.cluster import Cluster, Gpu
 from mics.hardware.lookup import find_gpu, find_node
 from mics.hardware.network import Stage
@@ -322,6 +324,24 @@ def test_buckets_hold_reductions_back(anatomy: Anatomy, made: Times) -> None:
         "fsdp2", anatomy, made, cluster(), Recipe(32, micro_steps=1), timeline=True
     ).step
     assert sum(s.name.startswith("reduce") for s in by_unit.timeline) == len(anatomy.blocks) + 1
+
+
+def test_hop_2_of_small_blocks_is_one_message(anatomy: Anatomy, made: Times) -> None:
+    """Of mics as its ledger counts; FSDP2's HSDP has one for each unit. Latencies are saved."""
+    deep: Any = SimpleNamespace(blocks=[*anatomy.blocks] * 20, root=anatomy.root)
+    long = dataclasses.replace(made, forward=made.forward * 20, backward=made.backward * 20)
+    run, slow = Recipe(8, micro_steps=1), cluster(latency=20.0)
+    ours = simulate_engine("mics", deep, long, slow, run, timeline=True).step
+    theirs = simulate_engine("hsdp deferred", deep, long, slow, run, timeline=True).step
+    messages = [
+        [span for span in step.timeline if span.stream == "hop 2"] for step in (ours, theirs)
+    ]
+    units = [*reversed(deep.blocks), deep.root]
+    sizes = [unit.trained(8) for unit in units]
+    assert len(messages[0]) == len(joined(sizes, ["alike"] * len(sizes))) < len(units)
+    assert len(messages[1]) == len(units)
+    assert ours.total[2] < theirs.total[2]
+    assert ours.seconds < theirs.seconds
 
 
 def test_a_host_that_is_slower_costs(anatomy: Anatomy, made: Times) -> None:

@@ -12,6 +12,7 @@ from mics.anatomy.memory import OPTIMIZERS
 from mics.anatomy.offloaded import leaving
 from mics.anatomy.recipe import Recipe
 from mics.anatomy.sizes import Parameter, UnitSize
+from mics.communication.joined import joined
 from mics.hardware.cluster import Cluster, host_of
 from mics.hardware.network import Stage, all_reduce_seconds, gather_stages
 from mics.simulation.compute import Times
@@ -141,6 +142,8 @@ class _Builder:
         computed = [*zip(times.forward, times.backward, strict=True), root]
         units = [*self._anatomy.blocks, self._anatomy.root]
         seconds = [self._timed(unit, *each) for unit, each in zip(units, computed, strict=True)]
+        if self.profile.joins:
+            return self._in_messages(units, seconds)
         return self._in_buckets(units, seconds) if self.profile.bucket else seconds
 
     def at_end(self) -> tuple[Stage, ...]:
@@ -205,7 +208,7 @@ class _Builder:
             gather_bytes=sum(q.padded(n) for q in self._gathered(unit))
             * self._recipe.compute_bytes,
             reduce_bytes=unit.trained(n) * self._reduce_bytes,
-            sync_bytes=unit.trained(n) // n * self._reduce_bytes,
+            sync_bytes=self._sync_bytes(unit),
             gathers=gathered,
             reduces=1 if unit.trained() else 0,
         )
@@ -240,7 +243,7 @@ class _Builder:
     ) -> list[UnitSeconds]:
         """Let gradients wait until a bucket is full, from the last block to the root."""
         buckets: list[list[int]] = [[]]
-        for number in [*range(len(units) - 2, -1, -1), len(units) - 1]:
+        for number in _backwards(units):
             if buckets[-1] and self._trained(units, [*buckets[-1], number]) > self.profile.bucket:
                 buckets.append([])
             buckets[-1].append(number)
@@ -250,6 +253,22 @@ class _Builder:
             stages = self._stages([num_bytes], coalesced=True)[::-1] if num_bytes else ()
             bucketed[numbers[-1]] = replace(bucketed[numbers[-1]], reduce=stages)
         return bucketed
+
+    def _in_messages(
+        self, units: Sequence[UnitSize], seconds: Sequence[UnitSeconds]
+    ) -> list[UnitSeconds]:
+        """Let hop 2 of small units wait for the last one of their message."""
+        order = [number for number in _backwards(units) if seconds[number].sync]
+        sizes = [self._sync_bytes(units[number]) for number in order]
+        together = list(seconds)
+        for message in joined(sizes, ["alike"] * len(sizes)):
+            *before, last = message
+            for i in before:
+                together[order[i]] = replace(together[order[i]], sync=())
+            if before:
+                stages = self._synced(sum(sizes[i] for i in message))
+                together[order[last]] = replace(together[order[last]], sync=stages)
+        return together
 
     def _trained(self, units: Sequence[UnitSize], numbers: Sequence[int]) -> int:
         return sum(units[number].trained(self.group) for number in numbers)
@@ -276,13 +295,19 @@ class _Builder:
         return tuple(Stage(stage.link, stage.seconds * slower[stage.link]) for stage in stages)
 
     def _sync(self, unit: UnitSize) -> tuple[Stage, ...]:
-        cluster, n = self._cluster, self.group
-        k = cluster.node.gpus_per_node
-        replicas = cluster.gpus // n
+        replicas = self._cluster.gpus // self.group
         if self.profile.sync == "never" or replicas == 1 or not unit.trained():
             return ()
+        return self._synced(self._sync_bytes(unit))
+
+    def _sync_bytes(self, unit: UnitSize) -> int:
+        return unit.trained(self.group) // self.group * self._reduce_bytes
+
+    def _synced(self, num_bytes: int) -> tuple[Stage, ...]:
+        """Time one message of hop 2."""
+        cluster, n = self._cluster, self.group
+        k, replicas = cluster.node.gpus_per_node, cluster.gpus // n
         nodes = replicas if n >= k else cluster.nodes
-        num_bytes = unit.trained(n) // n * self._reduce_bytes
         seconds = all_reduce_seconds(cluster.node, replicas, nodes, num_bytes, sharing=min(n, k))
         return (Stage("inter" if nodes > 1 else "intra", seconds),)
 
@@ -301,3 +326,8 @@ class _Builder:
             return max(each) if recipe.pipelined or self.on_gloo else sum(each)
 
         return "hierarchical" if seconds("hierarchical") < seconds("flat") else "flat"
+
+
+def _backwards(units: Sequence[UnitSize]) -> list[int]:
+    """Numbers of units as a backward pass ends them: from the last block to the first, the root."""
+    return [*range(len(units) - 2, -1, -1), len(units) - 1]

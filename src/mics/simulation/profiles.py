@@ -36,6 +36,7 @@ class Profile:
         overlaps: hop 1 runs beside computation.
         host: seconds of the host per message, which hold up the GPU.
         two_stages: hierarchical collectives where a group spans nodes.
+        joins: hop 2 of small units is one message.
         at_end: parameters are gathered after the optimizer step.
     """
 
@@ -50,6 +51,7 @@ class Profile:
     overlaps: bool = True
     host: float = 0.0
     two_stages: bool = False
+    joins: bool = False
     at_end: bool = False
 
 
@@ -58,6 +60,7 @@ PROFILES: dict[EngineName, Profile] = {
         "partition groups, the faster of flat and hierarchical, hop 2 once a step",
         "partition",
         two_stages=True,
+        joins=True,
     ),
     "fsdp2": Profile("FSDP2 full shard over all ranks", "world", sync="never"),
     "hsdp every micro-step": Profile(
