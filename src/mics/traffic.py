@@ -15,6 +15,7 @@ all-gather, hierarchical   inter (M/k)(N - 1)/N    M (N - 1) / N  =  M (n - k) /
 reduce-scatter, hier.      the mirror              the mirror
 reduce-scatter, flat, on   2 M (n - 1) / n         2 M (n - 1) / n  (an all-reduce of which all
 Gloo                                               but one row is thrown away)
+all-to-all                 M (n - 1) / n           k M (n - k) / n
 =========================  ======================  ==========================================
 
 Sources: the hierarchical volume is MiCS section 3.3 (``(p - k) M / p`` against ``(p - 1) M / p``),
@@ -33,7 +34,8 @@ from typing import Literal, NamedTuple, TypeAlias
 
 from mics.topology import Ranks, Topology, has_two_stages, nodes_of
 
-Collective = Literal["all_gather", "reduce_scatter", "all_reduce"]
+Collective = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all"]
+HOP_2_IN_BLOCKS: tuple[Collective, ...] = ("all_to_all", "all_gather")
 Stage = Literal["flat", "inter", "intra"]
 Form = Literal["flat", "hierarchical"]
 
@@ -66,6 +68,10 @@ class Flow:
             self.intra_messages + other.intra_messages,
             self.inter_messages + other.inter_messages,
         )
+
+    def __mul__(self, times: int) -> Flow:
+        sent = self.intra_bytes * times, self.inter_bytes * times
+        return Flow(*sent, self.intra_messages * times, self.inter_messages * times)
 
 
 @dataclass(frozen=True)
@@ -126,13 +132,14 @@ class UnitBytes:
     Args:
         gather_bytes: all shards together, in the dtype that is all-gathered.
         reduce_bytes: all shards together, in the dtype that is reduce-scattered.
-        sync_bytes: one rank's shard in the dtype of hop 2; ``reduce_bytes / p`` as a rule.
+        sync_bytes: what hop 2 all-reduces; ``reduce_bytes / p`` as a rule.
         gathers: all-gathers over the partition group per micro-step: one per use in forward, one
             more per use in backward when the block is resharded after forward.
         reduces: reduce-scatters per micro-step: one per use, 0 for a frozen block.
         backward_gathers: all-gathers in backward over a smaller group, when the block is resharded
             to ``backward_partition`` ranks after forward.
         backward_partition: that number of ranks; 0 when there is none.
+        coded_bytes: what hop 2 exchanges, and gathers, in blocks of few bits.
     """
 
     gather_bytes: int
@@ -142,6 +149,7 @@ class UnitBytes:
     reduces: int = 1
     backward_gathers: int = 0
     backward_partition: int = 0
+    coded_bytes: int = 0
 
 
 # -- one collective ------------------------------------------------------------------------------
@@ -164,6 +172,15 @@ def ring_flow(
     if successor // gpus_per_node == rank // gpus_per_node:
         return Flow(intra_bytes=sent, intra_messages=rounds)
     return Flow(inter_bytes=sent, inter_messages=rounds)
+
+
+def exchange_flow(ranks: Sequence[int], rank: int, message_bytes: int, gpus_per_node: int) -> Flow:
+    """What ``rank`` sends where each rank has a row of ``message_bytes / n`` for each other one."""
+    node = rank // gpus_per_node
+    inside = sum(other // gpus_per_node == node for other in ranks) - 1
+    outside = len(ranks) - 1 - inside
+    row = Fraction(message_bytes, len(ranks))
+    return Flow(row * inside, row * outside, inside, outside)
 
 
 class StageMessage(NamedTuple):
@@ -206,11 +223,11 @@ def stage_flow(
     collective: Collective, message: StageMessage, rank: int, gpus_per_node: int
 ) -> Flow:
     """What ``rank`` sends in one stage."""
+    size = message.message_bytes // message.repeats
+    if collective == "all_to_all":
+        return exchange_flow(message.ranks, rank, size, gpus_per_node) * message.repeats
     runs: Collective = "all_reduce" if message.by_all_reduce else collective
-    one = ring_flow(
-        runs, message.ranks, rank, message.message_bytes // message.repeats, gpus_per_node
-    )
-    return sum((one for _ in range(message.repeats)), Flow())
+    return ring_flow(runs, message.ranks, rank, size, gpus_per_node) * message.repeats
 
 
 def message_traffic(
@@ -224,9 +241,9 @@ def message_traffic(
     """Traffic of ``rank`` in so many calls of one stage; none among ranks of which there is one."""
     if not calls or len(message.ranks) == 1:
         return Traffic({})
-    flow = stage_flow(collective, message, rank, gpus_per_node)
-    once = Count(1, message.message_bytes, flow)
-    return Traffic({Key(hop, collective, message.stage): _times(once, calls)})
+    flow = stage_flow(collective, message, rank, gpus_per_node) * calls
+    count = Count(calls, message.message_bytes * calls, flow)
+    return Traffic({Key(hop, collective, message.stage): count})
 
 
 # -- one step ------------------------------------------------------------------------------------
@@ -250,20 +267,15 @@ def mics(
     ``hop_2_every_micro_step`` gives the alternative schedule the paper compares with, ``gloo``
     counts flat reduce-scatters as Gloo runs them.
     """
-    seen_by_rank = View(
-        rank,
-        topology.partition_group_of(rank),
-        topology.replication_group_of(rank),
-        topology.gpus_per_node,
-    )
-    hop_2_runs = micro_steps if hop_2_every_micro_step else 1
+    groups = topology.partition_group_of(rank), topology.replication_group_of(rank)
+    seen_by_rank = View(rank, *groups, topology.gpus_per_node)
     return sum(
         (
             unit_traffic(
                 seen_by_rank,
                 block,
                 micro_steps,
-                hop_2_runs,
+                micro_steps if hop_2_every_micro_step else 1,
                 all_gather=all_gather,
                 reduce_scatter=reduce_scatter,
                 gloo=gloo,
@@ -294,28 +306,33 @@ def unit_traffic(
     gloo: bool,
 ) -> Traffic:
     """Traffic of one unit in one step, for any partition and replication group."""
-    rank, partition, replicas, k = view
-    counts: dict[Key, Count] = {}
+    rank, partition, _, k = view
+    total = hop_2_traffic(view, unit.sync_bytes, unit.coded_bytes, hop_2_runs * bool(unit.reduces))
 
-    def add(hop: int, collective: Collective, messages: list[StageMessage], calls: int) -> None:
+    def add(collective: Collective, messages: list[StageMessage], calls: int) -> None:
+        nonlocal total
         for message in messages:
-            one = message_traffic(hop, collective, message, calls, rank, k)
-            for key, count in one.counts.items():
-                counts[key] = counts.get(key, Count()) + count
+            total += message_traffic(1, collective, message, calls, rank, k)
 
     gather = stages(partition, rank, unit.gather_bytes, k, all_gather)
-    add(1, "all_gather", gather, micro_steps * unit.gathers)
+    add("all_gather", gather, micro_steps * unit.gathers)
     if unit.backward_gathers:
         first = partition.index(rank) // unit.backward_partition * unit.backward_partition
         smaller = partition[first : first + unit.backward_partition]
         gather = stages(smaller, rank, unit.gather_bytes, k, all_gather)
-        add(1, "all_gather", gather, micro_steps * unit.backward_gathers)
+        add("all_gather", gather, micro_steps * unit.backward_gathers)
     reduce = stages(partition, rank, unit.reduce_bytes, k, reduce_scatter, by_all_reduce=gloo)
-    add(1, "reduce_scatter", reduce, micro_steps * unit.reduces)
-    if unit.reduces:
-        sync = StageMessage("flat", replicas, unit.sync_bytes, 1)
-        add(2, "all_reduce", [sync], hop_2_runs)
-    return Traffic(counts)
+    add("reduce_scatter", reduce, micro_steps * unit.reduces)
+    return total
+
+
+def hop_2_traffic(view: View, sync_bytes: int, coded_bytes: int = 0, runs: int = 1) -> Traffic:
+    """Traffic of one message of hop 2, of one unit or of several; sizes as in ``UnitBytes``."""
+    total, sizes = Traffic({}), dict.fromkeys(HOP_2_IN_BLOCKS, coded_bytes)
+    for collective, size in {"all_reduce": sync_bytes, **sizes}.items():
+        sent, calls = StageMessage("flat", view.replicas, size, 1), runs if size else 0
+        total += message_traffic(2, collective, sent, calls, view.rank, view.gpus_per_node)
+    return total
 
 
 def fsdp(
@@ -381,17 +398,3 @@ block_traffic = unit_traffic
 def node_inter_bytes(per_rank: Sequence[Traffic]) -> Fraction:
     """Bytes that leave a node over the slow link, given the traffic of each of its ranks."""
     return sum((t.flow.inter_bytes for t in per_rank), Fraction(0))
-
-
-def _times(count: Count, n: int) -> Count:
-    flow = count.flow
-    return Count(
-        count.calls * n,
-        count.message_bytes * n,
-        Flow(
-            flow.intra_bytes * n,
-            flow.inter_bytes * n,
-            flow.intra_messages * n,
-            flow.inter_messages * n,
-        ),
-    )

@@ -1,13 +1,13 @@
 """How the replicas come to the same gradients: what is sent of a unit's shard, how it is summed.
 
-``hop_two.py`` says when; a class here says how. ``AllReduce`` is torch's collective, in the dtype
-that the unit reduces in.
+``hop_two.py`` says when; a class says how. ``AllReduce`` here is torch's collective, in the dtype
+that the unit reduces in or another one; ``fewer_bits.py`` has the way that sends fewer bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,13 @@ from mics.communication.ledger import Ledger
 from mics.ranks.issuing import all_reduce
 from mics.ranks.mesh import ranks_of
 from mics.traffic import StageMessage
+
+
+class Sent(NamedTuple):
+    """Bytes of the messages of one run: all-reduced, and exchanged and gathered in blocks."""
+
+    exact: int
+    coded: int = 0
 
 
 class Averaging(Protocol):
@@ -32,6 +39,13 @@ class Averaging(Protocol):
     def kind(self) -> Hashable:
         """What units must have in common to be sent as one message; ``None`` if none are."""
 
+    @property
+    def in_stages(self) -> bool:
+        """Whether more is issued once the first call is over.
+
+        Somebody has to go on with it then before the end of the backward pass.
+        """
+
     def program(self, message: torch.Tensor, issue: Issue) -> Program:
         """Replace a message by its mean over the replicas, or its sum where a divide factor is set.
 
@@ -41,18 +55,30 @@ class Averaging(Protocol):
             issue: how a call is waited for.
         """
 
+    def sent(self) -> Sent:
+        """What one run will send."""
+
 
 class AllReduce:
-    """Exact, to the rounding of the dtype that the unit reduces in.
+    """Exact, to the rounding of a dtype.
 
     Args:
         group: the FSDP2 parameter group.
         replicas: the ranks that hold the same shard.
         ledger: counts the all-reduces.
+        dtype: to sum in; by default the one that the unit reduces in.
     """
 
-    def __init__(self, group: Any, replicas: dist.ProcessGroup, ledger: Ledger) -> None:
-        self.dtype = compat.reduce_dtype(group)
+    in_stages = False
+
+    def __init__(
+        self,
+        group: Any,
+        replicas: dist.ProcessGroup,
+        ledger: Ledger,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.dtype = dtype or compat.reduce_dtype(group)
         self._group = group
         self._replicas = replicas
         self._ledger = ledger
@@ -63,7 +89,7 @@ class AllReduce:
         return "all-reduce", self.dtype, summed, compat.sums_only(self._group)
 
     def program(self, message: torch.Tensor, issue: Issue) -> Program:
-        """Run one all-reduce, of the whole message."""
+        """Run one all-reduce, of the whole message or a part of it."""
         op = self._scale_and_op(message)
         sent = StageMessage("flat", ranks_of(self._replicas), message.nbytes, 1)
         span = self._ledger.issue(2, "all_reduce", sent, message.device)
@@ -71,6 +97,10 @@ class AllReduce:
             span,
             lambda async_op: all_reduce(message, op, self._replicas, async_op=async_op),
         )
+
+    def sent(self) -> Sent:
+        """As ``Averaging.sent``."""
+        return Sent(compat.trainable_shard_numel(self._group) * self.dtype.itemsize)
 
     def _scale_and_op(self, message: torch.Tensor) -> compat.ReduceOp:
         """FSDP2's divide rules for the second hop: mean, or sum when a divide factor is set."""

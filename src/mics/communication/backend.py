@@ -58,7 +58,7 @@ class Backend(Protocol):
 
     def beside(
         self, program: Callable[[Issue], Program], device: torch.device, lane: Lane
-    ) -> dist.Work:
+    ) -> Flight:
         """Begin a program that runs beside the caller's computation.
 
         Programs of one lane run one after the other, lanes run beside each other.
@@ -119,7 +119,7 @@ class Gloo:
 
     def beside(
         self, program: Callable[[Issue], Program], device: torch.device, lane: Lane
-    ) -> dist.Work:
+    ) -> Flight:
         """Issue the first call now; waiting runs the rest."""
         return _Handle(program(with_handle))
 
@@ -161,7 +161,7 @@ class Streams:
 
     def beside(
         self, program: Callable[[Issue], Program], device: torch.device, lane: Lane
-    ) -> dist.Work:
+    ) -> Flight:
         """Run the program on a stream of ours that starts behind the caller's."""
         stream = _side_stream(device, lane)
         stream.wait_stream(torch.accelerator.current_stream(device))
@@ -243,6 +243,10 @@ class _Handle(dist.Work):
         self._program = program
         next(program, None)
 
+    def go_on(self) -> None:
+        """Wait for what was issued last, and issue what follows."""
+        next(self._program, None)
+
     def wait(self, timeout: Any = None) -> bool:
         run(self._program)
         return True
@@ -257,10 +261,17 @@ class _StreamHandle(dist.Work):
         self._event = event
         self._device = device
 
+    def go_on(self) -> None:
+        """Do nothing: all of it is on the stream already."""
+
     def wait(self, timeout: Any = None) -> bool:
         torch.accelerator.current_stream(self._device).wait_event(self._event)
         run(self._program)  # what only the host can do, if anything is left
         return True
+
+
+Flight = _Handle | _StreamHandle
+"""A program that was begun beside the caller's computation."""
 
 
 @functools.cache

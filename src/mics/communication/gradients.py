@@ -28,6 +28,19 @@ def offsets_of(group: Any) -> list[int]:
     return [0, *accumulate(compat.trainable_shard_numels(group))][:-1]
 
 
+def matrices_of(group: Any) -> list[tuple[int, slice]]:
+    """Which trainable parameters have two or more dims, and where their shards are.
+
+    Returns:
+        The number among the group's parameters, trainable or not, and the elements in a buffer for
+        the shards of all trainable ones.
+    """
+    params = compat.sharded_params(group)
+    trainable = [number for number, param in enumerate(params) if param.requires_grad]
+    places = zip(trainable, offsets_of(group), compat.trainable_shard_numels(group), strict=True)
+    return [(n, slice(at, at + numel)) for n, at, numel in places if params[n].ndim > 1]
+
+
 def flat_buffer(group: Any) -> torch.Tensor | None:
     """The buffer that the gradients of all trainable parameters are views of.
 

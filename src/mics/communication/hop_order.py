@@ -29,11 +29,13 @@ class HopOrder:
         # this, may be of a step that has begun, and a rank may leave out its backward.
         self._next = 0
         self._messages: list[list[HopTwo]] | None = None  # made anew, for what is trained may be
+        self._started: HopTwo | None = None  # the first of the last message
 
     def begin(self) -> None:
         """All units owe a hop 2."""
         self._next = 0
         self._messages = None
+        self._started = None
 
     def advance(self) -> None:
         """Start those whose turn it is and that are ready."""
@@ -54,6 +56,9 @@ class HopOrder:
             self._next += 1
             if hops:
                 hops[0].start(hops[1:])
+                before, self._started = self._started, hops[0]
+                if before is not None:
+                    before.go_on()
 
 
 def messages_of(hops: Sequence[HopTwo]) -> list[list[HopTwo]]:

@@ -40,13 +40,12 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from mics import compat
 from mics.communication.averaging import Averaging
-from mics.communication.backend import Issue, Program, backend_of
+from mics.communication.backend import Flight, Issue, Program, backend_of
 from mics.communication.gradients import (
     copy_back,
     gradients_of,
@@ -98,7 +97,7 @@ class HopTwo:
         assert groups.replicas is not None
         self.group = group
         self._replicas = groups.replicas
-        self._averaging = averaging
+        self.averaging = averaging
         self._landing = landing
         self._used = used
         self._became_ready = became_ready
@@ -113,7 +112,7 @@ class HopTwo:
         self.held = False  # whether passes are parts of a larger one, whose end is awaited
         self._unsynced = False  # .grad holds something no other replica has seen
         self._synced_version: tuple[int, int, int] | None = None  # of .grad as hop 2 left it
-        self._flight: dist.Work | None = None
+        self._flight: Flight | None = None
         watch_optimizers()
 
     @property
@@ -233,12 +232,24 @@ class HopTwo:
     @property
     def message_bytes(self) -> int:
         """Bytes of its message, 0 if it never has one."""
-        return compat.trainable_shard_numel(self.group) * self._averaging.dtype.itemsize
+        return compat.trainable_shard_numel(self.group) * self.averaging.dtype.itemsize
 
     @property
     def kind(self) -> Hashable:
         """What units must have in common to be sent as one message; ``None`` if none are."""
-        return self._averaging.kind()
+        return self.averaging.kind()
+
+    @torch.no_grad()
+    def go_on(self) -> None:
+        """Issue what follows the first call of a hop 2 in stages, in the order of hops.
+
+        Nobody else would before its end, and what is issued then runs beside nothing.
+        """
+        if self._flight is None or not self.averaging.in_stages:
+            return
+        if self._same_steps is not None:
+            self._same_steps.check()
+        self._flight.go_on()
 
     @torch.no_grad()
     def start(self, others: Sequence[HopTwo] = ()) -> None:
@@ -258,10 +269,10 @@ class HopTwo:
 
     def _synchronise(self, hops: Sequence[HopTwo], issue: Issue) -> Program:
         gradients = [trainable_gradients(hop.group) for hop in hops]
-        parts = [message_of(hop.group, self._averaging.dtype, self._device) for hop in hops]
+        parts = [message_of(hop.group, self.averaging.dtype, self._device) for hop in hops]
         # On every backend a copy: memory is faster than any link, and one call has one order.
         message = parts[0] if len(parts) == 1 else torch.cat(parts)
-        yield from self._averaging.program(message, issue)
+        yield from self.averaging.program(message, issue)
         if any(g is not None and g.device != message.device for each in gradients for g in each):
             yield  # gradients offloaded to the host are copied once the caller waits
         reduced = torch.split(message, [part.numel() for part in parts])

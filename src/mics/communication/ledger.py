@@ -24,7 +24,7 @@ from mics.quantities import megabytes, milliseconds
 from mics.ranks.device import on_accelerator
 from mics.ranks.issuing import Handle
 from mics.ranks.recording import Flight, recorder
-from mics.traffic import Collective, Count, Flow, Key, StageMessage, Traffic, stage_flow
+from mics.traffic import Collective, Count, Key, StageMessage, Traffic, stage_flow
 
 
 @dataclass(frozen=True)
@@ -81,13 +81,7 @@ class Ledger:
             calls = dict(self._calls)
         counts: dict[Key, Count] = {}
         for (key, message), n in calls.items():
-            one = stage_flow(key.collective, message, self._rank, self._gpus_per_node)
-            flow = Flow(
-                one.intra_bytes * n,
-                one.inter_bytes * n,
-                one.intra_messages * n,
-                one.inter_messages * n,
-            )
+            flow = stage_flow(key.collective, message, self._rank, self._gpus_per_node) * n
             count = Count(n, message.message_bytes * n, flow)
             counts[key] = counts.get(key, Count()) + count
         return Traffic(counts)

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.fsdp import fully_shard as torch_fully_shard
 
 from mics import compat
+from mics.communication.fewer_bits import HopTwoBits, check_bits
 from mics.communication.forms import Collectives
 from mics.errors import ShardError
 from mics.ranks.device import default_device_type
@@ -43,6 +44,8 @@ def fully_shard(
     collectives: Collectives = "auto",
     gpus_per_node: int | None = None,
     overlap: bool = False,
+    hop_two: HopTwoBits | None = None,
+    error_feedback: bool = True,
 ) -> Any:
     """Apply FSDP2 to ``module``: same keywords, same return as torch's ``fully_shard``.
 
@@ -70,6 +73,11 @@ def fully_shard(
             and reduce beside computation, at the price of two units' memory, and reduce inside a
             node with half of Gloo's bytes, at the price of another order of rounding. On a GPU
             FSDP2's streams overlap in any case.
+        hop_two: bits of what replicas exchange once a step: "fp32" or "bf16", in which gradients
+            are then summed; "fp8" or "int8", blocks of them with a scale each, summed in fp32, for
+            parameters of two or more dims. ``None`` is the dtype that is reduced in.
+        error_feedback: in "fp8" and "int8" send what rounding has held back with the next step's
+            gradients, for 4 bytes of memory a value.
 
     Returns:
         ``module``, now an FSDPModule.
@@ -93,6 +101,8 @@ def fully_shard(
         "mp_policy": mp_policy,
         "collectives": collectives,
         "overlap": overlap,
+        "hop_two": hop_two,
+        "error_feedback": error_feedback,
     }
     more = {
         "ranks per node": [str(groups.gpus_per_node)],
@@ -105,6 +115,7 @@ def fully_shard(
         ],
     }
     check_same_model(modules, groups.axes, groups.device, ignored, more)
+    check_bits(hop_two)
     policy = mp_policy or MixedPrecisionPolicy()
     check_gather_hooks(
         modules,
@@ -122,6 +133,8 @@ def fully_shard(
         axes=axes,
         collectives=collectives,
         overlap=overlap,
+        hop_two=hop_two,
+        error_feedback=error_feedback,
     )
     return shard_unit(module, placements, options, reshard_after_forward)
 
@@ -135,6 +148,8 @@ class UnitOptions:
     ignored_params: set[nn.Parameter] | None
     collectives: Collectives
     overlap: bool
+    hop_two: HopTwoBits | None
+    error_feedback: bool
     axes: Axes | None = None
 
 
@@ -186,7 +201,15 @@ def shard_unit(
         own = placements.of_group(compat.shard_group(group))
         if smaller is not None and own is groups:
             compat.reshard_to(group, smaller)
-        unit = Unit(owner, group, own, collectives=options.collectives, overlap=options.overlap)
+        unit = Unit(
+            owner,
+            group,
+            own,
+            collectives=options.collectives,
+            overlap=options.overlap,
+            hop_two=options.hop_two,
+            error_feedback=options.error_feedback,
+        )
         remember_unit(unit)
         units.append(unit)
     for unit in reversed(units):  # so that they arrive in the order in which FSDP2 gathers them

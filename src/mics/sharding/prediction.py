@@ -18,11 +18,11 @@ from mics.sharding.units import Unit, units_of
 from mics.sharding.whole_step import WholeStep
 from mics.topology import Topology
 from mics.traffic import (
-    StageMessage,
     Traffic,
     UnitBytes,
     View,
     fsdp,
+    hop_2_traffic,
     message_traffic,
     unit_traffic,
 )
@@ -80,7 +80,7 @@ def predict_traffic(
 
 
 def _hop_2(model: nn.Module, rank: int) -> Traffic:
-    """One all-reduce of every message, which may be of several units."""
+    """One run of every message, which may be of several units."""
     beside: dict[tuple[int, int], list[Unit]] = {}
     for unit in units_of(model):
         root = compat.outermost(unit.group, model)
@@ -89,10 +89,11 @@ def _hop_2(model: nn.Module, rank: int) -> Traffic:
     for units in beside.values():
         groups, hops = units[0].groups, [u.hop_two for u in units if u.hop_two is not None]
         replicas = (rank,) if groups.replicas is None else ranks_of(groups.replicas)
+        view = View(rank, ranks_of(groups.shard), replicas, groups.gpus_per_node)
         for together in messages_of(hops):
-            num_bytes = sum(hop.message_bytes for hop in together)
-            message = StageMessage("flat", replicas, num_bytes, 1)
-            total += message_traffic(2, "all_reduce", message, 1, rank, groups.gpus_per_node)
+            sent = [hop.averaging.sent() for hop in together]
+            exact, coded = sum(one.exact for one in sent), sum(one.coded for one in sent)
+            total += hop_2_traffic(view, exact, coded)
     return total
 
 
@@ -144,14 +145,18 @@ def bytes_of(unit: Unit, model: nn.Module) -> UnitBytes:
             gathers, backward_partition = 2, 0
         else:
             backward_gathers = 1
+    exact, coded = shard_numel * reduce_itemsize, 0
+    if unit.hop_two is not None:
+        exact, coded = unit.hop_two.averaging.sent()
     return UnitBytes(
         gather_bytes=gathered(group).shard_bytes * p,
         reduce_bytes=shard_numel * p * reduce_itemsize,
-        sync_bytes=shard_numel * reduce_itemsize,
+        sync_bytes=exact,
         gathers=gathers,
         reduces=1 if shard_numel else 0,
         backward_gathers=backward_gathers,
         backward_partition=backward_partition,
+        coded_bytes=coded,
     )
 
 

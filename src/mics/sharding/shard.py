@@ -20,6 +20,7 @@ from mics.anatomy.memory import states_and_blocks
 from mics.anatomy.recipe import Recipe
 from mics.anatomy.sizes import units_of_model
 from mics.communication.backend import backend_of_mesh
+from mics.communication.fewer_bits import HopTwoBits, check_bits
 from mics.communication.forms import Collectives
 from mics.errors import ShardError
 from mics.quantities import dtype_name
@@ -78,6 +79,8 @@ def shard(
     compile: bool | Mapping[str, Any] = False,
     collectives: Collectives = "auto",
     overlap: bool = True,
+    hop_two: HopTwoBits | None = None,
+    error_feedback: bool = True,
 ) -> Model:
     """Shard a whole model, in place; prints which partition size and why.
 
@@ -109,6 +112,8 @@ def shard(
         collectives: "auto" measures flat against hierarchical once; or force one of them.
         overlap: on the CPU, where Gloo blocks: gather and reduce beside computation, at the price
             of two blocks' memory; see ``fully_shard``. On a GPU FSDP2's streams do so in any case.
+        hop_two: bits of what replicas exchange once a step, as ``fully_shard``.
+        error_feedback: whether what "fp8" and "int8" round away is sent later, as ``fully_shard``.
 
     Returns:
         ``model``, an FSDPModule now; ``state_dict``, optimizers and checkpoints work as on any.
@@ -127,6 +132,8 @@ def shard(
         ignored_params=ignored_params,
         collectives=collectives,
         overlap=overlap,
+        hop_two=hop_two,
+        error_feedback=error_feedback,
     )
     ignored = ignored_params or set()
     arguments = [
@@ -137,6 +144,8 @@ def shard(
         f"mp_policy={mp_policy}",
         f"collectives={collectives}",
         f"overlap={overlap}",
+        f"hop_two={hop_two}",
+        f"error_feedback={error_feedback}",
         f"{FULL_WORLD}={os.environ.get(FULL_WORLD)}",
     ]
     asked = _Asked(model, blocks, ignored, arguments)
@@ -149,6 +158,7 @@ def shard(
         found, axes = asked.agree_on_mesh(mesh, dp_mesh_dims, groups, reshard_after_forward)
         options = replace(options, axes=axes)
         reason = f"partition {groups.shard.size()}: the mesh's"
+    check_bits(hop_two)
     placements = along_longer_dims(groups)
     check_gather_hooks(
         [model], placements, policy, ignored=ignored, reshard_after_forward=reshard_after_forward

@@ -13,9 +13,9 @@ from torch.utils.hooks import RemovableHandle
 
 from mics import compat
 from mics.communication.apart import Message
-from mics.communication.averaging import AllReduce
 from mics.communication.backend import backend_of_mesh
 from mics.communication.collectives import AllGather, ReduceScatter
+from mics.communication.fewer_bits import HopTwoBits, averaging_in
 from mics.communication.finite import finite_of
 from mics.communication.forms import Collectives, decide_by, measure
 from mics.communication.gathered import gathered
@@ -46,6 +46,8 @@ class Unit:
         groups: the ranks it talks to.
         collectives: how the form of its collectives is chosen.
         overlap: whether it communicates beside computation also where the backend blocks.
+        hop_two: the bits of its hop 2, see ``averaging_in``.
+        error_feedback: likewise.
     """
 
     def __init__(
@@ -56,6 +58,8 @@ class Unit:
         *,
         collectives: Collectives,
         overlap: bool,
+        hop_two: HopTwoBits | None,
+        error_feedback: bool,
     ) -> None:
         self.group = group
         self.groups = groups
@@ -73,7 +77,7 @@ class Unit:
         self.used = Used(group, finite_of(groups))
         self.hop_two: HopTwo | None = None
         self.landing: Landing | None = None
-        self._communicate(overlap=overlap)
+        self._communicate(overlap=overlap, hop_two=hop_two, error_feedback=error_feedback)
 
         self._passes: Passes | None = None
         self._entering = False
@@ -82,7 +86,9 @@ class Unit:
         self.forward_hooks = [self._hook(one) for one in compat.modules_of(group)]
         units_on(module).append(self)
 
-    def _communicate(self, *, overlap: bool) -> None:
+    def _communicate(
+        self, *, overlap: bool, hop_two: HopTwoBits | None, error_feedback: bool
+    ) -> None:
         """Make its collectives, its hop 2 and its landing, in the order they need each other."""
         group, groups = self.group, self.groups
         replicated = groups.replicas is not None and not compat.is_replicated_by_torch(group)
@@ -90,8 +96,9 @@ class Unit:
             compat.gather_beside_computation(group)
             self.landing = Landing(group, groups, self._landed if replicated else None)
         if replicated:
-            assert groups.replicas is not None
-            averaging = AllReduce(group, groups.replicas, self.ledger)
+            averaging = averaging_in(
+                hop_two, group, groups, self.ledger, error_feedback=error_feedback
+            )
             self.hop_two = HopTwo(
                 group, groups, averaging, self.landing, self.used, self._became_ready
             )

@@ -1,0 +1,99 @@
+"""What rounding has held back of a unit's gradients, to be sent with the next ones.
+
+[Note: one error a value]
+A message in few bits is rounded twice: by every rank on its way to the owner of a piece, and by the
+owner when all are added up. An owner rounds nothing of its own piece before the sum, so each rank
+has one error a value: the first of other pieces, the second of its own. Both are in the units of
+the sum; added to what the rank sends next, they are part of the next sum. What has been applied and
+what is held back, over all replicas, is then what was computed, whatever was rounded.
+
+[Note: what is held back of a step that is dropped]
+What a rank held back goes into its next message. Where the gradients behind that message are then
+dropped (by a loss scaler, or because a step was cut short), it is gone with them: at most one
+rounding of a value. Blocks that are no numbers are not taken: there the error from before stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from mics import compat
+from mics.communication.gradients import matrices_of
+from mics.ranks.mesh import Groups
+
+
+class ErrorFeedback:
+    """The errors of one unit on this rank, of its parameters of two or more dims.
+
+    Args:
+        group: the FSDP2 parameter group.
+        groups: of the unit.
+    """
+
+    def __init__(self, group: Any, groups: Groups) -> None:
+        self._group = group
+        self._device = groups.device
+        self.replicas = groups.replicas
+        # By number in the group, of padded shards, behind each other in one buffer.
+        self._errors: dict[int, torch.Tensor] = {}
+        self._buffer = torch.empty(0, device=self._device)
+
+    def buffer(self, numel: int) -> torch.Tensor:
+        """All errors behind each other, in place.
+
+        They are zeros to begin with. Where other parameters train than before, the errors of those
+        that still do stay.
+
+        Args:
+            numel: how long it has to be at least.
+
+        Returns:
+            [numel] fp32, zeros behind the errors.
+        """
+        wanted = {number: part.stop - part.start for number, part in matrices_of(self._group)}
+        known = {number: error.numel() for number, error in self._errors.items()}
+        if list(wanted.items()) == list(known.items()) and self._buffer.numel() >= numel:
+            return self._buffer[:numel]
+        buffer = torch.zeros(max(numel, sum(wanted.values())), device=self._device)
+        fresh = dict(zip(wanted, cut(buffer, list(wanted.values())), strict=True))
+        for number, error in fresh.items():
+            if known.get(number) == error.numel():
+                error.copy_(self._errors[number])
+        self._errors, self._buffer = fresh, buffer
+        return buffer[:numel]
+
+    @torch.no_grad()
+    def of_params(self) -> list[tuple[nn.Parameter, torch.Tensor]]:
+        """Each parameter with its errors on this rank, in place.
+
+        Returns:
+            Errors of the shape of the parameter's shard here, fp32.
+        """
+        self.buffer(0)
+        params = compat.sharded_params(self._group)
+        found = []
+        for number, error in self._errors.items():
+            shard = compat.local_of(params[number].detach())
+            found.append((params[number], error[: shard.numel()].view(shard.shape)))
+        return found
+
+
+def cut(values: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
+    """The first of some values, in parts of these sizes behind each other."""
+    return list(torch.split(values.view(-1)[: sum(sizes)], list(sizes)))
+
+
+def hold_back(errors: torch.Tensor, values: torch.Tensor, decoded: torch.Tensor) -> None:
+    """Keep what rounding has taken from values, where that is a number.
+
+    Args:
+        errors: [...] fp32, in place.
+        values: [...] fp32, before rounding.
+        decoded: [...] fp32, behind it; overwritten.
+    """
+    taken = torch.sub(values, decoded, out=decoded)
+    torch.where(taken.isfinite(), taken, errors, out=errors)
