@@ -99,7 +99,7 @@ def place(fault: Fault) -> None:
     fault.before(compat, "all_gather", "forward gather", calls=1)
     fault.before(dist, "all_reduce", "backward reduce-scatter", calls=1)
     fault.before(hop_two.HopTwo, "start", "between the hops")
-    fault.before(slot.Slot, "_crcs", "mid-snapshot", calls=1)
+    fault.before(slot.Slot, "_both_crcs", "mid-snapshot", calls=1)
     fault.before(slot, "_write_head", "before the head")
     fault.before(state.State, "restore", "restoring")
     fault.before(healing, "recall", "recalling")

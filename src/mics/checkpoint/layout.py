@@ -13,6 +13,9 @@ MODEL = "model/"
 OPTIMIZER = "optimizer/"
 AVERAGE = "average/"
 AVERAGE_UPDATES = "averaging/updates"
+HELD_BACK = "held_back/"
+"""What hop 2 in few bits has not sent yet, by the names of parameters."""
+
 ASSETS = "assets/"
 """Names of assets are those of files too, in the checkpoint's folder."""
 

@@ -35,6 +35,7 @@ from mics.checkpoint.restoration import Restoration, plan_restoration
 from mics.checkpoint.verifying import verify_files
 from mics.checkpoint.writing import let_save_end
 from mics.errors import CheckpointError
+from mics.ranks.console import say
 from mics.ranks.whereabouts import during
 from mics.sharding.average import EMA
 
@@ -100,6 +101,8 @@ def load(
         check_random_state(folder, random)
 
     plan.carry_out(files, peers, beside=read_random)
+    if plan.held_back.words:
+        say(plan.held_back.words)
     return Loaded(manifest.extra, restore_random_state(peers.rank, random))
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from mics.checkpoint.averages import plan_average, restore_updates
 from mics.checkpoint.contents import contents_of
 from mics.checkpoint.frozen import check_frozen
+from mics.checkpoint.held_back import HeldBackRestoring, plan_held_back
 from mics.checkpoint.manifest import Manifest
 from mics.checkpoint.model_restoring import ModelRestoring
 from mics.checkpoint.optimizer_restoring import Restoring, plan_optimizers, restore_optimizers
@@ -55,6 +56,7 @@ class Restoration:
     optimizers: Restoring
     ema: EMA | None
     averages: Mapping[str, torch.Tensor]
+    held_back: HeldBackRestoring
 
     def carry_out(
         self, source: Source, peers: Peers, *, beside: Callable[[], None] = lambda: None
@@ -93,6 +95,7 @@ class Restoration:
             ) from None
 
     def _finish(self, source: Source) -> None:
+        self.held_back.clear()
         source.read(self._late())
         self.model.finish()
         restore_optimizers(self.optimizers)
@@ -100,7 +103,8 @@ class Restoration:
             restore_updates(self.manifest, self.ema)
 
     def _late(self) -> dict[str, torch.Tensor]:
-        return self.model.late | self.optimizers.tensors | dict(self.averages)
+        others = {**self.averages, **self.held_back.tensors}
+        return self.model.late | self.optimizers.tensors | others
 
 
 def plan_restoration(
@@ -131,4 +135,5 @@ def plan_restoration(
         plan_optimizers(name, manifest, model, list_optimizers(optimizer)),
         ema,
         plan_average(name, manifest, model, ema),
+        plan_held_back(name, manifest, model),
     )

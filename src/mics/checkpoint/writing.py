@@ -20,14 +20,10 @@ from torch import nn
 from mics.checkpoint.adapters import adapters_of
 from mics.checkpoint.appearing import AppearingFolder
 from mics.checkpoint.configuration import config_of
-from mics.checkpoint.contents import (
-    Contents,
-    contents_of,
-    facts_of_contents,
-    partition_of,
-)
+from mics.checkpoint.contents import Contents, contents_of, facts_of_contents, partition_of
 from mics.checkpoint.disk import write_bytes, write_manifest, write_tensors
 from mics.checkpoint.frozen import prints_of
+from mics.checkpoint.held_back import mean_held_back
 from mics.checkpoint.layout import ASSETS, chunk_key, file_of
 from mics.checkpoint.manifest import (
     Chunk,
@@ -67,7 +63,8 @@ def save(
 
     Collective over all ranks. Every tensor is written once, by one replica, the work shared out
     over the replicas. The folder appears under its name only when every byte of it is on the disk;
-    an existing one is never touched. The folder must be one that every rank sees.
+    an existing one is never touched. The folder must be one that every rank sees. Of what hop 2 in
+    few bits has not sent yet, the mean over the replicas is kept.
 
     Args:
         path: the folder to be made.
@@ -234,6 +231,7 @@ def _plan_of(
     contents = found[0]
     # Every rank writes its part of one list, and what is not sharded is rank 0's.
     peers.agree(facts_of_contents(contents) | {"optimizer steps taken": _steps_of(model)})
+    contents.tensors.update(mean_held_back(model))
     pieces = pieces_of_this_rank(contents, model, peers)
     prints = prints_of(contents.left_out, peers)
     making, path = _make_folder(target, peers)

@@ -22,7 +22,9 @@ import torch
 from torch import nn
 
 from mics import compat
+from mics.communication.blocks_of_values import piece_numel
 from mics.communication.gradients import matrices_of
+from mics.ranks.issuing import all_reduce
 from mics.ranks.mesh import Groups
 
 
@@ -42,44 +44,58 @@ class ErrorFeedback:
         self._errors: dict[int, torch.Tensor] = {}
         self._buffer = torch.empty(0, device=self._device)
 
-    def buffer(self, numel: int) -> torch.Tensor:
-        """All errors behind each other, in place.
+    def buffer(self) -> torch.Tensor:
+        """All errors behind each other, in place, and zeros up to whole pieces of all replicas.
 
         They are zeros to begin with. Where other parameters train than before, the errors of those
         that still do stay.
 
-        Args:
-            numel: how long it has to be at least.
-
         Returns:
-            [numel] fp32, zeros behind the errors.
+            [numel] fp32.
         """
         wanted = {number: part.stop - part.start for number, part in matrices_of(self._group)}
         known = {number: error.numel() for number, error in self._errors.items()}
-        if list(wanted.items()) == list(known.items()) and self._buffer.numel() >= numel:
-            return self._buffer[:numel]
-        buffer = torch.zeros(max(numel, sum(wanted.values())), device=self._device)
+        if list(wanted.items()) == list(known.items()):
+            return self._buffer
+        assert self.replicas is not None
+        ranks = self.replicas.size()
+        numel = ranks * piece_numel(sum(wanted.values()), ranks)
+        buffer = torch.zeros(numel, device=self._device)
         fresh = dict(zip(wanted, cut(buffer, list(wanted.values())), strict=True))
         for number, error in fresh.items():
             if known.get(number) == error.numel():
                 error.copy_(self._errors[number])
         self._errors, self._buffer = fresh, buffer
-        return buffer[:numel]
+        return buffer
 
     @torch.no_grad()
-    def of_params(self) -> list[tuple[nn.Parameter, torch.Tensor]]:
+    def of_params(
+        self, buffer: torch.Tensor | None = None
+    ) -> list[tuple[nn.Parameter, torch.Tensor]]:
         """Each parameter with its errors on this rank, in place.
+
+        Args:
+            buffer: another one like ``buffer()`` to look into.
 
         Returns:
             Errors of the shape of the parameter's shard here, fp32.
         """
-        self.buffer(0)
+        whole = self.buffer() if buffer is None else buffer
         params = compat.sharded_params(self._group)
+        parts = cut(whole, [error.numel() for error in self._errors.values()])
         found = []
-        for number, error in self._errors.items():
+        for number, error in zip(self._errors, parts, strict=True):
             shard = compat.local_of(params[number].detach())
             found.append((params[number], error[: shard.numel()].view(shard.shape)))
         return found
+
+    @torch.no_grad()
+    def mean(self) -> torch.Tensor:
+        """The mean over the replicas of ``buffer()``, a new one like it. Collective over them."""
+        assert self.replicas is not None
+        mean = self.buffer().clone()
+        all_reduce(mean, group=self.replicas)
+        return mean.div_(self.replicas.size())
 
 
 def cut(values: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:

@@ -120,7 +120,7 @@ class FewerBits:
         compat.copy_all(cut(values, _sizes(coded)), [message[part] for part in coded])
         errors = None
         if self.errors is not None:
-            errors = self.errors.buffer(values.numel()).view_as(values)
+            errors = self.errors.buffer().view_as(values)
             values += errors
         rows = encode(values, self._code)
         arrived = torch.empty_like(rows)

@@ -73,17 +73,23 @@ class Layout:
     """Where tensors of these names, dtypes and shapes are in a slot; made once for many steps.
 
     Args:
-        tensors: plain ones.
+        tensors: plain ones, which replicas share.
+        apart: plain ones that are this rank's own; they stand behind the others.
     """
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self, tensors: Mapping[str, torch.Tensor], apart: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
         self.places: dict[str, tuple[int, str, tuple[int, ...]]] = {}
-        at = _FIRST
+        self.shared_end = self._place(_FIRST, tensors)
+        self.end = self._place(self.shared_end, apart or {})
+        self.text = json.dumps(self.places).encode()
+
+    def _place(self, at: int, tensors: Mapping[str, torch.Tensor]) -> int:
         for name, tensor in tensors.items():
             self.places[name] = at, dtype_name(tensor.dtype), tuple(tensor.shape)
             at += -(-tensor.nbytes // _ALIGNED) * _ALIGNED
-        self.end = at
-        self.text = json.dumps(self.places).encode()
+        return at
 
 
 class Slot:
@@ -128,16 +134,16 @@ class Slot:
         Args:
             head: what ``HEAD`` names.
             layout: of the tensors.
-            tensors: plain ones on the host.
+            tensors: plain ones on the host, in the order of the layout.
             others: JSON texts that stand in the table beside the places of tensors.
 
         Returns:
-            The digest of the tensors, equal where all their bits are.
+            The digest of the tensors that replicas share, equal where all their bits are.
 
         Raises:
             OSError: there is no room.
         """
-        num_pieces = -(-(layout.end - _FIRST) // _PIECE)
+        num_pieces = -(-(layout.end - _FIRST) // _PIECE) + 1
         length = len(layout.text) + sum(map(len, others)) + 12 * num_pieces + _TABLE_ROOM
         self.reserve(layout.end + length)
         self.wipe()
@@ -145,11 +151,12 @@ class Slot:
             self._views = list(self._tensors(layout.places).values())
             self._views_of = layout
         compat.copy_all(self._views, list(tensors.values()))
-        crcs = self._crcs(layout.end)
-        table = b"[" + b",".join([layout.text, json.dumps(crcs).encode(), *others]) + b"]"
+        shared, apart = self._both_crcs(layout.shared_end, layout.end)
+        crcs = json.dumps([layout.shared_end, shared, apart]).encode()
+        table = b"[" + b",".join([layout.text, crcs, *others]) + b"]"
         assert self._map is not None
         self._map[layout.end : layout.end + len(table)] = table
-        digest = digest_of(crcs)
+        digest = digest_of(shared)
         at, crc = layout.end, zlib.crc32(table)
         whole = Head(**head, digest=digest, table_at=at, table_bytes=len(table), table_crc=crc)
         _write_head(self._map, whole)
@@ -196,8 +203,9 @@ class Slot:
         table = bytes(self._bytes(head.table_at, head.table_at + head.table_bytes))
         if zlib.crc32(table) != head.table_crc:
             return None
-        places, crcs, *others = json.loads(table)
-        if crcs != self._crcs(head.table_at) or digest_of(crcs) != head.digest:
+        places, (shared_end, *crcs), *others = json.loads(table)
+        found = self._both_crcs(shared_end, head.table_at)
+        if crcs != list(found) or digest_of(found[0]) != head.digest:
             return None
         return Reading(head, self._tensors(places), others)
 
@@ -240,9 +248,12 @@ class Slot:
             tensors[name] = whole.view(shape)
         return tensors
 
-    def _crcs(self, end: int) -> list[int]:
-        """Checksums of the values, piece by piece."""
-        pieces = range(_FIRST, end, _PIECE)
+    def _both_crcs(self, shared_end: int, end: int) -> tuple[list[int], list[int]]:
+        """Checksums of values that replicas share, and of this rank's own, piece by piece."""
+        return self._crcs(_FIRST, shared_end), self._crcs(shared_end, end)
+
+    def _crcs(self, first: int, end: int) -> list[int]:
+        pieces = range(first, end, _PIECE)
         return [zlib.crc32(self._bytes(at, min(at + _PIECE, end))) for at in pieces]
 
     def _bytes(self, first: int, last: int) -> memoryview:

@@ -26,7 +26,8 @@ from mics import compat
 from mics.checkpoint.contents import Contents, contents_of, partition_of
 from mics.checkpoint.differences import not_to_be
 from mics.checkpoint.frozen import check_base
-from mics.checkpoint.layout import AVERAGE_UPDATES, MODEL
+from mics.checkpoint.held_back import held_back_here
+from mics.checkpoint.layout import AVERAGE_UPDATES, HELD_BACK, MODEL
 from mics.checkpoint.manifest import Entry, Json, Manifest, whole_entry
 from mics.checkpoint.names import frozen_names, parameter_names
 from mics.checkpoint.optimizers import GROUPS, NAMES, Optimizers, list_optimizers
@@ -35,6 +36,8 @@ from mics.checkpoint.restoration import plan_restoration
 from mics.checkpoint.values import encode
 from mics.errors import MicroStepError
 from mics.quantities import dtype_name
+from mics.ranks.console import say
+from mics.ranks.device import on_accelerator
 from mics.recovery.own import (
     Own,
     extras_now,
@@ -44,16 +47,18 @@ from mics.recovery.own import (
 )
 from mics.recovery.slot import Layout, Reading
 from mics.recovery.untrained import Untrained
+from mics.recovery.words import errors_lost
 from mics.sharding.average import EMA
 from mics.sharding.open_step import open_step
-from mics.sharding.units import units_on
+from mics.sharding.units import feedback_of, units_on
 
 
 @dataclass(frozen=True)
 class Moment:
     """The state of a rank after a step.
 
-    ``tensors`` are in use, and must not be written before they are copied. ``names`` is JSON, the
+    ``tensors`` are in use, and must not be written before they are copied, but for the errors of
+    hop 2 on an accelerator, which are copies. ``names`` is JSON, the
     same from step to step; ``changing`` is JSON too.
     """
 
@@ -70,6 +75,7 @@ class _Collected:
 
     objects: list[Any]
     tensors: dict[str, torch.Tensor]
+    apart: dict[str, torch.Tensor]
     layout: Layout
     buffers: dict[str, torch.Tensor]
     names: bytes
@@ -161,7 +167,8 @@ class State:
             random_now(),
             extras_now(self.extras),
         )
-        return Moment(known.tensors, known.layout, known.names, json.dumps(changing).encode(), own)
+        tensors = known.tensors | {name: _still(t) for name, t in known.apart.items()}
+        return Moment(tensors, known.layout, known.names, json.dumps(changing).encode(), own)
 
     def restore(
         self, reading: Reading, own: Own, peers: Peers, without: Collection[str] = ()
@@ -174,6 +181,9 @@ class State:
         """
         names, changing = reading.others[:2]
         name = Path(f"the state of step {reading.head.step} in memory")
+        is_own = reading.head.rank == peers.rank
+        if not is_own:
+            names = _without_errors(names)
         manifest = _manifest(names, changing, own)
         source = _Memory(name, {**reading.tensors, **own.tensors})
         plans: list[Any] = []
@@ -181,6 +191,12 @@ class State:
         peers.together(lambda: plans.append(plan_restoration(name, manifest, *given)))
         check_base(name, manifest, plans[0].model.contents, peers)
         plans[0].carry_out(source, peers)
+        held_back = plans[0].held_back
+        rows = peers.gather(bool(held_back.buffers) and not is_own)
+        if lost := [rank for rank, is_lost in enumerate(rows) if is_lost]:
+            say(errors_lost(lost))
+        elif held_back.words:
+            say(held_back.words)
         for one in self.optimizers:
             one.zero_grad()
         peers.together(lambda: restore_extras(self.extras, own.extras, without))
@@ -212,6 +228,7 @@ class State:
     def _collect(self) -> _Collected:
         prints = self._untrained.prints()
         contents = self._contents(prints)
+        held_back = held_back_here(self.model)
         first_of = parameter_names(self.model)[0]
         buffers = {
             name: tensor
@@ -228,7 +245,7 @@ class State:
             "partition": partition_of(self.model),
             "entries": {
                 n: [dtype_name(t.dtype), list(t.shape), contents.forms.get(n, "")]
-                for n, t in shared.items()
+                for n, t in {**shared, **held_back}.items()
             },
             "buffers": {n: [dtype_name(t.dtype), list(t.shape)] for n, t in buffers.items()},
             "aliases": contents.aliases,
@@ -237,11 +254,13 @@ class State:
         }
         objects = list(self._objects())
         local = {n: compat.local_of(t.detach()) for n, t in shared.items()}
+        apart = {n: compat.local_of(t) for n, t in held_back.items()}
         all_groups = sum(len(one.param_groups) for one in self.optimizers)
         return _Collected(
             objects,
             local,
-            Layout(local),
+            apart,
+            Layout(local, apart),
             buffers,
             json.dumps(names).encode(),
             values,
@@ -250,7 +269,7 @@ class State:
             stays=not own_values
             and len(members) == all_groups
             and all(map(_is_simple, objects))
-            and _in_use([*local.values(), *buffers.values()], objects),
+            and _in_use([*local.values(), *apart.values(), *buffers.values()], objects),
         )
 
     def _members(self) -> dict[str, list[str]]:
@@ -281,6 +300,7 @@ class State:
                 yield from state.values() if isinstance(state, Mapping) else [state]
         if self.ema is not None:
             yield from self.ema.averages.values()
+        yield from (feedback.buffer() for feedback in feedback_of(self.model))
 
 
 def _same_objects(known: Sequence[Any], now: Iterator[Any]) -> bool:
@@ -292,6 +312,17 @@ def _same_objects(known: Sequence[Any], now: Iterator[Any]) -> bool:
         if one is not other and (isinstance(one, torch.Tensor) or one != other):
             return False
     return count == len(known)
+
+
+def _without_errors(names: Mapping[str, Any]) -> dict[str, Any]:
+    """What another rank kept, without what only its own hop 2 may send."""
+    entries = {n: e for n, e in names["entries"].items() if not n.startswith(HELD_BACK)}
+    return {**names, "entries": entries}
+
+
+def _still(tensor: torch.Tensor) -> torch.Tensor:
+    """What the next backward, which does not wait for the copy to the host, may not write."""
+    return tensor.clone() if on_accelerator(tensor.device) else tensor
 
 
 def _is_simple(one: Any) -> bool:

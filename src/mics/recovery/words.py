@@ -41,6 +41,14 @@ def healed(seats: Sequence[Seat], choice: Choice) -> str:
     return f"; rank(s) {takers} took it from rank(s) {ranks_text(sorted(set(givers.values())))}"
 
 
+def errors_lost(ranks: Sequence[int]) -> str:
+    """Who took its state from another rank, which has no errors of hop 2 but its own."""
+    return (
+        f"what hop 2 had held back on rank(s) {ranks_text(ranks)} is lost with their memory, and "
+        "begins with zeros there"
+    )
+
+
 def not_survived(seats: Sequence[Seat]) -> list[str]:
     """What would cost the job more than a restart, and what to write against it."""
     words = []

@@ -15,7 +15,8 @@ from mics import compat
 from mics.communication.apart import Message
 from mics.communication.backend import backend_of_mesh
 from mics.communication.collectives import AllGather, ReduceScatter
-from mics.communication.fewer_bits import HopTwoBits, averaging_in
+from mics.communication.error_feedback import ErrorFeedback
+from mics.communication.fewer_bits import FewerBits, HopTwoBits, averaging_in
 from mics.communication.finite import finite_of
 from mics.communication.forms import Collectives, decide_by, measure
 from mics.communication.gathered import gathered
@@ -288,6 +289,14 @@ def units_on(module: nn.Module) -> list[Unit]:
     """The units attached to one module."""
     units: list[Unit] = module.__dict__.setdefault(_ATTRIBUTE, [])
     return units
+
+
+def feedback_of(model: nn.Module) -> list[ErrorFeedback]:
+    """What the hop 2 of units of a model holds back, of those that do, in module order."""
+    hops = [unit.hop_two for module in model.modules() for unit in units_on(module)]
+    ways = [hop.averaging for hop in hops if hop is not None]
+    found = [way.errors for way in ways if isinstance(way, FewerBits)]
+    return [one for one in found if one is not None]
 
 
 def units_of(model: nn.Module) -> list[Unit]:
