@@ -16,8 +16,9 @@ from mics.commands import VERBS
 PUBLIC = """
     __version__ traffic
     init_mesh fully_shard shard micro_steps micro_step finish_step deal steps stragglers
-    trace clip_grad_norm_ gathered get_total_norm EMA Snapshots Verdicts WholeStep precompute_scales
-    ledger predict_traffic save load save_adapters load_adapters plan simulate Cluster Topology
+    trace clip_grad_norm_ gathered get_total_norm owned EMA Snapshots Verdicts WholeStep
+    precompute_scales ledger predict_traffic save load save_adapters load_adapters plan simulate
+    Cluster Topology
     MicsError TopologyError DisagreementError ShardError MicroStepError ConfigError DataError
     CheckpointError PlanError RankError RecoveryError MicsWarning
 """

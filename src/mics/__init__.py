@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from mics.sharding.micro_steps import finish_step as finish_step
     from mics.sharding.micro_steps import micro_step as micro_step
     from mics.sharding.micro_steps import micro_steps as micro_steps
+    from mics.sharding.owned import owned as owned
     from mics.sharding.prediction import ledger as ledger
     from mics.sharding.prediction import predict_traffic as predict_traffic
     from mics.sharding.scales import precompute_scales as precompute_scales
@@ -85,6 +86,7 @@ _HOME = {
     "load_adapters": "mics.models.interchange.adapters",
     "micro_step": "mics.sharding.micro_steps",
     "micro_steps": "mics.sharding.micro_steps",
+    "owned": "mics.sharding.owned",
     "plan": "mics.planning.api",
     "precompute_scales": "mics.sharding.scales",
     "predict_traffic": "mics.sharding.prediction",

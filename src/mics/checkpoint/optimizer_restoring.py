@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mics.checkpoint.dealt_state import owned_state
 from mics.checkpoint.differences import differ, not_to_be
 from mics.checkpoint.few_bits import Place, check_unquantised, place_few_bits, read_few_bits
 from mics.checkpoint.layout import OPTIMIZER, of_kind
@@ -22,6 +23,7 @@ from mics.checkpoint.optimizer_checks import check_options, check_state
 from mics.checkpoint.optimizer_placing import Home
 from mics.checkpoint.optimizers import EMPTY_GROUPS, GROUPS, NAMES, SHARED, STATE, Packed, pack
 from mics.checkpoint.values import decode, tensors_in
+from mics.communication.shares import owner_of
 from mics.compat import tree_leaves
 from mics.errors import CheckpointError
 
@@ -108,6 +110,10 @@ def restore_optimizers(plan: Restoring) -> None:
     for optimizer, table in plan.tables:
         params = [param for group in optimizer.param_groups for param in group["params"]]
         numbers = [number for group in table["param_groups"] for number in group["params"]]
+        for number, param in zip(numbers, params, strict=True):
+            owner = owner_of(param)
+            if owner is not None and number in table["state"]:
+                table["state"][number] = owned_state(owner, table["state"][number])
         optimizer.load_state_dict(table)
         for number, param in zip(numbers, params, strict=True):
             _keep_exact(optimizer.state, param, table["state"].get(number, {}))
@@ -296,12 +302,17 @@ def _states(
                     stored,
                     plan,
                     name,
-                    Home(param, packed.state.get(number, {}), on_device),
+                    Home(param, _in_use(packed, number, param), on_device),
                     packed.optimizer,
                 )
                 of_group[name] = (param, states[number])
         check_state(stored.folder, packed.optimizer, of_group)
     return states
+
+
+def _in_use(packed: Packed, number: Any, param: nn.Parameter) -> Mapping[Any, Any]:
+    """What may be read in place: the state of a parameter, but not that of a part of it."""
+    return {} if id(param) in packed.owners else packed.state.get(number, {})
 
 
 def _state(

@@ -16,17 +16,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from mics.checkpoint.dealt_state import Owner, whole_state
 from mics.checkpoint.few_bits import check_one_kind, parts_to_keep, quantised_in
 from mics.checkpoint.layout import OPTIMIZER
 from mics.checkpoint.manifest import PLAIN, REPLICATED, SHARDED, Json
 from mics.checkpoint.names import parameter_names
 from mics.checkpoint.values import encode
+from mics.communication.shares import owner_of, stands_for
 from mics.errors import CheckpointError
 
 Optimizers = (
@@ -54,13 +56,18 @@ class OptimizerContents:
 
 @dataclass(frozen=True)
 class Packed:
-    """What ``state_dict`` of an optimizer returns, and the parameters behind its numbers."""
+    """What ``state_dict`` of an optimizer returns, and the parameters behind its numbers.
+
+    Where it steps what the rank owns of parameters, its state is of that.
+    """
 
     optimizer: torch.optim.Optimizer
     state: Mapping[Any, Any]
     groups: Sequence[Mapping[str, Any]]
     parameters: Sequence[Sequence[nn.Parameter]]
-    """The parameters of each group."""
+    """The parameters of each group, those of the model."""
+    owners: Mapping[int, Owner]
+    """By the ids of those of which the optimizer steps what the rank owns."""
 
     def by_number(self) -> dict[Any, nn.Parameter]:
         """The parameters by what stands for them in ``state``."""
@@ -106,7 +113,8 @@ def pack(optimizers: Sequence[torch.optim.Optimizer], names: Mapping[int, str]) 
     packed = []
     seen: set[int] = set()
     for optimizer in optimizers:
-        params = [list(group["params"]) for group in optimizer.param_groups]
+        stepped = [list(group["params"]) for group in optimizer.param_groups]
+        params = [[cast(nn.Parameter, stands_for(one)) for one in group] for group in stepped]
         every = [param for group in params for param in group]
         strange = sum(id(param) not in names for param in every)
         if strange:
@@ -123,11 +131,15 @@ def pack(optimizers: Sequence[torch.optim.Optimizer], names: Mapping[int, str]) 
                 write="each optimizer into a checkpoint of its own",
             )
         seen |= {id(param) for param in every}
-        packed.append(_packed(optimizer, params))
+        packed.append(_packed(optimizer, params, stepped))
     return packed
 
 
-def _packed(optimizer: torch.optim.Optimizer, params: list[list[nn.Parameter]]) -> Packed:
+def _packed(
+    optimizer: torch.optim.Optimizer,
+    params: list[list[nn.Parameter]],
+    stepped: list[list[nn.Parameter]],
+) -> Packed:
     table: Any = optimizer.state_dict()
     try:
         state, groups = table["state"], table["param_groups"]
@@ -141,13 +153,21 @@ def _packed(optimizer: torch.optim.Optimizer, params: list[list[nn.Parameter]]) 
             numbers="It has other entries than state and param_groups of its groups.",
             write="extra=... for what it keeps, and no optimizer",
         )
-    return Packed(optimizer, state, groups, params)
+    owners = {
+        id(stands_for(param)): owner
+        for group in stepped
+        for param in group
+        if (owner := owner_of(param)) is not None
+    }
+    return Packed(optimizer, state, groups, params, owners)
 
 
 def optimizer_contents(
     model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
 ) -> OptimizerContents:
     """Everything that optimizers have to keep; tensors are those in use, not copies.
+
+    Of state that is dealt to the replicas they are copies, made by all replicas together.
 
     Raises:
         CheckpointError: as ``pack``, or something in it cannot be kept.
@@ -174,6 +194,8 @@ def optimizer_contents(
         for key, state in packed.state.items():
             if key in by_number:
                 param = by_number[key]
+                if id(param) in packed.owners:
+                    state = whole_state(packed.owners[id(param)], state)
                 prefix = f"{STATE}{names[id(param)]}"
                 check_one_kind(prefix, packed.optimizer, param)
                 _keep_state(contents, prefix, state, param)

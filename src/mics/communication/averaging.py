@@ -90,7 +90,9 @@ class AllReduce:
 
     def program(self, message: torch.Tensor, issue: Issue) -> Program:
         """Run one all-reduce, of the whole message or a part of it."""
-        op = self._scale_and_op(message)
+        op, divides = op_of(self._group, message.dtype)
+        if divides:
+            message.div_(self._replicas.size())
         sent = StageMessage("flat", ranks_of(self._replicas), message.nbytes, 1)
         span = self._ledger.issue(2, "all_reduce", sent, message.device)
         yield from issue(
@@ -102,11 +104,15 @@ class AllReduce:
         """As ``Averaging.sent``."""
         return Sent(compat.trainable_shard_numel(self._group) * self.dtype.itemsize)
 
-    def _scale_and_op(self, message: torch.Tensor) -> compat.ReduceOp:
-        """FSDP2's divide rules for the second hop: mean, or sum when a divide factor is set."""
-        if compat.divide_factor(self._group) is not None:
-            return dist.ReduceOp.SUM
-        if compat.sums_only(self._group) or message.dtype == torch.float16:
-            message.div_(self._replicas.size())  # before the sum, so that fp16 cannot overflow
-            return dist.ReduceOp.SUM
-        return dist.ReduceOp.AVG
+
+def op_of(group: Any, dtype: torch.dtype) -> tuple[compat.ReduceOp, bool]:
+    """FSDP2's divide rules for the second hop: mean, or sum when a divide factor is set.
+
+    Returns:
+        What a collective does, and whether its message has to be divided by the replicas first.
+    """
+    if compat.divide_factor(group) is not None:
+        return dist.ReduceOp.SUM, False
+    if compat.sums_only(group) or dtype == torch.float16:
+        return dist.ReduceOp.SUM, True  # before the sum, so that fp16 cannot overflow
+    return dist.ReduceOp.AVG, False

@@ -21,6 +21,7 @@ import torch
 
 from mics import compat
 from mics.communication.guard import guard, watch
+from mics.communication.shares import gradient_of
 from mics.errors import MicroStepError
 from mics.ranks.device import on_accelerator
 from mics.ranks.mesh import PerMesh
@@ -82,8 +83,9 @@ class Finite:
 
     def check_optimizer(self, stepped: set[int]) -> bool:
         """Refuse an optimizer of gradients that are no numbers, see ``guard.Owner``."""
-        mine = [p.grad for p in self._params if id(p) in stepped and p.grad is not None]
-        if self._ranks is None or not any(p.grad is not None for p in self._params):
+        gradients = [(id(param), gradient_of(param)) for param in self._params]
+        mine = [one for key, one in gradients if key in stepped and one is not None]
+        if self._ranks is None or all(one is None for _, one in gradients):
             return False
         if _scaler.skips:
             return True

@@ -10,12 +10,16 @@ from typing import Any, Protocol
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from mics.communication.shares import stands_for
+
 
 class Owner(Protocol):
     """Whoever holds gradients that an optimizer may not use yet."""
 
     def check_optimizer(self, stepped: set[int]) -> bool:
         """Refuse an optimizer of the parameters with these ids, if it would use such gradients.
+
+        Of one that steps what is owned of parameters they are the ids of those.
 
         Returns:
             Whether there are still gradients to be guarded.
@@ -87,7 +91,8 @@ def _checked(closure: Callable[[], Any], optimizer: torch.optim.Optimizer) -> Ca
 
 
 def _check(optimizer: torch.optim.Optimizer) -> None:
-    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    params = (param for group in optimizer.param_groups for param in group["params"])
+    stepped = {id(stands_for(param)) for param in params}
     for watcher in list(_watchers):
         watcher(optimizer, stepped)
     asked: set[int] = set()

@@ -56,6 +56,7 @@ from mics.communication.gradients import (
 from mics.communication.guard import guard, optimizer_steps, watch_optimizers
 from mics.communication.landing import Landing
 from mics.communication.same_steps import same_steps_of
+from mics.communication.shares import Share
 from mics.communication.used import Used
 from mics.errors import MicroStepError, MicsWarning
 from mics.quantities import MIB, first_of
@@ -113,6 +114,7 @@ class HopTwo:
         self._unsynced = False  # .grad holds something no other replica has seen
         self._synced_version: tuple[int, int, int] | None = None  # of .grad as hop 2 left it
         self._flight: Flight | None = None
+        self.share: Share | None = None  # what this rank owns, if the unit is dealt to the replicas
         watch_optimizers()
 
     @property
@@ -125,6 +127,8 @@ class HopTwo:
         self.wait()
         for param in compat.sharded_params(self.group):
             param.grad = None
+        if self.share is not None:
+            self.share.drop_gradients()
         self._unsynced = False
         self._pass = _Pass()
 
@@ -146,6 +150,12 @@ class HopTwo:
 
     # -- called during forward and backward ------------------------------------------------------
 
+    def before_gather(self) -> None:
+        """The shards are about to be gathered: what other replicas have stepped has to be there."""
+        if self.share is not None:
+            self.share.check()
+            self.share.wait()
+
     def before_forward(self) -> None:
         """Count a use: with more of them to come, a gradient is not complete yet."""
         self._pass.uses += 1
@@ -153,6 +163,8 @@ class HopTwo:
     def before_reduce(self) -> None:
         """FSDP2 is about to add to ``.grad``: nothing of ours may be reading or writing it."""
         self.wait()
+        if self.share is not None:
+            self.share.before_reduce()
         self._watch_parameters()
         self._unsynced = True
         if self._synced_version is None:
@@ -161,6 +173,8 @@ class HopTwo:
         gradients = gradients_of(self.group)
         if not gradients:
             return
+        if self.share is not None:
+            return  # what was accumulated stays as it was
         if compat.divide_factor(self.group) is not None:  # see [Note: repeated hop 2]
             compat.divide_all(gradients, float(self._replicas.size()))
         untouched = version == self._version()
@@ -226,6 +240,8 @@ class HopTwo:
         self._pass = _Pass()
         if self._unsynced:
             guard(self)
+        if self._unsynced and self.share is not None:
+            self.share.lend()
 
     # -- hop 2 itself -----------------------------------------------------------------------------
 
@@ -237,7 +253,7 @@ class HopTwo:
     @property
     def kind(self) -> Hashable:
         """What units must have in common to be sent as one message; ``None`` if none are."""
-        return self.averaging.kind()
+        return self.averaging.kind() if self.share is None else None
 
     @torch.no_grad()
     def go_on(self) -> None:
@@ -261,6 +277,8 @@ class HopTwo:
         hops = (self, *others)
         for hop in hops:
             hop.wait()
+            if hop.share is not None:
+                hop.share.wait()  # a rank may have left out the forward
             hop._unsynced = False
             hop._pass.synced = True
         flight = self._backend.beside(partial(self._synchronise, hops), self._device, "hop 2")
@@ -268,6 +286,9 @@ class HopTwo:
             hop._flight = flight
 
     def _synchronise(self, hops: Sequence[HopTwo], issue: Issue) -> Program:
+        if self.share is not None:
+            yield from self.share.reduce(issue)
+            return
         gradients = [trainable_gradients(hop.group) for hop in hops]
         parts = [message_of(hop.group, self.averaging.dtype, self._device) for hop in hops]
         # On every backend a copy: memory is faster than any link, and one call has one order.

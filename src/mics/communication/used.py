@@ -19,6 +19,7 @@ from torch import nn
 
 from mics import compat
 from mics.communication.finite import Finite
+from mics.communication.shares import Share
 
 
 class Used:
@@ -35,6 +36,7 @@ class Used:
         self._used: dict[int, bool] = {}  # by position among the trainable parameters
         self._noted = False  # in the backward of this use
         self._said = False  # that the first of two buffers is asked for
+        self.share: Share | None = None  # what this rank owns, if the unit is dealt to the replicas
 
     @torch.no_grad()
     def note(self) -> None:
@@ -102,10 +104,13 @@ class Used:
         Args:
             by_anybody: for each trainable parameter, whether any rank has.
         """
+        self._used = dict(enumerate(by_anybody))
+        if self.share is not None:
+            self.share.settle(by_anybody)
+            return
         trainable = compat.trainable_params(self._group)
         for param, used in zip(trainable, by_anybody, strict=True):
             if not used:
                 param.grad = None
             elif param.grad is None:
                 param.grad = torch.zeros_like(param)
-        self._used = dict(enumerate(by_anybody))

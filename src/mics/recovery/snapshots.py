@@ -26,7 +26,7 @@ from mics.recovery.healing import Recalled, Resting, look, recall
 from mics.recovery.holders import Held, Seat, choose, next_generation
 from mics.recovery.job import Hold, open_job
 from mics.recovery.newcomers import Samples, leave, settle
-from mics.recovery.own import Own, check_extras, resting_name
+from mics.recovery.own import Own, resting_name
 from mics.recovery.places import Places
 from mics.recovery.saved import extras_to_save, newer_than, restore_saved, set_aside
 from mics.recovery.staging import Staging
@@ -125,7 +125,7 @@ class Snapshots:
                 numbers=f"every = {self._every!r}.",
                 write="every=1",
             )
-        check_extras(self._state.extras)
+        self._state.check()
         self._samples = Samples(self._state.model, self._peers.world)
         self._job = open_job(job)
         self._hold = Hold(self._job, self._peers.rank)

@@ -34,12 +34,14 @@ from mics.checkpoint.optimizers import GROUPS, NAMES, Optimizers, list_optimizer
 from mics.checkpoint.peers import Peers
 from mics.checkpoint.restoration import plan_restoration
 from mics.checkpoint.values import encode
-from mics.errors import MicroStepError
+from mics.communication.shares import owner_of
+from mics.errors import MicroStepError, RecoveryError
 from mics.quantities import dtype_name
 from mics.ranks.console import say
 from mics.ranks.device import on_accelerator
 from mics.recovery.own import (
     Own,
+    check_extras,
     extras_now,
     random_now,
     restore_extras,
@@ -109,6 +111,25 @@ class State:
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """The optimizers, none or some."""
         return list_optimizers(self.optimizer)
+
+    def check(self) -> None:
+        """Refuse what cannot be kept.
+
+        Raises:
+            RecoveryError: optimizer state that exists once, or extras that JSON cannot hold.
+        """
+        groups = [group for one in self.optimizers for group in one.param_groups]
+        params = [param for group in groups for param in group["params"]]
+        dealt = sum(owner_of(param) is not None for param in params)
+        if dealt:
+            raise RecoveryError(
+                "Optimizer state that mics.owned has dealt to the replicas exists once, so the "
+                "memory of a lost node would be the only place where its part was.",
+                numbers=f"{dealt} of {len(params)} parameters are owned.",
+                write="the optimizer of model.parameters(); or mics.save, more often, and no "
+                "mics.Snapshots",
+            )
+        check_extras(self.extras)
 
     def open(self, peers: Peers) -> None:
         """Look at what does not train, which is not kept but has to be the same. Collective."""

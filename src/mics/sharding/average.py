@@ -19,6 +19,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from mics import compat
 from mics.communication.guard import guard
 from mics.errors import ConfigError, MicroStepError
+from mics.sharding.owned import await_shards
 
 _AT_ONCE = 32  # tensors; of those with fewer bits a copy in 32 bits is made
 
@@ -62,6 +63,7 @@ class EMA:
         self.model, self.decay, self.warmup = model, decay, warmup
         self.updates = 0
         self._swapped = False
+        await_shards(model.parameters())
         averaged: dict[str, torch.Tensor] = {
             name: param for name, param in model.named_parameters() if param.requires_grad
         }
@@ -154,6 +156,7 @@ class EMA:
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """The model's tensors of today by name: ``load_state_dict(assign=True)`` replaces them."""
+        await_shards(self.model.parameters())
         found: dict[str, torch.Tensor] = dict(self.model.named_parameters())
         found |= dict(self.model.named_buffers())
         return found

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mics import compat
 from mics.communication.guard import watch
+from mics.communication.shares import stands_for
 from mics.errors import MicroStepError, ShardError
 from mics.quantities import MIB, first_of
 from mics.sharding.foreign_state import refuse_foreign_state
@@ -188,8 +189,8 @@ def _judge(optimizer: torch.optim.Optimizer, stepped: set[int]) -> _Verdict:
     past: list[str] = []
     params = [param for group in optimizer.param_groups for param in group["params"]]
     for param in params:
-        if id(param) in owner:
-            unit = owner[id(param)]
+        if id(stands_for(param)) in owner:
+            unit = owner[id(stands_for(param))]
             units[id(unit)] = weakref.ref(unit)
         elif id(param) in gathered or _known.past_name(param) is not None:
             past.append(_known.past_name(param) or _spelled(param))

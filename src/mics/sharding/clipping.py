@@ -19,8 +19,10 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.utils import clip_grads_with_norm_
 
 from mics import compat
+from mics.communication.shares import owned_of
 from mics.errors import ConfigError, NormError
 from mics.ranks.issuing import all_reduce
+from mics.sharding.owned import await_shards
 from mics.sharding.spread import Spread, spread_of
 
 _WIDE = (torch.float64, torch.complex128)
@@ -55,6 +57,7 @@ def get_total_norm(
     """
     found = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
     _check_order(norm_type)
+    await_shards(found)
     spread = spread_of(found)
     return _finite(_norm(spread, found, norm_type, foreach), norm_type, error_if_nonfinite)
 
@@ -71,7 +74,8 @@ def clip_grad_norm_(
 
     As ``torch.nn.utils.clip_grad_norm_``, for every norm, also where a rank's shard is empty and
     where parameters are on several meshes. Collective as ``get_total_norm``; all ranks pass the
-    same parameters.
+    same parameters. Of those that ``mics.owned`` has dealt, or of what it returned, each rank
+    clips the gradients that it owns, by the norm of all.
 
     Args:
         parameters: one or more, sharded or whole.
@@ -87,7 +91,8 @@ def clip_grad_norm_(
         ConfigError: there is no norm of this order.
         NormError: it is not finite (a RuntimeError, as torch's); no gradient has been scaled.
     """
-    params = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+    given = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+    params = [param if (part := owned_of(param)) is None else part for param in given]
     _check_order(norm_type)
     spread = spread_of(params)
     gradients = [param.grad for param in params]
@@ -135,7 +140,9 @@ def _norm(
         part = _sum_of(mine, order, foreach)
         if split.mesh is not None:
             part = part.to(split.mesh.device_type)
-            part = _over_ranks(part, [split.mesh.get_group(axis) for axis in split.axes], order)
+            groups = [split.mesh.get_group(axis) for axis in split.axes]
+            groups += [] if split.replicas is None else [split.replicas]
+            part = _over_ranks(part, groups, order)
         if split.copies:
             part = part if math.isinf(order) else part / split.copies
             part = _over_ranks(part, spread.others, order)

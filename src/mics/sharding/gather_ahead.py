@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from mics import compat
-from mics.sharding.units import units_on
+from mics.sharding.units import Unit, units_on
 
 
 def gather_ahead(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
@@ -29,18 +29,20 @@ def gather_ahead(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
         model: the root.
         blocks: in the order they run.
     """
-    groups = [[unit.group for m in block.modules() for unit in units_on(m)] for block in blocks]
-    model.register_forward_pre_hook(_start(model, groups[0]))  # after FSDP2's own
-    for block, (own, following) in zip(blocks, pairwise([*groups, []]), strict=True):
+    units = [[unit for m in block.modules() for unit in units_on(m)] for block in blocks]
+    model.register_forward_pre_hook(_start(model, units[0]))  # after FSDP2's own
+    for block, (own, following) in zip(blocks, pairwise([*units, []]), strict=True):
         block.register_forward_pre_hook(_start(model, [*own, *following]), prepend=True)
         for unit in reversed(units_on(block)):
             unit.stand_first()  # what this rank has skipped is gathered before
 
 
-def _start(model: nn.Module, groups: Sequence[Any]) -> Callable[..., None]:
+def _start(model: nn.Module, units: Sequence[Unit]) -> Callable[..., None]:
     def start(*_: Any) -> None:
         if compat.is_initialised(model) and torch.is_grad_enabled() and not compat.in_backward():
-            for group in groups:
-                compat.start_unshard(group)
+            for unit in units:
+                if unit.hop_two is not None:
+                    unit.hop_two.before_gather()
+                compat.start_unshard(unit.group)
 
     return compat.outside_graphs(start)

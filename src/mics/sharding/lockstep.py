@@ -230,6 +230,8 @@ class Lockstep:
                 self._entered[id(unit)] = self._tick()
                 self._filled.add(id(unit))
             for unit in to_gather:
+                if unit.hop_two is not None:
+                    unit.hop_two.before_gather()
                 compat.begin_empty_forward(unit.group)
             self._fill(inside, passed_on)
             for unit in to_gather:

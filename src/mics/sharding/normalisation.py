@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from mics import compat
+from mics.communication.shares import gradient_of
 from mics.sharding.tokens import Counted, total_of
 from mics.sharding.units import Unit
 
@@ -41,8 +42,9 @@ def _ranks_averaged(unit: Unit) -> float:
 def _scale(units: Sequence[Unit], factor: Callable[[Unit], float | torch.Tensor]) -> None:
     for unit in units:
         for param in compat.sharded_params(unit.group):
-            if param.grad is not None:
-                local = param.grad.to_local()  # type: ignore[attr-defined]
+            gradient = gradient_of(param)
+            if gradient is not None:
+                local = compat.local_of(gradient)
                 scale = factor(unit)
                 # To the device of offloaded gradients, but not to their dtype: it rounds once.
                 local.mul_(scale.to(local.device) if isinstance(scale, torch.Tensor) else scale)

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from mics import compat
+from mics.communication.shares import owned_of
 from mics.errors import ConfigError
 from mics.ranks.mesh import Groups, axes_beside, ranks_of
 from mics.sharding.belonging import known_units
@@ -31,11 +32,13 @@ class Split:
         axes: of the mesh, those it is sharded over.
         copies: as many of ``Spread.others`` hold it or a part of it, if the rest of those have
             another tensor in its place, as with experts; 0 if there are no others.
+        replicas: it is spread over these too, where each owns a share of the shard.
     """
 
     mesh: DeviceMesh | None = None
     axes: tuple[int, ...] = ()
     copies: int = 0
+    replicas: dist.ProcessGroup | None = None
 
 
 @dataclass(frozen=True)
@@ -56,14 +59,16 @@ class Spread:
 def spread_of(tensors: Sequence[torch.Tensor]) -> Spread:
     """How tensors are spread: parameters, their gradients, or what was made of either.
 
+    What ranks own of parameters, and the gradients of that, are spread over the replicas too.
+
     Raises:
         ConfigError: it cannot be told whether other ranks hold another tensor in its place.
     """
-    unit_of, units_on = _by_tensor(), None
+    by_tensor, units_on = _by_tensor(), None
     homes: list[Unit | None] = []
     units: dict[Unit, None] = {}
     for tensor in tensors:
-        home = unit_of.get(id(tensor))
+        home = by_tensor[id(tensor)].unit if id(tensor) in by_tensor else None
         if home is None and isinstance(tensor, DTensor):
             units_on = units_on or _by_mesh()
             home = _only(units_on.get(tensor.device_mesh, []))
@@ -72,24 +77,44 @@ def spread_of(tensors: Sequence[torch.Tensor]) -> Spread:
             units |= dict.fromkeys([*home.tree(), home])
     largest = max(units, key=lambda unit: unit.groups.whole.size(), default=None)
     others, copies = _in_each_others_place(units, largest)
+    places = [by_tensor.get(id(tensor), _Place(tensor)) for tensor in tensors]
     of = [
-        _split(tensor, 0 if home is None else copies[home])
-        for tensor, home in zip(tensors, homes, strict=True)
+        _split(place, 0 if home is None else copies[home])
+        for place, home in zip(places, homes, strict=True)
     ]
+    of_shares = any(place.is_share for place in places)
     beside = [
-        _split(param, copies[unit]) for unit in units for param in compat.sharded_params(unit.group)
+        _split(_Place(param, unit, of_shares and unit.share is not None), copies[unit])
+        for unit in units
+        for param in compat.sharded_params(unit.group)
     ]
     return Spread(of, list(dict.fromkeys([*beside, *of])), others)
 
 
-def _by_tensor() -> dict[int, Unit]:
-    """The unit of every sharded parameter of this process and of its gradient, by their ids."""
-    found = {}
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor belongs.
+
+    Attributes:
+        like: a tensor that is spread as it is over the ranks of a replica.
+        unit: of the parameter that it is, or is a gradient of.
+        is_share: whether it is what this rank owns of it.
+    """
+
+    like: torch.Tensor
+    unit: Unit | None = None
+    is_share: bool = False
+
+
+def _by_tensor() -> dict[int, _Place]:
+    """The places of all sharded parameters of this process, of what it owns, of their gradients."""
+    found: dict[int, _Place] = {}
     for unit in known_units():
         for param in compat.sharded_params(unit.group):
-            found[id(param)] = unit
-            if param.grad is not None:
-                found[id(param.grad)] = unit
+            for one, is_share in ((param, False), (owned_of(param), True)):
+                if one is not None:
+                    place = _Place(param, unit, is_share)
+                    found |= {id(one): place} | ({} if one.grad is None else {id(one.grad): place})
     return found
 
 
@@ -186,12 +211,13 @@ def _places(mesh: torch.Tensor) -> torch.Tensor:
     return torch.cartesian_prod(*(torch.arange(n) for n in mesh.shape)).view(-1, mesh.ndim)
 
 
-def _split(tensor: torch.Tensor, copies: int) -> Split:
-    if not isinstance(tensor, DTensor):
+def _split(place: _Place, copies: int) -> Split:
+    if not isinstance(place.like, DTensor):
         return Split()
     axes = tuple(
         i
-        for i, placed in enumerate(tensor.placements)
+        for i, placed in enumerate(place.like.placements)
         if not placed.is_replicate() and not placed.is_partial()
     )
-    return Split(tensor.device_mesh, axes, copies)
+    owners = place.unit.groups.replicas if place.is_share and place.unit is not None else None
+    return Split(place.like.device_mesh, axes, copies, owners)

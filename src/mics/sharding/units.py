@@ -27,6 +27,7 @@ from mics.communication.landing import Landing
 from mics.communication.ledger import Ledger
 from mics.communication.pace import pace_of
 from mics.communication.scales import Scales
+from mics.communication.shares import Share
 from mics.communication.used import Used
 from mics.errors import MicroStepError, ShardError
 from mics.ranks.heartbeat import hold_in
@@ -140,6 +141,16 @@ class Unit:
         return compat.module_name(self.group) or compat.param_names(self.group)[0]
 
     @property
+    def share(self) -> Share | None:
+        """What this rank owns of it, if its optimizer state is dealt to the replicas."""
+        return None if self.hop_two is None else self.hop_two.share
+
+    def deal(self, share: Share) -> None:
+        """Let hop 2 bring gradients to those who own them, from now on."""
+        assert self.hop_two is not None
+        self.hop_two.share = self.used.share = share
+
+    @property
     def step(self) -> Step | None:
         """The open step that will finish the unit's gradients, ``None`` if there is none."""
         return self._step
@@ -170,6 +181,8 @@ class Unit:
         if compat.in_backward():
             return
         self._entering = compat.enters_forward(self.group)
+        if self.hop_two is not None:
+            self.hop_two.before_gather()
         tracer = recorder()
         if self._entering and tracer is not None:
             tracer.arrive(self.ledger)
