@@ -13,10 +13,13 @@ import torch
 import torch.distributed as dist
 from models import full
 from ranks import mesh_of_rank, run_ranks
+from test_other_meshes import _data as data_of_experts
+from test_other_meshes import _sharded as of_experts
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import mics
+from mics.sharding.units import units_of
 from mics.traffic import Key
 
 FULL = MixedPrecisionPolicy()
@@ -301,3 +304,39 @@ def frozen_and_average() -> float:
 
 def test_averages_and_whole_weights_are_of_the_new_shards() -> None:
     assert max(run_ranks(frozen_and_average, 4, ranks_per_node=2)) < 1e-6
+
+
+# -- other meshes ----------------------------------------------------------------------------------
+
+
+def experts(way: Any, replicated: bool, partition: int) -> tuple[float, list[float], int]:
+    """How far two modes end apart, and their norms; units that were dealt."""
+    ended, norms, num_dealt = [], [], 0
+    for dealt in (False, True):
+        model = of_experts(way, replicated, partition)
+        params = mics.owned(model) if dealt else list(model.parameters())
+        optimizer = torch.optim.AdamW(params, lr=0.01)
+        for step in range(3):
+            for i in mics.micro_steps(model, range(2)):
+                model(data_of_experts(10 * step + i, dist.get_rank())).square().mean().backward()
+            norms.append(mics.clip_grad_norm_(params if step else model.parameters(), 0.05).item())
+            optimizer.step()
+            optimizer.zero_grad()
+        ended.append(weights(model))
+        num_dealt = sum(unit.share is not None for unit in units_of(model))
+    pairs = zip(*ended, strict=True)
+    return max(float((a - b).abs().max()) for a, b in pairs), norms, num_dealt
+
+
+@pytest.mark.parametrize(
+    ("way", "replicated", "partition", "units"),
+    [("own mesh", True, 2, 5), ("own mesh", False, 2, 3), ("placed", True, 1, 5)],
+)
+def test_experts_on_other_ranks_are_dealt_to_their_own_replicas(
+    way: str, replicated: bool, partition: int, units: int
+) -> None:
+    """Each gradient counts once in the norm, whoever owns it."""
+    for apart, norms, dealt in run_ranks(experts, 4, way, replicated, partition):
+        assert apart < 1e-6
+        assert norms[:3] == pytest.approx(norms[3:], rel=1e-6)
+        assert dealt == units

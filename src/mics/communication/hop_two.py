@@ -97,7 +97,7 @@ class HopTwo:
     ) -> None:
         assert groups.replicas is not None
         self.group = group
-        self._replicas = groups.replicas
+        self._partition, self._replicas = groups.shard, groups.replicas
         self.averaging = averaging
         self._landing = landing
         self._used = used
@@ -152,9 +152,16 @@ class HopTwo:
 
     def before_gather(self) -> None:
         """The shards are about to be gathered: what other replicas have stepped has to be there."""
-        if self.share is not None:
-            self.share.check()
-            self.share.wait()
+        if self.share is None:
+            return
+        self.share.check()
+        if self.share.may_be_stepped and self._same_steps is not None and torch.is_grad_enabled():
+            for share in self.share.beside:
+                share.may_be_stepped = (
+                    share.may_be_stepped and share.partition is not self._partition
+                )
+            self._same_steps.compare_steps(self._used)
+        self.share.wait()
 
     def before_forward(self) -> None:
         """Count a use: with more of them to come, a gradient is not complete yet."""

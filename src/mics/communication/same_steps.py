@@ -155,6 +155,26 @@ class SameSteps:
             collectives=0,
         )
 
+    def compare_steps(self, used: Used) -> None:
+        """Compare what optimizers have stepped, before ranks wait for what the others have.
+
+        Collective over the mesh, but where a question is open, whose answer says so too.
+
+        Args:
+            used: the first unit's, see ``Asker``.
+
+        Raises:
+            MicroStepError: on every rank, when it differs; it names the ranks.
+        """
+        if self._open:
+            self.check()
+            return
+        mine = self.at_the_end(used.params, used)
+        said = torch.tensor([mine, [-number for number in mine]])
+        all_reduce(said, dist.ReduceOp.MAX, self.group, name="comparison of optimizer steps")
+        if not torch.equal(said[0], -said[1]):
+            raise self.refuse(mine)
+
     def spelled_optimizers(self) -> str:
         """What optimizers of the mesh's models have done on this rank, to be compared in words."""
         return f"{self._optimizers.steps} optimizer step(s), checksum {self._optimizers.digest:08x}"

@@ -16,7 +16,8 @@ a gradient of zeros without memory meanwhile: where that is gone, the accumulate
 [Note: when the new shards come]
 Gathering begins behind ``optimizer.step()`` and is waited for by the unit's next forward, and by
 whatever else reads parameters. An optimizer that has stepped only some of a unit leaves the gather
-to the last one, or to whoever reads first: one gather for each step.
+to the last one, or to whoever reads first: one gather for each step. That one begins those of all
+units, since ranks whose data skips a block come to another one first.
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ class Share:
 
     def __init__(self, group: Any, groups: Groups, ledger: Ledger) -> None:
         assert groups.replicas is not None
+        self.partition = groups.shard
         self._group, self._replicas, self._ledger = group, groups.replicas, ledger
         self._device = groups.device
         self._backend = backend_of(groups.replicas, groups.device)
@@ -94,7 +96,13 @@ class Share:
         ):
             owned.__dict__[_OWNER] = self, at
             param.__dict__[_OWNED] = owned
-        self._lent: set[int] = set()  # ids of gradients, see [Note: where a gradient is]
+        self.beside: Sequence[Share] = [self]
+        """All that were dealt with it, in the order of the model."""
+        self.given: set[int] = set()
+        """Positions of what was given to the user, who steps it and drops its gradients."""
+        self.may_be_stepped = False
+        """Whether a step has ended, and ranks have not compared yet who has stepped."""
+        self._lent: set[int] = set()  # positions, see [Note: where a gradient is]
         self._brought = False  # hop 2 has brought gradients, and the step has not ended
         self._over = False  # it has, and nobody has dropped them
         self._stepped: set[int] = set()  # positions, since the shards were gathered
@@ -154,7 +162,7 @@ class Share:
             MicroStepError: those of the last step are still there.
         """
         self.follow_zero_grad()
-        if self._over and any(param.grad is not None for param in self.params):
+        if self._over and any(self.params[at].grad is not None for at in self.given):
             raise MicroStepError(
                 "Owned gradients of the last step are still there when those of another one come.",
                 numbers=f"In the unit of {first_of(self.names)}.",
@@ -162,6 +170,9 @@ class Share:
                 "(model.zero_grad() does not know of them, and set_to_none=False leaves zeros); "
                 "mics.micro_steps to add up several backward passes",
             )
+        if self._over:
+            for param in self.params:  # of what nobody steps
+                param.grad = None
         self._over = False
 
     def lend(self) -> None:
@@ -223,6 +234,7 @@ class Share:
                 param.grad = None
         self._lent.clear()
         self._brought, self._over = False, True
+        self.may_be_stepped = True
 
     # -- new shards ------------------------------------------------------------------------------
 
@@ -244,8 +256,9 @@ class Share:
         Raises:
             MicroStepError: something else has written the shards meanwhile.
         """
-        if self._stepped:
-            self._gather()
+        for share in self.beside if self._stepped else ():
+            if share._stepped:
+                share._gather()
         self.land()
 
     def land(self) -> None:

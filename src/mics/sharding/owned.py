@@ -94,7 +94,11 @@ def owned(
         _deal(model, units)
     _told.update(elementwise)
     mine = [param for param in wanted if param.requires_grad]
-    return [param if (part := owned_of(param)) is None else part for param in mine]
+    parts = [param if (part := owned_of(param)) is None else part for param in mine]
+    for owner in map(owner_of, parts):
+        if owner is not None:
+            owner[0].given.add(owner[1])
+    return parts
 
 
 def await_shards(params: Iterable[torch.Tensor]) -> None:
@@ -135,6 +139,8 @@ def _deal(model: nn.Module, units: Sequence[Unit]) -> None:
             unit.deal(Share(unit.group, unit.groups, unit.ledger))
     watch(_see)
     shares = [unit.share for unit in units if unit.share is not None]
+    for share in shares:
+        share.beside = shares
 
     def wait(*_: Any) -> None:
         for share in shares:

@@ -106,7 +106,7 @@ class Unit:
             )
         issued = partial(issued_of(groups).add, self.number)
         self.all_gather = AllGather(
-            groups, self.ledger, self.decide, partial(issued, "gathers"), self.scales.sent
+            groups, self.ledger, self.decide, partial(issued, "gathers"), self._before_gather
         )
         self.reduce_scatter = ReduceScatter(
             groups,
@@ -276,6 +276,16 @@ class Unit:
         if self.trains and compat.whole_gradients_are_sums(self.group):
             self._before_gradients(self.used.reduced)
             add_whole(self.group)
+
+    def _before_gather(self) -> None:
+        self.scales.sent()
+        if self.share is not None and self.share.pending:
+            raise MicroStepError(
+                "A unit was gathered before what other replicas have stepped of it had come.",
+                numbers=f"The unit {self.name}, outside of its own forward.",
+                write="model.state_dict() before unshard(), and no "
+                "set_modules_to_forward_prefetch: mics gathers ahead by itself",
+            )
 
     def _before_reduce(self) -> None:
         self._before_gradients(self.used.before_reduce)
