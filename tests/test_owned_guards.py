@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +15,10 @@ from ranks import errors_of_ranks, run_ranks
 from test_owned import Chooses, batch, sharded, train, weights
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 import mics
+from mics import compat
 from mics.errors import MicroStepError
 
 WIDTH = 13
@@ -318,7 +321,26 @@ def skipped_for_a_number(model: nn.Module, optimizer: torch.optim.Optimizer) -> 
         optimizer.zero_grad()
 
 
+def skipped_by_a_scaler(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Ranks own other gradients; one that is infinite is a reason for all."""
+    warnings.simplefilter("ignore", UserWarning)  # torch makes replicated tensors of the scale
+    scaler = ShardedGradScaler("cpu", init_scale=256.0)
+    for step in range(3):
+        with mics.micro_step(model, last=True):
+            scaler.scale(model(batch(step, 0)).pow(2).mean()).backward()
+        if step == 1 and dist.get_rank() == 1:
+            params = optimizer.param_groups[0]["params"]
+            held = [compat.local_of(param.grad) for param in params]
+            next(one for one in held if one.numel()).fill_(math.inf)
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert scaler.get_scale() == 128.0
+
+
 SCENARIOS = [
+    skipped_by_a_scaler,
     dropped_before_its_end,
     dropped_by_hand,
     left_by_break,

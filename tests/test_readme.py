@@ -49,6 +49,7 @@ PYTHON = [(document, code) for document in DOCUMENTS for code in blocks(document
 AVERAGING = [code for _, code in PYTHON if "mics.EMA(" in code]
 SKIPPING = [code for _, code in PYTHON if "mics.Verdicts(" in code]
 COMPARING = [code for _, code in PYTHON if "mics.stragglers(" in code]
+OWNING = [code for _, code in PYTHON if "mics.owned(" in code]
 GATHERING = [code for _, code in PYTHON if "mics.gathered(" in code]
 TRACING = [code for _, code in PYTHON if "mics.trace(" in code]
 SCRIPTS = [code for _, code in PYTHON if "dist.init_process_group()" in code]
@@ -56,9 +57,9 @@ COUNTING = [code for _, code in PYTHON if "mics.ledger(" in code and code not in
 ACCUMULATING = [
     code
     for _, code in PYTHON
-    if ".backward()" in code and code not in AVERAGING + SKIPPING + TRACING + SCRIPTS
+    if ".backward()" in code and code not in AVERAGING + SKIPPING + TRACING + SCRIPTS + OWNING
 ]
-SAVING = [code for _, code in PYTHON if "mics.save(" in code and code not in AVERAGING]
+SAVING = [code for _, code in PYTHON if "mics.save(" in code and code not in AVERAGING + OWNING]
 DEALING = [code for _, code in PYTHON if "mics.deal(" in code]
 PLANNING = [code for _, code in PYTHON if "mics.plan(" in code]
 TOKENS = [code for _, code in PYTHON if "tokens.json" in code]
@@ -88,7 +89,7 @@ def test_every_block_of_python_is_run_by_a_test() -> None:
     backends = [code for document, code in PYTHON if document == "CONTRIBUTING.md"]
     assert len(backends) == 1  # run in test_backend.py, the others here
     run = ACCUMULATING + AVERAGING + SAVING + PLANNING + SKIPPING + COMPARING
-    run += GATHERING + DEALING + TRACING + TOKENS + SCRIPTS
+    run += GATHERING + DEALING + TRACING + TOKENS + SCRIPTS + OWNING
     assert len(run) + 1 == len(PYTHON)
     assert ACCUMULATING and AVERAGING and SAVING and PLANNING and SKIPPING and COMPARING
 
@@ -317,6 +318,30 @@ def test_the_lines_that_average_train_and_give_average_and_weights_back(tmp_path
 
     for equal, (average,), last in run_ranks(run, 4):
         assert equal and average != last
+
+
+def test_the_lines_that_deal_states_train_as_those_of_all_parameters(tmp_path: Path) -> None:
+    training, grouping = OWNING
+    plain = training.replace("mics.owned(model)", "model.parameters()")
+
+    def run() -> Any:
+        os.chdir(tmp_path)
+        ended = []
+        for number, code in enumerate((training, plain)):
+            model = mics.shard(_model(), partition=2, mp_policy=MixedPrecisionPolicy())
+            names = {"mics": mics, "torch": torch, "model": model, "loader": [_batch()] * 4}
+            code = code.replace("run/dealt", f"run/{number}")
+            exec(code, names | {"loss": nn.functional.mse_loss})
+            ended.append(_weights(model))
+            exec(grouping, names)
+        model = mics.shard(_model(), partition=4, mp_policy=MixedPrecisionPolicy())
+        mics.load("run/0", model=model, optimizer=torch.optim.AdamW(mics.owned(model)))
+        ended.append(_weights(model))
+        return ended
+
+    for dealt, whole, loaded in run_ranks(run, 4):
+        torch.testing.assert_close(dealt, whole, rtol=0, atol=1e-6)
+        assert all(map(torch.equal, dealt, loaded))
 
 
 def test_the_documents_lines_for_an_engine_hand_it_every_weight() -> None:

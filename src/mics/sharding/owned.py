@@ -210,7 +210,8 @@ def _see(optimizer: torch.optim.Optimizer, _: set[int]) -> None:
             "A loss scaler asks each rank by itself whether its gradients are finite, and a rank "
             "that owns none which are not would step alone.",
             numbers=f"{type(optimizer).__name__} was lent found_inf by a GradScaler.",
-            write="bf16, which needs no scaler, or the optimizer of model.parameters()",
+            write="fused=False and torch's ShardedGradScaler, which asks all ranks; or bf16, which "
+            "needs no scaler",
         )
     for share in shares:
         share.check()
