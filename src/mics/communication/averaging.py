@@ -101,7 +101,7 @@ class AllReduce:
         )
 
     def sent(self) -> Sent:
-        """As ``Averaging.sent``."""
+        """See ``Averaging.sent``."""
         return Sent(compat.trainable_shard_numel(self._group) * self.dtype.itemsize)
 
 

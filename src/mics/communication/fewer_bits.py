@@ -23,7 +23,7 @@ back: Seide et al. 2014, Karimireddy et al. 2019.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
@@ -44,6 +44,18 @@ HopTwoBits = Literal["fp32", "bf16", "fp8", "int8"]
 """How a user asks for it; the dtype that is reduced in where nothing is asked for."""
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Asked(NamedTuple):
+    """What a user asks of hop 2, the same for every unit of a model.
+
+    Args:
+        bits: ``None`` is the dtype that a unit reduces in.
+        error_feedback: send what rounding to blocks holds back with the next gradients.
+    """
+
+    bits: HopTwoBits | None
+    error_feedback: bool
 
 
 class FewerBits:
@@ -79,7 +91,7 @@ class FewerBits:
         self._exact = AllReduce(group, replicas, ledger)
 
     def sent(self) -> Sent:
-        """As ``Averaging.sent``."""
+        """See ``Averaging.sent``."""
         numel = sum(_sizes(self._coded()))
         exact = compat.trainable_shard_numel(self._group) - numel
         coded = coded_bytes(numel, self._replicas.size())
@@ -91,11 +103,11 @@ class FewerBits:
 
     @property
     def in_stages(self) -> bool:
-        """As ``Averaging.in_stages``."""
+        """See ``Averaging.in_stages``."""
         return bool(self._coded())
 
     def program(self, message: torch.Tensor, issue: Issue) -> Program:
-        """As ``Averaging.program``."""
+        """See ``Averaging.program``."""
         coded = self._coded()
         exact = _between(coded, message.numel())
         rest = torch.cat([message[part] for part in exact] or [message[:0]]).to(self._exact.dtype)
@@ -156,23 +168,21 @@ class FewerBits:
         return self._ledger.issue(2, collective, sent, rows.device)
 
 
-def averaging_in(
-    asked: HopTwoBits | None, group: Any, groups: Groups, ledger: Ledger, *, error_feedback: bool
-) -> Averaging:
+def averaging_in(asked: Asked, group: Any, groups: Groups, ledger: Ledger) -> Averaging:
     """How the replicas of a unit come to the same gradients, in the bits that were asked for.
 
     Args:
-        asked: the bits; ``None`` is the dtype that the unit reduces in.
+        asked: the bits, and whether errors are fed back.
         group: the FSDP2 parameter group.
         groups: of the unit, with more than one replica.
         ledger: counts what is sent.
-        error_feedback: send what rounding to blocks holds back with the next gradients.
     """
     assert groups.replicas is not None
-    if asked in ("fp8", "int8"):
-        errors = ErrorFeedback(group, groups) if error_feedback else None
-        return FewerBits(group, groups.replicas, ledger, asked, errors)
-    return AllReduce(group, groups.replicas, ledger, _DTYPES[asked] if asked else None)
+    if asked.bits in ("fp8", "int8"):
+        errors = ErrorFeedback(group, groups) if asked.error_feedback else None
+        return FewerBits(group, groups.replicas, ledger, asked.bits, errors)
+    dtype = _DTYPES[asked.bits] if asked.bits else None
+    return AllReduce(group, groups.replicas, ledger, dtype)
 
 
 def check_bits(asked: str | None) -> None:

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.fsdp import fully_shard as torch_fully_shard
 
 from mics import compat
-from mics.communication.fewer_bits import HopTwoBits, check_bits
+from mics.communication.fewer_bits import Asked, HopTwoBits, check_bits
 from mics.communication.forms import Collectives
 from mics.errors import ShardError
 from mics.ranks.device import default_device_type
@@ -133,8 +133,7 @@ def fully_shard(
         axes=axes,
         collectives=collectives,
         overlap=overlap,
-        hop_two=hop_two,
-        error_feedback=error_feedback,
+        hop_two=Asked(hop_two, error_feedback),
     )
     return shard_unit(module, placements, options, reshard_after_forward)
 
@@ -148,9 +147,13 @@ class UnitOptions:
     ignored_params: set[nn.Parameter] | None
     collectives: Collectives
     overlap: bool
-    hop_two: HopTwoBits | None
-    error_feedback: bool
+    hop_two: Asked
     axes: Axes | None = None
+
+    def of_unit(self) -> dict[str, Any]:
+        """What a unit is told beside its group."""
+        names = ("collectives", "overlap", "hop_two")
+        return {name: getattr(self, name) for name in names}
 
 
 def shard_unit(
@@ -201,15 +204,7 @@ def shard_unit(
         own = placements.of_group(compat.shard_group(group))
         if smaller is not None and own is groups:
             compat.reshard_to(group, smaller)
-        unit = Unit(
-            owner,
-            group,
-            own,
-            collectives=options.collectives,
-            overlap=options.overlap,
-            hop_two=options.hop_two,
-            error_feedback=options.error_feedback,
-        )
+        unit = Unit(owner, group, own, **options.of_unit())
         remember_unit(unit)
         units.append(unit)
     for unit in reversed(units):  # so that they arrive in the order in which FSDP2 gathers them

@@ -20,7 +20,7 @@ from mics.anatomy.memory import states_and_blocks
 from mics.anatomy.recipe import Recipe
 from mics.anatomy.sizes import units_of_model
 from mics.communication.backend import backend_of_mesh
-from mics.communication.fewer_bits import HopTwoBits, check_bits
+from mics.communication.fewer_bits import Asked, HopTwoBits, check_bits
 from mics.communication.forms import Collectives
 from mics.errors import ShardError
 from mics.quantities import dtype_name
@@ -132,8 +132,7 @@ def shard(
         ignored_params=ignored_params,
         collectives=collectives,
         overlap=overlap,
-        hop_two=hop_two,
-        error_feedback=error_feedback,
+        hop_two=Asked(hop_two, error_feedback),
     )
     ignored = ignored_params or set()
     arguments = [

@@ -16,7 +16,7 @@ from mics.communication.apart import Message
 from mics.communication.backend import backend_of_mesh
 from mics.communication.collectives import AllGather, ReduceScatter
 from mics.communication.error_feedback import ErrorFeedback
-from mics.communication.fewer_bits import FewerBits, HopTwoBits, averaging_in
+from mics.communication.fewer_bits import Asked, FewerBits, averaging_in
 from mics.communication.finite import finite_of
 from mics.communication.forms import Collectives, decide_by, measure
 from mics.communication.gathered import gathered
@@ -48,8 +48,7 @@ class Unit:
         groups: the ranks it talks to.
         collectives: how the form of its collectives is chosen.
         overlap: whether it communicates beside computation also where the backend blocks.
-        hop_two: the bits of its hop 2, see ``averaging_in``.
-        error_feedback: likewise.
+        hop_two: what is asked of its hop 2.
     """
 
     def __init__(
@@ -60,8 +59,7 @@ class Unit:
         *,
         collectives: Collectives,
         overlap: bool,
-        hop_two: HopTwoBits | None,
-        error_feedback: bool,
+        hop_two: Asked,
     ) -> None:
         self.group = group
         self.groups = groups
@@ -79,7 +77,7 @@ class Unit:
         self.used = Used(group, finite_of(groups))
         self.hop_two: HopTwo | None = None
         self.landing: Landing | None = None
-        self._communicate(overlap=overlap, hop_two=hop_two, error_feedback=error_feedback)
+        self._communicate(overlap=overlap, asked=hop_two)
 
         self._passes: Passes | None = None
         self._entering = False
@@ -88,9 +86,7 @@ class Unit:
         self.forward_hooks = [self._hook(one) for one in compat.modules_of(group)]
         units_on(module).append(self)
 
-    def _communicate(
-        self, *, overlap: bool, hop_two: HopTwoBits | None, error_feedback: bool
-    ) -> None:
+    def _communicate(self, *, overlap: bool, asked: Asked) -> None:
         """Make its collectives, its hop 2 and its landing, in the order they need each other."""
         group, groups = self.group, self.groups
         replicated = groups.replicas is not None and not compat.is_replicated_by_torch(group)
@@ -98,9 +94,7 @@ class Unit:
             compat.gather_beside_computation(group)
             self.landing = Landing(group, groups, self._landed if replicated else None)
         if replicated:
-            averaging = averaging_in(
-                hop_two, group, groups, self.ledger, error_feedback=error_feedback
-            )
+            averaging = averaging_in(asked, group, groups, self.ledger)
             self.hop_two = HopTwo(
                 group, groups, averaging, self.landing, self.used, self._became_ready
             )
