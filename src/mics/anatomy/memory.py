@@ -211,6 +211,9 @@ def _forgotten(trace: Trace) -> list[int]:
     return [max(now - before[0] - inputs, 0) for now, inputs in zip(before, kept, strict=True)]
 
 
+_ERROR_BYTES = 4
+
+
 class _States:
     """Model states and buffers of one recipe."""
 
@@ -245,11 +248,14 @@ class _States:
         self._shards_before = self._all_shards if several else 0
         self._shards_of_blocks = self._all_shards if several else behind[0]
         self._step = trained * optimizer.step_bytes
+        held_back = 0  # beside the optimizer's state, of every value that hop 2 rounds
+        if recipe.holds_back and gpus != p:
+            held_back = sum(unit.matrices(p) for unit in units) // p * _ERROR_BYTES
         groups = num_groups(recipe, gpus, gpus_per_node) if gpus else 0
         buffers_of_groups = groups * round(machine.communicator_gib * GIB)
         self._fixed = {
             "parameters": sum(unit.numel(p) for unit in units) // p * recipe.master_bytes,
-            "optimizer": trained * optimizer.state_bytes,
+            "optimizer": trained * optimizer.state_bytes + held_back,
             "communicators": buffers_of_groups + round(machine.runtime_gib * GIB),
         }
 

@@ -64,6 +64,9 @@ class Recipe:
             gather before; on Gloo it always does.
         stack: which software runs it, one of ``hardware.stacks``.
         offload: whether what blocks save for backward is on the host until then.
+        hop_two: bits of what mics' replicas exchange, see ``mics.shard``; ``None`` is
+            ``reduce_bytes``.
+        error_feedback: whether what fp8 and int8 round away is kept, in 4 bytes a value.
 
     Raises:
         PlanError: a figure that cannot be.
@@ -83,12 +86,16 @@ class Recipe:
     pipelined: bool = False
     stack: str = "eager"
     offload: bool = False
+    hop_two: Literal["fp32", "bf16", "fp8", "int8"] | None = None
+    error_feedback: bool = True
 
     def __post_init__(self) -> None:
         check_whole(self, 1, "partition", "micro_batch", "micro_steps", "sequence")
         check_whole(self, 1, "compute_bytes", "reduce_bytes", "master_bytes")
         check_whole(self, 0, "prefetch")
-        check_one_of(self, (False, True), "checkpointing", "pipelined", "offload")
+        check_one_of(self, (False, True), "checkpointing", "pipelined", "offload", "error_feedback")
+        if self.hop_two is not None:
+            check_one_of(self, ("fp32", "bf16", "fp8", "int8"), "hop_two")
         check_one_of(self, ("auto", "flat", "hierarchical"), "form")
 
     def __str__(self) -> str:
@@ -100,6 +107,11 @@ class Recipe:
         extra = ", checkpointing" if self.checkpointing else ""
         extra += ", offload" if self.offload else ""
         return f"micro-batch {self.micro_batch}{extra}"
+
+    @property
+    def holds_back(self) -> bool:
+        """Whether hop 2 keeps an error for each value of its blocks."""
+        return self.hop_two in ("fp8", "int8") and self.error_feedback
 
     def two_stages(self, gpus_per_node: int) -> bool:
         """Whether collectives may run in two stages: the group spans nodes of several GPUs."""

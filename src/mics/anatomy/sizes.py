@@ -62,6 +62,11 @@ class UnitSize:
         """Count those of parameters that have a gradient."""
         return self._sizes(partition)[1]
 
+    def matrices(self, partition: int = 1) -> int:
+        """Count those that are trained, of parameters of two or more dims."""
+        several = [p for p in self.parameters if p.trained and len(p.shape) > 1]
+        return sum(p.padded(partition) for p in several)
+
     def _sizes(self, partition: int) -> tuple[int, int]:
         """Work out both once per partition."""
         sizes = self._padded.get(partition)

@@ -65,6 +65,10 @@ def settings_of(config: Config, best: Plan) -> dict[str, dict[str, Any]]:
         tables["run"]["steps"] = math.ceil(config.tokens / best.tokens)
     if way.partition > k > 1:
         tables["parallel"]["collectives"] = way.form
+    if config.hop_two is not None:
+        tables["parallel"]["hop_two"] = config.hop_two
+    if not config.error_feedback:
+        tables["parallel"]["error_feedback"] = False
     if config.where.memory is None and config.where.profile is None:
         tables["parallel"]["node"] = config.where.node or cluster.node.name
     return tables

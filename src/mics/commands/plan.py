@@ -63,6 +63,8 @@ def options_of(config: Config) -> dict[str, Any]:
         "checkpointing": checkpointing[config.checkpointing],
         "optimizer": config.optimizer,
         "reduce_bytes": 4 if config.reduce_dtype == "fp32" else 2,
+        "hop_two": config.hop_two,
+        "error_feedback": config.error_feedback,
         "prefetch": config.prefetch,
         "stack": config.stack,
         "fragmentation": config.fragmentation,

@@ -48,6 +48,20 @@ def coded_bytes(numel: int, ranks: int) -> int:
     return piece_numel(numel, ranks) // BLOCK * _BLOCK_BYTES * ranks
 
 
+def coded_where_fewer(numel: int, ranks: int, itemsize: int) -> int:
+    """Bytes of values in blocks; 0 where as many values of a dtype are no more bytes.
+
+    A piece has whole blocks, so few values are many bytes.
+
+    Args:
+        numel: how many values.
+        ranks: that have a piece each.
+        itemsize: bytes of a value of that dtype.
+    """
+    coded = coded_bytes(numel, ranks)
+    return coded if coded < numel * itemsize else 0
+
+
 def encode(values: torch.Tensor, code: Code) -> torch.Tensor:
     """Round values to blocks, each to the nearest code.
 

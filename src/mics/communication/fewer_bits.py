@@ -31,7 +31,14 @@ import torch.distributed as dist
 from mics import compat
 from mics.communication.averaging import AllReduce, Averaging, Sent
 from mics.communication.backend import Issue, Program
-from mics.communication.blocks_of_values import Code, coded_bytes, decode, encode, piece_numel
+from mics.communication.blocks_of_values import (
+    Code,
+    coded_bytes,
+    coded_where_fewer,
+    decode,
+    encode,
+    piece_numel,
+)
 from mics.communication.error_feedback import ErrorFeedback, cut, hold_back
 from mics.communication.gradients import matrices_of
 from mics.communication.ledger import Ledger, Span
@@ -122,8 +129,8 @@ class FewerBits:
         """The parts of a message that are sent in blocks; see [Note: what stays exact]."""
         parts = [part for _, part in matrices_of(self._group)]
         numel = sum(_sizes(parts))
-        fewer = coded_bytes(numel, self._replicas.size()) < numel * self._exact.dtype.itemsize
-        return parts if fewer else []
+        itemsize = self._exact.dtype.itemsize
+        return parts if coded_where_fewer(numel, self._replicas.size(), itemsize) else []
 
     def _in_blocks(self, message: torch.Tensor, coded: list[slice], issue: Issue) -> Program:
         ranks, me = self._replicas.size(), self._replicas.rank()

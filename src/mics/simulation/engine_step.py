@@ -12,6 +12,8 @@ from mics.anatomy.memory import OPTIMIZERS
 from mics.anatomy.offloaded import leaving
 from mics.anatomy.recipe import Recipe
 from mics.anatomy.sizes import Parameter, UnitSize
+from mics.communication.averaging import Sent
+from mics.communication.blocks_of_values import coded_where_fewer
 from mics.communication.joined import joined
 from mics.hardware.cluster import Cluster, host_of
 from mics.hardware.network import Stage, all_reduce_seconds, gather_stages
@@ -120,7 +122,7 @@ class _Builder:
     def __init__(
         self, engine: EngineName, anatomy: Anatomy, cluster: Cluster, recipe: Recipe
     ) -> None:
-        self.profile = PROFILES[engine]
+        self.profile, self._engine = PROFILES[engine], engine
         self.on_gloo = engine == "mics" and cluster.node.gloo
         self._anatomy, self._cluster, self._recipe = anatomy, cluster, recipe
         world = cluster.gpus
@@ -142,7 +144,7 @@ class _Builder:
         computed = [*zip(times.forward, times.backward, strict=True), root]
         units = [*self._anatomy.blocks, self._anatomy.root]
         seconds = [self._timed(unit, *each) for unit, each in zip(units, computed, strict=True)]
-        if self.profile.joins:
+        if self.profile.joins and self._recipe.hop_two not in ("fp8", "int8"):
             return self._in_messages(units, seconds)
         return self._in_buckets(units, seconds) if self.profile.bucket else seconds
 
@@ -169,8 +171,11 @@ class _Builder:
         hop_2 = Fraction(0)
         if cluster.nodes > 1 and replicas > 1 and profile.sync != "never":
             syncs = recipe.micro_steps if profile.sync == "every" else 1
-            shards = sum(block.sync_bytes for block in blocks if block.reduces)
-            hop_2 = syncs * min(n, k) * 2 * shards * Fraction(replicas - 1, replicas)
+            rings = sum(2 * b.sync_bytes + b.coded_bytes for b in blocks if b.reduces)
+            hop_2 = syncs * min(n, k) * rings * Fraction(replicas - 1, replicas)
+            coded = sum(block.coded_bytes for block in blocks if block.reduces)
+            outside = replicas - max(k // n, 1)  # to which every rank sends what it exchanges
+            hop_2 += k * coded * Fraction(outside, replicas)
         return recipe.micro_steps * hop_1 * leaves + hop_2 + self._bytes_at_end()
 
     def _bytes_at_end(self) -> Fraction:
@@ -208,10 +213,21 @@ class _Builder:
             gather_bytes=sum(q.padded(n) for q in self._gathered(unit))
             * self._recipe.compute_bytes,
             reduce_bytes=unit.trained(n) * self._reduce_bytes,
-            sync_bytes=self._sync_bytes(unit),
+            sync_bytes=self._sent(unit).exact,
             gathers=gathered,
             reduces=1 if unit.trained() else 0,
+            coded_bytes=self._sent(unit).coded,
         )
+
+    def _sent(self, unit: UnitSize) -> Sent:
+        """Count what replicas send each other of a unit; fewer bits are mics' alone."""
+        n, asked = self.group, self._recipe.hop_two if self._engine == "mics" else None
+        shard, itemsize = unit.trained(n) // n, self._reduce_bytes
+        if asked in ("fp32", "bf16"):
+            return Sent(shard * {"fp32": 4, "bf16": 2}[asked])
+        values, replicas = unit.matrices(n) // n, self._cluster.gpus // n
+        coded = coded_where_fewer(values, replicas, itemsize) if asked else 0
+        return Sent((shard - values if coded else shard) * itemsize, coded)
 
     def _timed(self, unit: UnitSize, forward: float, backward: float) -> UnitSeconds:
         like = self._seconds.get(id(unit))
@@ -259,14 +275,14 @@ class _Builder:
     ) -> list[UnitSeconds]:
         """Let hop 2 of small units wait for the last one of their message."""
         order = [number for number in _backwards(units) if seconds[number].sync]
-        sizes = [self._sync_bytes(units[number]) for number in order]
+        sizes = [self._sent(units[number]).exact for number in order]
         together = list(seconds)
         for message in joined(sizes, ["alike"] * len(sizes)):
             *before, last = message
             for i in before:
                 together[order[i]] = replace(together[order[i]], sync=())
             if before:
-                stages = self._synced(sum(sizes[i] for i in message))
+                stages = self._synced(Sent(sum(sizes[i] for i in message)))
                 together[order[last]] = replace(together[order[last]], sync=stages)
         return together
 
@@ -298,17 +314,20 @@ class _Builder:
         replicas = self._cluster.gpus // self.group
         if self.profile.sync == "never" or replicas == 1 or not unit.trained():
             return ()
-        return self._synced(self._sync_bytes(unit))
+        return self._synced(self._sent(unit))
 
-    def _sync_bytes(self, unit: UnitSize) -> int:
-        return unit.trained(self.group) // self.group * self._reduce_bytes
-
-    def _synced(self, num_bytes: int) -> tuple[Stage, ...]:
+    def _synced(self, sent: Sent) -> tuple[Stage, ...]:
         """Time one message of hop 2."""
         cluster, n = self._cluster, self.group
         k, replicas = cluster.node.gpus_per_node, cluster.gpus // n
         nodes = replicas if n >= k else cluster.nodes
-        seconds = all_reduce_seconds(cluster.node, replicas, nodes, num_bytes, sharing=min(n, k))
+        sharing = min(n, k)
+
+        def seconds_of(num_bytes: int) -> float:
+            return all_reduce_seconds(cluster.node, replicas, nodes, num_bytes, sharing=sharing)
+
+        # An exchange and a gather are the two halves of an all-reduce.
+        seconds = sum(seconds_of(num_bytes) for num_bytes in sent if num_bytes)
         return (Stage("inter" if nodes > 1 else "intra", seconds),)
 
     def _choose(self) -> Form:

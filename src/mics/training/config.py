@@ -216,6 +216,13 @@ class ParallelConfig:
     collectives: Literal["auto", "flat", "hierarchical"] = "auto"
     """All-gather and reduce-scatter over several nodes: measured, or forced."""
 
+    hop_two: Literal["fp32", "bf16", "fp8", "int8"] = "fp32"
+    """What replicas exchange of gradients, once a step: exact, or rounded to blocks with a scale
+    each, for a quarter of the bytes."""
+
+    error_feedback: bool = True
+    """Send what fp8 and int8 round away with the next step; 4 bytes of memory for each value."""
+
     dtype: Literal["bf16", "fp32"] = "bf16"
     """What blocks compute in; gradients are always reduced, and weights kept, in fp32."""
 

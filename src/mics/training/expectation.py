@@ -72,6 +72,8 @@ def question_of(config: TrainConfig, batch: Batching, sequence: int) -> Question
         compute_bytes=compute_dtype(config).itemsize,
         optimizer=optimisation.MEMORY,
         stack="fused" if options.compile else "eager",
+        hop_two=options.hop_two,
+        error_feedback=options.error_feedback,
     )
     return Question(
         recipe,

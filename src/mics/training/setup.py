@@ -153,6 +153,8 @@ def set_up(asked: TrainConfig) -> Iterator[Run]:
             activation_offload=choice.offload,
             compile=config.parallel.compile,
             collectives=config.parallel.collectives,
+            hop_two=config.parallel.hop_two,
+            error_feedback=config.parallel.error_feedback,
         )
         if config.model.weights is not None:
             load_weights(model, config.model.weights)

@@ -71,6 +71,12 @@ class Config:
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     """Dtype of gradients on the wire, in hop 1 and in hop 2."""
 
+    hop_two: Literal["fp32", "bf16", "fp8", "int8"] | None = None
+    """What mics' replicas exchange of gradients once a step; as --reduce-dtype by default."""
+
+    error_feedback: bool = True
+    """Keep what fp8 and int8 round away, in 4 bytes for each value."""
+
     prefetch: Annotated[int, Within(0, MOST_AHEAD)] = Recipe.prefetch
     """Blocks whose parameters are gathered ahead of the one that computes."""
 
