@@ -116,7 +116,7 @@ def test_a_plan_in_bf16_sends_half_of_one_in_fp32_where_only_replicas_talk() -> 
 # -- ranks that train ----------------------------------------------------------------------------
 
 
-def _counted(partition: int, form: Any, reduce_dtype: torch.dtype) -> int:
+def _counted(partition: int, form: Any, reduce_dtype: torch.dtype, bits: Any) -> int:
     """What this rank counts over the slow link in a step of two micro-steps, 2 nodes x 2 ranks."""
     torch.manual_seed(0)
     model = mics.shard(
@@ -125,6 +125,7 @@ def _counted(partition: int, form: Any, reduce_dtype: torch.dtype) -> int:
         gpus_per_node=K,
         mp_policy=MixedPrecisionPolicy(torch.bfloat16, reduce_dtype),
         collectives=form,
+        hop_two=bits,
     )
     ids = torch.randint(0, 1024, (2, 1, 16))
     for counted in (False, True):  # the first step sets up
@@ -139,13 +140,20 @@ def _counted(partition: int, form: Any, reduce_dtype: torch.dtype) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("reduce_dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize(
-    ("partition", "form"), [(2, "flat"), (4, "flat"), (4, "hierarchical")], ids=str
+    ("partition", "form", "bits"),
+    [
+        *[(2, "flat", None), (4, "flat", None), (4, "hierarchical", None)],
+        *[(2, "flat", "bf16"), (2, "flat", "fp8"), (1, "flat", "int8")],
+    ],
+    ids=str,
 )
 def test_bytes_planned_for_ranks_on_gloo_are_what_they_count(
-    partition: int, form: Any, reduce_dtype: torch.dtype, anatomy: Anatomy
+    partition: int, form: Any, bits: Any, reduce_dtype: torch.dtype, anatomy: Anatomy
 ) -> None:
-    counted = run_ranks(_counted, 4, partition, form, reduce_dtype)
-    recipe = Recipe(partition, micro_steps=2, form=form, reduce_bytes=reduce_dtype.itemsize)
+    counted = run_ranks(_counted, 4, partition, form, reduce_dtype, bits)
+    recipe = Recipe(
+        partition, micro_steps=2, form=form, reduce_bytes=reduce_dtype.itemsize, hop_two=bits
+    )
     planned = inter_bytes("mics", anatomy, cluster(2, gloo=True), recipe)
     assert planned * 2 == sum(counted)
     assert planned > 0

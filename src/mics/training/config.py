@@ -216,9 +216,9 @@ class ParallelConfig:
     collectives: Literal["auto", "flat", "hierarchical"] = "auto"
     """All-gather and reduce-scatter over several nodes: measured, or forced."""
 
-    hop_two: Literal["fp32", "bf16", "fp8", "int8"] = "fp32"
-    """What replicas exchange of gradients, once a step: exact, or rounded to blocks with a scale
-    each, for a quarter of the bytes."""
+    hop_two: Literal["fp32", "bf16", "fp8", "int8"] | None = None
+    """What replicas exchange of gradients, once a step: fp32 by default; fp8 and int8, in blocks
+    with a scale each, are about a quarter of its bytes."""
 
     error_feedback: bool = True
     """Send what fp8 and int8 round away with the next step; 4 bytes of memory for each value."""
