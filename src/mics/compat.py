@@ -1126,6 +1126,11 @@ def divide_all(tensors: list[torch.Tensor], divisor: float) -> None:
     torch._foreach_div_(tensors, divisor)
 
 
+def multiply_all(tensors: list[torch.Tensor], factor: float | torch.Tensor) -> None:
+    """Multiply tensors in place by one kernel; 2.11 to 2.15: what torch's optimizers use."""
+    torch._foreach_mul_(tensors, factor)
+
+
 def norms(tensors: list[torch.Tensor], order: float, foreach: bool | None) -> list[torch.Tensor]:
     """The norms of tensors, one by one or by one kernel for those of a device and dtype.
 

@@ -103,7 +103,6 @@ def add_whole(group: Any) -> None:
         for i, (shard, one) in enumerate(zip(shards, added, strict=True)):
             if shard is None:
                 compat.give_gradient(group, i, one.reshape(-1))
-    compat.run_gradient_hooks(group)
 
 
 def copy_back(

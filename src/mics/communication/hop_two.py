@@ -231,11 +231,15 @@ class HopTwo:
                 self._hooked[position] = param, handle
 
     def _after_accumulation(self, param: torch.Tensor) -> None:
+        arrived = self._pass.arrived
+        arrived.add(id(param))
+        if len(arrived) == self._num_trainable:
+            arrived.clear()
+            self.all_arrived()
+
+    def all_arrived(self) -> None:
+        """Every parameter has its gradient of one use."""
         seen = self._pass
-        seen.arrived.add(id(param))
-        if len(seen.arrived) < self._num_trainable:
-            return
-        seen.arrived.clear()
         seen.uses -= 1
         if seen.uses <= 0 and self.wanted:
             seen.complete = True

@@ -29,7 +29,12 @@ def gather_ahead(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
         model: the root.
         blocks: in the order they run.
     """
-    units = [[unit for m in block.modules() for unit in units_on(m)] for block in blocks]
+    units = [
+        [unit for m in block.modules() for unit in units_on(m) if unit.groups.shard.size() > 1]
+        for block in blocks
+    ]
+    if not any(units):
+        return  # replicas of one rank gather nothing
     model.register_forward_pre_hook(_start(model, units[0]))  # after FSDP2's own
     for block, (own, following) in zip(blocks, pairwise([*units, []]), strict=True):
         block.register_forward_pre_hook(_start(model, [*own, *following]), prepend=True)

@@ -41,10 +41,12 @@ def _ranks_averaged(unit: Unit) -> float:
 @torch.no_grad()
 def _scale(units: Sequence[Unit], factor: Callable[[Unit], float | torch.Tensor]) -> None:
     for unit in units:
-        for param in compat.sharded_params(unit.group):
-            gradient = gradient_of(param)
-            if gradient is not None:
-                local = compat.local_of(gradient)
-                scale = factor(unit)
-                # To the device of offloaded gradients, but not to their dtype: it rounds once.
-                local.mul_(scale.to(local.device) if isinstance(scale, torch.Tensor) else scale)
+        found = map(gradient_of, compat.sharded_params(unit.group))
+        shards = [compat.local_of(gradient) for gradient in found if gradient is not None]
+        if not shards:
+            continue
+        scale = factor(unit)
+        if isinstance(scale, torch.Tensor):
+            # To the device of offloaded gradients, but not to their dtype: it rounds once.
+            scale = scale.to(shards[0].device)
+        compat.multiply_all(shards, scale)

@@ -270,6 +270,10 @@ class Unit:
         if self.trains and compat.whole_gradients_are_sums(self.group):
             self._before_gradients(self.used.reduced)
             add_whole(self.group)
+            if self.hop_two is not None:
+                self.hop_two.all_arrived()
+            else:  # with replicas such hooks are refused
+                compat.run_gradient_hooks(self.group)
 
     def _before_gather(self) -> None:
         self.scales.sent()
