@@ -9,7 +9,13 @@ import pytest
 from mics import TopologyError
 from mics.ranks.address import export_torch_variables, first_host
 from mics.ranks.launcher import Launch, check_place, more_ranks, read_launch, takes_new_nodes
-from mics.ranks.nodes_given import apart, check_nodes_given, nodes_given, without_srun
+from mics.ranks.nodes_given import (
+    apart,
+    check_nodes_given,
+    first_of_pods,
+    nodes_given,
+    without_srun,
+)
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 SLURM = {
@@ -270,6 +276,7 @@ SKY = {
         ({"SM_HOSTS": '["algo-1", "algo-2"]'}, "SageMaker", '"torch_distributed": {"enabled"'),
         ({"AWS_BATCH_JOB_NUM_NODES": "4"}, "AWS Batch", '"$AWS_BATCH_JOB_NODE_INDEX"'),
         ({"LWS_GROUP_SIZE": "4"}, "LeaderWorkerSet", '--node-rank "$LWS_WORKER_INDEX"'),
+        ({"JOB_COMPLETION_INDEX": "2"}, "Kubernetes", "has given this job at least 3 nodes"),
     ],
 )
 def test_nodes_on_which_nobody_has_started_ranks_do_not_train_alone(
@@ -295,6 +302,8 @@ def test_nodes_on_which_nobody_has_started_ranks_do_not_train_alone(
         {"SM_HOSTS": '["algo-1"]'},
         {"SM_HOSTS": "[" * 100_000},
         {"SM_HOSTS": "7"},
+        {"JOB_COMPLETION_INDEX": "0"},
+        {"JOB_COMPLETION_INDEX": "first"},
     ],
 )
 def test_one_node_is_one_node(environment: dict[str, str]) -> None:
@@ -325,6 +334,23 @@ def test_a_process_that_srun_has_not_started_is_told_so(
         monkeypatch.setenv(name, value)
     said = without_srun()
     assert said.startswith(words) and bool(said) == bool(words)
+
+
+@pytest.mark.parametrize(
+    ("environment", "is_said"),
+    [
+        ({"JOB_COMPLETION_INDEX": "0"}, True),
+        ({"JOB_COMPLETION_INDEX": "0", "PET_NNODES": "1"}, False),  # Kubeflow's TrainJob
+        ({"JOB_COMPLETION_INDEX": "1"}, False),  # it is refused
+        ({}, False),
+    ],
+)
+def test_the_first_pod_of_an_indexed_job_says_that_it_may_be_alone(
+    environment: dict[str, str], is_said: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert bool(first_of_pods()) == is_said
 
 
 def test_torchrun_inside_a_slurm_job_wins() -> None:

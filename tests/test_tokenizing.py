@@ -425,6 +425,10 @@ def test_shares_are_read_from_options_launchers_and_arrays() -> None:
     array = {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_COUNT": "4"}
     array |= {"SLURM_ARRAY_TASK_MIN": "5", "SLURM_ARRAY_TASK_MAX": "8"}
     assert find_share("", array) == Share(2, 4)
+    assert find_share("", {"JOB_COMPLETION_INDEX": "0"}) == Share(0, 1)
+    assert find_share("1/2", {"JOB_COMPLETION_INDEX": "1"}) == Share(1, 2)
+    with pytest.raises(ConfigError, match=r'--share "\$JOB_COMPLETION_INDEX/<pods>"'):
+        find_share("", {"JOB_COMPLETION_INDEX": "1"})
     assert find_share("0/2", array | torchrun) == Share(0, 2)
     for words in ("4/4", "-1/2", "1", "a/b", "0/0", "1/99999999"):
         with pytest.raises(ConfigError, match="is no share"):

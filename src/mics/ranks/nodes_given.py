@@ -22,7 +22,7 @@ class NodesGiven:
 
     Args:
         source: who.
-        nodes: how many nodes.
+        nodes: how many nodes; where nobody says that, the least.
         told: the variable that says so.
         launch: what starts ranks on all of them.
     """
@@ -33,6 +33,7 @@ class NodesGiven:
     launch: str
 
 
+_INDEX = "JOB_COMPLETION_INDEX"
 _TORCHRUN = "torchrun --nproc-per-node <GPUs per node>"
 
 
@@ -48,6 +49,11 @@ def _number(text: str) -> int:
     """The number, or the most of a range as torchrun writes one (2:4)."""
     last = text.rpartition(":")[2]
     return int(last[:9]) if last.isascii() and last.isdecimal() else 0
+
+
+def _up_to(text: str) -> int:
+    """How many there are at least, from the number of one of them."""
+    return _number(text) + 1 if text.isascii() and text.isdecimal() else 0
 
 
 def _hosts(text: str) -> int:
@@ -87,6 +93,14 @@ _GIVERS = (
         f'{_TORCHRUN} --nnodes "$LWS_GROUP_SIZE" --node-rank "$LWS_WORKER_INDEX" '
         '--master-addr "$LWS_LEADER_ADDRESS" -m mics ...',
     ),
+    # An Indexed Job tells its pods their number, and nobody how many there are.
+    _Giver(
+        "Kubernetes",
+        _INDEX,
+        _up_to,
+        f'{_TORCHRUN} --nnodes <pods> --node-rank "$JOB_COMPLETION_INDEX" '
+        "--master-addr <name of pod 0 in a headless service> -m mics ...",
+    ),
     _Giver("Slurm", "SLURM_JOB_NUM_NODES", _number, "srun mics ..."),
 )
 
@@ -115,11 +129,15 @@ def check_nodes_given() -> None:
     given = nodes_given()
     if given is not None and given.source != "Slurm":
         raise TopologyError(
-            f"{given.source} has given this job {given.nodes} nodes, and nobody has started ranks "
-            "on them: each would train alone.",
+            f"{given.source} has given this job {_count(given)} nodes, and nobody has started "
+            "ranks on them: each would train alone.",
             numbers=f"{given.told} = {os.environ[given.told][:200]}; RANK is not set.",
             write=f"{given.launch}; or unset {given.told}, to use this node alone",
         )
+
+
+def _count(given: NodesGiven) -> str:
+    return f"at least {given.nodes}" if given.told == _INDEX else str(given.nodes)
 
 
 def apart(launch: Launch, environment: Mapping[str, str] | None = None) -> str:
@@ -138,6 +156,20 @@ def apart(launch: Launch, environment: Mapping[str, str] | None = None) -> str:
         f"{outer.source} has started {outer.world} tasks, and torchrun knows of this one alone: "
         f"{outer.world} runs of {launch.world} rank(s). For one run write: torchrun --nnodes "
         f"{outer.world} --rdzv-backend c10d --rdzv-endpoint <host of one of them>:29500"
+    )
+
+
+def first_of_pods() -> str:
+    """Say that this is pod 0 of an Indexed Job of Kubernetes, whose others are refused; else "".
+
+    A Job of one pod has that number too, and what gives a pod its nodes says so.
+    """
+    told = any(giver.variable in os.environ for giver in _GIVERS if giver.variable != _INDEX)
+    if told or os.environ.get(_INDEX) != "0":
+        return ""
+    return (
+        "this is pod 0 of an Indexed Job of Kubernetes; if it has others, this pod trains alone, "
+        "and they refuse to"
     )
 
 

@@ -18,7 +18,7 @@ from mics.ranks.device import (
     on_accelerator,
 )
 from mics.ranks.launcher import MOST_LOCAL_RANKS, Launch, full_world, more_ranks, read_launch
-from mics.ranks.nodes_given import check_nodes_given, without_srun
+from mics.ranks.nodes_given import check_nodes_given, first_of_pods, without_srun
 from mics.ranks.starting import leave_groups, run_local_ranks
 from mics.training.config import TrainConfig
 from mics.training.settings import check_settings, read_settings
@@ -45,6 +45,8 @@ def run_on_ranks(work: Work, config: TrainConfig) -> int:
         check_nodes_given()
         if words := without_srun():
             say(f"{words}: {ranks} rank(s) of this machine train. Write: srun mics train ...")
+        if words := first_of_pods():
+            say(words)
         return run_local_ranks(_work_here, ranks, default_device_type(), None, work, config)
     _say_idle(launch)
     code = work(config)

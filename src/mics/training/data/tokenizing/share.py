@@ -34,7 +34,7 @@ def find_share(asked: str, environment: Mapping[str, str] | None = None) -> Shar
         environment: of this process.
 
     Raises:
-        ConfigError: it is no such share.
+        ConfigError: it is no such share, or a scheduler says which one this is and not of how many.
         TopologyError: a launcher's variables make no sense.
     """
     env = os.environ if environment is None else environment
@@ -50,6 +50,14 @@ def find_share(asked: str, environment: Mapping[str, str] | None = None) -> Shar
     launch = read_launch(env)
     if launch is not None and launch.world > 1:
         return Share(launch.rank, launch.world, launch.ranks_per_node)
+    pod = env.get("JOB_COMPLETION_INDEX", "")
+    if pod.isascii() and pod.isdecimal() and int(pod[:9]) > 0:
+        raise ConfigError(
+            "Pods of an Indexed Job of Kubernetes are not told how many there are: each would "
+            "tokenise everything.",
+            numbers=f"JOB_COMPLETION_INDEX = {pod[:9]}.",
+            write='--share "$JOB_COMPLETION_INDEX/<pods>", or unset JOB_COMPLETION_INDEX',
+        )
     names = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_COUNT")
     texts = [env.get(name, "") for name in names]
     if not all(text.isdecimal() for text in texts) or int(texts[2]) < 2:
