@@ -309,6 +309,29 @@ def test_some_conversations_are_held_out(tmp_path: Path) -> None:
     assert prepare(source, tmp_path, held_out=0.2).fingerprint != data.fingerprint
 
 
+@pytest.mark.parametrize(
+    "name", ["train/ids.bin", "train/learnt.bin", "held_out/starts.bin", "tokenizer/tokenizer.json"]
+)
+def test_tokens_that_were_damaged_are_made_anew(name: str, tmp_path: Path) -> None:
+    source = written(tmp_path / "a.jsonl", [ask(f"What is {n}?", f"{n}") for n in range(40)])
+    own = saved(tmp_path / "tokenizer", PLAIN)
+    config = DataConfig(source=str(source), format="chat", tokenizer=str(own), held_out=0.2)
+
+    def opened() -> Data:
+        return open_data(config, seed=0, sequence=64, masked=False, folder=tmp_path / "run")
+
+    whole = opened()
+    (file,) = (tmp_path / "run" / "data").glob(f"*/{name}")
+    right, made, before = file.read_bytes(), file.stat().st_ino, rows(whole)
+    assert opened().fingerprint == whole.fingerprint
+    assert file.stat().st_ino == made
+    at = len(right) - 2
+    file.write_bytes(right[:at] + bytes([right[at] ^ 1]) + right[at + 1 :])
+    again = opened()
+    assert file.read_bytes() == right
+    assert again.fingerprint == whole.fingerprint and rows(again) == before
+
+
 def _on_ranks(source: str, folder: str) -> tuple[str, int]:
     data = open_data(
         DataConfig(source=source, format="chat", tokenizer=f"{folder}/tokenizer"),

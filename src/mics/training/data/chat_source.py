@@ -17,16 +17,17 @@ from mics.ranks.files import read_small
 from mics.ranks.progress_bar import TextProgress
 from mics.training.config import DataConfig
 from mics.training.data.chat_template import ChatTemplate, Spoken
-from mics.training.data.chats import Chats, read_kept, write_chats
+from mics.training.data.chats import Chats, Kept, is_intact, write_chats
 from mics.training.data.conversations import Conversation, read_conversations
 from mics.training.data.corpus import OUTSIDE, check_apart
 from mics.training.data.prepare import Data, group_of_ranks, refuse_options_of_text
+from mics.training.data.saved_tokenizer import checksums, save_tokenizer
 from mics.training.data.spelling import Spelled
 from mics.training.data.spool import held_out_of
 from mics.training.data.text_source import build_where_needed, looks_of
 from mics.training.data.tokens import known_tokenizer, saved_tokenizer
 
-_FORMAT = 1
+_FORMAT = 2
 _META = "meta.json"  # the last that is written: with it a folder is whole
 _SPLITS = ("train", "held_out")
 _AT_ONCE = 256  # conversations that are tokenised together, by all cores
@@ -133,9 +134,16 @@ def _build(made: Path, config: DataConfig, seed: int, sequence: int) -> None:
 
 
 def _is_there(made: Path, sources: str) -> bool:
+    """Whether the conversations of these files are there, to the byte, and their tokenizer."""
     try:
         meta = json.loads(read_small(made / _META))
-        return bool(meta["sources"] == sources) and all(read_kept(made / s) for s in _SPLITS)
+        kept = [Kept(**one) for one in meta["kept"]]
+        return (
+            bool(meta["sources"] == sources)
+            and meta["sha256"] == [one.sha256 for one in kept]
+            and all(is_intact(made / s, one) for s, one in zip(_SPLITS, kept, strict=True))
+            and checksums(made / "tokenizer") == meta["tokenizer"]
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -158,7 +166,7 @@ def _write(
     making = made.with_name(made.name + ".making")
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir(parents=True)
-    tokenizer.save(making / "tokenizer")
+    saved = save_tokenizer(tokenizer, making / "tokenizer")
     kept = [
         write_chats(
             making / split,
@@ -167,7 +175,9 @@ def _write(
         for split, side in zip(_SPLITS, (False, True), strict=True)
     ]
     meta = {
-        "sha256": [asdict(one)["sha256"] for one in kept],
+        "sha256": [one.sha256 for one in kept],
+        "kept": [asdict(one) for one in kept],
+        "tokenizer": saved,
         "sources": sources,
         "notes": told.lines(sequence),
     }

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mics.checkpoint.disk import sync, write_bytes
+from mics.checkpoint.disk import facts_of, sync, write_bytes
 from mics.ranks.files import read_small
 from mics.training.data.chat_template import Spoken
 from mics.training.data.order import sequence_at
@@ -75,6 +75,18 @@ def read_kept(folder: Path) -> Kept | None:
     except (OSError, ValueError, TypeError):
         return None
     return kept if sizes == wanted else None
+
+
+def is_intact(folder: Path, kept: Kept) -> bool:
+    """Whether a split is what was written, to the byte.
+
+    Args:
+        folder: what ``write_chats`` wrote.
+        kept: what it returned then.
+    """
+    if read_kept(folder) != kept:
+        return False
+    return all(facts_of(folder / f"{name}.bin").sha256 == kept.sha256[name] for name in _ARRAYS)
 
 
 class Chats:
