@@ -220,6 +220,28 @@ def test_files_of_llm_c_are_read_in_order(magic: int, tmp_path: Path) -> None:
     assert {file: file.read_bytes() for file in (tmp_path / "data").iterdir()} == before
 
 
+def test_files_that_are_named_for_it_are_held_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name, part in {"val_000000": IDS[:300], "train_000001": IDS[300:1500]}.items():
+        llm_c(folder / f"fineweb_{name}.bin", part)
+    megatron(folder / "more-train_text_document", [IDS[1500:]])
+    data = prepare(folder, tmp_path / "run")
+    assert (data.train.num_tokens, data.held_out.num_tokens) == (2700, 300)
+    assert all_ids(data) == [*IDS[300 : 300 + 168 * 16], *IDS[: 18 * 16]]
+    said = " ".join(capsys.readouterr().err.split())
+    assert "1 of 3 token files are held out by their names, first fineweb_val_000000.bin" in said
+    alone = prepare(folder / "*val*", tmp_path / "run")
+    assert alone.train.num_tokens == 285  # 5 % of its end
+    with pytest.raises(DataError, match="has token files that are held out by their names"):
+        prepare(folder, tmp_path / "run", held_out=0.0)
+    llm_c(folder / "fineweb_test_0.bin", IDS)
+    with pytest.raises(DataError, match="has files for a test beside others"):
+        prepare(folder, tmp_path / "run")
+
+
 @pytest.mark.parametrize("code", [1, 4, 8])
 @pytest.mark.parametrize("name", ["", ".idx", ".bin"])
 def test_an_index_of_megatron_leads_to_its_ids(code: int, name: str, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ _LLM_C_HEADER = 1024
 _MEGATRON = b"MMIDIDX\0\0"
 _MEGATRON_HEADER = struct.Struct("<9sQBQQ")
 _MEGATRON_DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+# Words in the names of files: llm.c writes train and val, others spell it out.
+_HELD_OUT, _TEST = {"val", "valid", "validation"}, {"test"}
 _AT_ONCE = 1 << 22  # sequences of an index that are looked at in memory
 _SAMPLES, _SAMPLE = 16, 4 << 10
 
@@ -67,6 +70,29 @@ def find_token_files(source: str) -> list[Stretch] | None:
         elif file.with_suffix(".idx") not in files:  # else its index is read, which leads to it
             found += _megatron(file.with_suffix(".idx"))
     return found
+
+
+def held_out_files(stretches: Sequence[Stretch]) -> tuple[list[Stretch], list[Stretch]]:
+    """Part files to train on from those that their names hold out, as llm.c's val files are.
+
+    Where all of them or none have such a name, all are to train on.
+
+    Raises:
+        DataError: some are for a test, which nobody trains on beside others.
+    """
+    names = [set(re.findall(r"[a-z]+", one.path.stem.lower())) for one in stretches]
+    apart = [bool(words & _HELD_OUT) for words in names]
+    tests = [bool(words & _TEST) for words in names]
+    if any(tests) and not all(tests):
+        raise DataError(
+            "data.source has files for a test beside others, which would be trained on.",
+            numbers=f"{sum(tests)} of {len(tests)} are, first {stretches[tests.index(True)].path}.",
+            write="--data.source <a glob of the others>",
+        )
+    if all(apart):
+        return list(stretches), []
+    pairs = list(zip(stretches, apart, strict=True))
+    return [one for one, out in pairs if not out], [one for one, out in pairs if out]
 
 
 def fingerprint_of(stretches: Sequence[Stretch]) -> list[str]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from mics.errors import DataError
 from mics.training.config import DataConfig
-from mics.training.data.foreign import find_token_files, fingerprint_of
+from mics.training.data.foreign import find_token_files, fingerprint_of, held_out_files
 from mics.training.data.opened import Opened
 from mics.training.data.saved_tokenizer import checksums_of
-from mics.training.data.shards import Shards
+from mics.training.data.shards import Shards, Stretch
 from mics.training.data.token_folder import TOKENIZER, is_token_folder, read_token_folder
 from mics.training.data.tokens import Tokenizer, byte_tokenizer, saved_tokenizer
 
@@ -40,19 +41,7 @@ def open_tokens(source: str, config: DataConfig) -> Opened:
         return _own(source, folder, config)
     stretches = find_token_files(source)
     assert stretches is not None
-    tokenizer = named_tokenizer(config)
-    ids = Shards(stretches, tokenizer.size)
-    ids.check()
-    train, held_out = _tail_held_out(ids, config.held_out)
-    return Opened(
-        source=source,
-        tokenizer=tokenizer,
-        tokenizer_sha256="",
-        train=train,
-        held_out=held_out,
-        text_bytes=(None, None),
-        identity=[fingerprint_of(stretches), config.held_out],
-    )
+    return _of_others(source, stretches, config)
 
 
 def named_tokenizer(config: DataConfig) -> Tokenizer:
@@ -100,6 +89,44 @@ def _own(source: str, folder: Path, config: DataConfig) -> Opened:
         identity=[found.checksums, len(train)],
         notes=found.notes,
     )
+
+
+def _of_others(source: str, stretches: Sequence[Stretch], config: DataConfig) -> Opened:
+    tokenizer = named_tokenizer(config)
+    to_train, apart = held_out_files(stretches)
+    _check_apart(config, apart, source)
+    train, held_out = (Shards(part, tokenizer.size) for part in (to_train, apart))
+    train.check()
+    held_out.check()
+    identity: list[object] = [fingerprint_of(to_train), fingerprint_of(apart)]
+    notes = [
+        f"{source}: {len(apart)} of {len(stretches)} token files are held out by their names, "
+        f"first {one.path.name}; the others, first {to_train[0].path.name}, are trained on"
+        for one in apart[:1]
+    ]
+    if not apart:
+        train, held_out = _tail_held_out(train, config.held_out)
+        identity[1] = config.held_out
+    return Opened(
+        source=source,
+        tokenizer=tokenizer,
+        tokenizer_sha256="",
+        train=train,
+        held_out=held_out,
+        text_bytes=(None, None),
+        identity=identity,
+        notes=tuple(notes),
+    )
+
+
+def _check_apart(config: DataConfig, apart: Sequence[Stretch], source: str) -> None:
+    if apart and config.held_out != DataConfig().held_out:
+        raise DataError(
+            f"{source} has token files that are held out by their names.",
+            numbers=f"There are {len(apart)}, first {apart[0].path.name}, and data.held_out = "
+            f"{config.held_out}, which is 0 for evaluation.sets, as all of each is measured.",
+            write="a glob of the files that are meant, or leave --data.held-out out",
+        )
 
 
 def _check_named(config: DataConfig, saved: dict[str, str], source: str, folder: Path) -> None:
