@@ -91,7 +91,7 @@ def file_map(checkout: Path) -> list[str]:
     """The rooms in the order of ARCHITECTURE's map; empty when there is none."""
     document = checkout / "ARCHITECTURE.md"
     text = document.read_text() if document.exists() else ""
-    block = re.search(r"^```\n(src/mics/\n.*?)^```", text, re.DOTALL | re.MULTILINE)
+    block = re.search(r"^```(?:text)?\n(src/mics/\n.*?)^```", text, re.DOTALL | re.MULTILINE)
     names = re.findall(r"^  ([\w.]+/?) ", block[1], re.MULTILINE) if block else []
     return [name.removesuffix("/").removesuffix(".py") for name in names]
 
