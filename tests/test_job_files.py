@@ -20,6 +20,7 @@ TINY = """
 folder = "runs/tiny"
 steps = 4
 [data]
+source = "stdlib"
 sequence = 16
 limit = 50000
 [batch]
@@ -426,6 +427,25 @@ def test_settings_for_another_cluster_are_refused(
 ) -> None:
     Path("job.toml").write_text(f"{TINY}\n[parallel]\n{line}\n")
     assert said in refused("slurm --nodes 2", capsys)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("", "There is no data.source: the source of Python itself would be trained on"),
+        ('source = ""', "data.source is empty"),
+    ],
+)
+def test_a_job_that_does_not_say_what_it_trains_on_is_refused(
+    line: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("job.toml").write_text(TINY.replace('source = "stdlib"', line))
+    err = refused("slurm --nodes 2", capsys)
+    assert "The run does not say what it trains on" in err and said in err
+    assert 'source = "stdlib" to try' in err
+    several = '[[data.sources]]\nsource = "stdlib"\n[batch]'
+    Path("job.toml").write_text(TINY.replace('source = "stdlib"', "").replace("[batch]", several))
+    assert new("slurm --nodes 2")
 
 
 def test_files_that_are_there_are_not_overwritten(capsys: pytest.CaptureFixture[str]) -> None:

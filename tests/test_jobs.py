@@ -75,10 +75,15 @@ def test_a_run_of_a_job_has_the_figures_of_its_plan(
     plan = figures(out)
     assert plan[:4] == ("4", "2", "4", "128")
     assert f"mics train {file} --dry-run" in out
-    assert "Write what it is to train on into its [data]" in " ".join(out.split())
+    assert "Fill in what it is to train on, source in its [data]" in " ".join(out.split())
+    assert 'source = ""  # fill in: files' in file.read_text()
     assert "torchrun --nnodes 2 --rdzv-backend c10d --rdzv-endpoint HEAD:29500 --nproc-per" in out
     assert main(["train", str(file), "--dry-run"]) == 0
-    assert figures(capfd.readouterr().out) == plan
+    out = capfd.readouterr().out
+    assert figures(out) == plan
+    assert "data.source is empty, and has to be filled in before the run" in out
+    assert main(["train", str(file)]) == 1
+    assert "The run does not say what it trains on" in capfd.readouterr().err
     job = read_settings(file)
     assert job.run.steps == 1  # of 4096 tokens
     assert run_ranks(loop.train, 4, here(job, tmp_path)) == [0] * 4

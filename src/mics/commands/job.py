@@ -17,6 +17,7 @@ from mics.planning.plan import Plan
 
 _UNTOLD = ("optimizer", "reduce_dtype", "prefetch", "fragmentation")
 _COMPILED = {"eager": False, "fused": True}
+_FILL_IN = "fill in: files, a folder, a glob, hub:owner/name, or what mics tokenize made"
 _PORT = 29500  # torchrun's own
 
 
@@ -50,7 +51,7 @@ def settings_of(config: Config, best: Plan) -> dict[str, dict[str, Any]]:
     tables: dict[str, dict[str, Any]] = {
         "run": {"folder": f"runs/{_short(config.model)}"},
         "model": {"name": config.model},
-        "data": {"sequence": way.sequence},
+        "data": {"source": "", "sequence": way.sequence},
         "batch": {"micro_batch": way.micro_batch, "micro_steps": way.micro_steps},
         "parallel": {
             "ranks": cluster.gpus,
@@ -94,8 +95,8 @@ def job_text(config: Config, best: Plan, file: Path) -> str:
     for name, table in settings_of(config, best).items():
         lines += ["", f"[{name}]", *(f"{key} = {json.dumps(v)}" for key, v in table.items())]
         if name == "data":
-            lines += ['# source = "..."     # by default the source of Python itself']
-            lines += ['# tokenizer = "..."  # by default bytes']
+            lines[lines.index('source = ""')] += f"  # {_FILL_IN}"
+            lines += ['# tokenizer = "..."  # by default bytes; tokens bring their own']
     return "\n".join(lines) + "\n"
 
 

@@ -111,7 +111,7 @@ def _job(config: Config) -> Job:
     from mics.hardware.lookup import find_node
     from mics.training.jobs.job import Job, minutes_of, mounts_of
     from mics.training.jobs.templates import TEMPLATES
-    from mics.training.settings import check_settings, read_settings
+    from mics.training.settings import check_settings, check_source, read_settings
 
     _check_options(config)
     node = None if config.node is None else find_node(config.node)
@@ -122,6 +122,7 @@ def _job(config: Config) -> Job:
         )
     settings = read_settings(config.config)
     check_settings(settings)
+    check_source(settings, must_be_named=True)
     template = TEMPLATES[config.kind]
     usual = template.launchers[0]
     queue = config.queue or ("gpus" if config.kind == "parallelcluster" else "")

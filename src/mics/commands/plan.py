@@ -92,10 +92,8 @@ def _plan(config: Config) -> int:
     _files(config, plans, swept)
     show(fitted("\n".join(lines)))  # last: what can fail has been done
     if config.toml is not None:  # commands stay whole, to be copied
-        runs = (
-            f"{config.toml} runs so: {plans.best.figures}. Write what it is to train on into its "
-        )
-        runs = fitted(f"{runs}[data], and look first, on any machine:")
+        runs = f"{config.toml} runs so: {plans.best.figures}. Fill in what it is to train on, "
+        runs = fitted(f"{runs}source in its [data], and look first, on any machine:")
         look = f"  mics train {config.toml} --dry-run"
         show("\n".join(["", runs, look, *launch_lines(plans.best, [str(config.toml)])]))
     return 0

@@ -8,7 +8,7 @@ from mics.ranks.console import show
 from mics.training import dry_run
 from mics.training.launching import run_on_ranks
 from mics.training.loop import train
-from mics.training.settings import check_settings
+from mics.training.settings import check_settings, check_source
 
 
 def run(config: Config) -> int:
@@ -29,4 +29,5 @@ def run(config: Config) -> int:
     if config.dry_run:
         show(dry_run.describe(config.options))
         return 0
+    check_source(config.options)
     return run_on_ranks(train, config.options)

@@ -71,11 +71,12 @@ class SourceConfig:
 class DataConfig:
     """The text, its tokens and their order."""
 
-    source: str = "stdlib"
+    source: str | None = None
     """A file of text (UTF-8) or a table (JSON lines, a JSON array, CSV, TSV, Parquet, Arrow), a
     folder or glob of them, a folder that `datasets` has saved, `hub:OWNER/NAME[:CONFIG][@SPLIT]`,
-    or "stdlib": the source of the running Python's standard library; or tokens: a folder that `mics
-    tokenize` made, files of llm.c or Megatron. Anything else is refused."""
+    or "stdlib": the source of the running Python's standard library, which is taken, and said,
+    where none is named; or tokens: a folder that `mics tokenize` made, files of llm.c or Megatron.
+    Anything else is refused."""
 
     sources: tuple[SourceConfig, ...] = ()
     """Several sources with weights instead of one: [[data.sources]] in the file, with `source`,

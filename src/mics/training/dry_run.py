@@ -82,6 +82,7 @@ def describe(config: TrainConfig) -> str:
         f"{count(num_parameters(model))} parameters in {len(find_blocks(model, None))} blocks, "
         f"{positions if positions is not None else 'any number of'} positions",
         *(f"shape   {words}" for words in rule_of(config.model.name)),
+        *_data(config),
         f"batch   {batch}; {count(batch.global_batch * sequence)} tokens per step, "
         f"{sequence} per sequence",
         _work(anatomy, sequence, batch),
@@ -93,6 +94,15 @@ def describe(config: TrainConfig) -> str:
         *_memory(config, anatomy, cluster, question, topology.partition, offload),
     ]
     return "\n".join([as_toml(config), fitted("\n".join(lines))])
+
+
+def _data(config: TrainConfig) -> list[str]:
+    """Say what a run would train on, where that is not written down."""
+    if config.data.sources or config.data.source:
+        return []
+    if config.data.source is None:
+        return ["data    stdlib, the source of Python itself, as no data.source is named"]
+    return ["data    data.source is empty, and has to be filled in before the run"]
 
 
 def _fastest(
@@ -155,8 +165,7 @@ def list_models() -> str:
 def _vocabulary(config: TrainConfig) -> int:
     """Count the ids of a tokenizer that may not exist yet; presets without a vocabulary ask."""
     for one in config.data.sources or (config.data,):
-        folder = Path(one.source).expanduser()
-        if is_token_folder(folder):
+        if one.source and is_token_folder(folder := Path(one.source).expanduser()):
             return read_token_folder(folder).vocabulary
     return config.data.vocabulary if config.data.tokenizer == "bpe" else BYTE_IDS
 

@@ -113,6 +113,29 @@ def check_settings(config: TrainConfig) -> None:
             raise _out_of_range(name, values[name], allowed)
 
 
+def check_source(config: TrainConfig, *, must_be_named: bool = False) -> None:
+    """Check that a run says what it trains on.
+
+    Args:
+        config: of the run.
+        must_be_named: the default, Python's own source, is refused too.
+
+    Raises:
+        ConfigError: it does not, or leaves it to be filled in, as what ``mics plan --toml`` writes.
+    """
+    source = config.data.source
+    if source or config.data.sources or (source is None and not must_be_named):
+        return
+    raise ConfigError(
+        "The run does not say what it trains on.",
+        numbers="data.source is empty."
+        if source == ""
+        else "There is no data.source: the source of Python itself would be trained on.",
+        write='source = "<files, folder, glob, hub:owner/name, or tokens of mics tokenize>" in '
+        '[data], or source = "stdlib" to try the run on the source of Python',
+    )
+
+
 def _out_of_range(name: str, value: Any, allowed: str) -> ConfigError:
     return ConfigError(
         f"{name} is out of range.",

@@ -20,6 +20,7 @@ from mics.training.data.chat_template import ChatTemplate, Spoken
 from mics.training.data.chats import Chats, Kept, is_intact, write_chats
 from mics.training.data.conversations import Conversation, read_conversations
 from mics.training.data.corpus import OUTSIDE, check_apart
+from mics.training.data.finding import source_meant
 from mics.training.data.prepare import Data, group_of_ranks, refuse_options_of_text
 from mics.training.data.saved_tokenizer import checksums, save_tokenizer
 from mics.training.data.spelling import Spelled
@@ -50,7 +51,7 @@ def prepare_chats(config: DataConfig, *, seed: int, sequence: int, folder: Path)
             that are for text.
     """
     _check_options(config)
-    check_apart(config.source, folder, OUTSIDE)
+    check_apart(source_meant(config.source), folder, OUTSIDE)
     made = folder / "data" / f"chats-{_key(config, seed, sequence)}"
     with group_of_ranks() as group:
         build_where_needed(made, lambda: _build(made, config, seed, sequence), group)
@@ -72,7 +73,7 @@ def prepare_chats(config: DataConfig, *, seed: int, sequence: int, folder: Path)
         say(note)
     identity = json.dumps([meta["sha256"], sequence, seed, config.packing])
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:16]
-    return Data(tokenizer, train, held_out, fingerprint, (config.source,), template)
+    return Data(tokenizer, train, held_out, fingerprint, (source_meant(config.source),), template)
 
 
 def _check_options(config: DataConfig) -> None:
@@ -154,7 +155,7 @@ def _write(
     tokenizer = saved_tokenizer(config.tokenizer)
     template = ChatTemplate(tokenizer)
     told = _Told(Spelled(tokenizer.specials))
-    found = read_conversations(config.source, config.field)
+    found = read_conversations(source_meant(config.source), config.field)
     spoken, numbers = _spoken(found, template, seed, sequence, told, progress)
     if not spoken:
         raise DataError(

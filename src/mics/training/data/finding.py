@@ -35,6 +35,11 @@ _SPECIAL = {
 }
 
 
+def source_meant(source: str | None) -> str:
+    """The source that an option means: where it is not given, Python's standard library."""
+    return LIBRARY if source is None else source
+
+
 def find_files(source: str) -> list[Path]:
     """The files of a local source, sorted; a hub source has none.
 

@@ -19,6 +19,7 @@ from mics.training.config import DataConfig, SourceConfig
 from mics.training.data.chat_template import ChatTemplate
 from mics.training.data.chats import Chats
 from mics.training.data.corpus import OUTSIDE, check_apart
+from mics.training.data.finding import source_meant
 from mics.training.data.mixture import Mixture, whole_weights
 from mics.training.data.opened import Group, Opened, on_all
 from mics.training.data.stream import Masking, Stream, Tokens
@@ -115,6 +116,8 @@ def prepare_data(
             that do not go together, or the text is where the run writes.
     """
     sources = sources_of(config)
+    if config.source is None and not config.sources:
+        say("no data.source is named, so this trains on the source of Python's standard library")
     for one in sources:
         check_apart(one.source, folder, OUTSIDE)
     weights = whole_weights([one.weight for one in sources])
@@ -160,8 +163,8 @@ def sources_of(config: DataConfig) -> tuple[SourceConfig, ...]:
         DataError: both are given, or a tokenizer would be trained on each of several.
     """
     if not config.sources:
-        return (SourceConfig(config.source, field=config.field),)
-    if config.source != DataConfig().source or config.field is not None:
+        return (SourceConfig(source_meant(config.source), field=config.field),)
+    if config.source is not None or config.field is not None:
         raise DataError(
             "data.source, or data.field, stands beside data.sources.",
             numbers=f"data.source = {config.source!r}, and there are {len(config.sources)} others.",

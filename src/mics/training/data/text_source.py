@@ -21,7 +21,7 @@ from mics.ranks.together import gather_json
 from mics.training.config import DataConfig
 from mics.training.data import cache
 from mics.training.data.corpus import read_documents
-from mics.training.data.finding import find_files
+from mics.training.data.finding import find_files, source_meant
 from mics.training.data.opened import Group, Opened, on_all
 from mics.training.data.saved_tokenizer import checksums_of
 from mics.training.data.spool import spool
@@ -61,7 +61,7 @@ def open_text(config: DataConfig, seed: int, folder: Path, group: Group) -> Open
     tokenizer = byte_tokenizer() if is_bytes else known_tokenizer(str(cached / "tokenizer"))
     tokenizer.reads_specials = config.specials == "ids"
     return Opened(
-        source=config.source,
+        source=source_meant(config.source),
         tokenizer=tokenizer,
         tokenizer_sha256=meta.tokenizer.get("tokenizer.json", ""),
         train=cache.open_tokens(cached, meta, "train"),
@@ -134,7 +134,7 @@ def _tokenise(cached: Path, config: DataConfig, seed: int) -> None:
         cached.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=cached.parent) as file:  # nameless: gone if we are killed
             spooled = spool(
-                read_documents(config.source, config.field, form),
+                read_documents(source_meant(config.source), config.field, form),
                 file,
                 share=config.held_out,
                 limit=config.limit,
@@ -184,7 +184,7 @@ def looks_of(config: DataConfig) -> str:
     the last change (ctime) can not.
     """
     looks = []
-    for file in [*find_files(config.source), *_tokenizer_files(config.tokenizer)]:
+    for file in [*find_files(source_meant(config.source)), *_tokenizer_files(config.tokenizer)]:
         try:
             seen = file.stat()
         except OSError as error:
