@@ -111,15 +111,41 @@ def test_a_page_says_what_was_measured_and_what_full_sharding_would_have_sent(
     assert page.trace("between nodes")["x"] == [20, 4 / (1 << 20), 5]
 
 
+def test_every_set_that_is_measured_is_on_the_page(tmp_path: Path) -> None:
+    steps = [a_step(n, loss=3.0 - n / 10) for n in (1, 2, 3)]
+    sets = [
+        EvaluationRecord(2, 2.0, 1.1, 0.5, "prose"),
+        EvaluationRecord(3, 1.9, 1.0, 0.5, "prose"),
+        EvaluationRecord(3, 2.8, None, 0.5, "tokens"),  # of how many bytes is not known
+        EvaluationRecord(3, 2.9, 1.5, 0.5),
+    ]
+    page = page_of(written(tmp_path / "one", a_begin(), *steps, *sets))
+    assert "held out 2.9000 (1.500 bits per byte), prose 1.9000 (1.000 bits per" in page.text
+    assert "tokens 2.8000." in page.text
+    prose = page.trace("prose")
+    assert (prose["x"], prose["y"]) == ([2, 3], [1.1, 1.0])
+    assert page.trace("held out")["x"] == [3]
+    colours = {page.trace(name)["line"]["color"] for name in ("prose", "held out", "training")}
+    assert len(colours) == 3
+    names = {t["name"] for figure in page.figures for t in figure["data"]}
+    assert "tokens" not in names
+    back = [a_begin(1), a_step(2)]
+    gone_back = page_of(written(tmp_path / "two", a_begin(), *steps, *sets, *back))
+    assert "prose" not in gone_back.text
+
+
 def test_nothing_that_somebody_wrote_becomes_part_of_the_page(tmp_path: Path) -> None:
     skip = SkipRecord(2, EVIL, None, 1.0, 1, 0, 1, [])
     entries = [a_begin(model=EVIL, torch=EVIL), a_step(1), a_step(2, taken=False, skipped=EVIL)]
+    entries.append(EvaluationRecord(2, 2.0, 1.0, 0.5, EVIL))
     folder = written(tmp_path / "<b>", *entries, skip, EndRecord(2, EVIL, EVIL, True))
     (folder / "config.toml").write_text(f"# {EVIL}")
     page = page_of(folder)
     assert "img" not in page.tags
     assert page.tags.count("script") == len(page.figures) + 2  # plotly's, and what calls it
-    assert page.text.count(EVIL) == 5  # title twice, sample, settings, version
+    assert page.text.count(EVIL) == 6  # title twice, set, sample, settings, version
+    names = [t["name"] for f in page.figures for t in f["data"]]
+    assert any("&lt;script&gt;" in name for name in names) and EVIL not in names
     marks = [t for f in page.figures for t in f["data"] if t["name"] == "skipped step"]
     assert "&lt;script&gt;" in marks[-1]["hovertext"][0]
     text = (folder / "run.html").read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,8 @@ from mics.quantities import count, size
 from mics.training.config import LogConfig
 from mics.training.display import History, drawn, open_display
 from mics.training.lines import evaluation_line, step_line
-from mics.training.plot import plot_run, read_metrics
+from mics.training.page.entries import read_history
+from mics.training.plot import plot_run
 from mics.training.record import EvaluationRecord, StepRecord
 from mics.training.trackers import open_trackers
 
@@ -184,12 +186,24 @@ def test_the_picture_takes_the_later_of_two_lines_and_skips_torn_ones(tmp_path: 
     entries = [a_step(n).as_json() for n in (1, 2, 3)]
     entries += ['{"kind": "st', a_step(2, loss=1.0).as_json(), EvaluationRecord(3, 2, 1).as_json()]
     metrics.write_text("\n".join(entries) + "\n")
-    steps, evaluations = read_metrics(metrics)
+    history = read_history(metrics)
+    steps, evaluations = history.steps, history.evaluations
     assert [entry["step"] for entry in steps] == [1, 2, 3]
     assert [entry["loss"] for entry in steps] == [2.5, 1.0, 2.5]
     assert len(evaluations) == 1
     assert plot_run(metrics, tmp_path / "p.png", "title")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_picture_has_every_set_that_is_measured(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    entries = [a_step(n).as_json() for n in (1, 2, 3)]
+    entries += [EvaluationRecord(3, 2, 1.234).as_json()]
+    entries += [EvaluationRecord(3, 2, 1.567, 0.1, "prose").as_json()]
+    metrics.write_text("\n".join(entries) + "\n")
+    assert plot_run(metrics, tmp_path / "p.svg", "title")  # which has its words as comments
+    shown = re.findall("<!-- (.*?) -->", (tmp_path / "p.svg").read_text())
+    assert {"training", "held out", "prose", "1.234", "1.567"} <= set(shown)
 
 
 def test_nothing_to_draw_draws_nothing(tmp_path: Path) -> None:

@@ -2,33 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
 
 from mics.planning.pages import colours
-from mics.training.record import HELD_OUT
-
-
-def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Steps and evaluations of the held-out share in a metrics file, in order of step.
-
-    A run that was resumed has written some steps twice; the later line counts.
-    """
-    by_kind: dict[str, dict[int, dict[str, Any]]] = {"step": {}, "evaluation": {}}
-    for line in path.read_text().splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:  # the process was killed while it wrote this line
-            continue
-        if entry.get("kind") in by_kind and entry.get("name", HELD_OUT) == HELD_OUT:
-            by_kind[entry["kind"]][entry["step"]] = entry
-    steps, evaluations = ([rows[n] for n in sorted(rows)] for rows in by_kind.values())
-    return steps, evaluations
+from mics.training.page.entries import Entry, read_history
+from mics.training.page.figures import measured_in
 
 
 def plot_run(metrics: Path, picture: Path, title: str) -> bool:
@@ -37,7 +20,8 @@ def plot_run(metrics: Path, picture: Path, title: str) -> bool:
     Returns:
         False when there is no step to draw.
     """
-    steps, evaluations = read_metrics(metrics)
+    history = read_history(metrics)
+    steps = history.steps
     if not steps:
         return False
     in_bits = steps[-1]["bits_per_byte"] is not None
@@ -48,16 +32,16 @@ def plot_run(metrics: Path, picture: Path, title: str) -> bool:
         figure.suptitle(title)
         loss, speed = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
         loss.plot(*_points(steps, key), color=colours.TRAINING, linewidth=1.2, label="training")
-        if evaluations:
-            at, values = _points(evaluations, key)
-            loss.plot(at, values, "o-", color=colours.HELD_OUT, markersize=5, label="held out")
+        for name, colour, entries in measured_in(history, key):
+            at, values = _points(entries, key)
+            loss.plot(at, values, "o-", color=colour, markersize=5, label=name)
             loss.annotate(
                 f"{values[-1]:.3f}",
                 (at[-1], values[-1]),
                 textcoords="offset points",
                 xytext=(-2, 16),
                 ha="right",
-                color=colours.HELD_OUT,
+                color=colour,
                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
             )
         skipped = [entry["step"] for entry in steps if not entry["taken"]]
@@ -76,6 +60,6 @@ def plot_run(metrics: Path, picture: Path, title: str) -> bool:
     return True
 
 
-def _points(entries: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+def _points(entries: Sequence[Entry], key: str) -> tuple[list[int], list[float]]:
     values = [(e["step"], math.nan if e[key] is None else e[key]) for e in entries]
     return [step for step, _ in values], [value for _, value in values]

@@ -41,6 +41,7 @@ COMPUTE, HOP_1, HOP_2 = BLUE, YELLOW, RED
 LINKS = {"between nodes": RED, "inside nodes": CYAN}
 EVALUATION, SAVE, OTHER = GREEN, PURPLE, "#cccccc"
 TRAINING, HELD_OUT, LIMIT = BLUE, RED, "#cc3311"
+SETS = (GREEN, PURPLE, YELLOW, TEAL, BROWN, INDIGO, CYAN, GREY)  # of evaluation.sets, in turn
 _STREAMS = {"compute": COMPUTE, "hop 1": HOP_1, "hop 2": HOP_2, "to host": PURPLE}
 
 

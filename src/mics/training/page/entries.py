@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,15 @@ class History:
     Args:
         entries: all, in the order in which they were written.
         steps: one entry for each step that counts, in order.
-        evaluations: the same of evaluations.
+        evaluations: the same of evaluations of the held-out share.
+        sets: the same of what else was measured, by its name.
         again: how many entries of steps do not count, because the run went back behind them.
     """
 
     entries: Sequence[Entry] = field(repr=False)
     steps: Sequence[Entry] = field(repr=False)
     evaluations: Sequence[Entry] = field(repr=False)
+    sets: Mapping[str, Sequence[Entry]] = field(repr=False)
     again: int = 0
 
     def of(self, kind: str) -> list[Entry]:
@@ -63,18 +65,26 @@ def read_history(path: Path) -> History:
         OSError: it cannot be read.
     """
     entries = list(_entries(path.read_text(errors="replace").splitlines()))
-    kept: dict[str, dict[int, Entry]] = {"step": {}, "evaluation": {}}
+    # None: steps. What was measured has the names that stand in the file.
+    kept: dict[str | None, dict[int, Entry]] = {None: {}, HELD_OUT: {}}
     for entry in entries:
         back = {"begin": "step", "rollback": "to"}.get(entry["kind"])
         if back is not None:
             last = number(entry, back)
             for kind, rows in kept.items():
                 kept[kind] = {n: row for n, row in rows.items() if last is None or n <= last}
-        elif entry["kind"] in kept and entry.get("name", HELD_OUT) == HELD_OUT:
-            kept[entry["kind"]][entry["step"]] = entry
-    steps, evaluations = ([rows[n] for n in sorted(rows)] for rows in kept.values())
+        elif entry["kind"] == "step":
+            kept[None][entry["step"]] = entry
+        elif entry["kind"] == "evaluation":
+            kept.setdefault(str(entry.get("name", HELD_OUT)), {})[entry["step"]] = entry
+    steps, evaluations = (_in_order(kept.pop(key)) for key in (None, HELD_OUT))
+    sets = {str(name): _in_order(rows) for name, rows in kept.items() if rows}
     written = sum(entry["kind"] == "step" for entry in entries)
-    return History(entries, steps, evaluations, written - len(steps))
+    return History(entries, steps, evaluations, sets, written - len(steps))
+
+
+def _in_order(rows: Mapping[int, Entry]) -> list[Entry]:
+    return [rows[step] for step in sorted(rows)]
 
 
 def _entries(lines: Iterable[str]) -> Iterable[Entry]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from html import escape
+from itertools import cycle
 from typing import Any
 
 from mics.planning.pages import colours
@@ -15,21 +17,22 @@ _MOST_RANKS = 32
 
 
 def loss_figure(history: History, key: str) -> Figure:
-    """Draw the loss in training and on held-out text, and the steps that were skipped.
+    """Draw the loss in training and on what is not trained on, and the steps that were skipped.
 
     Args:
         history: of the run, with one step at least.
         key: "loss", or "bits_per_byte".
     """
     traces = _line(history.steps, key, "training", colours.TRAINING)
-    held_out = history.evaluations
-    if numbers(held_out, key):
+    measured = measured_in(history, key)
+    for name, colour, entries in measured:
         traces.append(
-            _scatter("held out", [e["step"] for e in held_out], _known(held_out, key))
-            | {"mode": "lines+markers", "marker": {"size": 8, "color": colours.HELD_OUT}}
-            | {"line": {"color": colours.HELD_OUT, "width": 2}}
+            _scatter(escape(name), [e["step"] for e in entries], _known(entries, key))
+            | {"mode": "lines+markers", "marker": {"size": 8, "color": colour}}
+            | {"line": {"color": colour, "width": 2}}
         )
-    low = min(numbers([*history.steps, *held_out], key), default=0.0)
+    shown = [*history.steps, *(entry for *_, entries in measured for entry in entries)]
+    low = min(numbers(shown, key), default=0.0)
     skipped = [entry["step"] for entry in history.steps if entry.get("taken") is False][-500:]
     if skipped:
         traces.append(
@@ -37,6 +40,19 @@ def loss_figure(history: History, key: str) -> Figure:
             | {"mode": "markers", "marker": {"symbol": "x", "size": 9, "color": colours.LIMIT}}
         )
     return Figure(traces, 360, _over_steps())
+
+
+def measured_in(history: History, key: str) -> list[tuple[str, str, Sequence[Entry]]]:
+    """List what was measured and can be drawn, each with its name and its colour.
+
+    Args:
+        history: of the run.
+        key: "loss", or "bits_per_byte", which is not known of everything.
+    """
+    colour = cycle(colours.SETS)
+    found = [("held out", colours.HELD_OUT, history.evaluations)]
+    found += [(name, next(colour), history.sets[name]) for name in sorted(history.sets)]
+    return [one for one in found if numbers(one[2], key)]
 
 
 def speed_figure(history: History) -> Figure:

@@ -120,6 +120,8 @@ def _state(history: History) -> str:
     text += f". Loss {_loss_of(last)}"
     if history.evaluations:
         text += f", held out {_loss_of(history.evaluations[-1])}"
+    for name, entries in sorted(history.sets.items()):
+        text += f", {name} {_loss_of(entries[-1])}"
     return f"{text}. {count(int(number(last, 'tokens') or 0))} tokens."
 
 
