@@ -13,6 +13,7 @@ import socket
 import sqlite3
 import tarfile
 import tempfile
+import threading
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -225,6 +226,22 @@ def test_tables_of_letters_can_be_text_as_they_stand(tmp_path: Path) -> None:
     assert texts(tmp_path, form="text") == wanted
     (tmp_path / "d.parquet").write_bytes(parquet())
     assert "cannot be read as text" in refusal(tmp_path, form="text")
+
+
+def test_no_thread_but_our_own_reads_from_our_stream(tmp_path: Path) -> None:
+    """Another, not done with it when the interpreter ends, would abort the process, rarely."""
+    readers = set()
+
+    class Noted(io.FileIO):
+        def read(self, size: int | None = -1) -> bytes:
+            readers.add(threading.get_ident())
+            return super().read(-1 if size is None else size)
+
+    (tmp_path / "a.parquet").write_bytes(parquet())
+    with Noted(tmp_path / "a.parquet") as stream:
+        rows = tables.rows_of(stream, tmp_path / "a.parquet", "parquet", "text")  # type: ignore[arg-type]
+        assert len(list(rows)) == len(ROWS)
+    assert readers == {threading.get_ident()}
 
 
 def test_nulls_are_left_out_and_counted(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

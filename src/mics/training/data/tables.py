@@ -245,7 +245,9 @@ def _opened(stream: BinaryIO, file: Path, kind: Kind, field: str | None) -> Any:
             write="pip install 'torch-mics[train]'",
         ) from None
     if kind == "parquet":
-        table = parquet.ParquetFile(stream)
+        # Threads of Arrow would read ahead from our stream. One that has not let go of it when the
+        # interpreter ends asks for its lock, and aborts the process: exit code 134.
+        table = parquet.ParquetFile(stream, pre_buffer=False)
         names = table.schema_arrow.names
     elif kind == "arrow file":
         table = arrow.ipc.open_file(arrow.memory_map(str(file)))  # what is passed over is not read
