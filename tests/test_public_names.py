@@ -17,7 +17,7 @@ PUBLIC = """
     __version__ traffic
     init_mesh fully_shard shard micro_steps micro_step finish_step deal steps stragglers
     trace clip_grad_norm_ gathered get_total_norm owned EMA Snapshots Verdicts WholeStep
-    precompute_scales ledger predict_traffic save load save_adapters load_adapters plan simulate
+    DealtStep precompute_scales ledger predict_traffic save load save_adapters load_adapters plan simulate
     Cluster Topology
     MicsError TopologyError DisagreementError ShardError MicroStepError ConfigError DataError
     CheckpointError PlanError RankError RecoveryError MicsWarning
@@ -25,7 +25,8 @@ PUBLIC = """
 OF_TOPOLOGY = "Ranks Topology possible_partitions nodes_of has_two_stages"
 OF_TRAFFIC = """
     Collective Stage Form Key Flow Count Traffic UnitBytes Block View StageMessage
-    ring_flow stages stage_flow message_traffic mics unit_traffic block_traffic fsdp hsdp ddp
+    ring_flow exchange_flow stages stage_flow message_traffic mics unit_traffic block_traffic fsdp
+    hsdp ddp
     node_inter_bytes
 """
 OF_THE_COMMAND_LINE = """

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from mics.sharding.clipping import clip_grad_norm_ as clip_grad_norm_
     from mics.sharding.clipping import get_total_norm as get_total_norm
     from mics.sharding.dealing import deal as deal
+    from mics.sharding.dealt_step import DealtStep as DealtStep
     from mics.sharding.fully_shard import fully_shard as fully_shard
     from mics.sharding.micro_steps import finish_step as finish_step
     from mics.sharding.micro_steps import micro_step as micro_step
@@ -59,6 +60,7 @@ _HOME = {
     "CheckpointError": "mics.errors",
     "ConfigError": "mics.errors",
     "DataError": "mics.errors",
+    "DealtStep": "mics.sharding.dealt_step",
     "DisagreementError": "mics.errors",
     "Cluster": "mics.planning.api",
     "EMA": "mics.sharding.average",

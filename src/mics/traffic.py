@@ -44,7 +44,7 @@ class Key(NamedTuple):
     """Where traffic belongs: hop 1 or 2, which collective, which stage of it.
 
     Hop 0 is what weights need beside the two: scales of gathers in few bits (all-reduces), whole
-    matrices of ``mics.WholeStep`` (all-gathers).
+    matrices of ``mics.WholeStep`` (all-gathers) and ``mics.DealtStep`` (all-to-alls too).
     """
 
     hop: int

@@ -30,6 +30,7 @@ from mics.checkpoint.names import parameter_names
 from mics.checkpoint.values import encode
 from mics.communication.shares import owner_of, stands_for
 from mics.errors import CheckpointError
+from mics.sharding.dealt_step import DealtStep
 
 Optimizers = (
     torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | Mapping[str, torch.optim.Optimizer]
@@ -97,6 +98,17 @@ def list_optimizers(given: Optimizers | None) -> list[torch.optim.Optimizer]:
                 write="optimizer=optimizer, or a list of optimizers",
             )
     return several
+
+
+def shard_states(given: Optimizers | None) -> None:
+    """Bring the states that are with owners to all ranks, so that they can be read. Collective.
+
+    Raises:
+        CheckpointError: as ``list_optimizers``; or on every rank, a state cannot be sent.
+    """
+    for one in list_optimizers(given):
+        if isinstance(one, DealtStep):
+            one.shard_state()
 
 
 def pack(optimizers: Sequence[torch.optim.Optimizer], names: Mapping[int, str]) -> list[Packed]:

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from mics.checkpoint.frozen import check_base
 from mics.checkpoint.manifest import Entry, Json, Manifest, read_manifest
 from mics.checkpoint.names import unwrapped
-from mics.checkpoint.optimizers import Optimizers
+from mics.checkpoint.optimizers import Optimizers, shard_states
 from mics.checkpoint.peers import Peers
 from mics.checkpoint.randomness import (
     check_random_state,
@@ -85,6 +85,7 @@ def load(
             was left out are not those it was trained with, or it trains here.
     """
     let_save_end()
+    shard_states(optimizer)
     folder = Path(path)
     peers = Peers()
     plans: list[tuple[Manifest, Restoration, dict[str, torch.Tensor]]] = []

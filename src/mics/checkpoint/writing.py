@@ -35,7 +35,7 @@ from mics.checkpoint.manifest import (
     whole_entry,
 )
 from mics.checkpoint.names import frozen_names
-from mics.checkpoint.optimizers import Optimizers
+from mics.checkpoint.optimizers import Optimizers, shard_states
 from mics.checkpoint.peers import Peers
 from mics.checkpoint.pieces import Piece, pieces_of_this_rank
 from mics.checkpoint.randomness import random_state
@@ -89,6 +89,7 @@ def save(
             behind.
     """
     _end_of_last_save()
+    shard_states(optimizer)
     peers = Peers()
     given = dict(extra or {}), dict(assets or {})
     plan = _plan_of(Path(path), model, optimizer, ema, *given, frozen, peers)

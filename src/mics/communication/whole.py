@@ -26,7 +26,7 @@ from mics.traffic import StageMessage
 
 
 @dataclass(frozen=True)
-class _Split:
+class Split:
     """One axis of a mesh that splits a dim.
 
     Args:
@@ -54,7 +54,7 @@ def check_splits(tensor: torch.Tensor) -> None:
         ShardError: it is a sum that is not complete, or split in an order that mics does not know.
     """
     if isinstance(tensor, DTensor):
-        _splits(tensor)
+        splits_of(tensor)
 
 
 def whole_of(tensor: DTensor, ledger: Ledger | None) -> torch.Tensor:
@@ -104,7 +104,7 @@ def _piece(tensor: DTensor, dtype: torch.dtype | None) -> torch.Tensor:
 
 def _gather(
     rows: list[torch.Tensor],
-    splits: list[_Split],
+    splits: list[Split],
     group: dist.ProcessGroup,
     ledger: Ledger | None,
 ) -> list[torch.Tensor]:
@@ -128,9 +128,14 @@ def _gather(
 def part_of(whole: torch.Tensor, like: DTensor) -> DTensor:
     """This rank's part of a tensor that every rank has, split as another one; sends nothing."""
     piece = whole
-    for split in _splits(like):
+    for split in splits_of(like):
         first = min(split.size, like.device_mesh.get_local_rank(split.axis) * split.longest)
         piece = piece.narrow(split.dim, first, min(split.longest, split.size - first))
+    return as_part(piece, like)
+
+
+def as_part(piece: torch.Tensor, like: DTensor) -> DTensor:
+    """This rank's part as the tensor that is split as another one."""
     return DTensor.from_local(
         piece,
         like.device_mesh,
@@ -161,12 +166,12 @@ def groups_that_split(tensor: DTensor) -> list[dist.ProcessGroup]:
     return [tensor.device_mesh.get_group(one.axis) for one in _undone(tensor)]
 
 
-def _undone(tensor: DTensor) -> list[_Split]:
+def _undone(tensor: DTensor) -> list[Split]:
     """The splits in the order in which they are undone."""
-    return [one for one in reversed(_splits(tensor)) if one.ranks > 1]
+    return [one for one in reversed(splits_of(tensor)) if one.ranks > 1]
 
 
-def _splits(tensor: DTensor) -> list[_Split]:
+def splits_of(tensor: DTensor) -> list[Split]:
     """How a tensor is split, first axis first, see [Note: in which order a tensor is split]."""
     mesh, shape = tensor.device_mesh, list(tensor.shape)
     in_order: list[tuple[int, int]] = []
@@ -185,7 +190,7 @@ def _splits(tensor: DTensor) -> list[_Split]:
         (in_order if factor == 1 else last).append((axis, dim))
     found = []
     for axis, dim in in_order + last:
-        split = _Split(axis, dim, shape[dim], mesh.size(axis))
+        split = Split(axis, dim, shape[dim], mesh.size(axis))
         first = min(split.size, mesh.get_local_rank(axis) * split.longest)
         shape[dim] = min(split.longest, split.size - first)
         found.append(split)

@@ -30,7 +30,7 @@ from mics.checkpoint.held_back import held_back_here
 from mics.checkpoint.layout import AVERAGE_UPDATES, HELD_BACK, MODEL
 from mics.checkpoint.manifest import Entry, Json, Manifest, whole_entry
 from mics.checkpoint.names import frozen_names, parameter_names
-from mics.checkpoint.optimizers import GROUPS, NAMES, Optimizers, list_optimizers
+from mics.checkpoint.optimizers import GROUPS, NAMES, Optimizers, list_optimizers, shard_states
 from mics.checkpoint.peers import Peers
 from mics.checkpoint.restoration import plan_restoration
 from mics.checkpoint.values import encode
@@ -207,6 +207,7 @@ class State:
             names = _without_errors(names)
         manifest = _manifest(names, changing, own)
         source = _Memory(name, {**reading.tensors, **own.tensors})
+        shard_states(self.optimizer)
         plans: list[Any] = []
         given = self.model, self.optimizer, self.ema
         peers.together(lambda: plans.append(plan_restoration(name, manifest, *given)))
@@ -228,6 +229,7 @@ class State:
     # -- collecting --------------------------------------------------------------------------------
 
     def _contents(self, without: Collection[str]) -> Contents:
+        shard_states(self.optimizer)
         return contents_of(self.model, self.optimizer, self.ema, without=without)
 
     def _refuse_inside_step(self) -> None:

@@ -14,6 +14,7 @@ from mics.communication.gathered import gathered
 from mics.communication.hop_order import messages_of
 from mics.communication.ledger import LedgerView
 from mics.ranks.mesh import ranks_of
+from mics.sharding.dealt_step import DealtStep
 from mics.sharding.units import Unit, units_of
 from mics.sharding.whole_step import WholeStep
 from mics.topology import Topology
@@ -48,8 +49,8 @@ def predict_traffic(
     Args:
         model: sharded by mics.
         micro_steps: of the step.
-        optimizer: what steps it; of ``mics.WholeStep`` the gathers are added, as of all parameters
-            that are trained. Others send nothing that mics knows of.
+        optimizer: what steps it; what ``mics.WholeStep`` and ``mics.DealtStep`` send is added, as
+            of all parameters that are trained. Others send nothing that mics knows of.
 
     Raises:
         ShardError: the model was not sharded by mics.
@@ -127,15 +128,14 @@ def predict_full_sharding(model: nn.Module, *, micro_steps: int = 1) -> Traffic:
 def _steps_of(unit: Unit, optimizers: Sequence[torch.optim.Optimizer]) -> list[Message]:
     """What optimizers send of the parameters of a unit."""
     inside = {id(param) for param in compat.sharded_params(unit.group) if param.requires_grad}
-    return [
-        message
-        for one in optimizers
-        if isinstance(one, WholeStep)
-        for group in one.param_groups
-        for param in group["params"]
-        if id(param) in inside
-        for message in one.messages_for(param)
-    ]
+    messages: list[Message] = []
+    for one in optimizers:
+        if isinstance(one, DealtStep):
+            messages += one.messages_of(unit)
+        elif isinstance(one, WholeStep):
+            params = [p for group in one.param_groups for p in group["params"] if id(p) in inside]
+            messages += [message for param in params for message in one.messages_for(param)]
+    return messages
 
 
 def bytes_of(unit: Unit, model: nn.Module) -> UnitBytes:
