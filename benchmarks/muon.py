@@ -123,8 +123,9 @@ def document(found: dict[str, Any], command: str, words: str) -> str:
         f"{platform.python_version()}, {os.cpu_count()} cores, {RANKS} Gloo ranks on them, "
         f"{REPLICAS} replicas x partition of {PARTITION}, {words}.",
         "",
-        "Medians with quartiles; ratios are of neighbouring steps. Floor of what repeats no work: "
-        f"1 / {REPLICAS} of torch's, whose ranks of one replica share each product.",
+        "Medians with quartiles; ratios are of neighbouring steps. The aim is at most "
+        f"{1 / REPLICAS + 0.1:.2f}: the ranks of one replica share torch's products, and each of "
+        f"{REPLICAS} replicas repeats them.",
         "",
         "| | step, slowest rank | of torch's | processor time of all ranks | of torch's |",
         "|---|---:|---:|---:|---:|",

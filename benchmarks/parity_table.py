@@ -93,6 +93,8 @@ def _of_rank(row: Row, schedules: tuple[Schedule, ...], rights: Rights) -> list[
     ways = [(row.layouts[0], how) for how in schedules]
     ways += [(one, how) for one in row.layouts[1:] for how in schedules if how in SMALL]
     for (layout, schedule), engine in itertools.product(ways, ENGINES):
+        if engine == "FSDP2" and schedule.optimizer == "Muon, dealt":
+            continue  # it is a way of mics
         place, right = place_of(layout), rights[schedule, layout.data_ranks]
         try:
             with contextlib.redirect_stderr(io.StringIO()):
@@ -239,6 +241,8 @@ _OPTIMIZERS = {
     "Muon": "Of the matrices of the blocks, with AdamW of the rest: `mics.WholeStep` of "
     "`torch.optim.Muon` here, `torch.optim.Muon` of DTensors in FSDP2. Its iteration is in bf16, "
     "so that a difference in the last bit of a gradient becomes one in the third digit.",
+    "Muon, dealt": "The same with `mics.DealtStep`, and with `mics.WholeStep` of matrices that "
+    "tensor or expert parallelism splits too.",
 }
 _FACTS = (
     "Layouts are replicas x partition, and k ranks per node; the checkpoint of the first is read "

@@ -50,6 +50,7 @@ AVERAGING = [code for _, code in PYTHON if "mics.EMA(" in code]
 SKIPPING = [code for _, code in PYTHON if "mics.Verdicts(" in code]
 COMPARING = [code for _, code in PYTHON if "mics.stragglers(" in code]
 OWNING = [code for _, code in PYTHON if "mics.owned(" in code]
+DEALT_STEPS = [code for _, code in PYTHON if "mics.DealtStep(" in code]
 GATHERING = [code for _, code in PYTHON if "mics.gathered(" in code]
 TRACING = [code for _, code in PYTHON if "mics.trace(" in code]
 SCRIPTS = [code for _, code in PYTHON if "dist.init_process_group()" in code]
@@ -57,9 +58,14 @@ COUNTING = [code for _, code in PYTHON if "mics.ledger(" in code and code not in
 ACCUMULATING = [
     code
     for _, code in PYTHON
-    if ".backward()" in code and code not in AVERAGING + SKIPPING + TRACING + SCRIPTS + OWNING
+    if ".backward()" in code
+    and code not in AVERAGING + DEALT_STEPS + SKIPPING + TRACING + SCRIPTS + OWNING
 ]
-SAVING = [code for _, code in PYTHON if "mics.save(" in code and code not in AVERAGING + OWNING]
+SAVING = [
+    code
+    for _, code in PYTHON
+    if "mics.save(" in code and code not in AVERAGING + DEALT_STEPS + OWNING
+]
 DEALING = [code for _, code in PYTHON if "mics.deal(" in code]
 PLANNING = [code for _, code in PYTHON if "mics.plan(" in code]
 TOKENS = [code for _, code in PYTHON if "tokens.json" in code]
@@ -89,7 +95,7 @@ def test_every_block_of_python_is_run_by_a_test() -> None:
     backends = [code for document, code in PYTHON if document == "CONTRIBUTING.md"]
     assert len(backends) == 1  # run in test_backend.py, the others here
     run = ACCUMULATING + AVERAGING + SAVING + PLANNING + SKIPPING + COMPARING
-    run += GATHERING + DEALING + TRACING + TOKENS + SCRIPTS + OWNING
+    run += GATHERING + DEALING + DEALT_STEPS + TRACING + TOKENS + SCRIPTS + OWNING
     assert len(run) + 1 == len(PYTHON)
     assert ACCUMULATING and AVERAGING and SAVING and PLANNING and SKIPPING and COMPARING
 
@@ -342,6 +348,24 @@ def test_the_lines_that_deal_states_train_as_those_of_all_parameters(tmp_path: P
     for dealt, whole, loaded in run_ranks(run, 4):
         torch.testing.assert_close(dealt, whole, rtol=0, atol=1e-6)
         assert all(map(torch.equal, dealt, loaded))
+
+
+def test_the_documents_lines_of_a_dealt_step_hand_its_momentum_to_every_rank(
+    tmp_path: Path,
+) -> None:
+    (code,) = DEALT_STEPS
+
+    def run() -> Any:
+        os.chdir(tmp_path)
+        model = mics.shard(_model(), partition=2, mp_policy=MixedPrecisionPolicy())
+        x, y = _batch()[0]
+        names = {"mics": mics, "torch": torch, "model": model, "x": x, "y": y}
+        names |= {"loss": nn.functional.mse_loss, "matrices": [*model.parameters()][::2]}
+        exec(code, names)
+        states = [names["everywhere"].state[param] for param in names["matrices"]]
+        return [bool(state["momentum_buffer"].full_tensor().any()) for state in states]
+
+    assert run_ranks(run, 4) == [[True] * 3] * 4
 
 
 def test_the_documents_lines_for_an_engine_hand_it_every_weight() -> None:

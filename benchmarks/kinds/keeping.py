@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 import mics
 from kinds.rows import Layout, Row, by_mics, place_of
-from kinds.training import Schedule, optimizers, own_part, sum_of
+from kinds.training import Schedule, muon_of_torch, optimizers, own_part, sum_of
 
 SCHEDULE = Schedule("AdamW", 1, False, False)
 
@@ -72,7 +72,7 @@ def _differences(row: Row, save: Callable[[Run], None], load: Callable[[Run], No
 def _started(row: Row, layout: Layout, seed: int) -> Run:
     """A model that starts from values of its own."""
     model = by_mics(row, place_of(layout))
-    (optimizer,) = optimizers(SCHEDULE.optimizer, model, torch.optim.Muon)
+    (optimizer,) = optimizers(SCHEDULE.optimizer, model, muon_of_torch)
     with torch.no_grad():
         for param in model.parameters():
             if param.requires_grad:

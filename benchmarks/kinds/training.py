@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Placement
 
 import mics
 from kinds.models import LENGTH, ROWS, Net, build
@@ -33,7 +33,7 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 class Schedule:
     """How a step is run."""
 
-    optimizer: Literal["SGD", "AdamW", "Muon"]
+    optimizer: Literal["SGD", "AdamW", "Muon", "Muon, dealt"]
     micro_steps: int
     by_tokens: bool
     clip: bool
@@ -47,7 +47,7 @@ class Schedule:
 
 SCHEDULES = tuple(
     Schedule(optimizer, *how)
-    for optimizer in ("SGD", "AdamW", "Muon")
+    for optimizer in ("SGD", "AdamW", "Muon", "Muon, dealt")
     for how in (
         (1, False, False),
         (1, True, True),
@@ -105,22 +105,27 @@ def whole(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def optimizers(
-    kind: str, model: nn.Module, muon: Callable[..., torch.optim.Optimizer]
+    kind: str, model: nn.Module, muon: Callable[..., list[torch.optim.Optimizer]]
 ) -> list[torch.optim.Optimizer]:
     """SGD and AdamW of everything; Muon of the blocks' matrices, AdamW of the rest.
 
     Args:
         kind: of a schedule.
         model: sharded or not.
-        muon: makes Muon of parameters.
+        muon: makes Muon of parameters, one optimizer or several.
     """
     params = trained_parameters(model)
     if kind == "SGD":
         return [torch.optim.SGD(params.values(), lr=0.1)]
-    matrices = [p for n, p in params.items() if kind == "Muon" and p.ndim == 2 and "blocks" in n]
+    matrices = [p for n, p in params.items() if "Muon" in kind and p.ndim == 2 and "blocks" in n]
     rest = [p for p in params.values() if not any(p is one for one in matrices)]
     others = [torch.optim.AdamW(rest, lr=3e-3, eps=EPS)] if rest else []
-    return others + ([muon(matrices, lr=0.02)] if matrices else [])
+    return others + (muon(matrices, lr=0.02) if matrices else [])
+
+
+def muon_of_torch(params: Any, **options: Any) -> list[torch.optim.Optimizer]:
+    """torch's own, of whole parameters or of shards."""
+    return [torch.optim.Muon(params, **options)]
 
 
 def alone(row: Row, schedule: Schedule, data_ranks: int, *, otherwise: bool = False) -> Trained:
@@ -138,7 +143,7 @@ def alone(row: Row, schedule: Schedule, data_ranks: int, *, otherwise: bool = Fa
     behind = otherwise and row.shape.weights in ("float8", "lora")
     if otherwise and not behind:
         _in_double(model)
-    opts = optimizers(schedule.optimizer, model, torch.optim.Muon)
+    opts = optimizers(schedule.optimizer, model, muon_of_torch)
     for step in range(STEPS):
         everybody = itertools.product(range(schedule.micro_steps), range(data_ranks))
         data = [batch(row, step, micro_step, rank) for micro_step, rank in everybody]
@@ -186,7 +191,8 @@ def _part(data: Batch, cp: DeviceMesh) -> Batch:
 def train_mics(row: Row, place: Place, schedule: Schedule, collectives: str) -> Trained:
     """This rank's part of the same by mics."""
     model = by_mics(row, place, collectives)
-    opts = optimizers(schedule.optimizer, model, _whole_muon)
+    muon = _dealt_muon if schedule.optimizer == "Muon, dealt" else _whole_muon
+    opts = optimizers(schedule.optimizer, model, muon)
     view, norms, as_predicted, once = mics.ledger(model), [], True, True
     if row.scales:
         mics.precompute_scales(model)
@@ -208,8 +214,16 @@ def train_mics(row: Row, place: Place, schedule: Schedule, collectives: str) -> 
     return Trained(whole(model), norms, as_predicted, once)
 
 
-def _whole_muon(params: Any, **options: Any) -> torch.optim.Optimizer:
-    return mics.WholeStep(params, torch.optim.Muon, **options)
+def _whole_muon(params: Any, **options: Any) -> list[torch.optim.Optimizer]:
+    return [mics.WholeStep(params, torch.optim.Muon, **options)]
+
+
+def _dealt_muon(params: Any, **options: Any) -> list[torch.optim.Optimizer]:
+    """Each matrix on one rank, but for those that other axes than the data's split too."""
+    beyond = [param for param in params if sum(map(Placement.is_shard, param.placements)) > 1]
+    dealt = [param for param in params if not any(param is one for one in beyond)]
+    made = [mics.DealtStep(dealt, torch.optim.Muon, **options)] if dealt else []
+    return made + (_whole_muon(beyond, **options) if beyond else [])
 
 
 def _hop_2_once(model: nn.Module) -> bool:
@@ -226,7 +240,7 @@ def _hop_2_once(model: nn.Module) -> bool:
 def train_fsdp2(row: Row, place: Place, schedule: Schedule) -> Trained:
     """This rank's part of the same by FSDP2, its all-reduce in the last micro-step."""
     model, norms, ranks = by_fsdp2(row, place), [], place.data.size()
-    opts = optimizers(schedule.optimizer, model, torch.optim.Muon)
+    opts = optimizers(schedule.optimizer, model, muon_of_torch)
     everybody = range(place.layout.data_ranks)
     for step in range(STEPS):
         counts = [

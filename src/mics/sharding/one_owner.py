@@ -5,17 +5,18 @@ Every rank comes to the same answer by itself. A parameter keeps its owner when 
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from mics.communication.owners import Owner
 from mics.quantities import MIB
-from mics.ranks.mesh import Groups, ranks_of
+from mics.ranks.mesh import Groups
 from mics.sharding.units import Unit
-from mics.topology import Ranks
 
 _PACK_BYTES = 64 * MIB
 
@@ -60,26 +61,27 @@ def deal_owners(
     Returns:
         For each mesh, in the order in which parameters come to them.
     """
-    dealt: dict[tuple[Ranks, Ranks], Dealt] = {}
-    loads: dict[tuple[Ranks, Ranks], dict[Owner, int]] = {}
+    dealt: dict[dist.ProcessGroup, Dealt] = {}
+    loads: dict[dist.ProcessGroup, list[tuple[int, int, Owner]]] = {}  # heaps
     for params in groups_of_params:
         for param in sorted(params, key=_work, reverse=True):
             if id(param) not in units:
                 continue
             groups = units[id(param)].groups
-            key = ranks_of(groups.shard), tuple(groups.whole.mesh.flatten().tolist())
-            mine = dealt.setdefault(key, Dealt(groups, {}))
-            load = loads.setdefault(key, _nothing(groups))
-            owner = min(load, key=lambda one: load[one])
-            load[owner] += _work(param)
+            mine = dealt.setdefault(groups.shard, Dealt(groups, {}))
+            if groups.shard not in loads:
+                loads[groups.shard] = _nothing(groups)
+            load, place, owner = loads[groups.shard][0]
+            heapq.heapreplace(loads[groups.shard], (load + _work(param), place, owner))
             mine.owners[param] = owner
     return list(dealt.values())
 
 
-def _nothing(groups: Groups) -> dict[Owner, int]:
+def _nothing(groups: Groups) -> list[tuple[int, int, Owner]]:
     """No work for any rank; few parameters go to different replicas first."""
     places, replicas = range(groups.shard.size()), range(groups.num_replicas)
-    return {Owner(replica, place): 0 for place in places for replica in replicas}
+    owners = [Owner(replica, place) for place in places for replica in replicas]
+    return [(0, at, owner) for at, owner in enumerate(owners)]
 
 
 def _work(param: torch.Tensor) -> int:
