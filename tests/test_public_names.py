@@ -17,8 +17,8 @@ PUBLIC = """
     __version__ traffic
     init_mesh fully_shard shard micro_steps micro_step finish_step deal steps stragglers
     trace clip_grad_norm_ gathered get_total_norm owned EMA Snapshots Verdicts WholeStep
-    DealtStep precompute_scales ledger predict_traffic save load save_adapters load_adapters plan simulate
-    Cluster Topology
+    DealtStep precompute_scales ledger predict_traffic save load save_adapters load_adapters plan
+    simulate Cluster Topology
     MicsError TopologyError DisagreementError ShardError MicroStepError ConfigError DataError
     CheckpointError PlanError RankError RecoveryError MicsWarning
 """
