@@ -55,8 +55,9 @@ class HopOrder:
                 return
             self._next += 1
             if hops:
-                hops[0].start(hops[1:])
-                before, self._started = self._started, hops[0]
+                first, *others = hops
+                first.start(*others)
+                before, self._started = self._started, first
                 if before is not None:
                     before.go_on()
 

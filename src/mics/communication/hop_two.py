@@ -279,7 +279,7 @@ class HopTwo:
         self._flight.go_on()
 
     @torch.no_grad()
-    def start(self, others: Sequence[HopTwo] = ()) -> None:
+    def start(self, *others: HopTwo) -> None:
         """Begin hop 2, whether there are gradients here or not.
 
         Args:
