@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -26,6 +27,7 @@ from torch.optim import SGD, Adafactor, AdamW, Muon
 from torch.optim.lr_scheduler import StepLR
 
 import mics
+from mics.communication.owners import Owner
 from mics.sharding import one_owner
 from mics.traffic import Count, Key, Traffic
 
@@ -96,6 +98,36 @@ def go_on(
         for one in (mine, right):
             one.zero_grad()
     return wrong
+
+
+def test_owners_are_loaded_alike_few_parameters_go_to_all_replicas_and_later_groups_move_none() -> (
+    None
+):
+    shapes = [(4, 4), (4, 16), (4, 4), (4, 16), (4, 4), (4, 4), (4, 4)]
+    params = [nn.Parameter(torch.empty(shape)) for shape in shapes]
+    mesh: Any = SimpleNamespace(groups=SimpleNamespace(shard=_Two(), num_replicas=2))
+    units = {id(param): mesh for param in params[:-1]}  # the last one has no unit
+
+    def owners(*groups: list[nn.Parameter]) -> list[Owner | None]:
+        (dealt,) = one_owner.deal_owners(groups, units)
+        return [dealt.owners.get(param) for param in params]
+
+    first = owners(params[:4])
+    # 256 of work for each of the two large ones, then 64 for each of two small ones.
+    assert first[:4] == [Owner(0, 1), Owner(0, 0), Owner(1, 1), Owner(1, 0)]
+    later = owners(params[:4], params[4:])
+    assert later[:4] == first[:4]
+    assert later[4:] == [Owner(0, 1), Owner(1, 1), None]
+    (dealt,) = one_owner.deal_owners([params], units)
+    wanted = set(params) - {params[0]}
+    assert [*dealt.packs(wanted)] == [[params[n] for n in (1, 3, 2, 4, 5)]]
+
+
+class _Two:
+    """A partition group of two, of which nothing but its size is asked."""
+
+    def size(self) -> int:
+        return 2
 
 
 @pytest.mark.slow
