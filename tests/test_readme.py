@@ -67,6 +67,7 @@ SAVING = [
     if "mics.save(" in code and code not in AVERAGING + DEALT_STEPS + OWNING
 ]
 DEALING = [code for _, code in PYTHON if "mics.deal(" in code]
+FEWER_BITS = [code for _, code in PYTHON if "hop_two=" in code]
 PLANNING = [code for _, code in PYTHON if "mics.plan(" in code]
 TOKENS = [code for _, code in PYTHON if "tokens.json" in code]
 
@@ -95,7 +96,7 @@ def test_every_block_of_python_is_run_by_a_test() -> None:
     backends = [code for document, code in PYTHON if document == "CONTRIBUTING.md"]
     assert len(backends) == 1  # run in test_backend.py, the others here
     run = ACCUMULATING + AVERAGING + SAVING + PLANNING + SKIPPING + COMPARING
-    run += GATHERING + DEALING + DEALT_STEPS + TRACING + TOKENS + SCRIPTS + OWNING
+    run += GATHERING + DEALING + DEALT_STEPS + TRACING + TOKENS + SCRIPTS + OWNING + FEWER_BITS
     assert len(run) + 1 == len(PYTHON)
     assert ACCUMULATING and AVERAGING and SAVING and PLANNING and SKIPPING and COMPARING
 
@@ -252,6 +253,19 @@ def test_the_lines_that_deal_train_alike_on_any_number_of_ranks() -> None:
     for ranks in (2, 3):
         for ours, alone in zip(run_ranks(run, ranks)[0], model.parameters(), strict=True):
             assert torch.allclose(ours, alone, rtol=1e-5, atol=1e-6)
+
+
+def test_the_lines_that_ask_for_fewer_bits_say_what_is_sent() -> None:
+    (code,) = FEWER_BITS
+
+    def run() -> list[str]:
+        printed: list[str] = []
+        model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(3)])
+        exec(code, {"model": model, "mics": mics, "print": lambda one: printed.append(str(one))})
+        return printed
+
+    for (printed,) in run_ranks(run, 4, ranks_per_node=2):
+        assert "all_to_all" in printed
 
 
 def _trained_alone(steps: int) -> list[torch.Tensor]:

@@ -46,6 +46,7 @@ def test_a_run_differs_from_a_plan_only_in_what_it_says() -> None:
         ({"micro_steps": True}, "micro_steps must be a whole number"),
         ({"prefetch": -1}, "prefetch must be a whole number, at least 0"),
         ({"checkpointing": "none"}, "checkpointing must be False or True, got 'none'"),
+        ({"hop_two": "fp4"}, "hop_two must be fp32 or bf16 or fp8 or int8, got 'fp4'"),
         ({"form": "ring"}, "form must be auto or flat or hierarchical, got 'ring'"),
     ],
 )

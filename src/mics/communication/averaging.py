@@ -28,13 +28,11 @@ class Sent(NamedTuple):
 
 
 class Averaging(Protocol):
-    """What hop 2 asks of it.
+    """What hop 2 asks of it."""
 
-    Attributes:
-        dtype: of the message that it takes.
-    """
-
-    dtype: torch.dtype
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the message that it takes, as the unit's parameters are now."""
 
     def kind(self) -> Hashable:
         """What units must have in common to be sent as one message; ``None`` if none are."""
@@ -78,10 +76,15 @@ class AllReduce:
         ledger: Ledger,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self.dtype = dtype or compat.reduce_dtype(group)
+        self._dtype = dtype
         self._group = group
         self._replicas = replicas
         self._ledger = ledger
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """See ``Averaging.dtype``; a model may be cast after it was sharded."""
+        return self._dtype or compat.reduce_dtype(self._group)
 
     def kind(self) -> Hashable:
         """Give the dtype, and what decides the division; see ``Averaging.kind``."""
