@@ -245,19 +245,19 @@ def test_one_replica_owns_its_parameters() -> None:
 
 
 class Chooses(nn.Module):
-    """Uses its first branch on rank 0 alone, its second on all ranks, its third on none."""
+    """Uses two branches on rank 0 alone, the third on all ranks, the fourth on none."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.branches = nn.ModuleList(nn.Linear(13, 13) for _ in range(3))
+        self.branches = nn.ModuleList(nn.Linear(13, 13) for _ in range(4))
         self.scale = nn.Parameter(torch.ones(13))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x * self.scale
         if dist.get_rank() == 0:
-            x = x + self.branches[0](x)
-        return self.branches[1](x)
+            x = x + self.branches[1](self.branches[0](x))
+        return self.branches[2](x)
 
 
 def unused(decay: float) -> tuple[float, float]:
@@ -267,9 +267,9 @@ def unused(decay: float) -> tuple[float, float]:
         params = mics.owned(model) if dealt else list(model.parameters())
         train(model, torch.optim.AdamW(params, lr=0.01, weight_decay=decay))
         ended.append(weights(model))
-    left_alone = Chooses().branches[2].weight
+    left_alone = Chooses().branches[3].weight
     state = dict(zip(model.state_dict(), ended[1], strict=True))
-    moved = float((state["branches.2.weight"] - left_alone).abs().max().detach())
+    moved = float((state["branches.3.weight"] - left_alone).abs().max().detach())
     pairs = zip(*ended, strict=True)
     return max(float((a - b).abs().max()) for a, b in pairs), moved
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import errors_of_ranks, run_ranks
+from ranks import errors_of_ranks, mesh_of_rank, run_ranks
 from test_owned import Chooses, batch, sharded, train, weights
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -225,7 +225,10 @@ def dropped_before_its_end(model: nn.Module, optimizer: torch.optim.Optimizer) -
     with mics.micro_step(model, last=False):
         backward(model, 7)
     optimizer.zero_grad()
-    train(model, optimizer, steps=range(2, 4))
+    with mics.micro_step(model, last=True):
+        backward(model, 8)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def dropped_by_hand(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -377,18 +380,32 @@ def test_a_rule_that_a_user_vouches_for_is_taken() -> None:
     assert max(run_ranks(vouched_for, 4, ranks_per_node=2)) < 1e-6
 
 
-def a_part_while_ranks_skip(dealt: bool) -> list[torch.Tensor]:
-    """An optimizer of some parameters: their units are gathered when they are read first."""
-    model = mics.shard(Chooses(), partition=2, blocks=nn.Linear, mp_policy=MixedPrecisionPolicy())
-    some = [p for n, p in model.named_parameters() if "weight" in n or "scale" in n]
+def a_part_while_ranks_skip(dealt: bool, all_given: bool) -> list[torch.Tensor]:
+    """An optimizer of some parameters; if all were given, units are gathered when first read."""
+    model = mics.shard(
+        Chooses(),
+        mesh=mesh_of_rank(2),
+        blocks=nn.Linear,
+        mp_policy=MixedPrecisionPolicy(),
+        overlap=False,
+    )
+    every = list(model.parameters())
+    some = [p for n, p in model.named_parameters() if "bias" not in n]
     params = mics.owned(model, some) if dealt else some
-    train(model, torch.optim.SGD(params, lr=0.1))
+    left = mics.owned(model, every) if dealt and all_given else every
+    optimizer = torch.optim.SGD(params, lr=0.1)
+    for step in range(3):
+        train(model, optimizer, steps=range(step, step + 1))
+        for param in left:
+            param.grad = None
     return weights(model)
 
 
-def test_an_optimizer_of_a_part_is_as_the_plain_mode_whatever_ranks_skip() -> None:
+@pytest.mark.parametrize("all_given", [True, False])
+def test_an_optimizer_of_a_part_is_as_the_plain_mode_whatever_ranks_skip(all_given: bool) -> None:
     plain, dealt = (
-        run_ranks(a_part_while_ranks_skip, 4, mode, ranks_per_node=2) for mode in (False, True)
+        run_ranks(a_part_while_ranks_skip, 4, mode, all_given, ranks_per_node=2)
+        for mode in (False, True)
     )
     for one, other in zip(plain, dealt, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)

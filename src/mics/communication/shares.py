@@ -243,7 +243,7 @@ class Share:
 
         The gather begins where no other optimizer has gradients left to step.
         """
-        gradients = {at for at, param in enumerate(self.params) if param.grad is not None}
+        gradients = {at for at in self.given if self.params[at].grad is not None}
         self._stepped |= {at for at in gradients if id(self.params[at]) in ids}
         if self._stepped and self._stepped == gradients:
             self._gather()
