@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,6 +48,12 @@ class HeldBackRestoring:
 def held_back_here(model: nn.Module) -> dict[str, torch.Tensor]:
     """This rank's own errors, in use, as parts of tensors that are sharded as parameters are."""
     return _named(model, {one: one.buffer() for one in feedback_of(model)})
+
+
+def without_errors(names: Mapping[str, Any]) -> dict[str, Any]:
+    """What another rank kept in memory, without what only its own hop 2 may send."""
+    entries = {n: e for n, e in names["entries"].items() if not n.startswith(HELD_BACK)}
+    return {**names, "entries": entries}
 
 
 def mean_held_back(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -26,8 +26,8 @@ from mics import compat
 from mics.checkpoint.contents import Contents, contents_of, partition_of
 from mics.checkpoint.differences import not_to_be
 from mics.checkpoint.frozen import check_base
-from mics.checkpoint.held_back import held_back_here
-from mics.checkpoint.layout import AVERAGE_UPDATES, HELD_BACK, MODEL
+from mics.checkpoint.held_back import held_back_here, without_errors
+from mics.checkpoint.layout import AVERAGE_UPDATES, MODEL
 from mics.checkpoint.manifest import Entry, Json, Manifest, whole_entry
 from mics.checkpoint.names import frozen_names, parameter_names
 from mics.checkpoint.optimizers import GROUPS, NAMES, Optimizers, list_optimizers, shard_states
@@ -35,7 +35,7 @@ from mics.checkpoint.peers import Peers
 from mics.checkpoint.restoration import plan_restoration
 from mics.checkpoint.values import encode
 from mics.communication.shares import owner_of
-from mics.errors import MicroStepError, RecoveryError
+from mics.errors import MicroStepError
 from mics.quantities import dtype_name
 from mics.ranks.console import say
 from mics.ranks.device import on_accelerator
@@ -49,7 +49,7 @@ from mics.recovery.own import (
 )
 from mics.recovery.slot import Layout, Reading
 from mics.recovery.untrained import Untrained
-from mics.recovery.words import errors_lost
+from mics.recovery.words import errors_lost, exists_once
 from mics.sharding.average import EMA
 from mics.sharding.open_step import open_step
 from mics.sharding.units import feedback_of, units_on
@@ -60,8 +60,8 @@ class Moment:
     """The state of a rank after a step.
 
     ``tensors`` are in use, and must not be written before they are copied, but for the errors of
-    hop 2 on an accelerator, which are copies. ``names`` is JSON, the
-    same from step to step; ``changing`` is JSON too.
+    hop 2 on an accelerator, which are copies. ``names`` is JSON, the same from step to step;
+    ``changing`` is JSON too.
     """
 
     tensors: Mapping[str, torch.Tensor]
@@ -118,17 +118,9 @@ class State:
         Raises:
             RecoveryError: optimizer state that exists once, or extras that JSON cannot hold.
         """
-        groups = [group for one in self.optimizers for group in one.param_groups]
-        params = [param for group in groups for param in group["params"]]
-        dealt = sum(owner_of(param) is not None for param in params)
-        if dealt:
-            raise RecoveryError(
-                "Optimizer state that mics.owned has dealt to the replicas exists once, so the "
-                "memory of a lost node would be the only place where its part was.",
-                numbers=f"{dealt} of {len(params)} parameters are owned.",
-                write="the optimizer of model.parameters(); or mics.save, more often, and no "
-                "mics.Snapshots",
-            )
+        params = [p for one in self.optimizers for g in one.param_groups for p in g["params"]]
+        if dealt := sum(owner_of(param) is not None for param in params):
+            raise exists_once(dealt, len(params))
         check_extras(self.extras)
 
     def open(self, peers: Peers) -> None:
@@ -173,10 +165,8 @@ class State:
         known = self._collected
         if known is None or not known.stays or not _same_objects(known.objects, self._objects()):
             known = self._collected = self._collect()
-        changing = {
-            "options": {name: self._options(name) for name in known.members},
-            "values": known.values,
-        }
+        options = {name: self._options(name) for name in known.members}
+        changing = {"options": options, "values": known.values}
         if self.ema is not None:
             changing["values"] = known.values | {AVERAGE_UPDATES: self.ema.updates}
         own = Own(
@@ -204,7 +194,7 @@ class State:
         name = Path(f"the state of step {reading.head.step} in memory")
         is_own = reading.head.rank == peers.rank
         if not is_own:
-            names = _without_errors(names)
+            names = without_errors(names)
         manifest = _manifest(names, changing, own)
         source = _Memory(name, {**reading.tensors, **own.tensors})
         shard_states(self.optimizer)
@@ -276,8 +266,8 @@ class State:
             "members": members,
         }
         objects = list(self._objects())
-        local = {n: compat.local_of(t.detach()) for n, t in shared.items()}
         apart = {n: compat.local_of(t) for n, t in held_back.items()}
+        local = {n: compat.local_of(t.detach()) for n, t in shared.items()}
         all_groups = sum(len(one.param_groups) for one in self.optimizers)
         return _Collected(
             objects,
@@ -335,12 +325,6 @@ def _same_objects(known: Sequence[Any], now: Iterator[Any]) -> bool:
         if one is not other and (isinstance(one, torch.Tensor) or one != other):
             return False
     return count == len(known)
-
-
-def _without_errors(names: Mapping[str, Any]) -> dict[str, Any]:
-    """What another rank kept, without what only its own hop 2 may send."""
-    entries = {n: e for n, e in names["entries"].items() if not n.startswith(HELD_BACK)}
-    return {**names, "entries": entries}
 
 
 def _still(tensor: torch.Tensor) -> torch.Tensor:

@@ -83,3 +83,14 @@ def differs_at_the_end(step: int, rank: int, digests: Mapping[int, int]) -> Reco
         numbers=f"Step {step}; rank {rank} heard {sorted(digests.items())}.",
         write="the same command again: it goes on from the step before",
     )
+
+
+def exists_once(dealt: int, params: int) -> RecoveryError:
+    """The refusal to keep state of which only one node would have a part."""
+    return RecoveryError(
+        "Optimizer state that mics.owned has dealt to the replicas exists once, so the memory of a "
+        "lost node would be the only place where its part was.",
+        numbers=f"{dealt} of {params} parameters are owned.",
+        write="the optimizer of model.parameters(); or mics.save, more often, and no "
+        "mics.Snapshots",
+    )
