@@ -141,3 +141,17 @@ def test_the_committed_comparison_holds_for_every_model() -> None:
 def test_a_trace_is_all_that_is_made_of_a_large_model() -> None:
     anatomy = subject("llama-8b")
     assert all(p.device.type == "meta" for p in anatomy._model.parameters())
+
+
+def test_errors_of_hop_two_are_four_bytes_for_each_value_of_a_matrix() -> None:
+    anatomy = subject("gpt2-tiny")
+    units = [*anatomy.blocks, anatomy.root]
+    matrices = sum(q.numel for u in units for q in u.parameters if len(q.shape) > 1)
+
+    def optimizer(**asked: Any) -> int:
+        need = memory(anatomy, Recipe(1, sequence=8, **asked), NOTHING_ELSE)
+        return need.phases[need.phase].optimizer
+
+    assert optimizer(hop_two="int8") - optimizer() == 4 * matrices
+    assert optimizer(hop_two="int8", error_feedback=False) == optimizer(hop_two="bf16")
+    assert optimizer(hop_two="bf16") == optimizer()

@@ -26,6 +26,34 @@ def test_a_ring_sends_all_but_its_own_share_to_the_next_rank() -> None:
     assert ring_flow("all_gather", (5,), 5, M, gpus_per_node=4) == Flow()
 
 
+def test_an_exchange_goes_to_its_addressees() -> None:
+    """Of 4 ranks on 2 nodes each sends a quarter to one inside its node and to two outside."""
+    group = (0, 1, 2, 3)
+    row = Fraction(M, 4)
+    for rank in group:
+        assert traffic.exchange_flow(group, rank, M, gpus_per_node=2) == Flow(row, 2 * row, 1, 2)
+    assert traffic.exchange_flow((0, 2), 2, M, gpus_per_node=2) == Flow(
+        inter_bytes=Fraction(M, 2), inter_messages=1
+    )
+    assert traffic.exchange_flow((5,), 5, M, gpus_per_node=4) == Flow()
+
+
+def test_hop_two_in_blocks_is_an_exchange_and_a_gather_beside_what_is_exact() -> None:
+    """p = 1 on 2 nodes of one GPU: 40 bytes exact, 520 in blocks, of both half to the other."""
+    block = Block(gather_bytes=4, reduce_bytes=4, sync_bytes=40, coded_bytes=520)
+    hop_2 = {
+        key.collective: count
+        for key, count in traffic.mics(Topology(2, 1, 1), [block], 4).counts.items()
+        if key.hop == 2
+    }
+    assert {name: count.flow.inter_bytes for name, count in hop_2.items()} == {
+        "all_reduce": 40,
+        "all_to_all": 260,
+        "all_gather": 260,
+    }
+    assert all(count.calls == 1 for count in hop_2.values())
+
+
 def test_hierarchical_stages_of_the_papers_example() -> None:
     """Two nodes of two GPUs: the volume over the slow link falls from 3/4 to 1/2 (MiCS blog)."""
     group, per_rank = (0, 1, 2, 3), {}

@@ -35,7 +35,7 @@ from typing import Literal, NamedTuple, TypeAlias
 from mics.topology import Ranks, Topology, has_two_stages, nodes_of
 
 Collective = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all"]
-HOP_2_IN_BLOCKS: tuple[Collective, ...] = ("all_to_all", "all_gather")
+_IN_BLOCKS: tuple[Collective, ...] = ("all_to_all", "all_gather")
 Stage = Literal["flat", "inter", "intra"]
 Form = Literal["flat", "hierarchical"]
 
@@ -328,7 +328,7 @@ def unit_traffic(
 
 def hop_2_traffic(view: View, sync_bytes: int, coded_bytes: int = 0, runs: int = 1) -> Traffic:
     """Traffic of one message of hop 2, of one unit or of several; sizes as in ``UnitBytes``."""
-    total, sizes = Traffic({}), dict.fromkeys(HOP_2_IN_BLOCKS, coded_bytes)
+    total, sizes = Traffic({}), dict.fromkeys(_IN_BLOCKS, coded_bytes)
     for collective, size in {"all_reduce": sync_bytes, **sizes}.items():
         sent, calls = StageMessage("flat", view.replicas, size, 1), runs if size else 0
         total += message_traffic(2, collective, sent, calls, view.rank, view.gpus_per_node)
