@@ -95,6 +95,25 @@ def peak_of(call: Callable[[], object]) -> int:
 # -- sources ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("source", "is_said"), [(None, True), ("stdlib", False)])
+def test_a_run_that_names_no_source_says_what_it_takes(
+    source: str | None,
+    is_said: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "a.py").write_text("print('a library of one file')\n" * 9)
+    paths = "mics.training.data.finding.sysconfig.get_paths"
+    monkeypatch.setattr(paths, lambda: {"stdlib": str(tmp_path / "lib")})
+    config = DataConfig(source=source, held_out=0.0)
+    data = prepare_data(config, seed=0, sequence=16, masked=False, folder=tmp_path / "run")
+    assert data.sources == ("stdlib",) and data.train.num_sequences > 9
+    said = "no data.source is named, so this trains on the source of Python's standard library"
+    assert (said in " ".join(capsys.readouterr().err.split())) is is_said
+
+
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
 def test_jsonl_and_parquet_give_the_stream_of_the_text_they_came_from(
     tokenizer: str, texts: Path, tmp_path: Path
