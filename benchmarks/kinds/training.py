@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement
+from torch.distributed.tensor import DTensor
 
 import mics
 from kinds.models import LENGTH, ROWS, Net, build
@@ -220,7 +220,7 @@ def _whole_muon(params: Any, **options: Any) -> list[torch.optim.Optimizer]:
 
 def _dealt_muon(params: Any, **options: Any) -> list[torch.optim.Optimizer]:
     """Each matrix on one rank, but for those that other axes than the data's split too."""
-    beyond = [param for param in params if sum(map(Placement.is_shard, param.placements)) > 1]
+    beyond = [p for p in params if sum(not one.is_replicate() for one in p.placements) > 1]
     dealt = [param for param in params if not any(param is one for one in beyond)]
     made = [mics.DealtStep(dealt, torch.optim.Muon, **options)] if dealt else []
     return made + (_whole_muon(beyond, **options) if beyond else [])
