@@ -81,15 +81,7 @@ def owned(
     units = units_of(model)
     trained = {id(p): p for p in model.parameters() if p.requires_grad}
     wanted = list(trained.values() if params is None else params)
-    known = {id(param) for param in model.parameters()}
-    strange = [param for param in wanted if id(param) not in known]
-    if strange:
-        raise ShardError(
-            "mics.owned was given parameters that the model does not have.",
-            numbers=f"{len(strange)} of {len(wanted)}, the first of shape "
-            f"{list(strange[0].shape)}.",
-            write="some of model.parameters(), read behind mics.shard",
-        )
+    _refuse_strange(model, wanted)
     if any(unit.share is None and _is_replicated(unit) for unit in units):
         _deal(model, units)
     _told.update(elementwise)
@@ -99,6 +91,18 @@ def owned(
         if owner is not None:
             owner[0].given.add(owner[1])
     return parts
+
+
+def _refuse_strange(model: nn.Module, wanted: Sequence[nn.Parameter]) -> None:
+    known = {id(param) for param in model.parameters()}
+    strange = [param for param in wanted if id(param) not in known]
+    if strange:
+        raise ShardError(
+            "mics.owned was given parameters that the model does not have.",
+            numbers=f"{len(strange)} of {len(wanted)}, the first of shape "
+            f"{list(strange[0].shape)}.",
+            write="some of model.parameters(), read behind mics.shard",
+        )
 
 
 def await_shards(params: Iterable[torch.Tensor]) -> None:

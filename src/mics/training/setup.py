@@ -40,7 +40,7 @@ from mics.topology import Topology
 from mics.training.batching import Batching, sequence_length, solve
 from mics.training.config import TrainConfig
 from mics.training.data import IGNORED, Batch, Data, Sequences, Tokenizer, open_data
-from mics.training.expectation import Expectation, forecast
+from mics.training.expectation import Choice, Expectation, forecast
 from mics.training.length import going_on, in_steps
 from mics.training.lora import anatomy_of, check_lora
 from mics.training.measuring import open_sets, sources_by_name
@@ -144,18 +144,7 @@ def set_up(asked: TrainConfig) -> Iterator[Run]:
         torch.manual_seed(config.run.seed)  # of the weights
         model = anatomy.hand_on(torch.float32)
         parameters = num_parameters(model)
-        shard(
-            model,
-            partition=choice.partition,
-            gpus_per_node=config.parallel.gpus_per_node,
-            mp_policy=_precision(config.parallel.dtype),
-            activation_checkpointing=config.parallel.activation_checkpointing,
-            activation_offload=choice.offload,
-            compile=config.parallel.compile,
-            collectives=config.parallel.collectives,
-            hop_two=config.parallel.hop_two,
-            error_feedback=config.parallel.error_feedback,
-        )
+        _shard(model, config, choice)
         if config.model.weights is not None:
             load_weights(model, config.model.weights)
         torch.manual_seed(config.run.seed + 1 + dist.get_rank())  # of dropout
@@ -184,6 +173,22 @@ def set_up(asked: TrainConfig) -> Iterator[Run]:
             folder=folder,
         )
         dist.barrier()
+
+
+def _shard(model: nn.Module, config: TrainConfig, choice: Choice) -> None:
+    parallel = config.parallel
+    shard(
+        model,
+        partition=choice.partition,
+        gpus_per_node=parallel.gpus_per_node,
+        mp_policy=_precision(parallel.dtype),
+        activation_checkpointing=parallel.activation_checkpointing,
+        activation_offload=choice.offload,
+        compile=parallel.compile,
+        collectives=parallel.collectives,
+        hop_two=parallel.hop_two,
+        error_feedback=parallel.error_feedback,
+    )
 
 
 def _check(config: TrainConfig) -> None:
