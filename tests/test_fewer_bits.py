@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import mics
+from mics.communication import fewer_bits
 from mics.communication.blocks_of_values import BLOCK, Code, coded_bytes, decode, encode
 from mics.communication.fewer_bits import FewerBits
 from mics.sharding.units import units_of
@@ -182,6 +183,25 @@ def test_replicas_have_the_same_bits_and_one_dim_is_exact() -> None:
             assert not torch.equal(ours, wanted)
             # Every rank's rounding and the sum's, each at most half a step of a block's largest.
             assert (ours - wanted).abs().max() <= 2 * 4 * STEP[bits] * wanted.abs().max()
+
+
+def _issued() -> str:
+    """The exchanges and gathers of a step, in order."""
+    model = _shard(Scaled(), 2, hop_two="int8")
+    issued: list[str] = []
+
+    def told(letter: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: (issued.append(letter), call(*args, **kwargs))[1]
+
+    fewer_bits.exchange = told("e", fewer_bits.exchange)  # type: ignore[assignment]
+    fewer_bits.all_gather = told("g", fewer_bits.all_gather)
+    _gradients(model, lambda rank: [torch.ones(64, 96), torch.ones(96)])
+    return "".join(issued)
+
+
+def test_a_sum_is_gathered_when_the_next_unit_has_started() -> None:
+    """Three units; only the last one's gather waits for the end of the backward."""
+    assert run_ranks(_issued, 4, ranks_per_node=2) == ["eegegg"] * 4
 
 
 # -- error feedback --------------------------------------------------------------------------------
