@@ -101,10 +101,10 @@ class _Skipping(Stack):
         return self.last(x)
 
 
-def _skipping() -> list[torch.Tensor | None]:
-    """Ranks of the second replica leave out every third block, and nobody uses the second."""
+def _skipping(partition: int) -> list[torch.Tensor | None]:
+    """Ranks of the second node leave out every third block, and nobody uses the second."""
     torch.manual_seed(0)
-    model = quiet(lambda: mics.shard(_Skipping(num_blocks=40), mesh=mesh_of_rank(2, 2)))
+    model = quiet(lambda: mics.shard(_Skipping(num_blocks=40), mesh=mesh_of_rank(partition, 2)))
     model.left_out = frozenset([1, *range(0, 40 if dist.get_rank() > 1 else 0, 3)])
     generator = torch.Generator().manual_seed(1)
     for micro in mics.micro_steps(model, torch.randn(2, 4, 13, generator=generator)):
@@ -115,12 +115,13 @@ def _skipping() -> list[torch.Tensor | None]:
     ]
 
 
+@pytest.mark.parametrize("partition", [1, 2])
 def test_blocks_that_a_replica_skips_get_what_they_get_alone(
-    monkeypatch: pytest.MonkeyPatch,
+    partition: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    together = run_ranks(_skipping, 4, ranks_per_node=2)
+    together = run_ranks(_skipping, 4, partition, ranks_per_node=2)
     monkeypatch.setattr(joining, "MOST_BYTES", 0)
-    alone = run_ranks(_skipping, 4, ranks_per_node=2)
+    alone = run_ranks(_skipping, 4, partition, ranks_per_node=2)
     for few, many in zip(together, alone, strict=True):
         assert [g is None for g in few] == [g is None for g in many]
         assert sum(g is None for g in few) == 3  # of the block that nobody uses
