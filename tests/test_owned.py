@@ -112,7 +112,7 @@ def test_losses_and_weights_are_those_of_the_plain_mode(rule: str) -> None:
 @pytest.mark.parametrize(
     ("world", "partition", "width"), [(2, 1, 13), (4, 1, 12), (4, 4, 13), (4, 2, 12)]
 )
-@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("overlap", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_every_layout_is_as_the_plain_mode(
     world: int, partition: int, width: int, overlap: bool
 ) -> None:

@@ -17,8 +17,6 @@ from mics.checkpoint.dealt_state import whole_state
 from mics.checkpoint.names import parameter_names
 from mics.checkpoint.optimizers import pack
 
-STATES = ("exp_avg", "exp_avg_sq", "step")
-
 
 def made(partition: int, *, dealt: bool) -> tuple[nn.Module, torch.optim.Optimizer]:
     model = sharded(partition)
@@ -123,3 +121,19 @@ def test_snapshots_of_state_that_exists_once_are_refused() -> None:
     for error in errors_of_ranks(keeps, 4, ranks_per_node=2):
         assert "exists once" in error
         assert "RecoveryError" in error
+
+
+def both_states() -> list[float]:
+    """How far each weight and state of one mode is from the other's."""
+    states = []
+    for dealt in (False, True):
+        model, optimizer = made(2, dealt=dealt)
+        train(model, optimizer, steps=range(2))
+        states.append(state_of(model, optimizer))
+    plain, dealt_ = states
+    assert plain.keys() == dealt_.keys()
+    return [float((plain[name] - dealt_[name]).abs().max()) for name in plain]
+
+
+def test_what_is_kept_is_the_state_of_the_plain_mode() -> None:
+    assert max(map(max, run_ranks(both_states, 4, ranks_per_node=2))) < 1e-6

@@ -79,8 +79,7 @@ def owned(
         DisagreementError: ranks were given other models.
     """
     units = units_of(model)
-    trained = {id(p): p for p in model.parameters() if p.requires_grad}
-    wanted = list(trained.values() if params is None else params)
+    wanted = list(model.parameters() if params is None else params)
     _refuse_strange(model, wanted)
     if any(unit.share is None and _is_replicated(unit) for unit in units):
         _deal(model, units)
@@ -93,13 +92,13 @@ def owned(
     return parts
 
 
-def _refuse_strange(model: nn.Module, wanted: Sequence[nn.Parameter]) -> None:
+def _refuse_strange(model: nn.Module, params: Sequence[nn.Parameter]) -> None:
     known = {id(param) for param in model.parameters()}
-    strange = [param for param in wanted if id(param) not in known]
+    strange = [param for param in params if id(param) not in known]
     if strange:
         raise ShardError(
             "mics.owned was given parameters that the model does not have.",
-            numbers=f"{len(strange)} of {len(wanted)}, the first of shape "
+            numbers=f"{len(strange)} of {len(params)}, the first of shape "
             f"{list(strange[0].shape)}.",
             write="some of model.parameters(), read behind mics.shard",
         )
