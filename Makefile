@@ -82,6 +82,7 @@ bench: setup bench-environments
 	$(BIN)/python benchmarks/slow_links.py
 	$(BIN)/python benchmarks/stragglers.py
 	$(BIN)/python benchmarks/keeping_states.py
+	$(BIN)/python benchmarks/muon.py --out benchmarks/results/muon
 	$(BIN)/python benchmarks/restarts.py
 	$(BIN)/python benchmarks/lab_bytes.py
 	$(BIN)/python benchmarks/weak_scaling.py
