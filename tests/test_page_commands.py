@@ -50,7 +50,7 @@ NOT_HERE = {
 }
 """Commands that are not run, and why."""
 
-REFUSED = {r"--run\.resume never$": "has checkpoints already"}
+REFUSED = {r"--run\.resume never$": "has checkpoints, and run.resume is never"}
 """Commands that a page says are refused, and in which words."""
 
 FEW = "--run.steps 4 --evaluation.every 0 --evaluation.sample 2 --checkpoint.every 2"
