@@ -164,3 +164,20 @@ def _edited() -> None:
 
 def test_shards_that_were_edited_freed_or_replaced_are_the_next_forwards() -> None:
     run_ranks(_edited, 2, ranks_per_node=2)
+
+
+def _looks_in_between() -> None:
+    model, plain = _alone(), _alone()
+    x = next(iter(batches(Run(steps=1), dist.get_world_size())))[0, dist.get_rank()]
+    with torch.inference_mode():
+        model(x)  # before the first step, and after it
+    trained = _train(model, 2)[0]
+    assert trained == _train(plain, 2)[0]
+    with torch.inference_mode():
+        looked = model(x)
+    assert torch.equal(looked, plain(x))
+    assert _train(model, 1)[0] == _train(plain, 1)[0]
+
+
+def test_a_look_under_inference_mode_leaves_training_alone() -> None:
+    run_ranks(_looks_in_between, 2)

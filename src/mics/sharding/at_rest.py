@@ -64,7 +64,7 @@ class _Rest:
             groups = compat.groups_beside(module)
             self._uses = compat.num_uses(groups)
             for group in groups:
-                if torch.is_inference_mode_enabled():
+                if torch.is_inference_mode_enabled() and not compat.can_stay_whole(group):
                     compat.make_buffers_of_one(group)
                 if not compat.is_kept(group):
                     continue
