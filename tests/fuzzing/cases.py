@@ -68,12 +68,15 @@ class Case:
     optimizers: int
     sgd: dict[str, Any] = field(default_factory=dict)
     early_optimizer: bool = True  # made before the first forward
+    dealt: bool = False  # its state, to the replicas
 
     def __str__(self) -> str:
         lines = [f"seed {self.seed}: {_spelled(self.layout)}", f"  {_spelled(self.shape)}"]
         lines += [f"  step {i}: {_spelled(step, Step())}" for i, step in enumerate(self.steps)]
         made = "before" if self.early_optimizer else "after"
-        lines += [f"  {self.optimizers} optimizer(s) made {made} the first forward: {self.sgd}"]
+        dealt = ", of mics.owned" if self.dealt else ""
+        made += " the first forward"
+        lines += [f"  {self.optimizers} optimizer(s) made {made}{dealt}: {self.sgd}"]
         return "\n".join(lines)
 
     def uses_of(self, step: int, micro_step: int, rank: int) -> Uses:
@@ -118,7 +121,23 @@ def draw_case(seed: int) -> Case:
         sgd |= {"momentum": 0.9, "dampening": draw.choice([0.0, 0.3])}
     if draw.random() < 0.5:
         sgd["weight_decay"] = 0.1
-    return Case(seed, layout, shape, tuple(steps), draw.choice([1, 1, 2]), sgd, draw.random() < 0.5)
+    case = Case(seed, layout, shape, tuple(steps), draw.choice([1, 1, 2]), sgd, draw.random() < 0.5)
+    return _dealt(case) if random.Random(f"deals {seed}").random() < 0.3 else case
+
+
+def _dealt(case: Case) -> Case:
+    """Deal the optimizers' state of a case, and leave out of it what is refused then."""
+    steps = [
+        replace(
+            step,
+            loop="micro_steps" if step.loop == "by hand" else step.loop,
+            peek="no_grad" if step.peek == "with gradients" else step.peek,
+            zero="to none",
+            flips=None,
+        )
+        for step in case.steps
+    ]
+    return replace(case, steps=tuple(steps), dealt=True)
 
 
 def _layout(draw: random.Random, gpus_per_node: int) -> Layout:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -110,11 +112,22 @@ def loss_of(case: Case, step: int, output: torch.Tensor) -> torch.Tensor:
     return squares.mean() / (one.micro_steps if one.normalise is None else 1)
 
 
-def optimizers_of(case: Case, net: nn.Module) -> list[torch.optim.Optimizer]:
-    """One optimizer of all parameters, or two that share them out."""
+def optimizers_of(
+    case: Case, net: nn.Module, of: Callable[[list[Any]], list[Any]] = list
+) -> list[torch.optim.Optimizer]:
+    """One optimizer of all parameters, or two that share them out.
+
+    Args:
+        case: it is of.
+        net: its model.
+        of: what is stepped of some parameters.
+    """
     params = list(net.parameters())
     return [
-        torch.optim.SGD(params[i :: case.optimizers], **case.sgd | {"lr": case.sgd["lr"] / (i + 1)})
+        torch.optim.SGD(
+            [{"params": of(params[i :: case.optimizers])}],
+            **case.sgd | {"lr": case.sgd["lr"] / (i + 1)},
+        )
         for i in range(case.optimizers)
     ]
 

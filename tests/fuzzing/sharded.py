@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ class Sharded:
         self.case, self.folder = case, folder
         self.rank = dist.get_rank()
         self.net: Any = _shard(build(case, seed=self.rank), case.layout)
-        self.optimizers = optimizers_of(case, self.net) if case.early_optimizer else None
+        self.optimizers = self._optimizers() if case.early_optimizer else None
 
     def differences(self, right: list[Record]) -> list[str]:
         """What is wrong, in the first step in which something is."""
@@ -61,14 +62,15 @@ class Sharded:
         if step.peek:
             yield from self._peek(index, step.peek, next(outputs))
         if self.optimizers is None:
-            self.optimizers = optimizers_of(self.case, self.net)
+            self.optimizers = self._optimizers()
         self._train(index, step)
         if step.ends is None:
             if step.peek_after:
                 yield from self._peek(index, step.peek or "no_grad", next(outputs))
             assert right.gradients is not None
-            ours = {n: p.grad for n, p in self.net.named_parameters()}
-            yield from _apart("gradient of ", ours, right.gradients)
+            if not self.case.dealt:  # what is owned has parts of them
+                ours = {n: p.grad for n, p in self.net.named_parameters()}
+                yield from _apart("gradient of ", ours, right.gradients)
             if step.clip is not None:
                 norm = mics.clip_grad_norm_(self.net.parameters(), 0.1, step.clip)
                 if abs(float(norm) - right.norm) > TOLERANCE * max(1.0, right.norm):
@@ -76,10 +78,16 @@ class Sharded:
             for optimizer in self.optimizers:
                 optimizer.step()
             zero(self.net, self.optimizers, step.zero)
+            if self.case.dealt:
+                self.net.state_dict()  # waits for the new shards
         elif step.loop == "by hand" or self._is_next_by_hand(index):
             self.net.zero_grad()
         self._afterwards(index, step)
         yield from _apart("", dict(self.net.named_parameters()), right.weights)
+
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        of = partial(mics.owned, self.net) if self.case.dealt else list
+        return optimizers_of(self.case, self.net, of)
 
     def _is_next_by_hand(self, index: int) -> bool:
         following = self.case.steps[index + 1 : index + 2]
@@ -138,7 +146,8 @@ class Sharded:
             with mics.micro_step(self.net, last=last, **how):
                 body(micro_step)
             if step.ends == ("break", micro_step):
-                self.net.zero_grad()  # nothing else says that the step is over
+                for one in self.optimizers if self.case.dealt else [self.net]:
+                    one.zero_grad()  # nothing else says that the step is over
                 return
         if not knows:
             mics.finish_step(self.net)
@@ -175,7 +184,7 @@ class Sharded:
         for name, param in self.net.named_parameters():
             param.requires_grad_(trains[name])
         _shard(self.net, step.moves_to)
-        self.optimizers = optimizers_of(self.case, self.net)
+        self.optimizers = self._optimizers()
         mics.load(path, model=self.net, optimizer=self.optimizers)
 
 

@@ -130,6 +130,8 @@ class Share:
         """The parameter of the model of which one is a part."""
         return compat.trainable_params(self._group)[at]
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def check(self) -> None:
         """Refuse a unit that trains others, or has them elsewhere, than when it was dealt.
 
@@ -248,6 +250,8 @@ class Share:
         if self._stepped and self._stepped == gradients:
             self._gather()
 
+    @torch.inference_mode(False)  # what it leaves is for training too
+    @torch.no_grad()
     def wait(self) -> None:
         """See that the shards are whole: what other ranks have stepped is there.
 
@@ -261,6 +265,8 @@ class Share:
                 share._gather()
         self.land()
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def land(self) -> None:
         """Wait for a gather that is under way, as ``wait`` does, and begin none."""
         flight, self._flight = self._flight, None
