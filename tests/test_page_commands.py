@@ -72,7 +72,7 @@ SMALLER = {
     r"step-00000800": "step-00000004",
     r"--parallel\.partition 16": "--parallel.partition 1",
     r"2\.\.2048": "2..16",
-    r"tokenize stdlib ": "tokenize docs ",
+    r"tokenize stdlib ": "tokenize 'docs/*.md' ",
     r"mics lab up": r"mics lab up --name {lab}",
     r"mics lab cut node1": r"mics lab cut node1 --lab {lab}",
     r"mics lab down": r"mics lab down {lab}",
