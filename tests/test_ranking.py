@@ -69,8 +69,10 @@ def test_8b_on_1024_gpus_is_partitioned_near_a_node(
         checkpointing=[True],
     )
     assert plans.best.way.partition <= 16
-    fastest = max(plans, key=lambda plan: plan.tokens_per_second)
-    assert fastest.way.partition <= 128
+    rate = max(plan.tokens_per_second for plan in plans)
+    # Which of those that are as fast to half a thousandth is first, the model cannot tell.
+    fastest = [plan.way.partition for plan in plans if plan.tokens_per_second > 0.9995 * rate]
+    assert min(fastest) <= 128 and 1024 not in fastest
 
 
 def test_a_plan_says_what_is_equal_and_what_is_plain_full_sharding(llama: Anatomy) -> None:

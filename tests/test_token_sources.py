@@ -43,7 +43,7 @@ def tokenize(source: Path, folder: Path, **more: Any) -> Path:
 
 
 def prepare(source: object, folder: Path, **more: Any) -> Data:
-    config = DataConfig(**{"source": str(source), **more})
+    config = DataConfig(**{"source": None if source is None else str(source), **more})
     return prepare_data(config, seed=3, sequence=16, masked=False, folder=folder)
 
 
@@ -126,8 +126,8 @@ def test_sources_of_different_tokenizers_are_refused(texts: Path, tmp_path: Path
     folder = tokenize(texts, tmp_path / "tokens", tokenizer="bpe", vocabulary=300)
     sources = (SourceConfig(str(folder)), SourceConfig(str(texts)))
     with pytest.raises(DataError, match="different tokenizers"):
-        prepare("stdlib", tmp_path / "run", sources=sources)
-    data = prepare("stdlib", tmp_path / "run", sources=sources, tokenizer=str(folder / "tokenizer"))
+        prepare(None, tmp_path / "run", sources=sources)
+    data = prepare(None, tmp_path / "run", sources=sources, tokenizer=str(folder / "tokenizer"))
     assert "cat" in data.tokenizer.decode(data.train.batch(0, 4).inputs.flatten().tolist())
 
 

@@ -168,7 +168,7 @@ def test_a_mixture_trains_on_the_same_samples_at_another_layout_and_after_a_resu
     config = settings(
         tmp_path,
         text,
-        data={"source": "stdlib", "sources": weighted(text, other)},
+        data={"source": None, "sources": weighted(text, other)},
         run={"steps": 3},
         batch={"global_batch": 6, "micro_batch": 1},
         optimizer={"eps": 1e-3, "decay": "none"},
