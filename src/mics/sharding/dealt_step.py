@@ -92,9 +92,7 @@ class DealtStep(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, see torch's."""
         super().add_param_group(param_group)
-        for param in self.param_groups[-1]["params"]:
-            # For what it refuses; not kept, as tools put shards in the places of parameters.
-            self._steppers.make(param)
+        self._steppers.check(self.param_groups[-1])
 
     def messages_of(self, unit: Unit) -> list[Message]:
         """What the next step sends in the name of a unit, if all that is trained has a gradient."""

@@ -92,14 +92,14 @@ def _hop_2(model: nn.Module, rank: int) -> Traffic:
         replicas = (rank,) if groups.replicas is None else ranks_of(groups.replicas)
         view = View(rank, ranks_of(groups.shard), replicas, groups.gpus_per_node)
         for together in messages_of(hops):
-            share = together[0].share
-            for collective, one in [] if share is None else share.messages():
-                total += message_traffic(2, collective, one, 1, rank, groups.gpus_per_node)
+            share = together[0].share  # a dealt unit has messages of its own
             if share is not None:
-                continue
-            sent = [hop.averaging.sent() for hop in together]
-            exact, coded = sum(one.exact for one in sent), sum(one.coded for one in sent)
-            total += hop_2_traffic(view, exact, coded)
+                for collective, one in share.messages():
+                    total += message_traffic(2, collective, one, 1, rank, groups.gpus_per_node)
+            else:
+                sent = [hop.averaging.sent() for hop in together]
+                exact, coded = sum(one.exact for one in sent), sum(one.coded for one in sent)
+                total += hop_2_traffic(view, exact, coded)
     return total
 
 

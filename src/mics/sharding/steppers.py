@@ -62,6 +62,15 @@ class Steppers:
             )
         return stepper
 
+    def check(self, group: Mapping[str, Any]) -> None:
+        """Refuse what the rule does not take; nothing is kept, as tools replace parameters.
+
+        Raises:
+            ValueError, ConfigError: as ``make``.
+        """
+        for param in group["params"]:
+            self.make(param)
+
     def step(
         self,
         param: torch.Tensor,

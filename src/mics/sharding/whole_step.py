@@ -90,10 +90,7 @@ class WholeStep(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, see torch's."""
         super().add_param_group(param_group)
-        for param in self.param_groups[-1]["params"]:
-            self._steppers.make(
-                param
-            )  # for what it refuses; tools put shards in the places of parameters
+        self._steppers.check(self.param_groups[-1])
 
     def _step(self, param: nn.Parameter, group: dict[str, Any], ledger: Ledger | None) -> None:
         whole, state = self._steppers.step(
