@@ -122,6 +122,7 @@ def collect_ranks(
                 if process.is_alive():
                     process.kill()
                     process.join()
+            _pass_on_words(folder, world)
     return [results.get(rank, ("stopped", "")) for rank in range(world)]
 
 
@@ -149,8 +150,15 @@ class Place:
 def _last_words(process: mp.process.BaseProcess, rank: int, folder: str) -> str:
     """Return how a rank ended that could not answer, and where its threads were then."""
     process.join(10)
-    stacks = Path(folder, f"stacks{rank}").read_text()
-    return f"rank {rank} died, exit code {process.exitcode}; its stacks: {stacks or 'none'}"
+    words = Path(folder, f"words{rank}").read_text(errors="replace")
+    return f"rank {rank} died, exit code {process.exitcode}; its last words: {words or 'none'}"
+
+
+def _pass_on_words(folder: str, world: int) -> None:
+    """Write to this process's stderr what the ranks wrote to theirs."""
+    for rank in range(world):
+        with contextlib.suppress(FileNotFoundError):  # it died before it could write
+            os.write(2, Path(folder, f"words{rank}").read_bytes())
 
 
 def _rank_main(
@@ -158,8 +166,10 @@ def _rank_main(
 ) -> None:
     _set_environment(place)
     torch.set_num_threads(1)
-    # What ends a rank between two lines of Python leaves its stacks.
-    faulthandler.enable(os.open(f"{place.folder}/stacks{place.rank}", os.O_CREAT | os.O_WRONLY))
+    # What ends a rank between two lines of Python leaves its words and its stacks.
+    words = os.open(f"{place.folder}/words{place.rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(words, 2)
+    faulthandler.enable(words)
     try:
         if place.backend == "nccl":
             torch.accelerator.set_device_index(place.rank % torch.accelerator.device_count())

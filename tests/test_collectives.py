@@ -201,6 +201,32 @@ def test_an_exchange_and_a_sum_is_a_reduce_scatter(op: str, dtype: torch.dtype) 
     run_ranks(_exchange, 4, op, dtype)
 
 
+class _Calls(TorchDispatchMode):
+    """Notes the collectives of torch by their names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name().startswith("c10d::"):
+            self.names.add(func.name().removeprefix("c10d::"))
+        return func(*args, **(kwargs or {}))
+
+
+def _calls_of_gloo() -> set[str]:
+    groups, _, gather, scatter = _comms("hierarchical")
+    with _Calls() as calls:
+        gather(torch.empty(8 * N), torch.empty(N), groups.shard)
+        scatter(torch.empty(N), torch.ones(8 * N), groups.shard, dist.ReduceOp.SUM)
+    return calls.names
+
+
+def test_nothing_is_coalesced_on_gloo() -> None:
+    """Its threads free the name of such a call twice when two calls end at once."""
+    assert run_ranks(_calls_of_gloo, 8)[0] == {"_allgather_base_", "alltoall_base_"}
+
+
 def _two_groups() -> dict[Any, int]:
     """reshard_after_forward=int calls one object with two groups."""
     groups, ledger, gather, _ = _comms("hierarchical")

@@ -89,18 +89,15 @@ def reduce_scatter(
     return work
 
 
-def coalesced(group: dist.ProcessGroup, async_ops: bool = False) -> Any:
-    """Context that issues the collectives inside it as one; yields a handle with ``wait()``.
+def coalesced(group: dist.ProcessGroup) -> Any:
+    """Context that issues the collectives inside it as one, on a backend of an accelerator.
 
-    2.11 to 2.15: the only spelling of coalescing. ``device=`` is left out on purpose: Gloo raises
-    "does not implement startCoalescing" with it, and both backends take the fast path without it.
+    2.11 to 2.15: the only spelling of coalescing. Not for Gloo: a group's two threads note in one
+    string what they have done last. Names of coalesced calls are longer than the 15 characters
+    that a string of C++ holds in itself, so calls that end at once free its memory twice
+    (``runLoop`` in ``ProcessGroupGloo.cpp``), and the process aborts or writes what is another's.
     """
-    return _coalescing_manager(group=group, async_ops=async_ops)
-
-
-def works_of(handle: Any) -> list[dist.Work]:
-    """The works behind the handle of ``coalesced``, which itself waits without a limit of time."""
-    return list(handle.works)
+    return _coalescing_manager(group=group)
 
 
 def job_store() -> Store:

@@ -67,6 +67,15 @@ class Backend(Protocol):
             A handle; after ``wait`` what the caller computes next sees the results.
         """
 
+    def gather(self, output: torch.Tensor, input: torch.Tensor, group: dist.ProcessGroup) -> None:
+        """All-gather several rows as one stage: complete, or ordered on the current stream.
+
+        Args:
+            output: [rows, ranks, n].
+            input: [rows, n], this rank's part of each row.
+            group: its ranks share a node.
+        """
+
     def reduce(
         self,
         pieces: Sequence[Piece],
@@ -123,6 +132,19 @@ class Gloo:
         """Issue the first call now; waiting runs the rest."""
         return _Handle(program(with_handle))
 
+    def gather(self, output: torch.Tensor, input: torch.Tensor, group: dist.ProcessGroup) -> None:
+        """Issue the rows one by one and wait for all: Gloo's coalesced call is not safe.
+
+        Why is said at ``compat.coalesced``.
+        """
+        works = [
+            issuing.all_gather(row.view(-1), part, group, async_op=True)
+            for row, part in zip(output, input, strict=True)
+        ]
+        for work in works:
+            assert work is not None
+            work.wait()
+
     def reduce(
         self,
         pieces: Sequence[Piece],
@@ -170,6 +192,12 @@ class Streams:
             next(begun, None)
             event = stream.record_event()
         return _StreamHandle(begun, event, device)
+
+    def gather(self, output: torch.Tensor, input: torch.Tensor, group: dist.ProcessGroup) -> None:
+        """Issue the rows as one coalesced call, which writes all to their places."""
+        with compat.coalesced(group):
+            for row, part in zip(output, input, strict=True):
+                compat.all_gather(row.view(-1), part, group)
 
     def reduce(
         self,

@@ -102,7 +102,7 @@ class AllGather:
     ) -> Program:
         if planned.pair is not None:
             spans = planned.span("inter"), planned.span("intra")
-            return two_stages.all_gather(output, input, planned.pair, spans, issue)
+            return two_stages.all_gather(output, input, planned.pair, spans, issue, self._backend)
         return issue(
             planned.span("flat"),
             lambda async_op: issuing.all_gather(output, input, group, async_op=async_op),

@@ -5,7 +5,7 @@ A partition group of N nodes with k ranks each holds shards in node-major order:
 is on local rank l of node j. With n elements per shard, the hierarchical all-gather is
 
     inter   the k columns gather at once, each over its N ranks:  tmp[j] = shard (j k + l)
-    intra   N coalesced all-gathers over the k ranks of the node:
+    intra   N all-gathers over the k ranks of the node, coalesced where that is safe:
             out[j k n : (j + 1) k n] = tmp[j] of local ranks 0 .. k-1
 
 Every intra gather writes its final place, so the reorder copy of the paper's stage 2 is not needed;
@@ -30,6 +30,7 @@ def all_gather(
     pair: StageGroups,
     spans: tuple[Timed, Timed],
     issue: Issue,
+    backend: Backend,
 ) -> Program:
     """All-gather between nodes, then inside them.
 
@@ -39,16 +40,16 @@ def all_gather(
         pair: the groups of the stages.
         spans: they time the inter and the intra stage.
         issue: how the inter stage is waited for.
+        backend: how the intra stage is issued.
     """
     inter, intra = spans
-    nodes = pair.inter.size()
-    staged = input.new_empty(nodes * input.numel())
+    nodes, ranks, numel = pair.inter.size(), pair.intra.size(), input.numel()
+    staged = input.new_empty(nodes * numel)
     yield from issue(
         inter, lambda async_op: issuing.all_gather(staged, input, pair.inter, async_op=async_op)
     )
-    with intra, issuing.coalesced(output, pair.intra):
-        for rows, shard in zip(output.chunk(nodes), staged.chunk(nodes), strict=True):
-            compat.all_gather(rows, shard, pair.intra)
+    with intra:
+        backend.gather(output.view(nodes, ranks, numel), staged.view(nodes, numel), pair.intra)
 
 
 def reduce_scatter(
@@ -86,7 +87,8 @@ def reduce_scatter(
 
 def hierarchical_all_gather(output: torch.Tensor, input: torch.Tensor, pair: StageGroups) -> None:
     """All-gather as ``all_gather`` does, at once and uncounted."""
-    run(all_gather(output, input, pair, (Untimed(), Untimed()), at_once))
+    backend = backend_of(pair.intra, input.device)
+    run(all_gather(output, input, pair, (Untimed(), Untimed()), at_once, backend))
 
 
 def hierarchical_reduce_scatter(

@@ -10,9 +10,8 @@ import contextlib
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import torch
@@ -248,28 +247,6 @@ class _Passing:
             self._work.wait()
         except RuntimeError as error:
             self._error = error
-
-
-@contextlib.contextmanager
-def coalesced(whole: torch.Tensor, group: dist.ProcessGroup) -> Iterator[None]:
-    """Issue the all-gathers inside, by ``compat.all_gather``, as one.
-
-    Args:
-        whole: what they gather, for the words of a wait.
-        group: of all of them.
-    """
-    if on_accelerator(whole.device):
-        with compat.coalesced(group):
-            yield
-        return
-    with compat.coalesced(group, async_ops=True) as handle:
-        yield
-    for work in compat.works_of(handle):
-        _issue(partial(_issued, work), "all-gather", whole, group, async_op=False)
-
-
-def _issued(work: dist.Work, _: bool) -> dist.Work:
-    return work
 
 
 def _issue(
