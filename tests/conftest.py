@@ -13,8 +13,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+from mics.recovery import job as jobs
 
 # Else every program that a test starts compiles all of mics anew, and so does every one of its
 # ranks that is not forked.
@@ -35,6 +38,17 @@ def own_memory() -> Iterator[None]:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("MICS_MEMORY", folder)
         yield
+
+
+@pytest.fixture
+def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The memory of nodes in a test of its own, whose job is found by its name."""
+    folder = tmp_path / "memory"
+    folder.mkdir()
+    monkeypatch.setenv("MICS_MEMORY", str(folder))
+    monkeypatch.setenv("MICS_JOB", "test")
+    monkeypatch.setattr(jobs, "_SECONDS", 1.0)
+    return folder
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +19,13 @@ from torch.distributed.tensor import DTensor, Shard
 import mics
 from mics import compat
 from mics.checkpoint.held_back import held_back_here
-from mics.recovery import job as jobs
 from mics.sharding.units import feedback_of
 
 STEPS = 6
 WIDTH = 48
 
 
-@pytest.fixture(autouse=True)
-def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A memory and a job of the test's own."""
-    (tmp_path / "memory").mkdir()
-    monkeypatch.setenv("MICS_MEMORY", str(tmp_path / "memory"))
-    monkeypatch.setenv("MICS_JOB", "test")
-    monkeypatch.setattr(jobs, "_SECONDS", 1.0)
-    yield tmp_path / "memory" / f"mics-{os.geteuid()}-test"
+pytestmark = pytest.mark.usefixtures("memory")
 
 
 class Block(nn.Module):
@@ -211,7 +201,7 @@ def test_errors_of_a_rank_whose_memory_is_lost_are_zeros_and_it_is_said(
     memory: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     before = run_ranks(_attempt, 4, 2, 3)
-    for path in memory.glob("*.2.*"):
+    for path in memory.glob("*/*.2.*"):
         path.unlink()
     capfd.readouterr()
     after = run_ranks(_attempt, 4, 2, 3)

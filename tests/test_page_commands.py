@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import re
 import runpy
-import subprocess
 import textwrap
 import time
 import tomllib
@@ -20,14 +19,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from clusters import stand_in
+from clone import ended, environment_of_clone
 from test_importing_deepspeed import forge_zero2
 from test_lab import WHY_NOT
 from test_readme import DOCUMENTS, blocks
 from test_token_sources import llm_c, megatron
 
 from mics.hardware.lookup import find_node
-from mics.lab import lifetime, state
 from mics.models.building import build, load_config
 from mics.training.settings import check_settings, read_settings
 
@@ -166,21 +164,8 @@ def from_deepspeed(folder: Path) -> None:
 
 @pytest.fixture
 def around(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """The environment of a clone in which mics is installed, on a machine without Slurm."""
-    programs = tmp_path / "programs"
-    environment = stand_in(programs)
-    for name in ("srun", "scontrol", "scancel"):
-        (programs / name).unlink()
-    name = state.new_name()
-    here = {
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "LAB": name,
-        "HOME": str(tmp_path / "home"),
-    }
-    yield {n: v for n, v in environment.items() if not n.startswith("SLURM_")} | here
-    if name in [noted.lab.name for noted in state.noted()]:
-        lifetime.let_go(state.find(name))
+    with environment_of_clone(tmp_path) as environment:
+        yield environment | {"HOME": str(tmp_path / "home")}
 
 
 # -- configurations --------------------------------------------------------------------------------
@@ -236,15 +221,7 @@ def test_the_commands_of_a_page_run_as_printed(
 
 def run(command: str, folder: Path, around: dict[str, str]) -> None:
     """Run a command, which has to end as its page says."""
-    done = subprocess.run(
-        ["bash", "-c", command],
-        cwd=folder,
-        env=around,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
+    done = ended(command, folder, around, seconds=400)
     said = " ".join((done.stdout + done.stderr).split())
     refused = next((words for what, words in REFUSED.items() if re.search(what, command)), None)
     if refused is None:

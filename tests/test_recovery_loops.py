@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +35,7 @@ from mics.training.config import TrainConfig
 WIDTH, STEPS, CUT = 8, 6, 4
 
 
-@pytest.fixture(autouse=True)
-def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A memory and a job of the test's own."""
-    (tmp_path / "memory").mkdir()
-    monkeypatch.setenv("MICS_MEMORY", str(tmp_path / "memory"))
-    monkeypatch.setenv("MICS_JOB", "test")
-    monkeypatch.setattr(jobs, "_SECONDS", 1.0)
-    yield tmp_path / "memory"
+pytestmark = pytest.mark.usefixtures("memory")
 
 
 class Pair(nn.Module):

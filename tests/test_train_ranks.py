@@ -15,7 +15,6 @@ import torch.distributed as dist
 from ranks import errors_of_ranks, run_ranks
 from test_training import elsewhere, lines, losses, settings
 
-from mics.recovery import job as jobs
 from mics.training import loop
 from mics.training.batching import Batching, solve
 from mics.training.config import BatchConfig, SourceConfig, TrainConfig
@@ -24,16 +23,8 @@ from mics.training.setup import Run
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor:UserWarning"),
+    pytest.mark.usefixtures("memory"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A memory and a job of the test's own."""
-    (tmp_path / "memory").mkdir()
-    monkeypatch.setenv("MICS_MEMORY", str(tmp_path / "memory"))
-    monkeypatch.setattr(jobs, "_SECONDS", 1.0)
-    yield tmp_path / "memory"
 
 
 @pytest.fixture
@@ -107,9 +98,9 @@ def test_losses_and_samples_are_those_of_all_ranks(
         assert one["norm"] == pytest.approx(other["norm"], rel=1e-5)
 
 
-@pytest.mark.parametrize("memory", [True, False])
+@pytest.mark.parametrize("keeps", [True, False])
 def test_steps_of_another_size_are_said(
-    memory: bool, tmp_path: Path, text: Path, capfd: pytest.CaptureFixture[str]
+    keeps: bool, tmp_path: Path, text: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """As on fewer ranks where nobody has told how many the job has in full."""
     config = settings(
@@ -118,9 +109,9 @@ def test_steps_of_another_size_are_said(
         run={"steps": 2},
         batch={"global_batch": None, "micro_batch": 2, "micro_steps": 2},
         parallel={"partition": 1, "gpus_per_node": 1},
-        checkpoint={"every": 1, "memory": memory},
+        checkpoint={"every": 1, "memory": keeps},
     )
-    if memory:
+    if keeps:
         errors_of_ranks(train, 2, config, "parts", 2, 1)
     else:
         run = dataclasses.replace(config.run, steps=1)
@@ -128,7 +119,7 @@ def test_steps_of_another_size_are_said(
     assert "STEPS HAVE ANOTHER SIZE" not in capfd.readouterr().err
     run_ranks(train, 1, config, "parts", 1)
     said = capfd.readouterr().err
-    assert ("goes on from memory, step 1" in said) == memory, said
+    assert ("goes on from memory, step 1" in said) == keeps, said
     words = "those so far were of 8 sequences, on 2 rank(s) in full; from now on 4 sequences"
     assert said.count(words) == 1, said
     assert "MICS_FULL_WORLD=2 keeps the steps as they were" in said

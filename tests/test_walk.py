@@ -10,10 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from clusters import stand_in
+from clone import ended, environment_of_clone
 from test_lab import needs_a_lab
-
-from mics.lab import lifetime, state
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "walk.md").read_text()
@@ -31,17 +29,10 @@ def commands() -> list[str]:
 
 @pytest.fixture
 def around(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """The environment of a clone in which mics is installed, without the Slurm of the tests."""
     for path in ("examples", "docs"):
         (tmp_path / path).symlink_to(ROOT / path)
-    environment = stand_in(tmp_path / "programs")
-    for name in ("srun", "scontrol", "scancel"):
-        (tmp_path / "programs" / name).unlink()
-    name = state.new_name()
-    here = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "LAB": name}
-    yield {n: v for n, v in environment.items() if not n.startswith("SLURM_")} | here
-    if name in [noted.lab.name for noted in state.noted()]:
-        lifetime.let_go(state.find(name))
+    with environment_of_clone(tmp_path) as environment:
+        yield environment
 
 
 def steps_of(folder: Path) -> list[int]:
@@ -52,15 +43,7 @@ def steps_of(folder: Path) -> list[int]:
 
 
 def run(command: str, folder: Path, around: dict[str, str]) -> str:
-    done = subprocess.run(
-        ["bash", "-c", command],
-        cwd=folder,
-        env=around,
-        capture_output=True,
-        text=True,
-        timeout=250,
-        check=False,
-    )
+    done = ended(command, folder, around, seconds=250)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr
 
