@@ -18,7 +18,7 @@ from mics.benching.contestants import Contestant, Layout
 from mics.benching.deepspeed_child import Order, configuration
 from mics.benching.deepspeed_parent import RELEASES, DeepSpeed, find_python
 from mics.benching.dilated import CLUSTERS, Stretched, arithmetic
-from mics.benching.options import OWN_ENGINES, Dilation, Workload
+from mics.benching.options import MODES, OWN_ENGINES, Dilation, Workload
 from mics.benching.picture import plot_comparison
 from mics.benching.side_by_side import Compared, agree, compare
 from mics.benching.spread import Spread
@@ -35,7 +35,7 @@ def _compared(work: Language | Stretched) -> list[Compared]:
     torch.set_num_threads(1)
     # FSDP2 of BERT's outputs, of which nothing is changed in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
-    engines = [Contestant(name, work, Layout(2, 2)) for name in OWN_ENGINES]
+    engines = [Contestant(name, work, Layout(2, 2)) for name in (*OWN_ENGINES, *MODES)]
     return compare(engines, 2, told=lambda *_: None)
 
 
@@ -45,7 +45,7 @@ def test_all_engines_have_the_same_losses(kind: str) -> None:
     if kind == "dilated":
         work = Stretched(Dilation(micro_steps=2, blocks=2, block_bytes=2**12), 1e9)
     for found in run_ranks(_compared, 4, work):
-        assert [one.engine for one in found] == list(OWN_ENGINES)
+        assert [one.engine for one in found] == [*OWN_ENGINES, *MODES]
         assert agree(found)
         assert len({*found[0].losses}) == 3  # it trains
 
@@ -59,6 +59,8 @@ def test_an_engine_with_other_losses_is_noticed() -> None:
     same = [_one("mics", [2.0, 1.0]), _one("fsdp2", [2.0, 1.00005]), _one("computation", [9.0])]
     assert agree(same)
     assert not agree([*same, _one("ddp", [2.0, 1.001])])
+    assert agree([*same, _one("mics fp8", [2.0, 1.001])])
+    assert not agree([*same, _one("mics fp8", [2.0, 1.1])])
 
 
 def test_the_limit_is_the_larger_of_computation_and_bytes_over_the_rate() -> None:

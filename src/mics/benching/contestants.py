@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -17,8 +17,10 @@ from torch.distributed.fsdp import fully_shard as torch_fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from mics.benching.options import Name
+from mics.communication.fewer_bits import HopTwoBits
 from mics.communication.forms import Collectives
 from mics.sharding.micro_steps import micro_steps
+from mics.sharding.owned import owned
 from mics.sharding.shard import shard
 
 
@@ -69,7 +71,7 @@ class Contestant:
         self._training = training
         self._engine = _ENGINES[name]
         self.model = self._engine.parallel(training, layout)
-        self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
+        self._optimizer = torch.optim.AdamW(self._engine.stepped(self.model), lr=1e-3)
         self._step = 0
 
     def step(self) -> float:
@@ -100,7 +102,13 @@ def _ddp(training: Training, layout: Layout) -> Any:
     return DistributedDataParallel(training.model())
 
 
-def _mics(training: Training, layout: Layout, *, partition: int | None = None) -> Any:
+def _mics(
+    training: Training,
+    layout: Layout,
+    *,
+    partition: int | None = None,
+    hop_two: HopTwoBits | None = None,
+) -> Any:
     model = training.model()
     return shard(
         model,
@@ -110,6 +118,7 @@ def _mics(training: Training, layout: Layout, *, partition: int | None = None) -
         mp_policy=MixedPrecisionPolicy(),
         collectives=layout.collectives,
         overlap=layout.overlap,
+        hop_two=hop_two,
     )
 
 
@@ -169,11 +178,13 @@ class _InProcess:
         parallel: makes the model parallel.
         micro_steps: runs the micro-steps of a step.
         optimizes: whether a step ends with the optimizer's.
+        stepped: what of the model the optimizer steps.
     """
 
     parallel: Callable[[Training, Layout], Any]
     micro_steps: Callable[[Any, list[Any]], MicroSteps]
     optimizes: bool = True
+    stepped: Callable[[Any], Iterable[nn.Parameter]] = nn.Module.parameters
 
 
 _ENGINES: dict[Name, _InProcess] = {
@@ -181,6 +192,12 @@ _ENGINES: dict[Name, _InProcess] = {
     "mics": _InProcess(_mics, _of_mics),
     # A whole replica on every rank, what mics chooses where that fits.
     "mics p=1": _InProcess(partial(_mics, partition=1), _of_mics),
+    # What replicas exchange in fewer bits, with error feedback where it has 8.
+    "mics bf16": _InProcess(partial(_mics, hop_two="bf16"), _of_mics),
+    "mics fp8": _InProcess(partial(_mics, hop_two="fp8"), _of_mics),
+    "mics int8": _InProcess(partial(_mics, hop_two="int8"), _of_mics),
+    # Optimizer states once in all replicas.
+    "mics owned": _InProcess(_mics, _of_mics, stepped=owned),
     "fsdp2": _InProcess(_fsdp2, _of_a_loop),
     "hsdp every micro-step": _InProcess(_hsdp, _of_a_loop),
     "hsdp deferred": _InProcess(_hsdp, _with_the_all_reduce_last),

@@ -18,11 +18,21 @@ _Own = Literal[
     "computation",
 ]
 
-Name = Literal[_Own, "zero2", "zero3", "hpz", "deepspeed mics"]
+_Mode = Literal["mics bf16", "mics fp8", "mics int8", "mics owned"]
+
+Name = Literal[_Own, _Mode, "zero2", "zero3", "hpz", "deepspeed mics"]
 """The last four are DeepSpeed's, each a process of its own (``deepspeed_parent.py``)."""
 
 OWN_ENGINES: tuple[Name, ...] = get_args(_Own)
 """The engines that need no environment of their own."""
+
+MODES: tuple[Name, ...] = get_args(_Mode)
+"""mics with hop 2 in fewer bits, and with optimizer states dealt to the replicas."""
+
+ROUNDED: dict[str, float] = {"mics bf16": 0.02, "mics fp8": 0.05, "mics int8": 0.05}
+"""How far losses may be from those of engines that do not round what replicas exchange: relative,
+over the few steps of a comparison. Whether a model trains as well is for
+``benchmarks/hop_two_losses.py``."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from mics.benching.options import ROUNDED
 from mics.benching.spread import Spread
 from mics.communication.timing import slowest_seconds
 from mics.communication.wire import bytes_sent
@@ -94,10 +95,14 @@ def compare(
 
 
 def agree(compared: Sequence[Compared], relative: float = 1e-4) -> bool:
-    """Whether all engines have had the losses of the first one; computation alone is none."""
+    """Whether all engines have had the losses of the first one; computation alone is none.
+
+    Those that round may be further from others, see ``ROUNDED``.
+    """
     engines = [one for one in compared if one.engine != "computation"]
+    first = ROUNDED.get(engines[0].engine, 0.0)
     return all(
-        abs(mine - theirs) <= relative * abs(theirs)
+        abs(mine - theirs) <= max(relative, first + ROUNDED.get(one.engine, 0.0)) * abs(theirs)
         for one in engines[1:]
         for mine, theirs in zip(one.losses, engines[0].losses, strict=True)
     )
