@@ -47,7 +47,7 @@ from mics.ranks.issuing import Handle, all_gather, exchange
 from mics.ranks.mesh import Groups, ranks_of
 from mics.traffic import Collective, StageMessage
 
-HopTwoBits = Literal["fp32", "bf16", "fp8", "int8"]
+HopTwoBits = Literal["fp32", "bf16", "fp8", "int8", "auto"]
 """How a user asks for it; the dtype that is reduced in where nothing is asked for."""
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -201,8 +201,8 @@ def check_bits(asked: str | None) -> None:
     if asked is not None and asked not in get_args(HopTwoBits):
         raise ShardError(
             f"hop_two = {asked!r} is not a choice.",
-            write='hop_two="fp32", "bf16", "fp8" or "int8", or None for the dtype that is reduced '
-            "in",
+            write='hop_two="fp32", "bf16", "fp8", "int8" or "auto", or None for the dtype that is '
+            "reduced in",
         )
 
 

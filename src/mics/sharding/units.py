@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from mics import compat
 from mics.communication.apart import Message
 from mics.communication.backend import backend_of_mesh
+from mics.communication.bits_by_measurement import settle
 from mics.communication.collectives import AllGather, ReduceScatter
 from mics.communication.error_feedback import ErrorFeedback
 from mics.communication.fewer_bits import Asked, FewerBits, averaging_in
@@ -94,6 +95,7 @@ class Unit:
             compat.gather_beside_computation(group)
             self.landing = Landing(group, groups, self._landed if replicated else None)
         if replicated:
+            asked = settle(asked, group, groups)
             averaging = averaging_in(asked, group, groups, self.ledger)
             self.hop_two = HopTwo(
                 group, groups, averaging, self.landing, self.used, self._became_ready

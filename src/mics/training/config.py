@@ -217,9 +217,9 @@ class ParallelConfig:
     collectives: Literal["auto", "flat", "hierarchical"] = "auto"
     """All-gather and reduce-scatter over several nodes: measured, or forced."""
 
-    hop_two: Literal["fp32", "bf16", "fp8", "int8"] | None = None
+    hop_two: Literal["fp32", "bf16", "fp8", "int8", "auto"] | None = None
     """What replicas exchange of gradients, once a step: fp32 by default; fp8 and int8, in blocks
-    with a scale each, are about a quarter of its bytes."""
+    with a scale each, are about a quarter of its bytes; auto is fp8 where it is measured faster."""
 
     error_feedback: bool = True
     """Send what fp8 and int8 round away with the next step; 4 bytes of memory for each value."""

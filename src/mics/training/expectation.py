@@ -72,7 +72,8 @@ def question_of(config: TrainConfig, batch: Batching, sequence: int) -> Question
         compute_bytes=compute_dtype(config).itemsize,
         optimizer=optimisation.MEMORY,
         stack="fused" if options.compile else "eager",
-        hop_two=options.hop_two,
+        # What "auto" may choose that takes most memory: errors are fed back.
+        hop_two="fp8" if options.hop_two == "auto" else options.hop_two,
         error_feedback=options.error_feedback,
     )
     return Question(

@@ -1,0 +1,89 @@
+"""``hop_two="auto"``: fp8 in a unit's hop 2 where that is faster on the links at hand, else exact.
+
+Blocks cost time of the device or the CPU and save time of the link. Which is more, only a
+measurement tells: every size is timed once, as its first unit is made, and the slowest rank counts.
+A tie goes to what is exact. The first mesh of a job to measure a size chooses for those beside it
+too, see [Note: alike beside each other] in ``forms.py``.
+"""
+
+from __future__ import annotations
+
+import statistics
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mics import compat
+from mics.communication.averaging import Averaging
+from mics.communication.backend import at_once, run
+from mics.communication.fewer_bits import Asked, HopTwoBits, averaging_in
+from mics.communication.ledger import Ledger
+from mics.communication.timing import time_in_turn
+from mics.quantities import dtype_name, size
+from mics.ranks.console import say
+from mics.ranks.mesh import Groups, PerMesh
+
+_REPEATS = 5
+_MARGIN = 0.1  # part of the all-reduce's time that has to be won: encoding is beside the backward
+_CODE: HopTwoBits = "fp8"
+_EXACT = "exact"
+
+_chosen_of: PerMesh[dict[str, str]] = PerMesh(lambda _: {})
+
+
+def settle(asked: Asked, group: Any, groups: Groups) -> Asked:
+    """Choose the bits of a unit, where that is left to a measurement.
+
+    Collective over the mesh the first time that a size is met; every rank ends with one choice.
+
+    Args:
+        asked: what the user asks of hop 2.
+        group: the FSDP2 parameter group.
+        groups: of the unit, with more than one replica.
+    """
+    if asked.bits != "auto":
+        return asked
+    exact, coded = Asked(None, asked.error_feedback), Asked(_CODE, asked.error_feedback)
+    numel = compat.trainable_shard_numel(group)
+    if numel == 0:
+        return exact
+    name = f"{numel} of {dtype_name(compat.reduce_dtype(group))} over {groups.num_replicas}"
+    chosen = _chosen_of(groups)
+    if name not in chosen:
+        chosen[name] = _measure(name, exact, coded, group, groups)
+    return coded if chosen[name] == _CODE else exact
+
+
+def _measure(name: str, exact: Asked, coded: Asked, group: Any, groups: Groups) -> str:
+    ledger = Ledger(rank=dist.get_rank(), gpus_per_node=groups.gpus_per_node)  # of nobody's step
+    ways = {
+        _EXACT: averaging_in(exact, group, groups, ledger),
+        _CODE: averaging_in(coded, group, groups, ledger),
+    }
+    calls = {
+        way: partial(_average, averaging, _message(averaging, group, groups))
+        for way, averaging in ways.items()
+    }
+    times = time_in_turn(calls, _REPEATS, groups.device, groups.axes)
+    seconds = {way: statistics.median(times[way]) for way in ways}
+    faster = _CODE if seconds[_CODE] < seconds[_EXACT] * (1 - _MARGIN) else _EXACT
+    key = f"mics hop 2 in bits, {name}, {groups.gpus_per_node} per node"
+    word = bytes(compat.job_store().compare_set(key, "", faster)).decode()
+    nbytes = size(_message(ways[_EXACT], group, groups).nbytes, "g", least="KiB", most="MiB")
+    say(
+        f"hop 2 of {nbytes} over {groups.num_replicas} replicas: {word} "
+        f"(exact {seconds[_EXACT] * 1e3:.2f} ms, {_CODE} {seconds[_CODE] * 1e3:.2f} ms)"
+    )
+    return word
+
+
+def _message(averaging: Averaging, group: Any, groups: Groups) -> torch.Tensor:
+    numel = compat.trainable_shard_numel(group)
+    return torch.zeros(numel, dtype=averaging.dtype, device=groups.device)
+
+
+@torch.no_grad()
+def _average(averaging: Averaging, message: torch.Tensor) -> None:
+    run(averaging.program(message, at_once))
