@@ -20,11 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mics.benching.deepspeed_parent import RELEASES, find_python
-from mics.benching.options import OWN_ENGINES
+from mics.benching.options import MODES, OWN_ENGINES
 from mics.errors import MicsError
 
 RESULTS = Path(__file__).parent / "results"
 DEEPSPEED = ("mics", *RELEASES)
+BITS = ("mics", *MODES, "hsdp deferred", "computation")
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,14 @@ MEASUREMENTS = {
     ),
     "inside": Measurement(4, 2, "200mbit", INSIDE),
     "inside_deepspeed": Measurement(4, 2, "200mbit", INSIDE, DEEPSPEED),
+    "inside_bits": Measurement(4, 2, "200mbit", INSIDE, BITS),
     "inside_rows4": Measurement(4, 2, "200mbit", (*INSIDE, "--workload.rows", "4")),
     "bert": Measurement(4, 2, "200mbit", BERT),
     "bert_deepspeed": Measurement(4, 2, "200mbit", BERT, DEEPSPEED),
     "spanning": Measurement(2, 4, "200mbit", ("train", "--partition", "8")),
     "dilated_p3dn": Measurement(4, 2, "100mbit", DILATED),
     "dilated_p3dn_4": Measurement(4, 2, "100mbit", (*DILATED, *FOUR)),
+    "dilated_p3dn_4_bits": Measurement(4, 2, "100mbit", (*DILATED, *FOUR), BITS),
     "dilated_p3dn_4_deepspeed": Measurement(4, 2, "100mbit", (*DILATED, *FOUR), DEEPSPEED),
     "dilated_p4d": Measurement(4, 2, "100mbit", (*DILATED, "--dilation.cluster", "p4d")),
     "dilated_spanning": Measurement(4, 2, "100mbit", ("dilated", "--partition", "4")),
