@@ -307,6 +307,76 @@ def test_nothing_is_lost_where_hop_two_runs_in_every_backward(code: Code) -> Non
         assert off <= 2 * STEP[code] * 3 * 5  # of what three micro-steps have added up to
 
 
+class Skipping(Scaled):
+    """Blocks of which a step uses some."""
+
+    def forward(self, given: tuple[list[torch.Tensor], list[bool]]) -> torch.Tensor:  # type: ignore[override]
+        gradients, uses = given
+        chosen = [block for block, use in zip(self.blocks, uses, strict=True) if use]
+        return torch.stack([block(*gradients) for block in chosen]).sum()
+
+
+def _used_sometimes(code: Code, factor: float | None) -> tuple[float, float]:
+    """Train a block that no rank uses in three steps of four."""
+    model = _shard(Skipping(), 2 if factor is None else 1, hop_two=code)  # Gloo lacks it for two
+    if factor is not None:
+        model.blocks[0].set_gradient_divide_factor(factor)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    tables = [torch.randn(64, 96, generator=torch.Generator().manual_seed(r)) for r in range(4)]
+    mean = torch.stack(tables).sum(dim=0) / (factor or 4)
+    for step in range(40):
+        uses = [step % 4 == 0, True, True]
+        given = [tables[dist.get_rank()], torch.zeros(96)]
+        for micro in mics.micro_steps(model, [(given, uses)]):
+            model(micro).backward()
+        assert (model.blocks[0].table.grad is not None) == uses[0]
+        optimizer.step()
+        optimizer.zero_grad()
+    off = (model.blocks[0].table.detach().full_tensor() + 10 * mean).abs().max()
+    return float(off), float(torch.stack(tables).abs().max()) * 4 / (factor or 4)
+
+
+@pytest.mark.parametrize("factor", [None, 3.0])
+@pytest.mark.parametrize("code", CODES)
+def test_what_nobody_has_used_keeps_what_is_held_back(code: Code, factor: float | None) -> None:
+    for off, largest in run_ranks(_used_sometimes, 4, code, factor, ranks_per_node=2):
+        assert off <= 2 * 1.1 * STEP[code] * largest
+
+
+def _dropped(code: Code, how: str) -> list[float]:
+    """How far the weights are from the true ones after each step, of which two are dropped."""
+    model = _shard(Scaled(), 2, hop_two=code)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    true = torch.zeros(64, 96)
+    off = []
+    for step in range(6):
+        generators = [torch.Generator().manual_seed(10 * step + rank) for rank in range(4)]
+        tables = [torch.randn(64, 96, generator=generator) for generator in generators]
+        drops = step in (2, 3)
+        given = [tables[dist.get_rank()] * (1e12 if drops else 1), torch.zeros(96)]
+        for micro in mics.micro_steps(model, [given]):
+            model(micro).backward()
+        if drops and how == "zeros":
+            optimizer.zero_grad(set_to_none=False)
+        elif drops:
+            model.zero_grad()
+            assert not any(one.any() for one in _errors(model))  # also where they are saved now
+        else:
+            optimizer.step()
+            optimizer.zero_grad()
+            true += torch.stack(tables).mean(dim=0)
+        weights = model.blocks[0].table.detach().full_tensor()
+        off.append(float((weights + true).abs().max()))
+    return off
+
+
+@pytest.mark.parametrize("how", ["zeros", "none"])
+@pytest.mark.parametrize("code", CODES)
+def test_a_step_that_is_dropped_leaves_nothing_to_the_next(code: Code, how: str) -> None:
+    for off in run_ranks(_dropped, 4, code, how, ranks_per_node=2):
+        assert max(off) <= 3 * 2 * STEP[code] * 5  # what was held back before is gone
+
+
 def _frozen_later(code: Code) -> tuple[bool, bool]:
     model = _shard(Scaled(), 2, hop_two=code)
 

@@ -31,18 +31,18 @@ class HeldBackRestoring:
 
     Args:
         tensors: by their names in the manifest.
-        buffers: all errors here.
+        feedback: all that hold errors here.
         words: what is to be said of them, if anything.
     """
 
     tensors: Mapping[str, torch.Tensor]
-    buffers: list[torch.Tensor]
+    feedback: list[ErrorFeedback]
     words: str
 
     def clear(self) -> None:
         """Hold back nothing, until something is read."""
-        for buffer in self.buffers:
-            buffer.zero_()
+        for one in self.feedback:
+            one.clear()
 
 
 def held_back_here(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -84,7 +84,7 @@ def plan_held_back(folder: Path, manifest: Manifest, model: nn.Module) -> HeldBa
             f"{folder} has nothing that hop 2 held back of {len(here) - len(both)} of "
             f"{len(here)} parameter(s): theirs begins with zeros"
         )
-    return HeldBackRestoring(both, [one.buffer() for one in feedback_of(model)], words)
+    return HeldBackRestoring(both, feedback_of(model), words)
 
 
 def _named(

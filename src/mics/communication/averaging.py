@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from mics import compat
 from mics.communication.backend import Issue, Program
+from mics.communication.error_feedback import ErrorFeedback
 from mics.communication.ledger import Ledger
 from mics.ranks.issuing import all_reduce
 from mics.ranks.mesh import ranks_of
@@ -28,7 +29,13 @@ class Sent(NamedTuple):
 
 
 class Averaging(Protocol):
-    """What hop 2 asks of it."""
+    """What hop 2 asks of it.
+
+    Attributes:
+        errors: what rounding holds back; ``None`` if it is forgotten.
+    """
+
+    errors: ErrorFeedback | None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -68,6 +75,7 @@ class AllReduce:
     """
 
     in_stages = False
+    errors: ErrorFeedback | None = None
 
     def __init__(
         self,

@@ -9,8 +9,16 @@ what is held back, over all replicas, is then what was computed, whatever was ro
 
 [Note: what is held back of a step that is dropped]
 What a rank held back goes into its next message. Where the gradients behind that message are then
-dropped (by a loss scaler, or because a step was cut short), it is gone with them: at most one
-rounding of a value. Blocks that are no numbers are not taken: there the error from before stays.
+dropped (by a loss scaler, for their norm, or because a step was cut short), it is gone with them:
+at most one rounding of a value. So is what was held back of them: it is in proportion to them, and
+of a step that was dropped for its size it would be most of the next one. They were dropped if they
+are gone, or zeros, when more are to come, and no optimizer of the unit has stepped since; where
+none ever has, a program uses gradients in a way of its own, and nothing is taken for dropped.
+Blocks that are no numbers are not taken: there the error from before stays.
+
+[Note: what nobody has used]
+A parameter that no rank has used sends what is held back of it, and has no gradient at the end of
+the step (``used.py``). So all ranks take back in equal parts what was sent.
 """
 
 from __future__ import annotations
@@ -23,7 +31,7 @@ from torch import nn
 
 from mics import compat
 from mics.communication.blocks_of_values import piece_numel
-from mics.communication.gradients import matrices_of
+from mics.communication.gradients import gradients_of, matrices_of, trainable_gradients
 from mics.ranks.issuing import all_reduce
 from mics.ranks.mesh import Groups
 
@@ -43,6 +51,56 @@ class ErrorFeedback:
         # By number in the group, of padded shards, behind each other in one buffer.
         self._errors: dict[int, torch.Tensor] = {}
         self._buffer = torch.empty(0, device=self._device)
+        self._steps = 0  # of optimizers of the unit
+        self._sent_at: int | None = None  # so many of them had been when it was last sent
+
+    def stepped(self) -> None:
+        """An optimizer is about to use what hop 2 has brought."""
+        self._steps += 1
+
+    def clear(self) -> None:
+        """Hold back nothing."""
+        self._buffer.zero_()
+        self._sent_at = None
+
+    @torch.no_grad()
+    def forget_dropped(self) -> None:
+        """Hold back nothing of gradients that were dropped; before others are added to them.
+
+        See [Note: what is held back of a step that is dropped].
+        """
+        is_unused = self._steps and self._sent_at == self._steps
+        if is_unused and not any(bool(one.any()) for one in gradients_of(self._group)):
+            self.clear()
+
+    @torch.no_grad()
+    def take_back(self, unused: Sequence[int]) -> None:
+        """Hold back what hop 2 has brought, see [Note: what nobody has used].
+
+        Args:
+            unused: places among the trainable parameters, before their gradients are dropped.
+        """
+        if not unused:
+            return
+        assert self.replicas is not None
+        gradients = trainable_gradients(self._group)
+        params = compat.trainable_params(self._group)
+        errors = {id(param): error for param, error in self._views(self._buffer)}
+        for place in unused:
+            error, gradient = errors.get(id(params[place])), gradients[place]
+            if error is not None and gradient is not None:
+                brought = gradient.to(error)
+                if compat.divide_factor(self._group) is not None:
+                    brought = brought / self.replicas.size()
+                error.add_(torch.where(brought.isfinite(), brought, 0.0))
+        if len(unused) == len(params):
+            self._sent_at = None
+
+    def to_send(self) -> torch.Tensor:
+        """``buffer()``, when it is added to a message."""
+        buffer = self.buffer()
+        self._sent_at = self._steps
+        return buffer
 
     def buffer(self) -> torch.Tensor:
         """All errors behind each other, in place, and zeros up to whole pieces of all replicas.
@@ -53,6 +111,7 @@ class ErrorFeedback:
         Returns:
             [numel] fp32.
         """
+        self.forget_dropped()
         wanted = {number: part.stop - part.start for number, part in matrices_of(self._group)}
         known = {number: error.numel() for number, error in self._errors.items()}
         if list(wanted.items()) == list(known.items()):
@@ -80,7 +139,9 @@ class ErrorFeedback:
         Returns:
             Errors of the shape of the parameter's shard here, fp32.
         """
-        whole = self.buffer() if buffer is None else buffer
+        return self._views(self.buffer() if buffer is None else buffer)
+
+    def _views(self, whole: torch.Tensor) -> list[tuple[nn.Parameter, torch.Tensor]]:
         params = compat.sharded_params(self._group)
         parts = cut(whole, [error.numel() for error in self._errors.values()])
         found = []

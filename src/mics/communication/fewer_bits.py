@@ -77,7 +77,7 @@ class FewerBits:
 
     Attributes:
         dtype: as ``Averaging.dtype``.
-        errors: as given.
+        errors: as ``Averaging.errors``.
     """
 
     dtype = torch.float32
@@ -139,7 +139,7 @@ class FewerBits:
         compat.copy_all(cut(values, _sizes(coded)), [message[part] for part in coded])
         errors = None
         if self.errors is not None:
-            errors = self.errors.buffer().view_as(values)
+            errors = self.errors.to_send().view_as(values)
             values += errors
         rows = encode(values, self._code)
         arrived = torch.empty_like(rows)

@@ -177,6 +177,8 @@ class HopTwo:
         if self._synced_version is None:
             return
         version, self._synced_version = self._synced_version, None
+        if self.averaging.errors is not None:
+            self.averaging.errors.forget_dropped()
         gradients = gradients_of(self.group)
         if not gradients:
             return

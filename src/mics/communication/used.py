@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from mics import compat
+from mics.communication.error_feedback import ErrorFeedback
 from mics.communication.finite import Finite
 from mics.communication.shares import Share
 
@@ -37,6 +38,7 @@ class Used:
         self._noted = False  # in the backward of this use
         self._said = False  # that the first of two buffers is asked for
         self.share: Share | None = None  # what this rank owns, if the unit is dealt to the replicas
+        self.errors: ErrorFeedback | None = None  # of its hop 2
 
     @torch.no_grad()
     def note(self) -> None:
@@ -108,6 +110,8 @@ class Used:
         if self.share is not None:
             self.share.settle(by_anybody)
             return
+        if self.errors is not None:
+            self.errors.take_back([i for i, used in enumerate(by_anybody) if not used])
         trainable = compat.trainable_params(self._group)
         for param, used in zip(trainable, by_anybody, strict=True):
             if not used:

@@ -204,7 +204,7 @@ class State:
         check_base(name, manifest, plans[0].model.contents, peers)
         plans[0].carry_out(source, peers)
         held_back = plans[0].held_back
-        rows = peers.gather(bool(held_back.buffers) and not is_own)
+        rows = peers.gather(bool(held_back.feedback) and not is_own)
         if lost := [rank for rank, is_lost in enumerate(rows) if is_lost]:
             say(errors_lost(lost))
         elif held_back.words:

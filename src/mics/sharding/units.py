@@ -17,7 +17,7 @@ from mics.communication.backend import backend_of_mesh
 from mics.communication.bits_by_measurement import settle
 from mics.communication.collectives import AllGather, ReduceScatter
 from mics.communication.error_feedback import ErrorFeedback
-from mics.communication.fewer_bits import Asked, FewerBits, averaging_in
+from mics.communication.fewer_bits import Asked, averaging_in
 from mics.communication.finite import finite_of
 from mics.communication.forms import Collectives, decide_by, measure
 from mics.communication.gathered import gathered
@@ -97,6 +97,7 @@ class Unit:
         if replicated:
             asked = settle(asked, group, groups)
             averaging = averaging_in(asked, group, groups, self.ledger)
+            self.used.errors = averaging.errors
             self.hop_two = HopTwo(
                 group, groups, averaging, self.landing, self.used, self._became_ready
             )
@@ -228,6 +229,8 @@ class Unit:
     def stepped(self) -> None:
         """An optimizer of its parameters is about to write them."""
         self._optimizer_steps += 1
+        if self.used.errors is not None:
+            self.used.errors.stepped()
 
     def _written(self) -> int:
         """How often its weights were written so far.
@@ -317,8 +320,7 @@ def units_on(module: nn.Module) -> list[Unit]:
 def feedback_of(model: nn.Module) -> list[ErrorFeedback]:
     """What the hop 2 of units of a model holds back, of those that do, in module order."""
     hops = [unit.hop_two for module in model.modules() for unit in units_on(module)]
-    ways = [hop.averaging for hop in hops if hop is not None]
-    found = [way.errors for way in ways if isinstance(way, FewerBits)]
+    found = [hop.averaging.errors for hop in hops if hop is not None]
     return [one for one in found if one is not None]
 
 
