@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -348,6 +349,28 @@ def test_sums_over_ranks_of_the_same_data_are_no_hop_2() -> None:
     assert judge(evidence_of(params, calls, "aabb")).findings == []
     (finding,) = judge(evidence_of(params, calls, "abab")).findings
     assert finding.kind == "hop 2 in every micro-step"
+
+
+def test_blocks_of_few_bits_between_copies_are_hop_2() -> None:
+    params = [{"w": param("g", numel=4096)} for _ in range(4)]
+    copies = (0, 1, 2, 3)
+    blocks = 4 * 4 * 260
+    in_blocks = [
+        Call("all_to_all", copies, blocks, blocks, floating=False),
+        Call("all_gather", copies, blocks, blocks, floating=False),
+    ]
+
+    def judged(micro_steps: tuple[int, ...], calls: list[Call], data: str) -> list[Any]:
+        seen = [Seen(call, number, "backward") for number in micro_steps for call in calls]
+        evidence = evidence_of(params, seen, data)
+        ours = [replace(one, engines=["mics"]) for one in evidence.reports]
+        verdict = judge(Evidence(ours, 2))
+        return [[one.kind for one in verdict.findings], verdict.all_reduces]
+
+    assert judged((2,), in_blocks, "abcd") == [[], (2, 2)]
+    assert judged((2,), in_blocks, "aaaa") == [[], (2, 2)]
+    assert judged((2,), in_blocks[1:], "aaaa")[0] == ["parameters without hop 2"]
+    assert judged((1, 2), in_blocks, "abcd") == [["hop 2 in every micro-step"], (4, 2)]
 
 
 def test_ranks_that_send_nothing_train_alone() -> None:

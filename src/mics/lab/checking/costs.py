@@ -20,7 +20,7 @@ class Costs:
     Args:
         cluster: whose links they are for, as text.
         hop_1: all-gathers and reduce-scatters.
-        hop_2: all-reduces between copies.
+        hop_2: all-reduces between copies, and what brings them blocks of few bits.
         needless: the part of hop 2 that is not needed.
         unknown: collectives of which no time is known.
     """
@@ -44,21 +44,22 @@ def costs_of(evidence: Evidence, verdict: Verdict, cluster: Cluster) -> Costs:
         cluster: as many nodes as the check has.
     """
     calls = [(seen.call, number) for seen, number in evidence.last[0].calls]
-    hop_1 = [one for one in calls if one[0].collective in ("all_gather", "reduce_scatter")]
     hop_2 = [one for one in calls if evidence.is_hop_2(one[0])]
+    rest = [one for one in calls if one not in hop_2]
+    hop_1 = [one for one in rest if one[0].collective in ("all_gather", "reduce_scatter")]
     k = evidence.gpus_per_node
 
     def seconds(of: Iterable[tuple[Call, int]]) -> float:
         return sum(number * seconds_of(call, cluster.node, k) for call, number in of)
 
-    others = [n for c, n in calls if c.collective not in ("all_gather", "reduce_scatter")]
-    unknown = sum(others) - sum(n for c, n in calls if c.collective == "all_reduce")
+    others = [n for c, n in rest if c.collective not in ("all_gather", "reduce_scatter")]
+    unknown = sum(others) - sum(n for c, n in rest if c.collective == "all_reduce")
     name = f"{cluster.nodes} x {cluster.node.name}, {k} of {cluster.node.gpus_per_node} GPUs each"
     return Costs(name, seconds(hop_1), seconds(hop_2), seconds(verdict.needless), unknown)
 
 
 def seconds_of(call: Call, node: Node, gpus_per_node: int) -> float:
-    """Seconds of an all-gather, a reduce-scatter or an all-reduce on a node's links.
+    """Seconds of an all-gather, a reduce-scatter, an all-reduce or an exchange on a node's links.
 
     Args:
         call: one of these.

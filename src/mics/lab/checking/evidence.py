@@ -9,6 +9,7 @@ from mics.lab.checking.copies import copies_of
 from mics.lab.checking.report import Call, Param, RankReport, Seen, Step
 
 _MORE_THAN_METRICS = 1024  # elements
+_IN_BLOCKS = ("all_to_all", "all_gather")
 
 
 class Evidence:
@@ -89,14 +90,21 @@ class Evidence:
         return len({self._data[rank] for rank in ranks}) == 1
 
     def is_hop_2(self, call: Call) -> bool:
-        """Whether an all-reduce may join gradients of copies.
+        """Whether a collective may join gradients of copies.
 
         Ranks that are given the same data have other reasons to sum: tensor parallelism.
         """
+        if self.is_in_blocks(call):
+            return True
         if not self._joins_copies(call) or not self._as_large_as_gradients(call):
             return False
         everybody = range(len(self.reports))
         return not self.same_data(call.ranks) or self.same_data(everybody)
+
+    def is_in_blocks(self, call: Call) -> bool:
+        """Whether copies send each other blocks of bytes, as mics' hop 2 of fp8 and int8 does."""
+        known = "mics" in self.engines and call.collective in _IN_BLOCKS and not call.floating
+        return known and call.ranks in self._sets and self._is_large(call)
 
     def _as_large_as_gradients(self, call: Call) -> bool:
         """Whether a message may hold gradients, rather than losses and other metrics."""
@@ -112,7 +120,7 @@ class Evidence:
 
     def _label(self, call: Call) -> str:
         if self.is_hop_2(call):
-            return "hop 2: all-reduce between copies"
+            return f"hop 2: {call.collective.replace('_', '-')} between copies"
         of_shards = call.collective in ("all_gather", "reduce_scatter")
         metrics = call.small or (call.collective == "all_reduce" and not self._is_large(call))
         if metrics and not (of_shards and any(one.spread for one in self.copies)):

@@ -67,7 +67,7 @@ def _find_early_allreduces_of(evidence: Evidence, verdict: Verdict) -> None:
         Finding(
             "hop 2 in every micro-step",
             f"Copies all-reduce their gradients in micro-steps behind which others follow: "
-            f"{found} all-reduces a step, {verdict.all_reduces[1]} needed.",
+            f"{found} {_messages(evidence)} a step, {verdict.all_reduces[1]} needed.",
             f"{verdict.micro_steps} micro-steps; {verdict.needless_bytes:,} bytes leave each node "
             "for nothing in every step.",
             _how_to_defer(evidence.engines),
@@ -195,7 +195,7 @@ def _lacking(evidence: Evidence) -> list[Copies]:
 
     Their gradients are alike then, so elements are counted: what all-reduces carry in the last
     micro-step against what copies need. Groups of few ranks are counted first, as an all-reduce
-    over them does nothing for what has more copies.
+    over them does nothing for what has more copies. Blocks that are gathered were exchanged before.
     """
     if not evidence.same_data(range(len(evidence.reports))):
         return []
@@ -210,6 +210,7 @@ def _lacking(evidence: Evidence) -> list[Copies]:
             seen.call.numel * n
             for seen, n in step.calls
             if evidence.is_hop_2(seen.call)
+            and seen.call.collective != "all_gather"
             and seen.micro_step == step.micro_steps
             and set(seen.call.ranks) <= set(ranks)
         )
@@ -304,7 +305,8 @@ def _find_alone(evidence: Evidence, verdict: Verdict) -> None:
     if len(evidence.reports) == 1 or verdict.findings:
         return
     steps = [step for number in range(evidence.num_steps) for step in evidence.step(number)]
-    if any(not seen.call.small for step in steps for seen, _ in step.calls):
+    calls = [seen.call for step in steps for seen, _ in step.calls]
+    if any(not call.small or evidence.is_in_blocks(call) for call in calls):
         return
     verdict.findings.append(
         Finding(
@@ -360,5 +362,11 @@ def _headline(evidence: Evidence, verdict: Verdict) -> tuple[Kind, str]:
     way = "micro-steps" if verdict.micro_steps != 1 else "micro-step"
     return "right", (
         f"Right: {verdict.micro_steps} {way} a step, gradients are all-reduced between copies "
-        f"once ({found} all-reduces, {found} needed), and the copies are equal afterwards."
+        f"once ({found} {_messages(evidence)}, {found} needed), and the copies are equal "
+        "afterwards."
     )
+
+
+def _messages(evidence: Evidence) -> str:
+    in_blocks = any(evidence.is_in_blocks(seen.call) for seen, _ in evidence.last[0].calls)
+    return "all-reduces and messages in blocks" if in_blocks else "all-reduces"
