@@ -412,19 +412,52 @@ def test_what_cannot_be_dealt_is_refused_on_every_rank_untouched() -> None:
         assert "optimizer.step() was called before" in found["early"]
 
 
-def test_a_rank_that_leaves_out_a_dealt_step_is_named() -> None:
-    def leave_out(partition: int) -> None:
-        model = sharded(partition)
-        optimizer = dealt(model)
+def leave_out(model: nn.Module, optimizer: Any, here: bool) -> None:
+    if not here:
+        optimizer.step()
+
+
+def drop_a_gradient(model: nn.Module, optimizer: Any, here: bool) -> None:
+    if here:
+        matrices(model)[0].grad = None
+    optimizer.step()
+
+
+def choose_another_rate(model: nn.Module, optimizer: Any, here: bool) -> None:
+    optimizer.param_groups[0]["lr"] = 0.01 if here else 0.02
+    optimizer.step()
+
+
+def in_another_order(model: nn.Module, optimizer: Any, here: bool) -> None:
+    if here:
+        optimizer.param_groups[0]["params"].reverse()
+    optimizer.step()
+
+
+APART = {
+    leave_out: ["Ranks wait for each other in different places", "rank(s) 3 in the all-gather"],
+    drop_a_gradient: ["Ranks have stepped other optimizers", "rank(s) 3: the checksum"],
+    choose_another_rate: ["Ranks have stepped other optimizers", "rank(s) 3: the checksum"],
+    in_another_order: ["Ranks have stepped other optimizers", "rank(s) 3: the checksum"],
+}
+
+
+@pytest.mark.parametrize("wrong", APART, ids=lambda one: one.__name__)
+def test_a_rank_that_steps_otherwise_is_named_before_anything_is_sent(
+    wrong: Callable[[nn.Module, Any, bool], None],
+) -> None:
+    when = 0 if wrong is in_another_order else 1  # later it would have other owners
+
+    def run() -> None:
+        model = sharded(2)
+        optimizer = mics.DealtStep(matrices(model), SGD, lr=0.02)
         for step in range(3):
             backward(model, step)
-            if (step, dist.get_rank()) != (1, 3):
-                optimizer.step()
+            wrong(model, optimizer, (step, dist.get_rank()) == (when, 3))
             optimizer.zero_grad()
 
-    for text in errors_of_ranks(leave_out, WORLD, 2, ranks_per_node=2):
-        assert "Ranks take one and the same collective for different ones." in text
-        assert "in the exchange of" in text and "rank(s) 3 in the all-gather" in text
+    for text in errors_of_ranks(run, WORLD, ranks_per_node=2):
+        assert all(words in text for words in APART[wrong])
 
 
 # -- in the memory of nodes ------------------------------------------------------------------------

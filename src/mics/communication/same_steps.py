@@ -141,7 +141,9 @@ class SameSteps:
             owner = next(iter(self._open))
             self._open.pop(owner).check()
 
-    def at_the_end(self, params: Sequence[nn.Parameter], used: Used) -> Facts:
+    def at_the_end(
+        self, params: Sequence[nn.Parameter], used: Used, *, collectives: int = 0
+    ) -> Facts:
         """What this rank says of a step that nobody may have asked about; see ``Asker``."""
         self._optimizers.watch(params, used)
         return facts(
@@ -152,7 +154,7 @@ class SameSteps:
             optimizer_steps=self._optimizers.steps,
             optimizers=self._optimizers.digest,
             trained=_trained(params),
-            collectives=0,
+            collectives=collectives,
         )
 
     def compare_steps(self, used: Used) -> None:
@@ -174,6 +176,24 @@ class SameSteps:
         all_reduce(said, dist.ReduceOp.MAX, self.group, name="comparison of optimizer steps")
         if not torch.equal(said[0], -said[1]):
             raise self.refuse(mine)
+
+    def note(self, stepped: str) -> None:
+        """Remember what an optimizer is about to step, which ranks compare with all the rest."""
+        self._optimizers.digest = zlib.crc32(stepped.encode(), self._optimizers.digest) & 2**31 - 1
+
+    def meet_to_step(self, params: Sequence[nn.Parameter], used: Used) -> None:
+        """Compare what optimizers have done before one sends what it steps. Collective.
+
+        Args:
+            params: see ``Asker``.
+            used: the first unit's.
+
+        Raises:
+            MicroStepError: on every rank, when it differs; it names the ranks.
+        """
+        self.check()
+        mine = self.at_the_end(params, used, collectives=self._collectives())
+        _Question(mine, self.group, self._ranks, (self._replica, self._replicas)).check()
 
     def spelled_optimizers(self) -> str:
         """What optimizers of the mesh's models have done on this rank, to be compared in words."""

@@ -130,10 +130,10 @@ _WRONG = [
     ),
     _Wrong(
         "optimizers",
-        "Ranks have stepped other optimizers, or the same in another order: their parameters "
-        "belong to different steps by now.",
+        "Ranks have stepped other optimizers, or the same in another order or with other options: "
+        "their parameters belong to different steps by now.",
         lambda optimizers: f"the checksum {optimizers:08x}",
-        "the same optimizers on every rank, in the same order",
+        "the same optimizers on every rank, in the same order, with the same options and gradients",
     ),
     _Wrong(
         "trained",

@@ -13,7 +13,7 @@ that is loaded is in that form too. So checkpoints are the same ones, at any p a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from mics import compat
 from mics.communication.apart import Message
 from mics.communication.owners import Form, Owner, Parcel, Routes, form_of
+from mics.communication.same_steps import same_steps_of
 from mics.communication.whole import as_part
 from mics.errors import CheckpointError, ConfigError, ShardError
 from mics.quantities import dtype_name, first_of
@@ -30,7 +31,7 @@ from mics.ranks.agreement import gather_text
 from mics.ranks.whereabouts import during
 from mics.sharding.belonging import units_by_param
 from mics.sharding.one_owner import Dealt, deal_owners
-from mics.sharding.steppers import Steppers, as_given, is_alike
+from mics.sharding.steppers import Steppers, as_given, is_alike, spelled_options
 from mics.sharding.units import Unit
 
 
@@ -83,6 +84,8 @@ class DealtStep(torch.optim.Optimizer):
         dealt = self._dealt(units)
         ready = {param: self._sent(param, units) for param in groups if param.grad is not None}
         self._try_out()
+        for one in dealt:
+            self._meet(one, ready)
         for one in dealt:
             for pack in one.packs(ready):
                 routes = Routes(one.groups, units[id(pack[0])].ledger)
@@ -196,6 +199,22 @@ class DealtStep(torch.optim.Optimizer):
         }
         tensors = [(_WEIGHT, values), (_GRADIENT, gradient), *state.items()]
         return [_Sent(key, one, _form(one, units.get(id(param)))) for key, one in tensors]
+
+    def _meet(self, dealt: Dealt, ready: Collection[nn.Parameter]) -> None:
+        """Refuse to send what other ranks do not: other parameters, gradients, order or options."""
+        by_param = units_by_param()
+        units = list(dict.fromkeys(by_param[id(param)] for param in dealt.owners))
+        named = {
+            id(param): f"{unit.name} {name}"
+            for unit in units
+            for param, name in zip(unit.used.params, unit.used.names, strict=True)
+        }
+        told = [f"{named[id(param)]} {param in ready}" for param in dealt.owners]
+        tree = [unit for unit in units[0].tree() if unit.groups.shard is dealt.groups.shard]
+        params = [param for unit in tree for param in unit.used.params]
+        questions = same_steps_of(dealt.groups)
+        questions.note(", ".join([*told, spelled_options(self)]))
+        questions.meet_to_step(params, tree[0].used)
 
     def _try_out(self) -> None:
         """Let every rank see what the rule does to the options of groups that are new."""

@@ -170,6 +170,25 @@ def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in group.items() if name not in _NAMES}
 
 
+def spelled_options(optimizer: torch.optim.Optimizer) -> str:
+    """The options of all groups that are numbers or words, which ranks have in common."""
+    plain = (bool, int, float, str, type(None))
+    groups = [
+        {name: tuple(v) if isinstance(v, list) else v for name, v in options_of(group).items()}
+        for group in optimizer.param_groups
+    ]
+    return repr(
+        [
+            {n: v for n, v in group.items() if all(isinstance(one, plain) for one in _parts(v))}
+            for group in groups
+        ]
+    )
+
+
+def _parts(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
 def is_alike(param: torch.Tensor, value: Any) -> bool:
     """Whether a state is as large as the whole parameter, so that it can be split like it."""
     return type(value) is torch.Tensor and value.shape == param.shape
