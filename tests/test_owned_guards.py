@@ -57,12 +57,11 @@ def made_before() -> None:
     train(model, optimizer, steps=range(1))
 
 
-def dropped_by_the_model() -> None:
+def never_dropped() -> None:
     model, optimizer = made()
     for step in range(2):
         backward(model, step)
         optimizer.step()
-        model.zero_grad()
 
 
 def added_up_by_hand() -> None:
@@ -166,7 +165,7 @@ REFUSED: dict[Callable[[], None], str] = {
     inside_a_step: "optimizer.step() was called before the last micro-step",
     parameters_of_the_model: "SGD(mics.owned(model), ...)",
     made_before: "SGD(mics.owned(model), ...)",
-    dropped_by_the_model: "model.zero_grad() does not know of them",
+    never_dropped: "Owned gradients of the last step are still there",
     added_up_by_hand: "mics.micro_steps to add up several backward passes",
     not_a_number: "came from the backward of rank 1",
     whole_matrices: "mics does not know whether Adafactor",

@@ -1101,6 +1101,14 @@ def num_hooks(param: torch.Tensor) -> int:
     return num_gradient_hooks(param) + len(param._backward_hooks or ())
 
 
+def as_plain_tensors() -> Any:
+    """Take subclasses of tensors for plain ones, and give plain results.
+
+    2.11 to 2.15: what torch's documentation of ``__torch_function__`` has under this private name.
+    """
+    return torch._C.DisableTorchFunctionSubclass()
+
+
 def times_written(tensor: torch.Tensor) -> int:
     """How often a tensor was written in place.
 

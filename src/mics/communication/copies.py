@@ -41,6 +41,7 @@ import torch.distributed as dist
 from mics import compat
 from mics.communication.digests import SIZE, Digests
 from mics.communication.guard import guard
+from mics.communication.signposts import is_real
 from mics.communication.used import Used
 from mics.errors import MicroStepError
 from mics.ranks.issuing import all_gather
@@ -205,7 +206,7 @@ class Copies:
         """Measure what an optimizer is about to use, see ``guard.Owner``; nothing is refused."""
         params = self._params()
         known = [i for i in sorted(self._copies) if i < len(params)]
-        used = [i for i in known if id(params[i]) in stepped and params[i].grad is not None]
+        used = [i for i in known if id(params[i]) in stepped and is_real(params[i].grad)]
         for i in used:
             self._stepped[i] = self._stepped.get(i, 0) + 1
         if used:

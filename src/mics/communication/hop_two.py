@@ -254,7 +254,7 @@ class HopTwo:
         if self._unsynced:
             guard(self)
         if self._unsynced and self.share is not None:
-            self.share.lend()
+            self.share.signs.lend()
 
     # -- hop 2 itself -----------------------------------------------------------------------------
 

@@ -9,9 +9,8 @@ all-reduce moves.
 
 [Note: where a gradient is]
 Until the end of a step ``.grad`` of the sharded parameters is the accumulator, as without shares
-(``hop_two.py``). At the end it is dropped, and the owned parameters have what hop 2 brought. What
-``zero_grad`` of their optimizer drops before the end has to be dropped here too, so they are lent
-a gradient of zeros without memory meanwhile: where that is gone, the accumulated one goes.
+(``hop_two.py``). At the end the owned parameters have what hop 2 brought. Those without a gradient
+have a signpost (``signposts.py``).
 
 [Note: when the new shards come]
 Gathering begins behind ``optimizer.step()`` and is waited for by the unit's next forward, and by
@@ -37,6 +36,7 @@ from mics.communication.backend import Issue, Program, backend_of
 from mics.communication.gradients import message_of, offsets_of
 from mics.communication.ledger import Ledger
 from mics.communication.share_sizes import sizes_of_shares
+from mics.communication.signposts import Signs
 from mics.errors import MicroStepError, ShardError
 from mics.quantities import first_of
 from mics.ranks.issuing import all_gather, reduce_scatter
@@ -74,12 +74,12 @@ class Share:
     def __init__(self, group: Any, groups: Groups, ledger: Ledger) -> None:
         assert groups.replicas is not None
         self.partition = groups.shard
-        self._group, self._replicas, self._ledger = group, groups.replicas, ledger
-        self._device = groups.device
+        self._group, self.replicas, self._ledger = group, groups.replicas, ledger
+        self.device = groups.device
         self._backend = backend_of(groups.replicas, groups.device)
         self._trained = _trained(group)
         self.sizes = sizes_of_shares(group, groups)
-        first = self._replicas.rank() * self.sizes.numel
+        first = self.replicas.rank() * self.sizes.numel
         self._first = first
         self._pieces = []
         for param, offset in zip(compat.trainable_params(group), offsets_of(group), strict=True):
@@ -102,16 +102,18 @@ class Share:
         """Positions of what was given to the user, who steps it and drops its gradients."""
         self.may_be_stepped = False
         """Whether a step has ended, and ranks have not compared yet who has stepped."""
-        self._lent: set[int] = set()  # positions, see [Note: where a gradient is]
+        self.signs = Signs(self.params, lambda: compat.trainable_params(group))
+        """What stands where it has no gradients."""
         self._brought = False  # hop 2 has brought gradients, and the step has not ended
         self._over = False  # it has, and nobody has dropped them
         self._stepped: set[int] = set()  # positions, since the shards were gathered
         self._written: int | None = None  # writes of the shards when their gather began
+        self._left_at = self._writes_of_owned()  # by the last step
         self._flight: dist.Work | None = None
 
     def messages(self) -> list[Message]:
         """What a step sends: gradients to their owners, and the new shards to everybody."""
-        ranks, reduced = ranks_of(self._replicas), compat.reduce_dtype(self._group)
+        ranks, reduced = ranks_of(self.replicas), compat.reduce_dtype(self._group)
         new = StageMessage("flat", ranks, self.sizes.whole * self.params[0].element_size(), 1)
         return [
             Message(
@@ -154,6 +156,8 @@ class Share:
                     write="mics.owned(model) and the optimizer behind whatever replaces parameters "
                     "(model.to, load_state_dict(assign=True))",
                 )
+        if not self._stepped:
+            self._refuse_writes()
 
     # -- gradients -------------------------------------------------------------------------------
 
@@ -163,13 +167,13 @@ class Share:
         Raises:
             MicroStepError: those of the last step are still there.
         """
-        self.follow_zero_grad()
+        self.take_back()
         if self._over and any(self.params[at].grad is not None for at in self.given):
             raise MicroStepError(
                 "Owned gradients of the last step are still there when those of another one come.",
                 numbers=f"In the unit of {first_of(self.names)}.",
                 write="optimizer.zero_grad() of the optimizer of mics.owned(model) in every step "
-                "(model.zero_grad() does not know of them, and set_to_none=False leaves zeros); "
+                "(set_to_none=False leaves zeros); "
                 "mics.micro_steps to add up several backward passes",
             )
         if self._over:
@@ -177,49 +181,44 @@ class Share:
                 param.grad = None
         self._over = False
 
-    def lend(self) -> None:
-        """A backward has ended whose gradients are a part of a step's."""
-        for at, param in enumerate(self.params):
-            if self.sharded(at).grad is not None and param.grad is None:
-                param.grad = param.detach().new_zeros(()).expand_as(param)
-        self._lent = {at for at, param in enumerate(self.params) if param.grad is not None}
-
-    def follow_zero_grad(self) -> None:
-        """Drop what was accumulated for parameters whose owned gradient was dropped."""
-        for at in self._lent:
-            if self.params[at].grad is None:
-                self.sharded(at).grad = None
-        self._lent = {at for at in self._lent if self.params[at].grad is not None}
+    def take_back(self) -> None:
+        """Another step's gradients come to the model: no unit has signposts any more."""
+        self.signs.follow_zero_grad()
+        if self.signs.shown:
+            for share in self.beside:
+                share.signs.take_back()
 
     def drop_gradients(self) -> None:
         """Forget those of a step that will not be finished."""
+        self.take_back()
         for param in self.params:
             param.grad = None
-        self._lent.clear()
+        self.signs.forget()
         self._brought = self._over = False
 
     @torch.no_grad()
     def reduce(self, issue: Issue) -> Program:
         """Bring what this rank owns of the gradients, averaged over the replicas; see ``Issue``."""
+        self.take_back()  # of a step before, where a rank has left out the backward
         dtype = compat.reduce_dtype(self._group)
-        message = _padded(message_of(self._group, dtype, self._device), self.sizes.whole)
+        message = _padded(message_of(self._group, dtype, self.device), self.sizes.whole)
         mine = message.new_empty(self.sizes.numel)
         op, divides = op_of(self._group, dtype)
         if divides:  # not in place: more may be added to what was accumulated
-            message = message / self._replicas.size()
-        sent = self.sizes.message(message.nbytes, ranks_of(self._replicas))
+            message = message / self.replicas.size()
+        sent = self.sizes.message(message.nbytes, ranks_of(self.replicas))
         span = self._ledger.issue(2, "reduce_scatter", sent, message.device)
         if sent.by_all_reduce:
             yield from issue(
                 span,
-                lambda wait: reduce_scatter(mine, message, op, self._replicas, async_op=wait),
+                lambda wait: reduce_scatter(mine, message, op, self.replicas, async_op=wait),
             )
         else:
-            yield from self._backend.reduce([(mine, message)], op, self._replicas, span, issue)
+            yield from self._backend.reduce([(mine, message)], op, self.replicas, span, issue)
         for param, piece in zip(self.params, self._pieces, strict=True):
             begin = piece.offset + piece.first - self._first if param.numel() else 0
             param.grad = mine[begin : begin + param.numel()].to(param.dtype)
-        self._lent = set(range(len(self.params)))
+        self.signs.bring()
         self._brought = True
 
     def settle(self, by_anybody: Sequence[bool]) -> None:
@@ -230,11 +229,7 @@ class Share:
         """
         if not self._brought:
             return
-        for at, (param, used) in enumerate(zip(self.params, by_anybody, strict=True)):
-            self.sharded(at).grad = None
-            if not used:
-                param.grad = None
-        self._lent.clear()
+        self.signs.show(by_anybody)
         self._brought, self._over = False, True
         self.may_be_stepped = True
 
@@ -272,6 +267,7 @@ class Share:
         flight, self._flight = self._flight, None
         if flight is None:
             return
+        self._refuse_writes()
         if self._written != self._writes():
             raise MicroStepError(
                 "Parameters were written between optimizer.step() and the arrival of what other "
@@ -288,8 +284,21 @@ class Share:
 
     def _gather(self) -> None:
         self._stepped.clear()
-        self._flight = self._backend.beside(self._bring, self._device, "hop 2")
-        self._written = self._writes()
+        self._flight = self._backend.beside(self._bring, self.device, "hop 2")
+        self._written, self._left_at = self._writes(), self._writes_of_owned()
+
+    def _refuse_writes(self) -> None:
+        if self._left_at != self._writes_of_owned():
+            raise MicroStepError(
+                "What mics.owned returned was written outside of an optimizer's step, or by one "
+                "that had no gradient of it; the other replicas do not get it.",
+                numbers=f"In the unit of {first_of(self.names)}.",
+                write="optimizers that write in step() alone; edits of model.parameters() behind "
+                "model.state_dict(), the same on every replica",
+            )
+
+    def _writes_of_owned(self) -> int:
+        return sum(map(compat.times_written, self.params))
 
     @torch.no_grad()
     def _bring(self, issue: Issue) -> Program:
@@ -299,9 +308,9 @@ class Share:
         places = [mine[begins[at] : begins[at] + param.numel()] for at, param in some]
         compat.copy_all(places, [param.detach() for _, param in some])
         whole = mine.new_empty(self.sizes.whole)
-        sent = StageMessage("flat", ranks_of(self._replicas), whole.nbytes, 1)
+        sent = StageMessage("flat", ranks_of(self.replicas), whole.nbytes, 1)
         span = self._ledger.issue(2, "all_gather", sent, whole.device)
-        yield from issue(span, lambda wait: all_gather(whole, mine, self._replicas, async_op=wait))
+        yield from issue(span, lambda wait: all_gather(whole, mine, self.replicas, async_op=wait))
         rows = [whole[one.offset : one.offset + one.numel] for one in self._pieces]
         compat.copy_all(self._memories(), rows)
 
@@ -331,11 +340,11 @@ class Share:
             In the shape of the shard.
         """
         piece = self._pieces[at]
-        ranks = self._replicas.size()
+        ranks = self.replicas.size()
         message = mine.new_zeros(piece.numel)
         message[piece.first : piece.last] = mine
         rows = message.new_empty(ranks * piece.numel)
-        all_gather(rows, message, self._replicas, name="optimizer state of the replicas")
+        all_gather(rows, message, self.replicas, name="optimizer state of the replicas")
         shard = compat.local_of(self.sharded(at))
         bounds = [
             min(max(r * self.sizes.numel - piece.offset, 0), piece.numel) for r in range(ranks + 1)

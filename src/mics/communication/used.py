@@ -48,6 +48,7 @@ class Used:
         """
         if self._noted or not compat.wants_reduce(self._group):
             return
+        self.make_room()
         self._finite.look(compat.whole_gradients(self._group))
         trainable = compat.trainable_params(self._group)
         # A frozen unit is not reduced, and may train later.
@@ -56,6 +57,11 @@ class Used:
         for i, (param, used) in enumerate(zip(trainable, now, strict=True)):
             before = param.grad is not None and self._used.get(i, True)
             self._used[i] = before or used
+
+    def make_room(self) -> None:
+        """What stands in the place of gradients is none of a step's."""
+        if self.share is not None:
+            self.share.take_back()
 
     def before_reduce(self) -> None:
         """FSDP2 reduces what was noted; the next use is noted anew.

@@ -20,6 +20,7 @@ from torch.nn.utils import clip_grads_with_norm_
 
 from mics import compat
 from mics.communication.shares import owned_of
+from mics.communication.signposts import bare, bared, read
 from mics.errors import ConfigError, NormError
 from mics.ranks.issuing import all_reduce
 from mics.sharding.owned import await_shards
@@ -55,7 +56,8 @@ def get_total_norm(
         ConfigError: there is no norm of this order, or it cannot be told who holds a tensor.
         NormError: it is not finite (a RuntimeError, as torch's).
     """
-    found = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
+    given = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
+    found = [one for tensor in given if (one := read(tensor)) is not None]
     _check_order(norm_type)
     await_shards(found)
     spread = spread_of(found)
@@ -95,11 +97,12 @@ def clip_grad_norm_(
     params = [param if (part := owned_of(param)) is None else part for param in given]
     _check_order(norm_type)
     spread = spread_of(params)
-    gradients = [param.grad for param in params]
-    norm = _finite(_norm(spread, gradients, norm_type, foreach), norm_type, error_if_nonfinite)
-    for split in spread.splits:  # torch scales DTensors of one mesh at a time
-        alike = [p for p, one in zip(params, spread.of, strict=True) if one == split]
-        clip_grads_with_norm_(alike, max_norm, norm, foreach)
+    with bared(params):
+        gradients = [param.grad for param in params]
+        norm = _finite(_norm(spread, gradients, norm_type, foreach), norm_type, error_if_nonfinite)
+        for split in spread.splits:  # torch scales DTensors of one mesh at a time
+            alike = [p for p, one in zip(params, spread.of, strict=True) if one == split]
+            clip_grads_with_norm_(alike, max_norm, norm, foreach)
     return norm
 
 
@@ -156,7 +159,7 @@ def _norm(
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
     if not isinstance(tensor, DTensor):
-        return tensor
+        return bare(tensor)
     if any(placed.is_partial() for placed in tensor.placements):
         whole = [Replicate() if one.is_partial() else one for one in tensor.placements]
         tensor = tensor.redistribute(placements=whole)

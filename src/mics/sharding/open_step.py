@@ -166,7 +166,7 @@ class OpenStep:
         """Whether it can not go on: it was left, or its gradients have been dropped."""
         for unit in self._units:
             if unit.share is not None:
-                unit.share.follow_zero_grad()
+                unit.share.signs.follow_zero_grad()
         dropped = self._has_gradients and all(p.grad is None for p in self._params)
         return self._left is not None or dropped
 

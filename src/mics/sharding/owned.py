@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -11,11 +12,13 @@ from torch import nn
 
 from mics import compat
 from mics.communication.guard import watch
+from mics.communication.same_steps import same_steps_of
 from mics.communication.shares import Share, owned_of, owner_of
 from mics.errors import MicroStepError, ShardError
 from mics.ranks.agreement import check_agreement
 from mics.ranks.whereabouts import during
 from mics.sharding.belonging import known_units
+from mics.sharding.steppers import spelled_options
 from mics.sharding.tensor_parts import kind_of
 from mics.sharding.units import Unit, units_of
 
@@ -57,8 +60,8 @@ def owned(
     The first call deals the units of the model, for good, and is collective; call it on every rank
     after ``mics.shard`` and behind all ``requires_grad_``. Between ``optimizer.step()`` and the
     next forward read parameters by ``model.state_dict()``, which waits for the new ones. Gradients
-    of a step are with what is owned, those of the model's parameters are ``None`` then: drop them
-    by ``optimizer.zero_grad()``, and clip them by ``mics.clip_grad_norm_``.
+    of a step are with what is owned. Those of the model's parameters raise a ``MicroStepError``
+    when they are read, as do norms of what is owned: clip them by ``mics.clip_grad_norm_``.
 
     Args:
         model: sharded by mics.
@@ -81,7 +84,7 @@ def owned(
     units = units_of(model)
     wanted = list(model.parameters() if params is None else params)
     _refuse_strange(model, wanted)
-    if any(unit.share is None and _is_replicated(unit) for unit in units):
+    if any(map(_is_undealt, units)):
         _deal(model, units)
     _told.update(elementwise)
     mine = [param for param in wanted if param.requires_grad]
@@ -110,17 +113,20 @@ def await_shards(params: Iterable[torch.Tensor]) -> None:
         share.wait()
 
 
-def _is_replicated(unit: Unit) -> bool:
-    return unit.groups.replicas is not None and unit.trains
+def _is_undealt(unit: Unit) -> bool:
+    return unit.share is None and unit.groups.replicas is not None and unit.trains
 
 
 def _deal(model: nn.Module, units: Sequence[Unit]) -> None:
-    """Make every unit's share, once all ranks have come and nothing is in the way."""
+    """Make the share of every unit without one, once all ranks have come and nothing is in the way.
+
+    What was dealt before stays as it is, with the optimizers that step it.
+    """
+    undealt = [unit for unit in units if _is_undealt(unit)]
     error: Exception | None = None
     try:
-        for unit in units:
-            if _is_replicated(unit):
-                _refuse(unit)
+        for unit in undealt:
+            _refuse(unit)
     except (MicroStepError, ShardError) as found:
         error = found
     names = {id(param): name for name, param in model.named_parameters()}
@@ -137,11 +143,11 @@ def _deal(model: nn.Module, units: Sequence[Unit]) -> None:
         check_agreement(facts, groups.axes, groups.device)
     if error is not None:
         raise error
-    for unit in units:
-        if _is_replicated(unit):
-            unit.deal(Share(unit.group, unit.groups, unit.ledger))
+    for unit in undealt:
+        unit.deal(Share(unit.group, unit.groups, unit.ledger))
     watch(_see)
-    shares = [unit.share for unit in units if unit.share is not None]
+    of_model = [unit.share for unit in units if unit.share is not None]
+    shares = list(dict.fromkeys([*of_model, *(one for share in of_model for one in share.beside)]))
     for share in shares:
         share.beside = shares
 
@@ -201,7 +207,7 @@ def _see(optimizer: torch.optim.Optimizer, _: set[int]) -> None:
     """Look at an optimizer before it steps, see ``guard.Watcher``."""
     for unit in known_units():
         if unit.share is not None:
-            unit.share.follow_zero_grad()
+            unit.share.signs.follow_zero_grad()
     params = [param for group in optimizer.param_groups for param in group["params"]]
     _refuse_parameters_of_model(optimizer, params)
     shares = _shares_of(params)
@@ -218,7 +224,11 @@ def _see(optimizer: torch.optim.Optimizer, _: set[int]) -> None:
         )
     for share in shares:
         share.check()
+        share.signs.before_step(share.names)
         share.land()
+    of_shares = [unit.groups for unit in known_units() if unit.share in shares]
+    for groups in {one.shard: one for one in of_shares}.values():
+        same_steps_of(groups).note(spelled_options(optimizer))
     if optimizer not in _seen:
         _seen.add(optimizer)
         optimizer.register_step_post_hook(_gather)
@@ -245,22 +255,32 @@ def _refuse_parameters_of_model(
 ) -> None:
     dealt = [param for param in params if owned_of(param) is not None]
     if dealt:
+        name = type(optimizer).__name__
+        other = "no mics.owned for a model with an optimizer of whole matrices"
         raise ShardError(
             "The optimizer holds parameters whose state is dealt to the replicas; their gradients "
             "are with what each rank owns of them, and it would train nothing.",
             numbers=f"{len(dealt)} of {len(params)} are such.",
-            write=f"{type(optimizer).__name__}(mics.owned(model), ...)",
+            write=f"{name}(mics.owned(model), ...)" if _goes_by_element(optimizer) else other,
         )
+
+
+def _goes_by_element(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its step is that of a known class, not one that a class made of it has instead."""
+    known: list[type[torch.optim.Optimizer]] = [*_BY_ELEMENT, *_told]
+    step = inspect.unwrap(type(optimizer).step)  # torch wraps it once
+    return any(isinstance(optimizer, one) and inspect.unwrap(one.step) is step for one in known)
 
 
 def _refuse_rule(optimizer: torch.optim.Optimizer) -> None:
     """Refuse a rule that may look at more of a parameter than one element at a time."""
-    if not isinstance(optimizer, (*_BY_ELEMENT, *_told)):
+    if not _goes_by_element(optimizer):
         name = type(optimizer).__name__
         raise ShardError(
             f"mics does not know whether {name} steps every element by itself, and what a rank "
             "owns of a parameter is a flat part of it.",
-            numbers=f"Known are {', '.join(one.__name__ for one in _BY_ELEMENT)}.",
+            numbers=f"Known are {', '.join(one.__name__ for one in _BY_ELEMENT)}, and what is made "
+            "of one and has no step of its own.",
             write=f"{name}(model.parameters(), ...) where it needs whole matrices; else "
             f"mics.owned(model, elementwise=[{name}])",
         )

@@ -304,6 +304,8 @@ def drop_unfinished(units: Sequence[Member], passes: Sequence[Passes]) -> bool:
     roots = dict.fromkeys(root for unit in units if (root := compat.root_module(unit.group)))
     for root in roots:
         compat.reset_iteration(root)
+    for unit in units:
+        unit.used.make_room()
     params = [param for unit in units for param in compat.sharded_params(unit.group)]
     # Zeros are what an optimizer that keeps its memory has left.
     shards = [compat.local_of(param.grad) for param in params if param.grad is not None]
