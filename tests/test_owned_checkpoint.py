@@ -137,3 +137,30 @@ def both_states() -> list[float]:
 
 def test_what_is_kept_is_the_state_of_the_plain_mode() -> None:
     assert max(map(max, run_ranks(both_states, 4, ranks_per_node=2))) < 1e-6
+
+
+class Skipping(torch.optim.Optimizer):
+    """Goes by element, and has no state of what is empty."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for param in self.param_groups[0]["params"]:
+            if param.grad is not None and param.numel():
+                sums = self.state[param].setdefault("sum", torch.zeros_like(param))
+                param.sub_(sums.add_(param.grad), alpha=self.param_groups[0]["lr"])
+
+
+def save_what_is_not_everywhere(path: Path) -> None:
+    model = sharded(2)
+    optimizer = Skipping(mics.owned(model, elementwise=[Skipping]))
+    train(model, optimizer, steps=range(1))
+    mics.save(path, model=model, optimizer=optimizer)
+
+
+def test_state_that_some_ranks_have_not_is_refused_before_anything_is_sent(tmp_path: Path) -> None:
+    run = save_what_is_not_everywhere, 4, tmp_path / "one"
+    for text in errors_of_ranks(*run, ranks_per_node=2):
+        assert "Ranks disagree on the state of an optimizer of mics.owned" in text

@@ -6,7 +6,7 @@ or not dealt. For that each replica has all of its shard's state while it is sav
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,41 @@ from torch.distributed.tensor import DTensor
 from mics import compat
 from mics.communication.shares import Share
 from mics.errors import CheckpointError
+from mics.ranks.agreement import check_agreement
 
 Owner = tuple[Share, int]
 """A share, and the position of a parameter in it."""
+
+
+def check_alike(
+    owners: Iterable[Owner], states: Sequence[tuple[str, Owner, Mapping[Any, Any]]]
+) -> None:
+    """Refuse to bring states together that are not alike on all replicas. Collective over them.
+
+    Args:
+        owners: of all parameters that an optimizer has, with a state or without.
+        states: what this rank has, each with the name of its parameter.
+
+    Raises:
+        DisagreementError: on every rank: one has a state that another one has not.
+    """
+    meshes = {share.replicas: share.device for share, _ in owners}
+    for replicas, device in meshes.items():
+        lines = [
+            f"{name}, {key!r}: {_spelled(value, share.params[at])}"
+            for name, (share, at), state in states
+            if share.replicas is replicas
+            for key, value in state.items()
+        ]
+        check_agreement({"the state of an optimizer of mics.owned": lines}, [replicas], device)
+
+
+def _spelled(value: Any, mine: torch.Tensor) -> str:
+    """What a state is, in words that are the same whatever a rank owns."""
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    shape = "one number for each element" if value.shape == mine.shape else list(value.shape)
+    return f"{type(value).__name__} of {value.dtype}, {shape if value.ndim else 'one number'}"
 
 
 def whole_state(owner: Owner, state: Mapping[Any, Any]) -> dict[Any, Any]:

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from mics.checkpoint.dealt_state import Owner, whole_state
+from mics.checkpoint.dealt_state import Owner, check_alike, whole_state
 from mics.checkpoint.few_bits import check_one_kind, parts_to_keep, quantised_in
 from mics.checkpoint.layout import OPTIMIZER
 from mics.checkpoint.manifest import PLAIN, REPLICATED, SHARDED, Json
@@ -203,6 +203,14 @@ def optimizer_contents(
                 contents.values[name] = encode(name, options, contents.tensors)
                 num_empty += 1
         by_number = packed.by_number()
+        check_alike(
+            packed.owners.values(),
+            [
+                (names[id(by_number[key])], packed.owners[id(by_number[key])], state)
+                for key, state in packed.state.items()
+                if key in by_number and id(by_number[key]) in packed.owners
+            ],
+        )
         for key, state in packed.state.items():
             if key in by_number:
                 param = by_number[key]
