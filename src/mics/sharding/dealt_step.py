@@ -211,6 +211,7 @@ class DealtStep(torch.optim.Optimizer):
         }
         told = [f"{named[id(param)]} {param in ready}" for param in dealt.owners]
         tree = [unit for unit in units[0].tree() if unit.groups.shard is dealt.groups.shard]
+        tree = tree or units  # before a forward has told who the root is
         params = [param for unit in tree for param in unit.used.params]
         questions = same_steps_of(dealt.groups)
         questions.note(", ".join([*told, spelled_options(self)]))
