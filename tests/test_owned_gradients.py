@@ -88,6 +88,16 @@ def other_options() -> None:
     train(model, optimizer, steps=range(2))
 
 
+def dropped_on_one_rank() -> None:
+    model, optimizer = made()
+    for step in range(2):
+        backward(model, step)
+        if dist.get_rank() == 2:
+            optimizer.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 DEALT = "mics.owned has dealt its optimizer, and gradients are with what each rank owns."
 A_PART = "A norm was asked for of gradients of which this rank owns a part"
 REFUSED: dict[str, tuple[Callable[[], None], str]] = {
@@ -101,6 +111,7 @@ REFUSED: dict[str, tuple[Callable[[], None], str]] = {
     "a rule by layers": (layerwise_rule, "elementwise=[Layerwise]"),
     "written in flight": (written(False), "was written outside of an optimizer's step"),
     "written later": (written(True), "was written outside of an optimizer's step"),
+    "dropped on one rank": (dropped_on_one_rank, "rank(s) 2: the checksum"),
     "other options": (other_options, "with other options"),
 }
 

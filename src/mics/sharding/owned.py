@@ -226,9 +226,11 @@ def _see(optimizer: torch.optim.Optimizer, _: set[int]) -> None:
         share.check()
         share.signs.before_step(share.names)
         share.land()
-    of_shares = [unit.groups for unit in known_units() if unit.share in shares]
-    for groups in {one.shard: one for one in of_shares}.values():
-        same_steps_of(groups).note(spelled_options(optimizer))
+    meshes = {unit.groups.shard: unit.groups for unit in known_units() if unit.share in shares}
+    for partition, groups in meshes.items():
+        owned_here = [p for one in shares if one.partition is partition for p in one.params]
+        stepped = [param.grad is not None for param in owned_here]
+        same_steps_of(groups).note(f"{spelled_options(optimizer)} {stepped}")
     if optimizer not in _seen:
         _seen.add(optimizer)
         optimizer.register_step_post_hook(_gather)
