@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from parity import quiet
-from ranks import run_ranks
+from ranks import errors_of_ranks, run_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -499,6 +499,17 @@ def _by_tokens() -> None:
 
     with pytest.raises(mics.MicroStepError, match="is not a choice"):
         mics.micro_steps(model, [1], normalise="tokens")
+
+
+def _factor_alone() -> None:
+    model = _sharded(mics.fully_shard)
+    model.set_gradient_divide_factor(0.5)
+    _backward(model, 1)
+
+
+def test_a_divide_factor_that_gloo_has_no_reduction_for_is_refused_in_our_words() -> None:
+    for said in errors_of_ranks(_factor_alone, 4):
+        assert "ShardError" in said and "set_force_sum_reduction_for_comms(True)" in said
 
 
 def test_loss_can_be_normalised_by_the_tokens_of_all_ranks_and_micro_steps() -> None:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from mics import compat
+from mics.errors import ShardError
 from mics.ranks.board import NoAnswer, board_of_job
 from mics.ranks.device import on_accelerator
 from mics.ranks.drawing import ranks_text
@@ -109,6 +110,9 @@ def reduce_scatter(
 
     Gloo does so by an all-reduce of a copy, in a wait that can not be cut into slices. Here it is
     the same all-reduce of the same copy.
+
+    Raises:
+        ShardError: ``op`` is PREMUL_SUM, which Gloo has not.
     """
 
     def call(async_op: bool) -> dist.Work | None:
@@ -116,6 +120,13 @@ def reduce_scatter(
 
     if on_accelerator(input.device) or not counted(group).on_gloo:
         return _issue(call, "reduce-scatter", input, group, async_op)
+    if compat.is_premul_sum(op):
+        raise ShardError(
+            "Gloo can not multiply gradients while it sums them, as a gradient divide factor asks.",
+            numbers=f"A reduce-scatter of {input.nbytes:,} bytes over {group.size()} ranks.",
+            write="module.set_force_sum_reduction_for_comms(True) for each module that has a "
+            "set_gradient_divide_factor(...)",
+        )
     rows = input.clone()
 
     def reduce(async_op: bool) -> Any:
