@@ -64,16 +64,23 @@ def test_a_dry_run_of_a_job_has_the_figures_of_its_plan(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["gpt2-tiny", "llama-tiny"])
+@pytest.mark.parametrize(
+    ("model", "partition", "more"),
+    [("gpt2-tiny", "4", []), ("llama-tiny", "4", []), ("llama-tiny", "2", ["--dealt-states"])],
+)
 def test_a_run_of_a_job_has_the_figures_of_its_plan(
-    model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    model: str,
+    partition: str,
+    more: list[str],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "two.toml").write_text(NODE)
-    where = ["--node", str(tmp_path / "two.toml"), "--nodes", "2", "--partition", "4"]
+    where = ["--node", str(tmp_path / "two.toml"), "--nodes", "2", "--partition", partition, *more]
     file = planned(tmp_path, model, [*where, "--tokens", "2000"])
     out = capfd.readouterr().out
     plan = figures(out)
-    assert plan[:4] == ("4", "2", "4", "128")
+    assert plan[:4] == (partition, "2", "4", "128")
     assert f"mics train {file} --dry-run" in out
     assert "Fill in what it is to train on, source in its [data]" in " ".join(out.split())
     assert 'source = ""  # fill in: files' in file.read_text()
@@ -86,6 +93,7 @@ def test_a_run_of_a_job_has_the_figures_of_its_plan(
     assert "The run does not say what it trains on" in capfd.readouterr().err
     job = read_settings(file)
     assert job.run.steps == 1  # of 4096 tokens
+    assert (job.parallel.dealt_states, job.checkpoint.memory) == (bool(more), not more)
     assert run_ranks(loop.train, 4, here(job, tmp_path)) == [0] * 4
     out = capfd.readouterr().out
     assert figures(out) == plan

@@ -17,6 +17,7 @@ from mics.anatomy.recipe import Machine, Recipe
 from mics.errors import PlanError
 from mics.hardware.cluster import Cluster, Gpu, Link, Node
 from mics.hardware.lookup import find_node
+from mics.planning.answer import answer
 from mics.planning.charts import pareto_set
 from mics.planning.cost import Reliability, as_dollars, dollars, goodput, wall_seconds
 from mics.planning.inverse import (
@@ -195,6 +196,33 @@ def test_two_stages_need_their_groups_and_buffers_when_asked_the_other_way_round
     assert largest_micro_batch(bert, between, QUESTION, staged) != largest_micro_batch(
         bert, between, QUESTION, flat
     )
+
+
+@pytest.mark.parametrize(("gpus", "owners"), [(16, 8), (2, 1)])
+def test_dealt_states_are_divided_by_the_replicas(bert: Anatomy, gpus: int, owners: int) -> None:
+    plain, dealt = (
+        memory(bert, Recipe(2, sequence=128, dealt_states=one), gpus=gpus) for one in (False, True)
+    )
+    for phase, need in dealt.phases.items():
+        other = plain.phases[phase]
+        assert need.optimizer == pytest.approx(other.optimizer / owners, rel=1e-6)
+        assert need.total - need.optimizer == other.total - other.optimizer
+
+
+def test_dealt_states_are_recommended_where_a_partition_stays_inside_a_node_so(
+    bert: Anatomy,
+) -> None:
+    plans = answer(bert, small(1.9), QUESTION)
+    assert plans.best.way.partition == 8 and plans.dealt is not None
+    assert plans.dealt.way.partition == 4 and plans.dealt.way.dealt_states
+    assert plans.dealt.sequences == plans.best.sequences
+    gain = f"{plans.best.seconds / plans.dealt.seconds:.2f} times as fast"
+    assert gain in plans.report() and "--dealt-states" in plans.report()
+    asked = dataclasses.replace(QUESTION, recipe=plans.dealt.way)
+    again = answer(bert, small(1.9), asked)
+    assert again.best.way.partition == 4 and "--dealt-states" not in again.report()
+    roomy = answer(bert, small(2.4), QUESTION)
+    assert roomy.dealt is None and "--dealt-states" not in roomy.report()
 
 
 def test_the_fewest_nodes_are_those_of_what_may_be_tried(bert: Anatomy) -> None:

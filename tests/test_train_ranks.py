@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +16,12 @@ import torch.distributed as dist
 from ranks import errors_of_ranks, run_ranks
 from test_training import elsewhere, lines, losses, settings
 
+from mics.errors import ConfigError
 from mics.training import loop
 from mics.training.batching import Batching, solve
 from mics.training.config import BatchConfig, SourceConfig, TrainConfig
 from mics.training.data import Batch
+from mics.training.optimisation import check_dealt
 from mics.training.setup import Run
 
 pytestmark = [
@@ -148,6 +151,48 @@ def test_checkpoints_go_from_few_ranks_to_many_and_back(
     assert samples(tmp_path, "parts") == samples(tmp_path, "whole")
     assert [entry["ranks"] for entry in lines(config)] == [6, 8, 4, 2]
     assert losses(config) == pytest.approx(losses(whole), abs=1e-6)
+
+
+def test_dealt_states_train_as_plain_ones_and_go_on_from_either(tmp_path: Path, text: Path) -> None:
+    config = settings(
+        tmp_path,
+        text,
+        run={"steps": 4},
+        batch={"global_batch": 8, "micro_batch": 1},
+        optimizer={"eps": 1e-3, "decay": "none", "clip": 0.5},
+        parallel={"partition": 2, "gpus_per_node": 2},
+        checkpoint={"every": 2, "memory": False},
+    )
+    dealt = dataclasses.replace(
+        config, parallel=dataclasses.replace(config.parallel, dealt_states=True)
+    )
+    whole = elsewhere(config, "whole")
+    assert run_ranks(train, 4, whole, "whole", 4) == [0] * 4
+    two = dataclasses.replace(config.run, steps=2)
+    assert run_ranks(train, 4, dataclasses.replace(dealt, run=two), "parts", 4) == [0] * 4
+    assert run_ranks(train, 4, dealt, "parts", 4) == [0] * 4  # goes on from its own
+    assert all(entry["traffic_as_predicted"] for entry in lines(config))
+    assert losses(config) == pytest.approx(losses(whole), abs=1e-6)
+    norms = [[entry["norm"] for entry in lines(one)] for one in (config, whole)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"checkpoint": {"memory": True}}, "--checkpoint.no-memory"),
+        ({"parallel": {"dealt_states": True, "hop_two": "fp8"}}, "parallel.hop_two is fp8"),
+    ],
+)
+def test_what_dealt_states_are_not_for_is_refused(
+    changed: dict[str, dict[str, Any]], words: str, tmp_path: Path, text: Path
+) -> None:
+    asked: dict[str, dict[str, Any]] = {
+        "parallel": {"dealt_states": True},
+        "checkpoint": {"memory": False},
+    }
+    with pytest.raises(ConfigError, match=words):
+        check_dealt(settings(tmp_path, text, **(asked | changed)))
 
 
 @pytest.mark.slow

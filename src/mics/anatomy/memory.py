@@ -251,11 +251,12 @@ class _States:
         held_back = 0  # beside the optimizer's state, of every value that hop 2 rounds
         if recipe.holds_back and gpus != p:
             held_back = sum(unit.matrices(p) for unit in units) // p * _ERROR_BYTES
+        owners = gpus // p if recipe.dealt_states and gpus else 1
         groups = num_groups(recipe, gpus, gpus_per_node) if gpus else 0
         buffers_of_groups = groups * round(machine.communicator_gib * GIB)
         self._fixed = {
             "parameters": sum(unit.numel(p) for unit in units) // p * recipe.master_bytes,
-            "optimizer": trained * optimizer.state_bytes + held_back,
+            "optimizer": -(-trained // owners) * optimizer.state_bytes + held_back,
             "communicators": buffers_of_groups + round(machine.runtime_gib * GIB),
         }
 

@@ -67,6 +67,8 @@ class Recipe:
         hop_two: bits of what mics' replicas exchange, see ``mics.shard``; ``None`` is
             ``reduce_bytes``.
         error_feedback: whether what fp8 and int8 round away is kept, in 4 bytes a value.
+        dealt_states: whether each replica keeps the optimizer state of its share alone, as with
+            ``mics.owned``. A step is timed as without: the bytes are the same.
 
     Raises:
         PlanError: a figure that cannot be.
@@ -88,12 +90,14 @@ class Recipe:
     offload: bool = False
     hop_two: Literal["fp32", "bf16", "fp8", "int8"] | None = None
     error_feedback: bool = True
+    dealt_states: bool = False
 
     def __post_init__(self) -> None:
         check_whole(self, 1, "partition", "micro_batch", "micro_steps", "sequence")
         check_whole(self, 1, "compute_bytes", "reduce_bytes", "master_bytes")
         check_whole(self, 0, "prefetch")
         check_one_of(self, (False, True), "checkpointing", "pipelined", "offload", "error_feedback")
+        check_one_of(self, (False, True), "dealt_states")
         if self.hop_two is not None:
             check_one_of(self, ("fp32", "bf16", "fp8", "int8"), "hop_two")
         check_one_of(self, ("auto", "flat", "hierarchical"), "form")

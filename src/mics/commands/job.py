@@ -70,6 +70,9 @@ def settings_of(config: Config, best: Plan) -> dict[str, dict[str, Any]]:
         tables["parallel"]["hop_two"] = config.hop_two
     if not config.error_feedback:
         tables["parallel"]["error_feedback"] = False
+    if config.dealt_states:
+        tables["parallel"]["dealt_states"] = True
+        tables["checkpoint"] = {"memory": False}  # which keeps what every replica has
     if config.where.memory is None and config.where.profile is None:
         tables["parallel"]["node"] = config.where.node or cluster.node.name
     return tables

@@ -65,6 +65,7 @@ def options_of(config: Config) -> dict[str, Any]:
         "reduce_bytes": 4 if config.reduce_dtype == "fp32" else 2,
         "hop_two": config.hop_two,
         "error_feedback": config.error_feedback,
+        "dealt_states": config.dealt_states,
         "prefetch": config.prefetch,
         "stack": config.stack,
         "fragmentation": config.fragmentation,

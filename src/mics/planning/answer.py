@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import overload
 
@@ -22,6 +22,7 @@ from mics.planning.reasons import explained
 from mics.planning.table import plan_table
 from mics.quantities import GIB, dtype_name
 from mics.ranks.columns import fitted
+from mics.topology import possible_partitions
 
 
 @dataclass(frozen=True, repr=False)
@@ -105,6 +106,7 @@ class Plans(Sequence[Plan]):
                 *self.on_host,
                 str(self.price(tokens)),
                 str(self.limits),
+                *self._dealing(),
                 "",
             ]
         )
@@ -123,6 +125,38 @@ class Plans(Sequence[Plan]):
             f"Activations leave: {sum(each) / GIB:.1f} GiB a GPU and micro-step each way, at "
             f"{host.bandwidth / 1e9:.1f} GB/s; {waits:.1%} of the step waits for the copies.",
             f"Of its own memory {best.host.text(host.memory)}.",
+        ]
+
+    @cached_property
+    def dealt(self) -> Plan | None:
+        """The best plan whose partition stays inside a node because optimizer states are dealt.
+
+        ``None`` where the best one of these does so anyhow, nothing fits so, or it is slower.
+        """
+        recipe, k = self.question.recipe, self.cluster.node.gpus_per_node
+        if recipe.dealt_states or recipe.hop_two is not None or self.best.way.partition <= k:
+            return None
+        legal = possible_partitions(self.cluster.nodes, k)
+        inside = [p for p in self.question.partitions or legal if p <= k]
+        if not inside:
+            return None
+        asked = replace(
+            self.question,
+            recipe=replace(recipe, dealt_states=True),
+            partitions=inside,
+            global_batch=self.best.sequences,
+        )
+        found = search(self.anatomy, self.cluster, asked).plans
+        return found[0] if found and found[0].seconds < self.best.seconds else None
+
+    def _dealing(self) -> list[str]:
+        """Recommend that optimizer states are dealt, where a partition stays inside a node so."""
+        if self.dealt is None:
+            return []
+        return [
+            f"With optimizer states dealt to the replicas (--dealt-states, mics.owned): "
+            f"{self.dealt.way}, inside a node, is {self.best.seconds / self.dealt.seconds:.2f} "
+            f"times as fast, {self.dealt.seconds:.3f} s a step."
         ]
 
     def _work(self) -> str:

@@ -224,6 +224,10 @@ class ParallelConfig:
     error_feedback: bool = True
     """Send what fp8 and int8 round away with the next step; 4 bytes of memory for each value."""
 
+    dealt_states: bool = False
+    """Deal optimizer states to the replicas: their memory is divided by the number of replicas. A
+    lost node's are then nowhere else, so it needs --checkpoint.no-memory."""
+
     dtype: Literal["bf16", "fp32"] = "bf16"
     """What blocks compute in; gradients are always reduced, and weights kept, in fp32."""
 

@@ -75,6 +75,7 @@ def question_of(config: TrainConfig, batch: Batching, sequence: int) -> Question
         # What "auto" may choose that takes most memory: errors are fed back.
         hop_two="fp8" if options.hop_two == "auto" else options.hop_two,
         error_feedback=options.error_feedback,
+        dealt_states=options.dealt_states,
     )
     return Question(
         recipe,

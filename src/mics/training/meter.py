@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -11,14 +13,22 @@ from mics.communication.ledger import Seconds
 from mics.communication.wire import bytes_sent
 from mics.ranks.issuing import all_reduce
 from mics.sharding.prediction import ledger, predict_full_sharding, predict_traffic
+from mics.traffic import Key, Traffic
 from mics.training.progress import Progress
 from mics.training.rates import Stopwatch, memory_bytes
 from mics.training.record import StepRecord, bits_per_byte
 from mics.training.step import Outcome
 
+_NEW_SHARDS = Key(2, "all_gather", "flat")
+
 
 class Meter:
     """Measures the steps of a run. Every rank has one, because bytes are counted on every rank.
+
+    [Note: what an optimizer's step sends]
+    Ranks tell each other what they have sent before the optimizer's step. One of states that are
+    dealt to the replicas sends new shards in its step: these are counted with the step behind it,
+    and the first of a run has none.
 
     Making it is collective: the predicted bytes of all ranks are summed.
 
@@ -32,6 +42,7 @@ class Meter:
         flops: FLOPs of the model per rank and step (``anatomy.flops``); ``None`` shows no MFU.
         peak_flops: FLOPs per second of one device, in the dtype that is computed in; ``None``
             shows no MFU.
+        dealt_states: see [Note: what an optimizer's step sends].
         device: where collectives take their tensors from.
     """
 
@@ -45,10 +56,15 @@ class Meter:
         bytes_per_token: float | None,
         flops: float | None,
         peak_flops: float | None,
+        dealt_states: bool,
         device: torch.device,
     ) -> None:
         self._ledger = ledger(model)
         self._predicted = predict_traffic(model, micro_steps=micro_steps)
+        self._at_first = self._predicted
+        if dealt_states:
+            self._at_first = _without(self._predicted, [_NEW_SHARDS])
+        self._counted = self._of_optimizer = Traffic({})
         self._steps = steps
         self._tokens = tokens
         self._bytes_per_token = bytes_per_token
@@ -74,17 +90,21 @@ class Meter:
 
     def count(self) -> dict[str, float]:
         """What this rank sent in this step, in bytes, and whether it was what was predicted."""
-        counted = self._ledger.traffic()
+        self._counted = self._ledger.traffic()
+        counted = self._counted + self._of_optimizer
+        predicted = self._predicted if self._of_optimizer.counts else self._at_first
         flow = counted.flow
         return {
             "bytes between nodes": float(flow.inter_bytes),
             "bytes inside nodes": float(flow.intra_bytes),
-            "ranks as predicted": float(counted == self._predicted),
+            "ranks as predicted": float(counted == predicted),
         }
 
     def end(self, at: Progress, outcome: Outcome) -> StepRecord:
         """The step has ended; ``outcome.sums`` is what all ranks' ``count`` returned, summed."""
         seconds = self._watch.stop()
+        # Nothing else is sent in this way, so what is there now and was not is the optimizer's.
+        self._of_optimizer = _without(self._ledger.traffic(), self._counted.counts.keys())
         sums = outcome.sums
         world = dist.get_world_size()
         rate = self._tokens / seconds
@@ -126,3 +146,7 @@ class Meter:
     def _seconds(self, hop: int) -> Seconds:
         spent = self._ledger.seconds().items()
         return sum((seconds for key, seconds in spent if key.hop == hop), Seconds())
+
+
+def _without(traffic: Traffic, keys: Collection[Key]) -> Traffic:
+    return Traffic({key: count for key, count in traffic.counts.items() if key not in keys})

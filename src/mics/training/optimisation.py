@@ -5,24 +5,37 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from mics.errors import ConfigError
 from mics.sharding.clipping import clip_grad_norm_, get_total_norm
-from mics.training.config import OptimizerConfig
+from mics.sharding.owned import owned
+from mics.training.config import OptimizerConfig, TrainConfig
 from mics.training.schedules import learning_rate
 
 MEMORY = "adamw-fused"
 """What ``make_optimizer`` makes, as the memory model calls it."""
 
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+def make_optimizer(
+    model: nn.Module, config: OptimizerConfig, *, dealt_states: bool = False
+) -> torch.optim.AdamW:
     """AdamW over the trainable parameters of a sharded model.
 
     Weights with two or more dims decay, biases and norms do not. Fused, because every accelerator
     and the CPU have the fused form; its ``step`` count lives on the device.
+
+    Args:
+        model: sharded.
+        config: of the optimizer.
+        dealt_states: step what this replica owns alone, see ``mics.owned``; collective then.
     """
     trainable = [param for param in model.parameters() if param.requires_grad]
+    matrices = [param for param in trainable if param.ndim >= 2]
+    others = [param for param in trainable if param.ndim < 2]
+    if dealt_states:
+        matrices, others = owned(model, matrices), owned(model, others)
     groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
@@ -31,6 +44,29 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
         eps=config.eps,
         fused=True,
     )
+
+
+def check_dealt(config: TrainConfig) -> None:
+    """Refuse dealt states beside what cannot be with them.
+
+    Raises:
+        ConfigError: the memory of nodes keeps what every replica has, and fewer bits for hop 2 are
+            for an all-reduce.
+    """
+    if not config.parallel.dealt_states:
+        return
+    if config.checkpoint.memory:
+        raise ConfigError(
+            "Optimizer states that are dealt to the replicas are not kept in the memory of nodes: "
+            "a lost node's would be nowhere else.",
+            write="--checkpoint.no-memory, and --checkpoint.every for what may be lost",
+        )
+    if config.parallel.hop_two is not None:
+        raise ConfigError(
+            "Dealt optimizer states have a hop 2 of their own, in the dtype that is reduced in.",
+            numbers=f"parallel.hop_two is {config.parallel.hop_two}.",
+            write="parallel.dealt_states or parallel.hop_two",
+        )
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:

@@ -44,7 +44,7 @@ from mics.training.expectation import Choice, Expectation, forecast
 from mics.training.length import going_on, in_steps
 from mics.training.lora import anatomy_of, check_lora
 from mics.training.measuring import open_sets, sources_by_name
-from mics.training.optimisation import make_optimizer
+from mics.training.optimisation import check_dealt, make_optimizer
 from mics.training.progress import Progress
 from mics.training.rates import memory_bytes
 from mics.training.record import HELD_OUT
@@ -157,7 +157,9 @@ def set_up(asked: TrainConfig) -> Iterator[Run]:
             shape=shape,
             model=model.train(),
             parameters=parameters,
-            optimizer=make_optimizer(model, config.optimizer),
+            optimizer=make_optimizer(
+                model, config.optimizer, dealt_states=config.parallel.dealt_states
+            ),
             data=data,
             measured=measured,
             batch=batch,
@@ -195,6 +197,7 @@ def _check(config: TrainConfig) -> None:
     """Raises MicsError where options contradict each other, before anything is read."""
     check_trackers(config.log)
     check_lora(config)
+    check_dealt(config)
     sources_by_name(config)
 
 

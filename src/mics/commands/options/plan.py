@@ -77,6 +77,9 @@ class Config:
     error_feedback: bool = True
     """Keep what fp8 and int8 round away, in 4 bytes for each value."""
 
+    dealt_states: bool = False
+    """Deal optimizer states to the replicas: their memory is divided by the number of replicas."""
+
     prefetch: Annotated[int, Within(0, MOST_AHEAD)] = Recipe.prefetch
     """Blocks whose parameters are gathered ahead of the one that computes."""
 
