@@ -17,7 +17,19 @@ from models import full
 from ranks import errors_of_ranks, mesh_of_rank, run_ranks
 from test_optimizers import Counting, raised_by
 from test_other_meshes import _data, _sharded
-from test_whole_step import FULL, WIDTH, Mlp, backward, give_gradients, matrices, on_ep, on_tp
+from test_whole_step import (
+    APART,
+    FULL,
+    WIDTH,
+    Mlp,
+    backward,
+    give_gradients,
+    in_another_order,
+    matrices,
+    on_ep,
+    on_tp,
+    told,
+)
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
@@ -412,36 +424,6 @@ def test_what_cannot_be_dealt_is_refused_on_every_rank_untouched() -> None:
         assert "optimizer.step() was called before" in found["early"]
 
 
-def leave_out(model: nn.Module, optimizer: Any, here: bool) -> None:
-    if not here:
-        optimizer.step()
-
-
-def drop_a_gradient(model: nn.Module, optimizer: Any, here: bool) -> None:
-    if here:
-        matrices(model)[0].grad = None
-    optimizer.step()
-
-
-def choose_another_rate(model: nn.Module, optimizer: Any, here: bool) -> None:
-    optimizer.param_groups[0]["lr"] = 0.01 if here else 0.02
-    optimizer.step()
-
-
-def in_another_order(model: nn.Module, optimizer: Any, here: bool) -> None:
-    if here:
-        optimizer.param_groups[0]["params"].reverse()
-    optimizer.step()
-
-
-APART = {
-    leave_out: ["Ranks wait for each other in different places", "rank(s) 3 in the all-gather"],
-    drop_a_gradient: ["Ranks have stepped other optimizers", "rank(s) 3: the checksum"],
-    choose_another_rate: ["Ranks have stepped other optimizers", "rank(s) 3: the checksum"],
-    in_another_order: ["Ranks have stepped other optimizers", "rank(s) 3: the checksum"],
-}
-
-
 @pytest.mark.parametrize("wrong", APART, ids=lambda one: one.__name__)
 def test_a_rank_that_steps_otherwise_is_named_before_anything_is_sent(
     wrong: Callable[[nn.Module, Any, bool], None],
@@ -457,7 +439,7 @@ def test_a_rank_that_steps_otherwise_is_named_before_anything_is_sent(
             optimizer.zero_grad()
 
     for text in errors_of_ranks(run, WORLD, ranks_per_node=2):
-        assert all(words in text for words in APART[wrong])
+        assert all(words in text for words in told(APART[wrong], "mics.DealtStep"))
 
 
 # -- in the memory of nodes ------------------------------------------------------------------------

@@ -6,13 +6,15 @@ some of them unevenly, some along one dim by both.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from models import full
-from ranks import mesh_of_rank, run_ranks
+from ranks import errors_of_ranks, mesh_of_rank, run_ranks
 from test_expert_tensors import FULL, Experts
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -273,3 +275,148 @@ def test_a_closure_runs_once_before_whole_steps_and_ends_the_step() -> None:
         return all(torch.equal(one, other) for one, other in pairs)
 
     assert run_ranks(same, WORLD) == [True] * WORLD
+
+
+# -- ranks that step otherwise ---------------------------------------------------------------------
+
+
+def leave_out(model: nn.Module, optimizer: Any, here: bool) -> None:
+    if not here:
+        optimizer.step()
+
+
+def drop_a_gradient(model: nn.Module, optimizer: Any, here: bool) -> None:
+    if here:
+        matrices(model)[0].grad = None
+    optimizer.step()
+
+
+def choose_another_rate(model: nn.Module, optimizer: Any, here: bool) -> None:
+    optimizer.param_groups[0]["lr"] = 0.01 if here else 0.02
+    optimizer.step()
+
+
+def in_another_order(model: nn.Module, optimizer: Any, here: bool) -> None:
+    if here:
+        optimizer.param_groups[0]["params"].reverse()
+    optimizer.step()
+
+
+STEPS_APART = "Ranks disagree on what {} steps: rank(s) 3 differ from rank"
+APART = {
+    leave_out: ["Ranks wait for each other in different places", "rank(s) 3 in the all-gather"],
+    drop_a_gradient: [STEPS_APART, "up.weight (parameter 0 of unit 0): no gradient'"],
+    choose_another_rate: [STEPS_APART, "'lr': 0.01"],
+    in_another_order: [STEPS_APART, "Entry 0: rank", "of unit 1): weight of float32, gradient of"],
+}
+"""What a rank may do that the others do not, and what all of them are told then."""
+
+
+def told(words: list[str], whose: str) -> list[str]:
+    return [one.format(whose) for one in words]
+
+
+def run_apart(make: Any, gradients: Any, wrong: Any) -> str:
+    """What rank 3 does otherwise in the second of three steps; what is said before it changed."""
+    model = make()
+    optimizer = mics.WholeStep(model.parameters(), SGD, lr=0.02, momentum=0.5)
+    for step in range(3):
+        gradients(model, step)
+        here = (step, dist.get_rank()) == (1, 3)
+        before = [param.to_local().clone() for param in model.parameters()]  # type: ignore[attr-defined]
+        try:
+            wrong(model, optimizer, here)
+        except mics.MicsError:
+            after = [param.to_local() for param in model.parameters()]  # type: ignore[attr-defined]
+            assert all(map(torch.equal, before, after)), "something was changed"
+            raise
+        optimizer.zero_grad()
+    return "nothing was said"
+
+
+@pytest.mark.parametrize("wrong", APART, ids=lambda one: one.__name__)
+def test_a_rank_that_steps_otherwise_is_named_before_anything_is_gathered(
+    wrong: Callable[[nn.Module, Any, bool], None],
+) -> None:
+    args = (lambda: sharded(2)), backward, wrong
+    for text in errors_of_ranks(run_apart, WORLD, *args, ranks_per_node=2):
+        assert all(words in text for words in told(APART[wrong], "mics.WholeStep")), text
+
+
+BESIDE = {
+    "tensor parallel, p = 2": lambda: on_tp(1, 2),
+    "tensor parallel, two replicas": lambda: on_tp(2, 1),
+    "experts": on_ep,
+}
+
+
+@pytest.mark.parametrize("wrong", [drop_a_gradient, in_another_order], ids=lambda w: w.__name__)
+@pytest.mark.parametrize("name", BESIDE)
+def test_ranks_with_other_parts_beside_the_data_are_told_of_it_too(name: str, wrong: Any) -> None:
+    for text in errors_of_ranks(run_apart, WORLD, BESIDE[name], give_gradients, wrong):
+        assert "Ranks disagree on what mics.WholeStep steps: rank(s) 3 differ" in text, text
+
+
+def test_parameters_of_a_users_own_mesh_are_compared_where_they_are_split() -> None:
+    """Ranks 0 and 1 have nothing to do with 2 and 3; plain tensors are every rank's own."""
+
+    def run() -> str:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+        torch.manual_seed(0)
+        weights = [torch.randn(8, 4) for _ in range(2)]
+        split = [Replicate(), Shard(0)]
+        params = [nn.Parameter(distribute_tensor(one, mesh, split)) for one in weights]
+        plain = nn.Parameter(torch.ones(3))
+        optimizer = mics.WholeStep([plain, *params], SGD, lr=0.5)
+        for param in params:
+            param.grad = distribute_tensor(torch.ones(8, 4), mesh, split)
+        plain.grad = torch.ones(3) if dist.get_rank() else None
+        optimizer.step()
+        for param, weight in zip(params, weights, strict=True):
+            assert torch.equal(full(param), weight - 0.5)
+        assert torch.equal(plain, torch.full((3,), 0.5 if dist.get_rank() else 1.0))
+        if dist.get_rank() == 3:
+            params[0].grad = None
+        try:
+            optimizer.step()
+        except mics.MicsError as error:
+            return str(error)
+        return ""
+
+    first, second, *rest = run_ranks(run, WORLD)
+    assert first == second == ""
+    for text in rest:
+        assert "what mics.WholeStep steps: rank(s) 3 differ from rank 2." in text
+        assert "rank 3 has 'one of shape [8, 4]: no gradient'" in text
+
+
+def test_what_ranks_may_do_alike_is_not_refused() -> None:
+    """Frozen parameters, groups, schedules, a gradient that nobody has, two models, p = 1."""
+
+    def run() -> bool:
+        for partition in (1, 2):
+            models = [sharded(partition), sharded(partition)]
+            alone = [mlps(), mlps()]
+            both = []
+            for pair, make in ((models, mics.WholeStep), (alone, None)):
+                for model in pair:
+                    model[0].up.weight.requires_grad_(False)  # type: ignore[union-attr]
+                of_first = {"params": list(pair[0].parameters()), "lr": 0.2}
+                groups = [of_first, {"params": list(pair[1].parameters())}]
+                both.append(make(groups, SGD, lr=0.1) if make else SGD(groups, lr=0.1))
+            for step in range(3):
+                for model, other in zip(models, alone, strict=True):
+                    if step < 2 or model is models[0]:  # the second model rests in the end
+                        backward(model, step)
+                    for param, of_one in zip(model.parameters(), other.parameters(), strict=True):
+                        of_one.grad = None if param.grad is None else full(param.grad)
+                for optimizer in both:
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    optimizer.param_groups[0]["lr"] /= 2
+            for model, other in zip(models, alone, strict=True):
+                pairs = zip(model.parameters(), other.parameters(), strict=True)
+                assert all(torch.equal(full(one), of_one) for one, of_one in pairs)
+        return True
+
+    assert run_ranks(run, WORLD, ranks_per_node=2) == [True] * WORLD

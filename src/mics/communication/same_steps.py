@@ -44,6 +44,7 @@ from mics.communication.step_facts import (
 )
 from mics.communication.used import Used
 from mics.errors import MicroStepError
+from mics.ranks.agreement import check_agreement
 from mics.ranks.issuing import all_gather, all_reduce, make_group
 from mics.ranks.mesh import Groups, PerMesh
 from mics.ranks.whereabouts import counted, in_step, leave_step, out_of_step
@@ -181,19 +182,28 @@ class SameSteps:
         """Remember what an optimizer is about to step, which ranks compare with all the rest."""
         self._optimizers.digest = zlib.crc32(stepped.encode(), self._optimizers.digest) & 2**31 - 1
 
-    def meet_to_step(self, params: Sequence[nn.Parameter], used: Used) -> None:
+    def meet_to_step(
+        self, params: Sequence[nn.Parameter], used: Used, subject: str, stepped: Sequence[str]
+    ) -> None:
         """Compare what optimizers have done before one sends what it steps. Collective.
 
         Args:
             params: see ``Asker``.
             used: the first unit's.
+            subject: what ``stepped`` is, for messages.
+            stepped: what is about to be stepped, line by line.
 
         Raises:
-            MicroStepError: on every rank, when it differs; it names the ranks.
+            DisagreementError: on every rank, when that differs; it names the ranks and the line.
+            MicroStepError: on every rank, when what was done before differs; it names the ranks.
         """
         self.check()
+        self.note("\n".join(stepped))
         mine = self.at_the_end(params, used, collectives=self._collectives())
-        _Question(mine, self.group, self._ranks, (self._replica, self._replicas)).check()
+        question = _Question(mine, self.group, self._ranks, (self._replica, self._replicas))
+        if question.different() == ["optimizers"]:
+            check_agreement({subject: stepped}, [self.group], torch.device("cpu"))
+        question.check()
 
     def spelled_optimizers(self) -> str:
         """What optimizers of the mesh's models have done on this rank, to be compared in words."""
@@ -295,8 +305,7 @@ class _Question:
 
         Ranks that have changed nothing do not wait here, so they can not be asked who they are.
         """
-        self._work.wait()
-        if "trained" in self._different():
+        if "trained" in self.different():
             raise MicroStepError(
                 f"Rank {dist.get_rank()} trains other parameters since its last step, and not "
                 "every rank does.",
@@ -305,15 +314,15 @@ class _Question:
             )
 
     def check(self) -> None:
-        self._work.wait()
-        different = self._different()
+        different = self.different()
         if not different:
             return
         what = in_words(different[0])
         raise _disagreement(self._mine, self._group, self._ranks, self._replicas, what)
 
-    def _different(self) -> list[str]:
-        """Names of the facts that are not the same on all ranks that have to agree."""
+    def different(self) -> list[str]:
+        """Names of the facts that are not the same on all ranks that have to agree; it waits."""
+        self._work.wait()
         largest, minus_least = self._largest.view(2, -1).tolist()
         names = [*NAMES, *NAMES[-1:] * (self._replicas - 1)]
         pairs = zip(names, largest, minus_least, strict=True)

@@ -13,7 +13,7 @@ that is loaded is in that form too. So checkpoints are the same ones, at any p a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +23,6 @@ from torch.distributed.tensor import DTensor
 from mics import compat
 from mics.communication.apart import Message
 from mics.communication.owners import Form, Owner, Parcel, Routes, form_of
-from mics.communication.same_steps import same_steps_of
 from mics.communication.whole import as_part
 from mics.errors import CheckpointError, ConfigError, ShardError
 from mics.quantities import dtype_name, first_of
@@ -31,7 +30,8 @@ from mics.ranks.agreement import gather_text
 from mics.ranks.whereabouts import during
 from mics.sharding.belonging import units_by_param
 from mics.sharding.one_owner import Dealt, deal_owners
-from mics.sharding.steppers import Steppers, as_given, is_alike, spelled_options
+from mics.sharding.same_matrices import check_same_matrices
+from mics.sharding.steppers import Steppers, as_given, is_alike
 from mics.sharding.units import Unit
 
 
@@ -58,6 +58,8 @@ class DealtStep(torch.optim.Optimizer):
             parameter is changed: it keeps something for all parameters of a group.
         ShardError: in a step, before a parameter is changed: one is not sharded by mics, or spread
             over tensor or expert parallelism too.
+        DisagreementError: in a step, on every rank of a mesh, before anything is sent: ranks have
+            other parameters or gradients, another order of them, or other options.
     """
 
     def __init__(
@@ -84,8 +86,9 @@ class DealtStep(torch.optim.Optimizer):
         dealt = self._dealt(units)
         ready = {param: self._sent(param, units) for param in groups if param.grad is not None}
         self._try_out()
-        for one in dealt:
-            self._meet(one, ready)
+        sent = {p: {one.key.strip(): one.tensor for one in all_of} for p, all_of in ready.items()}
+        in_order = [param for one in dealt for param in one.owners]
+        check_same_matrices("mics.DealtStep", self, in_order, sent)
         for one in dealt:
             for pack in one.packs(ready):
                 routes = Routes(one.groups, units[id(pack[0])].ledger)
@@ -199,23 +202,6 @@ class DealtStep(torch.optim.Optimizer):
         }
         tensors = [(_WEIGHT, values), (_GRADIENT, gradient), *state.items()]
         return [_Sent(key, one, _form(one, units.get(id(param)))) for key, one in tensors]
-
-    def _meet(self, dealt: Dealt, ready: Collection[nn.Parameter]) -> None:
-        """Refuse to send what other ranks do not: other parameters, gradients, order or options."""
-        by_param = units_by_param()
-        units = list(dict.fromkeys(by_param[id(param)] for param in dealt.owners))
-        named = {
-            id(param): f"{unit.name} {name}"
-            for unit in units
-            for param, name in zip(unit.used.params, unit.used.names, strict=True)
-        }
-        told = [f"{named[id(param)]} {param in ready}" for param in dealt.owners]
-        tree = [unit for unit in units[0].tree() if unit.groups.shard is dealt.groups.shard]
-        tree = tree or units  # before a forward has told who the root is
-        params = [param for unit in tree for param in unit.used.params]
-        questions = same_steps_of(dealt.groups)
-        questions.note(", ".join([*told, spelled_options(self)]))
-        questions.meet_to_step(params, tree[0].used)
 
     def _try_out(self) -> None:
         """Let every rank see what the rule does to the options of groups that are new."""

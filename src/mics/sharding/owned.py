@@ -230,7 +230,7 @@ def _see(optimizer: torch.optim.Optimizer, _: set[int]) -> None:
     for partition, groups in meshes.items():
         owned_here = [p for one in shares if one.partition is partition for p in one.params]
         stepped = [param.grad is not None for param in owned_here]
-        same_steps_of(groups).note(f"{spelled_options(optimizer)} {stepped}")
+        same_steps_of(groups).note(f"{spelled_options(optimizer.param_groups)} {stepped}")
     if optimizer not in _seen:
         _seen.add(optimizer)
         optimizer.register_step_post_hook(_gather)

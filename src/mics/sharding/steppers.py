@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -170,17 +170,17 @@ def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in group.items() if name not in _NAMES}
 
 
-def spelled_options(optimizer: torch.optim.Optimizer) -> str:
-    """The options of all groups that are numbers or words, which ranks have in common."""
+def spelled_options(groups: Iterable[Mapping[str, Any]]) -> str:
+    """The options of groups that are numbers or words, which ranks have in common."""
     plain = (bool, int, float, str, type(None))
-    groups = [
+    listed = [
         {name: tuple(v) if isinstance(v, list) else v for name, v in options_of(group).items()}
-        for group in optimizer.param_groups
+        for group in groups
     ]
     return repr(
         [
             {n: v for n, v in group.items() if all(isinstance(one, plain) for one in _parts(v))}
-            for group in groups
+            for group in listed
         ]
     )
 

@@ -10,7 +10,8 @@ of its shape, each of them steps the whole matrix, and keeps its own shard. Thos
 partition group, and with tensor or expert parallelism the ranks of these axes too. So there is one
 whole matrix in memory at any time, state is sharded as the parameter is, and a checkpoint loads at
 any partition size. State of another shape, as Adafactor's rows and columns, stays whole on every
-rank; all ranks work out the same. Nothing is sent between replicas.
+rank; all ranks work out the same. Replicas send each other nothing but the small message that
+compares what they step ([Note: who compares with whom] in ``same_matrices.py``).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from mics.communication.apart import Message
 from mics.communication.ledger import Ledger
 from mics.communication.whole import check_splits, messages_for, part_of, whole_of
 from mics.sharding.belonging import units_by_param
+from mics.sharding.same_matrices import check_same_matrices
 from mics.sharding.steppers import Steppers, as_given, is_alike
 
 
@@ -36,6 +38,12 @@ class WholeStep(torch.optim.Optimizer):
     ``torch.optim.Adafactor(model.parameters(), lr=0.01)`` is for one process, groups, schedulers
     and checkpoints included. A step gathers every matrix over the ranks that hold its shards, in
     hop 0 of ``ledger``; ``predict_traffic`` has it when given the optimizer.
+
+    Before that ranks compare which parameters they step, in which order, which of them have a
+    gradient, the dtypes of what is gathered, and options that are numbers or words: all ranks of a
+    mesh that mics has sharded parameters over, and ranks that have other parts of a parameter, on
+    whatever mesh. Each compares its own parameters. Plain tensors are not compared, nor are copies
+    on meshes that mics does not know, nor values.
 
     Args:
         params: parameters or groups of them, sharded or whole.
@@ -49,6 +57,9 @@ class WholeStep(torch.optim.Optimizer):
             parameter is changed: it keeps something for all parameters of a group.
         ShardError: in a step, before a parameter is changed: a weight or gradient cannot be
             gathered.
+        DisagreementError: in a step, on every rank that compares, before anything is sent: ranks
+            have other parameters or gradients, another order of them, or other options.
+        MicroStepError: in a step, likewise: ranks have stepped something else before.
     """
 
     def __init__(
@@ -63,15 +74,18 @@ class WholeStep(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Step every parameter that has a gradient; collective over partition groups."""
+        """Step every parameter that has a gradient; collective over all ranks that compare."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         ledgers = {key: unit.ledger for key, unit in units_by_param().items()}
-        for param in self._with_gradients():
-            check_splits(self._steppers.values(param))
-            check_splits(param.grad)  # type: ignore[arg-type]
+        sent = {param: self._sent(param) for param in self._with_gradients()}
+        for tensors in sent.values():
+            for tensor in tensors.values():
+                check_splits(tensor)
+        in_order = [param for group in self.param_groups for param in group["params"]]
+        check_same_matrices("mics.WholeStep", self, in_order, sent)
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is not None:
@@ -83,6 +97,16 @@ class WholeStep(torch.optim.Optimizer):
         state = [one for one in self.state.get(param, {}).values() if isinstance(one, DTensor)]
         gradient = param if param.grad is None else param.grad
         return [sent for one in (param, gradient, *state) for sent in messages_for(one)]
+
+    def _sent(self, param: nn.Parameter) -> dict[str, torch.Tensor]:
+        """What a step gathers of a parameter, in order: weight, gradient, and state of its shape.
+
+        Raises:
+            ShardError: its values are not one tensor.
+        """
+        assert param.grad is not None
+        state = {key: v for key, v in self.state.get(param, {}).items() if isinstance(v, DTensor)}
+        return {"weight": self._steppers.values(param), "gradient": param.grad, **state}
 
     def _with_gradients(self) -> list[nn.Parameter]:
         return [p for group in self.param_groups for p in group["params"] if p.grad is not None]
