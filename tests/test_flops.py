@@ -140,7 +140,6 @@ def _both(folder: Path, name: str) -> tuple[float | None, float]:
                 bytes_per_token=None,
                 flops=run.flops,
                 peak_flops=find_gpu("A100-40GB").peak,
-                dealt_states=False,
                 device=run.device,
             )
         meter.begin()

@@ -122,7 +122,6 @@ def _meter(run: Run) -> Meter:
         bytes_per_token=None if run.masked else run.data.train.bytes_per_token,
         flops=run.flops,
         peak_flops=peak_flops(run.device, run.config.parallel.dtype),
-        dealt_states=run.config.parallel.dealt_states,
         device=run.device,
     )
 

@@ -13,6 +13,7 @@ from mics.communication.ledger import Seconds
 from mics.communication.wire import bytes_sent
 from mics.ranks.issuing import all_reduce
 from mics.sharding.prediction import ledger, predict_full_sharding, predict_traffic
+from mics.sharding.units import units_of
 from mics.traffic import Key, Traffic
 from mics.training.progress import Progress
 from mics.training.rates import Stopwatch, memory_bytes
@@ -42,7 +43,6 @@ class Meter:
         flops: FLOPs of the model per rank and step (``anatomy.flops``); ``None`` shows no MFU.
         peak_flops: FLOPs per second of one device, in the dtype that is computed in; ``None``
             shows no MFU.
-        dealt_states: see [Note: what an optimizer's step sends].
         device: where collectives take their tensors from.
     """
 
@@ -56,13 +56,12 @@ class Meter:
         bytes_per_token: float | None,
         flops: float | None,
         peak_flops: float | None,
-        dealt_states: bool,
         device: torch.device,
     ) -> None:
         self._ledger = ledger(model)
         self._predicted = predict_traffic(model, micro_steps=micro_steps)
         self._at_first = self._predicted
-        if dealt_states:
+        if any(unit.share is not None for unit in units_of(model)):
             self._at_first = _without(self._predicted, [_NEW_SHARDS])
         self._counted = self._of_optimizer = Traffic({})
         self._steps = steps
