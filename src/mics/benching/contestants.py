@@ -85,6 +85,7 @@ class Contestant:
             total += loss.detach()
         if self._engine.optimizes:
             self._optimizer.step()
+            self._engine.land(self.model)
         self._optimizer.zero_grad()
         self._step += 1
         dist.all_reduce(total)
@@ -179,12 +180,15 @@ class _InProcess:
         micro_steps: runs the micro-steps of a step.
         optimizes: whether a step ends with the optimizer's.
         stepped: what of the model the optimizer steps.
+        land: waits for what an optimizer's step has begun to send, which would else travel in the
+            next engine's step.
     """
 
     parallel: Callable[[Training, Layout], Any]
     micro_steps: Callable[[Any, list[Any]], MicroSteps]
     optimizes: bool = True
     stepped: Callable[[Any], Iterable[nn.Parameter]] = nn.Module.parameters
+    land: Callable[[Any], object] = lambda model: None
 
 
 _ENGINES: dict[Name, _InProcess] = {
@@ -197,7 +201,7 @@ _ENGINES: dict[Name, _InProcess] = {
     "mics fp8": _InProcess(partial(_mics, hop_two="fp8"), _of_mics),
     "mics int8": _InProcess(partial(_mics, hop_two="int8"), _of_mics),
     # Optimizer states once in all replicas.
-    "mics owned": _InProcess(_mics, _of_mics, stepped=owned),
+    "mics owned": _InProcess(_mics, _of_mics, stepped=owned, land=nn.Module.state_dict),
     "fsdp2": _InProcess(_fsdp2, _of_a_loop),
     "hsdp every micro-step": _InProcess(_hsdp, _of_a_loop),
     "hsdp deferred": _InProcess(_hsdp, _with_the_all_reduce_last),

@@ -55,5 +55,5 @@ def plot_comparison(
         axes.set_xlabel("seconds per step")
         axes.spines["right"].set_visible(False)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, loc="lower right")
+            figure.legend(frameon=False, loc="outside lower right", ncols=2)
         figure.savefig(picture)

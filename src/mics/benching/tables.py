@@ -66,4 +66,8 @@ def notes_on(engines: Sequence[Name], *, scaled: bool) -> list[str]:
         notes.append("DeepSpeed: its sizes in parameters are scaled as the model is")
     if "deepspeed mics" in engines:
         notes.append(f"deepspeed mics: {WORK_AROUND}")
+    if "mics owned" in engines:
+        notes.append(
+            "mics owned: waits here for new shards, which in training come beside the next forward"
+        )
     return notes
