@@ -39,6 +39,9 @@ class Third:
         self.calls[lane] += 1
         return Gloo().beside(lambda issue: program(with_handle), device, lane)
 
+    def gather(self, output: torch.Tensor, input: torch.Tensor, group: dist.ProcessGroup) -> None:
+        Gloo().gather(output, input, group)
+
     def reduce(
         self,
         pieces: Sequence[Piece],
