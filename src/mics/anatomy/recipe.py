@@ -96,8 +96,8 @@ class Recipe:
         check_whole(self, 1, "partition", "micro_batch", "micro_steps", "sequence")
         check_whole(self, 1, "compute_bytes", "reduce_bytes", "master_bytes")
         check_whole(self, 0, "prefetch")
-        check_one_of(self, (False, True), "checkpointing", "pipelined", "offload", "error_feedback")
-        check_one_of(self, (False, True), "dealt_states")
+        check_one_of(self, (False, True), "checkpointing", "pipelined", "offload")
+        check_one_of(self, (False, True), "error_feedback", "dealt_states")
         if self.hop_two is not None:
             check_one_of(self, ("fp32", "bf16", "fp8", "int8"), "hop_two")
         check_one_of(self, ("auto", "flat", "hierarchical"), "form")

@@ -22,6 +22,7 @@ from mics.communication.fewer_bits import Asked, HopTwoBits, averaging_in
 from mics.communication.ledger import Ledger
 from mics.communication.timing import time_in_turn
 from mics.quantities import dtype_name, size
+from mics.ranks.agreement import first_word
 from mics.ranks.console import say
 from mics.ranks.mesh import Groups, PerMesh
 
@@ -70,10 +71,10 @@ def _measure(name: str, exact: Asked, coded: Asked, group: Any, groups: Groups) 
     seconds = {way: statistics.median(times[way]) for way in ways}
     faster = _CODE if seconds[_CODE] < seconds[_EXACT] * (1 - _MARGIN) else _EXACT
     key = f"mics hop 2 in bits, {name}, {groups.gpus_per_node} per node"
-    word = bytes(compat.job_store().compare_set(key, "", faster)).decode()
-    nbytes = size(_message(ways[_EXACT], group, groups).nbytes, "g", least="KiB", most="MiB")
+    word = first_word(key, faster)
+    message = size(ways[_EXACT].sent().exact, "g", least="KiB", most="MiB")
     say(
-        f"hop 2 of {nbytes} over {groups.num_replicas} replicas: {word} "
+        f"hop 2 of {message} over {groups.num_replicas} replicas: {word} "
         f"(exact {seconds[_EXACT] * 1e3:.2f} ms, {_CODE} {seconds[_CODE] * 1e3:.2f} ms)"
     )
     return word

@@ -24,14 +24,13 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 import torch
 import torch.distributed as dist
 
-from mics import compat
 from mics.communication.collectives import Decide
 from mics.communication.timing import time_in_turn
 from mics.communication.two_stages import hierarchical_all_gather, hierarchical_reduce_scatter
 from mics.errors import ShardError
 from mics.quantities import dtype_name, size
 from mics.ranks import issuing
-from mics.ranks.agreement import gather_text
+from mics.ranks.agreement import first_word, gather_text
 from mics.ranks.console import say
 from mics.ranks.device import HOST, device_name, on_accelerator
 from mics.ranks.files import read_small, write_whole
@@ -134,8 +133,7 @@ def _faster(flat: float, hierarchical: float) -> Form:
 def _first_word(groups: Groups, choice: Choice, mine: Form) -> Form:
     """What the first mesh of the job to choose has chosen. See [Note: alike beside each other]."""
     name = f"mics form of {_key(choice)} on {_cluster(groups)}"
-    word = compat.job_store().compare_set(name, "", mine)
-    return cast(Form, bytes(word).decode())
+    return cast(Form, first_word(name, mine))
 
 
 def profile_path() -> Path:

@@ -43,8 +43,7 @@ class Signpost(torch.Tensor):
             MicroStepError: it was read or written.
         """
         if _is_about(func):
-            with compat.as_plain_tensors():
-                return func(*args, **(kwargs or {}))
+            return _as_plain(func, args, kwargs)
         raise MicroStepError(
             "A gradient of the model was read or written behind the last backward of a step; "
             "mics.owned has dealt its optimizer, and gradients are with what each rank owns.",
@@ -65,8 +64,7 @@ class Lent(torch.Tensor):
             MicroStepError: it was read or written.
         """
         if _is_about(func):
-            with compat.as_plain_tensors():
-                return func(*args, **(kwargs or {}))
+            return _as_plain(func, args, kwargs)
         raise MicroStepError(
             "A gradient of what mics.owned returned was read or written before the end of a "
             "step; until then all is accumulated with the parameters of the model.",
@@ -84,6 +82,12 @@ def _getter(func: Any) -> str:
 def _is_about(func: Any) -> bool:
     """Whether it asks for something else than values."""
     return _getter(func) in _ABOUT
+
+
+def _as_plain(func: Any, args: Any, kwargs: Any) -> Any:
+    """What it gives for plain tensors."""
+    with compat.as_plain_tensors():
+        return func(*args, **(kwargs or {}))
 
 
 def _spelled(func: Any) -> str:
@@ -108,8 +112,7 @@ class OwnedGradient(torch.Tensor):
                 write="mics.clip_grad_norm_ or mics.get_total_norm, of all parameters or gradients "
                 "on every rank",
             )
-        with compat.as_plain_tensors():
-            return func(*args, **(kwargs or {}))
+        return _as_plain(func, args, kwargs)
 
 
 class Signs:

@@ -88,7 +88,7 @@ class DealtStep(torch.optim.Optimizer):
         self._try_out()
         sent = {p: {one.key.strip(): one.tensor for one in all_of} for p, all_of in ready.items()}
         in_order = [param for one in dealt for param in one.owners]
-        check_same_matrices("mics.DealtStep", self, in_order, sent)
+        check_same_matrices("mics.DealtStep", self, in_order, sent, units)
         for one in dealt:
             for pack in one.packs(ready):
                 routes = Routes(one.groups, units[id(pack[0])].ledger)

@@ -25,7 +25,6 @@ from mics.quantities import dtype_name
 from mics.ranks.agreement import check_agreement
 from mics.ranks.issuing import host_group
 from mics.ranks.mesh import axes_beside
-from mics.sharding.belonging import units_by_param
 from mics.sharding.steppers import spelled_options
 from mics.sharding.units import Unit
 from mics.topology import Ranks
@@ -35,7 +34,11 @@ Sent = Mapping[nn.Parameter, Mapping[str, torch.Tensor]]
 
 
 def check_same_matrices(
-    whose: str, optimizer: torch.optim.Optimizer, params: Sequence[nn.Parameter], sent: Sent
+    whose: str,
+    optimizer: torch.optim.Optimizer,
+    params: Sequence[nn.Parameter],
+    sent: Sent,
+    by_param: Mapping[int, Unit],
 ) -> None:
     """Refuse to step what other ranks do not: other parameters, gradients, order or options.
 
@@ -46,13 +49,13 @@ def check_same_matrices(
         optimizer: what is about to step.
         params: all of its, in the order in which they are stepped.
         sent: by those that have a gradient.
+        by_param: see ``units_by_param``.
 
     Raises:
         DisagreementError: on every rank; it names the ranks and the first difference.
         MicroStepError: on every rank: they have stepped something else before.
     """
     subject = f"what {whose} steps"
-    by_param = units_by_param()
     refused: DisagreementError | MicroStepError | None = None
     for units in _meshes(params, by_param):
         groups, set_of_units = units[0].groups, set(units)

@@ -79,17 +79,18 @@ class WholeStep(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        ledgers = {key: unit.ledger for key, unit in units_by_param().items()}
+        units = units_by_param()
         sent = {param: self._sent(param) for param in self._with_gradients()}
         for tensors in sent.values():
             for tensor in tensors.values():
                 check_splits(tensor)
         in_order = [param for group in self.param_groups for param in group["params"]]
-        check_same_matrices("mics.WholeStep", self, in_order, sent)
+        check_same_matrices("mics.WholeStep", self, in_order, sent, units)
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is not None:
-                    self._step(param, group, ledgers.get(id(param)))
+                    unit = units.get(id(param))
+                    self._step(param, group, None if unit is None else unit.ledger)
         return loss
 
     def messages_for(self, param: torch.Tensor) -> list[Message]:
