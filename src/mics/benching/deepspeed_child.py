@@ -125,7 +125,7 @@ def _engine(order: Order, work: Any, settings: dict[str, Any]) -> Any:
     if order.name == "deepspeed mics":
         deepspeed.comm.all_gather_coalesced = _all_gather_one_by_one
     model = work.model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     return engine
 
