@@ -25,6 +25,7 @@ from mics.errors import MicsError
 
 RESULTS = Path(__file__).parent / "results"
 DEEPSPEED = ("mics", *RELEASES)
+OWNED = ("mics", "mics owned")
 BITS = ("mics", *MODES, "hsdp deferred", "computation")
 
 
@@ -52,6 +53,7 @@ MEASUREMENTS = {
     "inside": Measurement(4, 2, "200mbit", INSIDE),
     "inside_deepspeed": Measurement(4, 2, "200mbit", INSIDE, DEEPSPEED),
     "inside_bits": Measurement(4, 2, "200mbit", INSIDE, BITS),
+    "inside_owned": Measurement(4, 2, "200mbit", (*INSIDE, "--in-a-row", "4"), OWNED),
     "inside_rows4": Measurement(4, 2, "200mbit", (*INSIDE, "--workload.rows", "4")),
     "bert": Measurement(4, 2, "200mbit", BERT),
     "bert_deepspeed": Measurement(4, 2, "200mbit", BERT, DEEPSPEED),

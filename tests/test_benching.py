@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from ranks import errors_of_ranks, run_ranks
 
 from mics.__main__ import main
+from mics.benching import side_by_side
 from mics.benching.collectives import keep_choices, measure_collectives
 from mics.benching.contestants import Contestant, Layout
 from mics.benching.deepspeed_child import Order, configuration
@@ -48,6 +50,40 @@ def test_all_engines_have_the_same_losses(kind: str) -> None:
         assert [one.engine for one in found] == [*OWN_ENGINES, *MODES]
         assert agree(found)
         assert len({*found[0].losses}) == 3  # it trains
+
+
+class _Counting:
+    """An engine that keeps what it was called for."""
+
+    name = "counting"
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def step(self) -> float:
+        self.calls.append("step")
+        return float(len(self.calls))
+
+    def land(self) -> None:
+        self.calls.append("land")
+
+
+def _turns() -> tuple[Compared, list[str]]:
+    def timed(turn: Callable[[], object], _: torch.device) -> float:
+        turn()
+        return 0.6
+
+    side_by_side.slowest_seconds = timed  # of this process, which is a rank
+    engine = _Counting()
+    (found,) = compare([engine], 2, 3, told=lambda *_: None)
+    return found, engine.calls
+
+
+def test_an_engine_lands_once_in_a_turn_and_times_are_a_steps() -> None:
+    for found, calls in run_ranks(_turns, 2):
+        assert calls == ["step", "step", "step", "land"] * 3
+        assert found.losses == [1.0, 2.0, 3.0, 5.0, 6.0, 7.0, 9.0, 10.0, 11.0]
+        assert found.seconds.low == found.seconds.high == pytest.approx(0.2)
 
 
 def _one(engine: str, losses: list[float], seconds: float = 1.0, sent: int | None = 10) -> Compared:

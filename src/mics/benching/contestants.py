@@ -88,11 +88,14 @@ class Contestant:
             total += loss.detach()
         if self._engine.optimizes:
             self._optimizer.step()
-            self._engine.land(self.model)
         self._optimizer.zero_grad()
         self._step += 1
         dist.all_reduce(total)
         return float(total) / len(batches) / dist.get_world_size()
+
+    def land(self) -> None:
+        """See ``side_by_side.Stepping``."""
+        self._engine.land(self.model)
 
 
 # -- how a model is made parallel ------------------------------------------------------------------
@@ -183,8 +186,7 @@ class _InProcess:
         micro_steps: runs the micro-steps of a step.
         optimizes: whether a step ends with the optimizer's.
         stepped: what of the model the optimizer steps.
-        land: waits for what an optimizer's step has begun to send, which would else travel in the
-            next engine's step.
+        land: waits for what an optimizer's step has begun to send.
     """
 
     parallel: Callable[[Training, Layout], Any]

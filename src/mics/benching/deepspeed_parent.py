@@ -78,6 +78,9 @@ class DeepSpeed:
         """One optimizer step; returns the mean loss of all ranks and micro-steps."""
         return float(self._ask({"step": True})["loss"])
 
+    def land(self) -> None:
+        """Its step is complete when it returns."""
+
     def _ask(self, question: dict[str, object]) -> dict[str, float]:
         process = self._process
         assert process.stdin is not None and process.stdout is not None

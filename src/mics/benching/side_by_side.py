@@ -25,6 +25,9 @@ class Stepping(Protocol):
     def step(self) -> float:
         """One optimizer step of this rank; returns the mean loss of all ranks and micro-steps."""
 
+    def land(self) -> None:
+        """Wait for what its last step has begun to send, which would travel in another's step."""
+
 
 @dataclass(frozen=True)
 class Compared:
@@ -57,7 +60,11 @@ def computation_of(compared: Sequence[Compared]) -> float | None:
 
 
 def compare(
-    engines: Sequence[Stepping], steps: int, *, told: Callable[[int, str, float], None]
+    engines: Sequence[Stepping],
+    steps: int,
+    in_a_row: int = 1,
+    *,
+    told: Callable[[int, str, float], None],
 ) -> list[Compared]:
     """Time the steps of several engines. Collective.
 
@@ -67,7 +74,8 @@ def compare(
     Args:
         engines: the first one is what the others are compared with.
         steps: rounds that count.
-        told: called after every step, on every rank: round, engine, seconds.
+        in_a_row: steps of an engine's turn; times and bytes are a step's.
+        told: called after every turn, on every rank: round, engine, seconds of a step.
     """
     seconds: dict[str, list[float]] = {engine.name: [] for engine in engines}
     sent: dict[str, list[int | None]] = {engine.name: [] for engine in engines}
@@ -75,9 +83,9 @@ def compare(
     for number in range(steps + 1):
         turn = number % len(engines)
         for engine in [*engines[turn:], *engines[:turn]]:
-            spent, loss, counted = _step_of(engine)
+            spent, of_turn, counted = _turn_of(engine, in_a_row)
             told(number, engine.name, spent)
-            losses[engine.name].append(loss)
+            losses[engine.name] += of_turn
             if number:
                 seconds[engine.name].append(spent)
                 sent[engine.name].append(counted)
@@ -108,12 +116,18 @@ def agree(compared: Sequence[Compared], relative: float = 1e-4) -> bool:
     )
 
 
-def _step_of(engine: Stepping) -> tuple[float, float, int | None]:
-    """One step: the slowest rank's seconds, the loss, and the bytes that a node has sent."""
-    found: list[tuple[int | None, float]] = []
-    spent = slowest_seconds(lambda: found.append((bytes_sent(), engine.step())), torch.device(HOST))
-    ((before, loss),) = found
-    return spent, loss, _per_node(before)
+def _turn_of(engine: Stepping, in_a_row: int) -> tuple[float, list[float], int | None]:
+    """One turn: the slowest rank's seconds a step, losses, and the bytes a node has sent a step."""
+    found: list[tuple[int | None, list[float]]] = []
+
+    def turn() -> None:
+        found.append((bytes_sent(), [engine.step() for _ in range(in_a_row)]))
+        engine.land()
+
+    spent = slowest_seconds(turn, torch.device(HOST))
+    ((before, losses),) = found
+    sent = _per_node(before)
+    return spent / in_a_row, losses, None if sent is None else round(sent / in_a_row)
 
 
 def _per_node(before: int | None) -> int | None:

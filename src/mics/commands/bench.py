@@ -110,6 +110,7 @@ def _compare(
     compared = compare(
         engines,
         config.steps,
+        config.in_a_row,
         told=lambda number, name, spent: progress(f"round {number}  {name:<24}{spent:.2f} s"),
     )
     same = agree(compared)
@@ -121,7 +122,8 @@ def _compare(
     show(f"losses of all engines agree: {'yes' if same else 'NO'}")
     facts = place.facts(config.partition)
     facts |= {name: asdict(value) for name, value in what.items()}
-    facts |= {"steps": config.steps, "losses agree": same, "notes": notes}
+    facts |= {"steps": config.steps, "in a row": config.in_a_row}
+    facts |= {"losses agree": same, "notes": notes}
     write_results(config.out, facts | {"engines": [asdict(one) for one in compared]})
     _draw(config.out, compared, f"{title}\n{where}", link_bits)
     return 0 if same else 1

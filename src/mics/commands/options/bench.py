@@ -60,7 +60,11 @@ class Comparison:
     bench-environments`."""
 
     steps: Annotated[int, Within(1, 1_000_000)] = 5
-    """Steps of each that count; one more warms up."""
+    """Turns of each that count, of a step; one more warms up."""
+
+    in_a_row: Annotated[int, Within(1, 1_000)] = 1
+    """Steps that an engine takes in one turn, each a part of what is timed: what one step leaves
+    for the next to wait for then travels beside it."""
 
     collectives: Literal["auto", "flat", "hierarchical"] = "auto"
     """How mics gathers and reduces: as measured, or in this form."""
