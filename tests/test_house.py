@@ -38,6 +38,7 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
         "anatomy/attention.py:_attend": "torch's arguments of attention, which it stands in for",
         "sharding/fully_shard.py:fully_shard": "public: FSDP2's own arguments and three",
         "sharding/shard.py:shard": "public: what a user may choose, each by its name",
+        "traffic.py:mics": "public: the schedule, and the form of each of its collectives",
     },
     "host or accelerator": {},
     "inheritance": {

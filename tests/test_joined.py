@@ -44,7 +44,8 @@ def test_units_of_another_kind_or_of_none_are_not_joined() -> None:
 
 def _deep(partition: int, **model: object) -> nn.Module:
     torch.manual_seed(0)
-    return quiet(lambda: mics.shard(Stack(**DEEP, **model), mesh=mesh_of_rank(partition, 2)))
+    mesh = mesh_of_rank(partition, 2)
+    return quiet(lambda: mics.shard(Stack(**DEEP, **model), mesh=mesh, collectives="flat"))
 
 
 def _calls(partitions: list[int]) -> list[tuple[int, int]]:

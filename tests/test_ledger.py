@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
@@ -87,12 +88,17 @@ def test_ledger_equals_traffic_on_the_whole_grid(gpus_per_node: int) -> None:
     for rank, counted in enumerate(run_ranks(_count_grid, 8, runs)):
         for run, seen in zip(runs, counted, strict=True):
             form: Any = run.collectives
+            blocks = blocks_by_hand(run.partition, 2)
+            if form == "hierarchical" and nodes > 1:
+                rows = ITEM * max(1, gpus_per_node // run.partition)  # one for each of a node
+                blocks = [replace(b, sync_bytes=-(-b.sync_bytes // rows) * rows) for b in blocks]
             predicted = traffic.mics(
                 mics.Topology(nodes, gpus_per_node, run.partition),
-                blocks_by_hand(run.partition, 2),
+                blocks,
                 run.micro_steps,
                 all_gather=form,
                 reduce_scatter=form,
+                all_reduce=form,
                 gloo=run.partition > gpus_per_node,  # inside a node it is an exchange
                 rank=rank,
             )

@@ -13,6 +13,8 @@ all-reduce                 2 M (n - 1) / n         2 M (n - 1) / n
 all-gather, hierarchical   inter (M/k)(N - 1)/N    M (N - 1) / N  =  M (n - k) / n
                            intra M (k - 1)/k
 reduce-scatter, hier.      the mirror              the mirror
+all-reduce, hier.          inter 2(M/m)(N - 1)/N   2 M (N - 1) / N
+                           intra 2 M (m - 1)/m     (m ranks of the group on a node)
 reduce-scatter, flat, on   2 M (n - 1) / n         2 M (n - 1) / n  (an all-reduce of which all
 Gloo                                               but one row is thrown away)
 all-to-all                 M (n - 1) / n           k M (n - k) / n
@@ -20,22 +22,21 @@ all-to-all                 M (n - 1) / n           k M (n - k) / n
 
 Sources: the hierarchical volume is MiCS section 3.3 (``(p - k) M / p`` against ``(p - 1) M / p``),
 the two-hop schedule section 3.4, the ring terms the bandwidth-optimal ring of Patarasuk and Yuan,
-Gloo's reduce-scatter torch's ``ProcessGroupGloo.cpp`` and the counters of a network interface
-(``benchmarks/results/lab_bytes.json``).
-Bytes are exact rationals, so a prediction and a count can be compared with ``==``.
+Gloo's reduce-scatter torch's ``ProcessGroupGloo.cpp`` and an interface's counters
+(``benchmarks/results/lab_bytes.json``). Bytes are exact rationals, so a prediction and a count can
+be compared with ``==``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Literal, NamedTuple, TypeAlias
 
 from mics.topology import Ranks, Topology, has_two_stages, nodes_of
 
 Collective = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all"]
-_IN_BLOCKS: tuple[Collective, ...] = ("all_to_all", "all_gather")
 Stage = Literal["flat", "inter", "intra"]
 Form = Literal["flat", "hierarchical"]
 
@@ -86,11 +87,8 @@ class Count:
     flow: Flow = field(default_factory=Flow)
 
     def __add__(self, other: Count) -> Count:
-        return Count(
-            self.calls + other.calls,
-            self.message_bytes + other.message_bytes,
-            self.flow + other.flow,
-        )
+        message_bytes = self.message_bytes + other.message_bytes
+        return Count(self.calls + other.calls, message_bytes, self.flow + other.flow)
 
 
 @dataclass(frozen=True)
@@ -110,10 +108,8 @@ class Traffic:
         return "\n".join(lines)
 
     def __add__(self, other: Traffic) -> Traffic:
-        keys = dict.fromkeys([*self.counts, *other.counts])
-        return Traffic(
-            {k: self.counts.get(k, Count()) + other.counts.get(k, Count()) for k in keys}
-        )
+        mine, more = self.counts, other.counts
+        return Traffic({k: mine.get(k, Count()) + more.get(k, Count()) for k in [*mine, *more]})
 
     @property
     def flow(self) -> Flow:
@@ -132,7 +128,8 @@ class UnitBytes:
     Args:
         gather_bytes: all shards together, in the dtype that is all-gathered.
         reduce_bytes: all shards together, in the dtype that is reduce-scattered.
-        sync_bytes: what hop 2 all-reduces; ``reduce_bytes / p`` as a rule.
+        sync_bytes: what hop 2 all-reduces; ``reduce_bytes / p`` as a rule, or in two stages a
+            little more: as many for each replica of a node.
         gathers: all-gathers over the partition group per micro-step: one per use in forward, one
             more per use in backward when the block is resharded after forward.
         reduces: reduce-scatters per micro-step: one per use, 0 for a frozen block.
@@ -219,6 +216,17 @@ def stages(
     ]
 
 
+def all_reduce_stages(
+    ranks: Sequence[int], rank: int, message_bytes: int, gpus_per_node: int, form: Form
+) -> list[tuple[Collective, StageMessage]]:
+    """The collectives of an all-reduce in their order; of a form in two stages they are three."""
+    found = stages(ranks, rank, message_bytes, gpus_per_node, form)
+    if len(found) == 1:
+        return [("all_reduce", found[0])]
+    inter, inside = found[0], StageMessage("intra", found[1].ranks, message_bytes, 1)
+    return [("reduce_scatter", inside), ("all_reduce", inter), ("all_gather", inside)]
+
+
 def stage_flow(
     collective: Collective, message: StageMessage, rank: int, gpus_per_node: int
 ) -> Flow:
@@ -251,11 +259,12 @@ def message_traffic(
 
 def mics(
     topology: Topology,
-    blocks: Iterable[UnitBytes],
+    blocks: Units,
     micro_steps: int,
     *,
     all_gather: Form = "hierarchical",
     reduce_scatter: Form = "hierarchical",
+    all_reduce: Form = "flat",
     hop_2_every_micro_step: bool = False,
     gloo: bool = False,
     rank: int = 0,
@@ -264,26 +273,23 @@ def mics(
 
     Hop 1, every micro-step and block: the all-gathers and the reduce-scatters of the block inside
     the partition group. Hop 2, once a step and block: an all-reduce of the shard over the replicas.
-    ``hop_2_every_micro_step`` gives the alternative schedule the paper compares with, ``gloo``
-    counts flat reduce-scatters as Gloo runs them.
+    The collectives are given their forms. ``hop_2_every_micro_step`` gives the schedule the paper
+    compares with, ``gloo`` counts flat reduce-scatters as Gloo runs them.
     """
     groups = topology.partition_group_of(rank), topology.replication_group_of(rank)
-    seen_by_rank = View(rank, *groups, topology.gpus_per_node)
-    return sum(
-        (
-            unit_traffic(
-                seen_by_rank,
-                block,
-                micro_steps,
-                micro_steps if hop_2_every_micro_step else 1,
-                all_gather=all_gather,
-                reduce_scatter=reduce_scatter,
-                gloo=gloo,
-            )
-            for block in blocks
-        ),
-        Traffic({}),
-    )
+    total, view = Traffic({}), View(rank, *groups, topology.gpus_per_node)
+    for block in blocks:
+        total += unit_traffic(
+            view,
+            block,
+            micro_steps,
+            micro_steps if hop_2_every_micro_step else 1,
+            all_gather=all_gather,
+            reduce_scatter=reduce_scatter,
+            all_reduce=all_reduce,
+            gloo=gloo,
+        )
+    return total
 
 
 class View(NamedTuple):
@@ -303,11 +309,13 @@ def unit_traffic(
     *,
     all_gather: Form,
     reduce_scatter: Form,
+    all_reduce: Form = "flat",
     gloo: bool,
 ) -> Traffic:
     """Traffic of one unit in one step, for any partition and replication group."""
     rank, partition, _, k = view
-    total = hop_2_traffic(view, unit.sync_bytes, unit.coded_bytes, hop_2_runs * bool(unit.reduces))
+    runs = hop_2_runs * bool(unit.reduces)
+    total = hop_2_traffic(view, unit.sync_bytes, unit.coded_bytes, runs, form=all_reduce)
 
     def add(collective: Collective, messages: list[StageMessage], calls: int) -> None:
         nonlocal total
@@ -326,22 +334,21 @@ def unit_traffic(
     return total
 
 
-def hop_2_traffic(view: View, sync_bytes: int, coded_bytes: int = 0, runs: int = 1) -> Traffic:
+def hop_2_traffic(
+    view: View, sync_bytes: int, coded_bytes: int = 0, runs: int = 1, *, form: Form = "flat"
+) -> Traffic:
     """Traffic of one message of hop 2, of one unit or of several; sizes as in ``UnitBytes``."""
-    total, sizes = Traffic({}), dict.fromkeys(_IN_BLOCKS, coded_bytes)
-    for collective, size in {"all_reduce": sync_bytes, **sizes}.items():
-        sent, calls = StageMessage("flat", view.replicas, size, 1), runs if size else 0
-        total += message_traffic(2, collective, sent, calls, view.rank, view.gpus_per_node)
-    return total
+    rank, _, replicas, k = view
+    sent = all_reduce_stages(replicas, rank, sync_bytes, k, form) if sync_bytes else []
+    if coded_bytes:
+        blocks = StageMessage("flat", replicas, coded_bytes, 1)
+        sent += [("all_to_all", blocks), ("all_gather", blocks)]
+    each = (message_traffic(2, collective, one, runs, rank, k) for collective, one in sent)
+    return sum(each, Traffic({}))
 
 
 def fsdp(
-    topology: Topology,
-    blocks: Iterable[UnitBytes],
-    micro_steps: int,
-    *,
-    gloo: bool = False,
-    rank: int = 0,
+    topology: Topology, blocks: Units, micro_steps: int, *, gloo: bool = False, rank: int = 0
 ) -> Traffic:
     """Traffic of one step of ``rank`` under FSDP full shard / ZeRO-3: one partition, the world."""
     world = Topology(topology.nodes, topology.gpus_per_node, topology.world)
@@ -350,7 +357,7 @@ def fsdp(
 
 def hsdp(
     topology: Topology,
-    blocks: Iterable[UnitBytes],
+    blocks: Units,
     micro_steps: int,
     *,
     deferred: bool,
@@ -371,25 +378,18 @@ def hsdp(
 
 
 def ddp(
-    topology: Topology,
-    blocks: Iterable[UnitBytes],
-    micro_steps: int,
-    *,
-    deferred: bool,
-    rank: int = 0,
+    topology: Topology, blocks: Units, micro_steps: int, *, deferred: bool, rank: int = 0
 ) -> Traffic:
     """Traffic of one step of ``rank`` under DDP; ``deferred`` as with ``no_sync``.
 
     One all-reduce of a block's whole gradient over the world: MiCS with p = 1.
     """
     alone = Topology(topology.nodes, topology.gpus_per_node, 1)
-    whole = [
-        UnitBytes(b.gather_bytes, b.reduce_bytes, b.reduce_bytes, b.gathers, b.reduces)
-        for b in blocks
-    ]
+    whole = [replace(b, sync_bytes=b.reduce_bytes, coded_bytes=0) for b in blocks]
     return mics(alone, whole, micro_steps, hop_2_every_micro_step=not deferred, rank=rank)
 
 
+Units: TypeAlias = Iterable[UnitBytes]
 # What these two were called first; the names are public, so they stay.
 Block: TypeAlias = UnitBytes
 block_traffic = unit_traffic

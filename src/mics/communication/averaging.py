@@ -1,7 +1,8 @@
 """How the replicas come to the same gradients: what is sent of a unit's shard, how it is summed.
 
 ``hop_two.py`` says when; a class says how. ``AllReduce`` here is torch's collective, in the dtype
-that the unit reduces in or another one; ``fewer_bits.py`` has the way that sends fewer bits.
+that the unit reduces in or another one; ``across_nodes.py`` has it in two stages, ``fewer_bits.py``
+the way that sends fewer bits.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from mics.communication.error_feedback import ErrorFeedback
 from mics.communication.ledger import Ledger
 from mics.ranks.issuing import all_reduce
 from mics.ranks.mesh import ranks_of
-from mics.traffic import StageMessage
+from mics.traffic import Form, StageMessage
 
 
 class Sent(NamedTuple):
@@ -44,9 +45,14 @@ class Averaging(Protocol):
     def kind(self) -> Hashable:
         """What units must have in common to be sent as one message; ``None`` if none are."""
 
-    @property
-    def in_stages(self) -> bool:
-        """Whether more is issued once the first call is over.
+    def form(self, num_bytes: int) -> Form:
+        """What form an all-reduce of so many bytes has."""
+
+    def padded(self, num_bytes: int) -> int:
+        """Bytes of an all-reduce of so many, with what its form adds to them."""
+
+    def in_stages(self, num_bytes: int) -> bool:
+        """Whether a message of so many bytes has more to be issued once the first call is over.
 
         Somebody has to go on with it then before the end of the backward pass.
         """
@@ -74,7 +80,6 @@ class AllReduce:
         dtype: to sum in; by default the one that the unit reduces in.
     """
 
-    in_stages = False
     errors: ErrorFeedback | None = None
 
     def __init__(
@@ -98,6 +103,18 @@ class AllReduce:
         """Give the dtype, and what decides the division; see ``Averaging.kind``."""
         summed = compat.divide_factor(self._group) is not None
         return "all-reduce", self.dtype, summed, compat.sums_only(self._group)
+
+    def form(self, num_bytes: int) -> Form:
+        """See ``Averaging.form``."""
+        return "flat"
+
+    def padded(self, num_bytes: int) -> int:
+        """See ``Averaging.padded``."""
+        return num_bytes
+
+    def in_stages(self, num_bytes: int) -> bool:
+        """See ``Averaging.in_stages``: it is one call."""
+        return False
 
     def program(self, message: torch.Tensor, issue: Issue) -> Program:
         """Run one all-reduce, of the whole message or a part of it."""

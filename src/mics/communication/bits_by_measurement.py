@@ -46,7 +46,8 @@ def settle(asked: Asked, group: Any, groups: Groups) -> Asked:
     """
     if asked.bits != "auto":
         return asked
-    exact, coded = Asked(None, asked.error_feedback), Asked(_CODE, asked.error_feedback)
+    exact = Asked(None, asked.error_feedback, asked.collectives)
+    coded = Asked(_CODE, asked.error_feedback, asked.collectives)
     numel = compat.trainable_shard_numel(group)
     if numel == 0:
         return exact

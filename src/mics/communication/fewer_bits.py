@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 
 from mics import compat
+from mics.communication.across_nodes import all_reduce_of
 from mics.communication.averaging import AllReduce, Averaging, Sent
 from mics.communication.backend import Issue, Program
 from mics.communication.blocks_of_values import (
@@ -40,12 +41,13 @@ from mics.communication.blocks_of_values import (
     piece_numel,
 )
 from mics.communication.error_feedback import ErrorFeedback, cut, hold_back
+from mics.communication.forms import Collectives
 from mics.communication.gradients import matrices_of
 from mics.communication.ledger import Ledger, Span
 from mics.errors import ShardError
 from mics.ranks.issuing import Handle, all_gather, exchange
 from mics.ranks.mesh import Groups, ranks_of
-from mics.traffic import Collective, StageMessage
+from mics.traffic import Collective, Form, StageMessage
 
 HopTwoBits = Literal["fp32", "bf16", "fp8", "int8", "auto"]
 """How a user asks for it; the dtype that is reduced in where nothing is asked for."""
@@ -59,10 +61,12 @@ class Asked(NamedTuple):
     Args:
         bits: ``None`` is the dtype that a unit reduces in.
         error_feedback: send what rounding to blocks holds back with the next gradients.
+        collectives: how the form of all-reduces is chosen.
     """
 
     bits: HopTwoBits | None
     error_feedback: bool
+    collectives: Collectives
 
 
 class FewerBits:
@@ -108,8 +112,15 @@ class FewerBits:
         """Send every unit by itself, as what is held back is a unit's."""
         return None
 
-    @property
-    def in_stages(self) -> bool:
+    def form(self, num_bytes: int) -> Form:
+        """See ``Averaging.form``: what stays exact is little."""
+        return "flat"
+
+    def padded(self, num_bytes: int) -> int:
+        """See ``Averaging.padded``."""
+        return num_bytes
+
+    def in_stages(self, num_bytes: int) -> bool:
         """See ``Averaging.in_stages``."""
         return bool(self._coded())
 
@@ -178,6 +189,8 @@ class FewerBits:
 def averaging_in(asked: Asked, group: Any, groups: Groups, ledger: Ledger) -> Averaging:
     """How the replicas of a unit come to the same gradients, in the bits that were asked for.
 
+    Collective over the mesh the first time that it is called, or a size of message is met.
+
     Args:
         asked: the bits, and whether errors are fed back.
         group: the FSDP2 parameter group.
@@ -189,7 +202,7 @@ def averaging_in(asked: Asked, group: Any, groups: Groups, ledger: Ledger) -> Av
         errors = ErrorFeedback(group, groups) if asked.error_feedback else None
         return FewerBits(group, groups.replicas, ledger, asked.bits, errors)
     dtype = _DTYPES[asked.bits] if asked.bits else None
-    return AllReduce(group, groups.replicas, ledger, dtype)
+    return all_reduce_of(group, groups, ledger, asked.collectives, dtype)
 
 
 def check_bits(asked: str | None) -> None:

@@ -26,7 +26,11 @@ import torch.distributed as dist
 
 from mics.communication.collectives import Decide
 from mics.communication.timing import time_in_turn
-from mics.communication.two_stages import hierarchical_all_gather, hierarchical_reduce_scatter
+from mics.communication.two_stages import (
+    hierarchical_all_gather,
+    hierarchical_all_reduce,
+    hierarchical_reduce_scatter,
+)
 from mics.errors import ShardError
 from mics.quantities import dtype_name, size
 from mics.ranks import issuing
@@ -181,13 +185,18 @@ def _time_forms(
     whole = torch.zeros(numel, dtype=dtype, device=groups.device)
     shard = torch.zeros(numel // group.size(), dtype=dtype, device=groups.device)
     calls: dict[Form, Callable[[], object]]
+    total = dist.ReduceOp.SUM
     if collective == "all_gather":
         calls = {
             "flat": lambda: issuing.all_gather(whole, shard, group),
             "hierarchical": lambda: hierarchical_all_gather(whole, shard, pair),
         }
+    elif collective == "all_reduce":
+        calls = {
+            "flat": lambda: issuing.all_reduce(whole, total, group),
+            "hierarchical": lambda: hierarchical_all_reduce(whole, total, pair),
+        }
     else:
-        total = dist.ReduceOp.SUM
         calls = {
             "flat": lambda: issuing.reduce_scatter(shard, whole, total, group),
             "hierarchical": lambda: hierarchical_reduce_scatter(shard, whole, total, pair),

@@ -6,6 +6,11 @@ happens to be complete, but when it is and all before it have started: the last 
 first, as a backward pass completes them (``DistributedDataParallel`` orders its buckets for the
 same reason). A unit that nobody used takes part with zeros. Small ones share a message
 (``joined.py``), which starts when all of them may.
+
+[Note: messages in stages]
+A message in stages goes on to its second call when the next one starts. That may take long, and
+nothing waits for it before the end: there all go on in the order in which they started, so that
+each one's last call runs beside what is still under way of the later ones.
 """
 
 from __future__ import annotations
@@ -29,21 +34,24 @@ class HopOrder:
         # this, may be of a step that has begun, and a rank may leave out its backward.
         self._next = 0
         self._messages: list[list[HopTwo]] | None = None  # made anew, for what is trained may be
-        self._started: HopTwo | None = None  # the first of the last message
+        self._under_way: list[HopTwo] = []  # the first of each message that has started
 
     def begin(self) -> None:
         """All units owe a hop 2."""
         self._next = 0
         self._messages = None
-        self._started = None
+        self._under_way = []
 
     def advance(self) -> None:
         """Start those whose turn it is and that are ready."""
         self._start(only_ready=True)
 
     def finish(self) -> None:
-        """Start all that have not started."""
+        """Start all that have not started, and let all go on that are in stages."""
         self._start(only_ready=False)
+        for first in [*self._under_way[-1:], *self._under_way]:  # see [Note: messages in stages]
+            first.go_on()
+        self._under_way = []
 
     def _start(self, *, only_ready: bool) -> None:
         if self._messages is None:
@@ -57,9 +65,9 @@ class HopOrder:
             if hops:
                 first, *others = hops
                 first.start(*others)
-                before, self._started = self._started, first
-                if before is not None:
+                for before in self._under_way[-1:]:
                     before.go_on()
+                self._under_way.append(first)
 
 
 def messages_of(hops: Sequence[HopTwo]) -> list[list[HopTwo]]:

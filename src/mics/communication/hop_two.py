@@ -114,6 +114,7 @@ class HopTwo:
         self._unsynced = False  # .grad holds something no other replica has seen
         self._synced_version: tuple[int, int, int] | None = None  # of .grad as hop 2 left it
         self._flight: Flight | None = None
+        self._in_stages = False  # whether the one under way has more to be issued
         self.share: Share | None = None  # what this rank owns, if the unit is dealt to the replicas
         watch_optimizers()
 
@@ -270,11 +271,11 @@ class HopTwo:
 
     @torch.no_grad()
     def go_on(self) -> None:
-        """Issue what follows the first call of a hop 2 in stages, in the order of hops.
+        """Issue what follows the last call of a hop 2 in stages, in the order of hops.
 
         Nobody else would before its end, and what is issued then runs beside nothing.
         """
-        if self._flight is None or not self.averaging.in_stages:
+        if self._flight is None or not self._in_stages:
             return
         if self._same_steps is not None:
             self._same_steps.check()
@@ -294,6 +295,8 @@ class HopTwo:
                 hop.share.wait()  # a rank may have left out the forward
             hop._unsynced = False
             hop._pass.synced = True
+        num_bytes = sum(hop.message_bytes for hop in hops)
+        self._in_stages = self.share is None and self.averaging.in_stages(num_bytes)
         flight = self._backend.beside(partial(self._synchronise, hops), self._device, "hop 2")
         for hop in hops:
             hop._flight = flight

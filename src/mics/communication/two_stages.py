@@ -1,4 +1,4 @@
-"""All-gather and reduce-scatter in two stages, between nodes and inside them.
+"""All-gather, reduce-scatter and all-reduce in two stages, between nodes and inside them.
 
 [Note: two stages without a copy]
 A partition group of N nodes with k ranks each holds shards in node-major order: shard ``j k + l``
@@ -9,10 +9,14 @@ is on local rank l of node j. With n elements per shard, the hierarchical all-ga
             out[j k n : (j + 1) k n] = tmp[j] of local ranks 0 .. k-1
 
 Every intra gather writes its final place, so the reorder copy of the paper's stage 2 is not needed;
-the price is ``tmp``, 1/k of the output. The reduce-scatter runs the same picture backwards.
+the price is ``tmp``, 1/k of the output. The reduce-scatter runs the same picture backwards. The
+all-reduce has no row for each rank of the group: its message is cut into k, a row for each local
+rank, which is reduced inside the node, all-reduced between nodes and gathered inside.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -22,6 +26,7 @@ from mics.communication.backend import Backend, Issue, Program, at_once, backend
 from mics.communication.ledger import Timed, Untimed
 from mics.ranks import issuing
 from mics.ranks.mesh import StageGroups
+from mics.traffic import Collective
 
 
 def all_gather(
@@ -85,6 +90,51 @@ def reduce_scatter(
     yield from backend.reduce([(output, staged)], second, pair.inter, inter, issue)
 
 
+def all_reduce(
+    message: torch.Tensor,  # [n]
+    op: compat.ReduceOp,
+    pair: StageGroups,
+    span: Callable[[Collective], Timed],
+    issue: Issue,
+    backend: Backend,
+) -> Program:
+    """All-reduce in place: reduce inside nodes, all-reduce between them, gather inside.
+
+    Equal stages make AVG of AVG exact. Both sums round in the tensor's dtype.
+
+    Args:
+        message: where its length is no multiple of a node's ranks, a copy with zeros is reduced.
+        op: AVG or SUM.
+        pair: the groups of the stages.
+        span: begins to time a stage, of one collective each.
+        issue: how the stages are waited for.
+        backend: how the first reduces.
+    """
+    numel, ranks = message.numel(), pair.intra.size()
+    rows = message
+    if padded_numel(numel, pair) != numel:
+        rows = message.new_zeros(padded_numel(numel, pair))
+        rows[:numel] = message
+    row = rows.new_empty(rows.numel() // ranks)
+    yield from backend.reduce([(row, rows)], op, pair.intra, span("reduce_scatter"), issue)
+    yield from issue(
+        span("all_reduce"),
+        lambda async_op: issuing.all_reduce(row, op, pair.inter, async_op=async_op),
+    )
+    yield from issue(
+        span("all_gather"),
+        lambda async_op: issuing.all_gather(rows, row, pair.intra, async_op=async_op),
+    )
+    if rows is not message:
+        message.copy_(rows[:numel])
+
+
+def padded_numel(numel: int, pair: StageGroups) -> int:
+    """Elements of what ``all_reduce`` reduces: a row of one size for each rank of a node."""
+    ranks = pair.intra.size()
+    return -(-numel // ranks) * ranks
+
+
 def hierarchical_all_gather(output: torch.Tensor, input: torch.Tensor, pair: StageGroups) -> None:
     """All-gather as ``all_gather`` does, at once and uncounted."""
     backend = backend_of(pair.intra, input.device)
@@ -97,3 +147,9 @@ def hierarchical_reduce_scatter(
     """Reduce-scatter as ``reduce_scatter`` does, at once and uncounted."""
     backend = backend_of(pair.intra, input.device)
     run(reduce_scatter(output, input, op, pair, (Untimed(), Untimed()), at_once, backend))
+
+
+def hierarchical_all_reduce(message: torch.Tensor, op: compat.ReduceOp, pair: StageGroups) -> None:
+    """All-reduce as ``all_reduce`` does, at once and uncounted."""
+    backend = backend_of(pair.intra, message.device)
+    run(all_reduce(message, op, pair, lambda _: Untimed(), at_once, backend))

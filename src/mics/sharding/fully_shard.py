@@ -134,7 +134,7 @@ def fully_shard(
         axes=axes,
         collectives=collectives,
         overlap=overlap,
-        hop_two=Asked(hop_two, error_feedback),
+        hop_two=Asked(hop_two, error_feedback, collectives),
     )
     return shard_unit(module, placements, options, reshard_after_forward)
 

@@ -181,7 +181,7 @@ def _refuse(unit: Unit) -> None:
     why = ""
     if unit.hop_two is None:
         why = "torch itself reduces over its replicas"
-    elif unit.hop_two.averaging.in_stages or unit.hop_two.averaging.dtype != reduced:
+    elif unit.hop_two.averaging.sent().coded or unit.hop_two.averaging.dtype != reduced:
         why = "its hop 2 was asked to send fewer bits than it reduces in, hop_two=..."
     elif len(dtypes) > 1:
         why = f"its parameters are {' and '.join(dtypes)}"

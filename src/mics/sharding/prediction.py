@@ -99,7 +99,9 @@ def _hop_2(model: nn.Module, rank: int) -> Traffic:
             else:
                 sent = [hop.averaging.sent() for hop in together]
                 exact, coded = sum(one.exact for one in sent), sum(one.coded for one in sent)
-                total += hop_2_traffic(view, exact, coded)
+                averaging = together[0].averaging
+                padded, form = averaging.padded(exact), averaging.form(exact)
+                total += hop_2_traffic(view, padded, coded, form=form)
     return total
 
 

@@ -132,7 +132,7 @@ def shard(
         ignored_params=ignored_params,
         collectives=collectives,
         overlap=overlap,
-        hop_two=Asked(hop_two, error_feedback),
+        hop_two=Asked(hop_two, error_feedback, collectives),
     )
     ignored = ignored_params or set()
     arguments = [
