@@ -12,7 +12,10 @@ import pytest
 
 from mics.__main__ import main
 from mics.errors import CheckError
+from mics.hardware.cluster import Cluster
+from mics.hardware.lookup import find_node
 from mics.lab.checking.copies import copies_of, unreduced
+from mics.lab.checking.costs import costs_of
 from mics.lab.checking.evidence import Evidence, reduces_of
 from mics.lab.checking.flows import flow_of
 from mics.lab.checking.judging import judge
@@ -175,6 +178,30 @@ def test_what_is_counted_of_mics_is_what_its_ledger_counts(tmp_path: Path) -> No
     evidence = Evidence(reports, 2)
     assert sum(n for _, n in reduces_of(evidence.last[0])) == 9
     assert judge(evidence).findings == []
+
+
+@pytest.mark.parametrize("data", ["own", "same"])
+def test_hop_2_in_two_stages_is_one_hop_2_of_each_unit(tmp_path: Path, data: str) -> None:
+    file = tmp_path / "counted.json"
+    words = (str(SCRIPTS / "with_mics.py"), str(file), "1", "hierarchical", data)
+    reports = observe(Job(words, 2, 2, 2, 120.0))
+    evidence = Evidence(reports, 2)
+    verdict = judge(evidence)
+    assert verdict.findings == []
+    assert verdict.all_reduces == (3, 3)
+    rows = {row.what: row for row in verdict.rows if row.what.startswith("hop 2")}
+    assert {what: row.calls for what, row in rows.items()} == {
+        f"hop 2: {name} between copies": 3
+        for name in ("reduce-scatter", "all-reduce", "all-gather")
+    }
+    # Two ranks of a node send a row each, of half of 3 x 1,056 values: 2 x 1/2 of it.
+    assert sum(row.inter_bytes for row in rows.values()) == 3 * 1056 * 4
+    for step, counted in zip(reports[0].steps, json.loads(file.read_text()), strict=True):
+        flows = [flow_of(s.call, 0, 2) * n for s, n in step.calls if not s.call.small]
+        sent = sum(float(f.intra_bytes) for f in flows), sum(float(f.inter_bytes) for f in flows)
+        assert [[0.0, 0.0], [*sent]] == counted
+    costs = costs_of(evidence, verdict, Cluster(find_node("p4d"), 2))
+    assert costs.hop_1 == 0 and costs.hop_2 > 0 and costs.unknown == 0
 
 
 @pytest.mark.slow

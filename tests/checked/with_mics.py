@@ -1,4 +1,7 @@
-"""mics, and what its ledger counted in each step, into the file that is named."""
+"""mics, and what its ledger counted in each step, into the file that is named.
+
+Behind it may be the partition, the form of collectives, and whether all ranks get the same data.
+"""
 
 import json
 import sys
@@ -11,14 +14,15 @@ from torch import nn
 import mics
 
 dist.init_process_group("gloo")
-mesh = mics.init_mesh(partition=2)
+partition, form, data = (*sys.argv[2:], *("2", "auto", "own")[len(sys.argv) - 2 :])
+mesh = mics.init_mesh(partition=int(partition))
 torch.manual_seed(0)
 model = nn.Sequential(*[nn.Linear(32, 32) for _ in range(3)])
 for one in model:
-    mics.fully_shard(one, mesh=mesh)
-mics.fully_shard(model, mesh=mesh)
+    mics.fully_shard(one, mesh=mesh, collectives=form)
+mics.fully_shard(model, mesh=mesh, collectives=form)
 optimizer = torch.optim.AdamW(model.parameters())
-torch.manual_seed(dist.get_rank())
+torch.manual_seed(dist.get_rank() if data == "own" else 0)
 counted = []
 for _ in range(2):
     mics.ledger(model).reset()

@@ -142,7 +142,8 @@ def _dealt(case: Case) -> Case:
 
 def _layout(draw: random.Random, gpus_per_node: int) -> Layout:
     partition = draw.choice([1, 2, 2, 4])
-    hierarchical = partition == 4 and gpus_per_node == 2 and draw.random() < 0.7
+    has_stages = gpus_per_node == 2 and partition in (1, 4)  # of hop 2, of hop 1
+    hierarchical = has_stages and draw.random() < 0.7
     return Layout(
         partition,
         gpus_per_node,

@@ -20,7 +20,8 @@ class Costs:
     Args:
         cluster: whose links they are for, as text.
         hop_1: all-gathers and reduce-scatters.
-        hop_2: all-reduces between copies, and what brings them blocks of few bits.
+        hop_2: all-reduces between copies with what is summed and gathered inside nodes, and what
+            brings them blocks of few bits.
         needless: the part of hop 2 that is not needed.
         unknown: collectives of which no time is known.
     """
@@ -44,7 +45,7 @@ def costs_of(evidence: Evidence, verdict: Verdict, cluster: Cluster) -> Costs:
         cluster: as many nodes as the check has.
     """
     calls = [(seen.call, number) for seen, number in evidence.last[0].calls]
-    hop_2 = [one for one in calls if evidence.is_hop_2(one[0])]
+    hop_2 = [one for one in calls if evidence.is_hop_2(one[0]) or evidence.is_inside(one[0])]
     rest = [one for one in calls if one not in hop_2]
     hop_1 = [one for one in rest if one[0].collective in ("all_gather", "reduce_scatter")]
     k = evidence.gpus_per_node

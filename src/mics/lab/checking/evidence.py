@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from mics.lab.checking.copies import copies_of
+from mics.lab.checking.flows import nodes_of_group
 from mics.lab.checking.report import Call, Param, RankReport, Seen, Step
 
 _MORE_THAN_METRICS = 1024  # elements
@@ -28,6 +29,12 @@ class Evidence:
         self.shared = [one for one in self.copies if len(one.ranks) > 1]
         self.shared_numel = sum(one.numel for one in self.shared if 0 in one.ranks)
         self._sets = {one.ranks for one in self.shared}
+        self._rows = {
+            seen.call.numel // len(seen.call.ranks)
+            for step in self.last
+            for seen, _ in step.calls
+            if self.is_inside(seen.call)
+        }
         if "mics" in self.engines:
             self._read_reduces()
         self._shards = {
@@ -46,9 +53,18 @@ class Evidence:
             for seen, _ in step.calls
             if self._joins_copies(seen.call)
         }
+        shards |= self._cut_in_rows()
         for report in self.reports:
             for step in report.steps:
                 step.calls = [(self._on_accelerators(seen, shards), n) for seen, n in step.calls]
+
+    def _cut_in_rows(self) -> set[int]:
+        """Elements of what is reduced inside nodes, which is padded by less than a rank each."""
+        calls = [
+            seen.call for report in self.reports for step in report.steps for seen, _ in step.calls
+        ]
+        inside = [call for call in calls if self.is_inside(call)]
+        return {call.numel - padding for call in inside for padding in range(len(call.ranks))}
 
     def _on_accelerators(self, seen: Seen, shards: set[int]) -> Seen:
         call = seen.call
@@ -101,6 +117,27 @@ class Evidence:
         everybody = range(len(self.reports))
         return not self.same_data(call.ranks) or self.same_data(everybody)
 
+    def is_inside(self, call: Call) -> bool:
+        """Whether copies of one node sum, or gather, what is all-reduced between nodes by rows.
+
+        That is mics' hop 2 in two stages; the all-reduce is what counts as hop 2.
+        """
+        if "mics" not in self.engines or call.collective not in _IN_BLOCKS or call.small:
+            return False
+        nodes = nodes_of_group(call.ranks, self.gpus_per_node)
+        return nodes == 1 and any(set(call.ranks) < set(ranks) for ranks in self._sets)
+
+    def carried(self, call: Call) -> int:
+        """Elements of gradients that a collective brings to copies; none if others bring them."""
+        if self.is_inside(call):
+            return call.numel if call.collective == "all_to_all" else 0
+        gathers = call.collective == "all_gather"
+        return 0 if gathers or self._is_of_rows(call) or not self.is_hop_2(call) else call.numel
+
+    def _is_of_rows(self, call: Call) -> bool:
+        apart = nodes_of_group(call.ranks, self.gpus_per_node) == len(call.ranks)
+        return apart and call.numel in self._rows and self._joins_copies(call)
+
     def is_in_blocks(self, call: Call) -> bool:
         """Whether copies send each other blocks of bytes, as mics' hop 2 of fp8 and int8 does."""
         known = "mics" in self.engines and call.collective in _IN_BLOCKS and not call.floating
@@ -108,7 +145,7 @@ class Evidence:
 
     def _as_large_as_gradients(self, call: Call) -> bool:
         """Whether a message may hold gradients, rather than losses and other metrics."""
-        if call.numel in self._shards and call.floating:
+        if call.numel in self._shards | self._rows and call.floating:
             return True
         sizes = {one.numel for one in self.shared}
         known = call.numel in sizes or 10 * call.numel >= self.shared_numel
@@ -119,7 +156,9 @@ class Evidence:
         return {seen.call: self._label(seen.call) for step in steps for seen, _ in step.calls}
 
     def _label(self, call: Call) -> str:
-        if self.is_hop_2(call):
+        if self.is_inside(call) and call.collective == "all_to_all":  # on accelerators it is one
+            return "hop 2: reduce-scatter between copies"
+        if self.is_hop_2(call) or self.is_inside(call):
             return f"hop 2: {call.collective.replace('_', '-')} between copies"
         of_shards = call.collective in ("all_gather", "reduce_scatter")
         metrics = call.small or (call.collective == "all_reduce" and not self._is_large(call))

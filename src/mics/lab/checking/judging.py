@@ -207,12 +207,9 @@ def _lacking(evidence: Evidence) -> list[Copies]:
         step = steps[ranks[0]]
         within = [one for one in needing if ranks[0] in one.ranks and set(one.ranks) <= set(ranks)]
         carried = sum(
-            seen.call.numel * n
+            evidence.carried(seen.call) * n
             for seen, n in step.calls
-            if evidence.is_hop_2(seen.call)
-            and seen.call.collective != "all_gather"
-            and seen.micro_step == step.micro_steps
-            and set(seen.call.ranks) <= set(ranks)
+            if seen.micro_step == step.micro_steps and set(seen.call.ranks) <= set(ranks)
         )
         missing = sum(one.numel for one in within) - carried
         if missing > short:
