@@ -17,7 +17,12 @@ from mics.hardware.cluster import GIVEN, Cluster, Gpu, Link, Node
 from mics.hardware.fit import Point, fit_links
 from mics.hardware.lookup import described, find_gpu, find_node, gpus, nodes
 from mics.hardware.measured import measured_node
-from mics.hardware.network import all_reduce_seconds, gather_stages, gather_terms
+from mics.hardware.network import (
+    all_reduce_seconds,
+    all_reduce_stages,
+    gather_stages,
+    gather_terms,
+)
 from mics.hardware.stacks import find_stack
 from mics.traffic import Form
 
@@ -42,6 +47,21 @@ def test_a_flat_gather_pays_the_slow_link_for_nearly_all_of_it() -> None:
     (stage,) = gather_stages(NODE, 8, 1 * GB)
     assert stage.link == "inter"
     assert stage.seconds == pytest.approx(5e-6 + 20e-6 + 6 * 1e-6 + 7 / 8 / 10)
+
+
+def test_an_all_reduce_in_two_stages_pays_the_slow_link_for_each_row_once() -> None:
+    """2 columns of 2 ranks on each of 3 nodes, and Gloo's rings: rows of 1/2 GB, four at once."""
+    node = dataclasses.replace(NODE, gloo=True)
+    first, between, last = all_reduce_stages(node, 6, 3, 1 * GB, 2, "hierarchical")
+    assert first == last
+    assert (first.link, between.link) == ("intra", "inter")
+    assert first.seconds == pytest.approx(5e-6 + 1e-6 + 0.5 / 100)
+    assert between.seconds == pytest.approx(5e-6 + 4 * 20e-6 + 4 * 2 * 0.5 * 2 / 3 / 10)
+    (flat,) = all_reduce_stages(node, 6, 3, 1 * GB, 2, "flat")
+    assert flat.seconds == all_reduce_seconds(node, 6, 3, 1 * GB, 2)
+    assert flat.seconds > between.seconds + 2 * first.seconds
+    for ranks, over in [(3, 3), (4, 1)]:  # a rank on each node, and one node
+        assert len(all_reduce_stages(node, ranks, over, 1 * GB, 1, "hierarchical")) == 1
 
 
 def test_two_stages_pay_it_for_what_the_node_lacks() -> None:

@@ -470,6 +470,40 @@ def test_bytes_are_those_of_the_traffic_module(anatomy: Anatomy) -> None:
         assert isinstance(expected, Fraction)
 
 
+@pytest.mark.parametrize("partition", [1, 4])
+def test_replicas_of_a_node_are_summed_there_where_the_link_is_slow(
+    partition: int, anatomy: Anatomy, made: Times
+) -> None:
+    """Rings of Gloo on 4 nodes of 8 GPUs; on trees of NCCL, which sum in nodes, nothing is won."""
+    node, run = dataclasses.replace(find_node("p4d"), gloo=True), Recipe(partition, micro_steps=2)
+    rings, trees = Cluster(node, 4), Cluster(find_node("p4d"), 4)
+    seconds, sent = {}, {}
+    for form in ("auto", "flat", "hierarchical"):
+        asked = dataclasses.replace(run, form=form)  # type: ignore[arg-type]
+        seconds[form] = simulate_engine("mics", anatomy, made, rings, asked).seconds
+        sent[form] = inter_bytes("mics", anatomy, rings, asked)
+    assert seconds["auto"] == seconds["hierarchical"] < seconds["flat"]
+    replicas = 32 // partition
+    assert sent["auto"] == sent["hierarchical"]
+    assert sent["auto"] / sent["flat"] == Fraction(3, 4) / Fraction(replicas - 1, replicas)
+    flat = dataclasses.replace(run, form="flat")
+    taken = [simulate_engine("mics", anatomy, made, trees, one).seconds for one in (run, flat)]
+    assert taken[0] == taken[1]
+    coded = dataclasses.replace(run, hop_two="int8")
+    forced = dataclasses.replace(coded, form="flat")
+    assert inter_bytes("mics", anatomy, rings, coded) == inter_bytes("mics", anatomy, rings, forced)
+
+
+def test_what_gathers_inside_nodes_is_issued_at_the_end() -> None:
+    """Two blocks of 1 s and rows that cross in 5 s: the first's gather is beside the second's."""
+    stages = (Stage("intra", 1.0), Stage("inter", 5.0), Stage("intra", 1.0))
+    block, root = UnitSeconds(0.0, 1.0, (), (), stages), UnitSeconds(0.0, 0.0, (), (), ())
+    schedule = Schedule(micro_steps=1, gathers=False, pipelined=True, gloo=True)
+    step = simulate([block, block], root, schedule)
+    # Backward, reduce, 5 s + 5 s between nodes one behind the other, and the second's gather.
+    assert step.seconds == pytest.approx(1 + 1 + 5 + 5 + 1)
+
+
 def _counted(partition: int) -> int:
     """What this rank counts over the slow link in a step of two micro-steps, 2 nodes x 2 ranks."""
     torch.manual_seed(0)

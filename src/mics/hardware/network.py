@@ -14,6 +14,8 @@ all-reduce inside a node    fixed + 2 (n - 1) latency + 2 S (n - 1) / n / B
 all-reduce, tree            fixed + 2 ceil(log2 N) latency + g 2 S (N - 1) / N / B(N)
 all-reduce, ring            fixed + 2 (N - 1) latency + 2 (n - N) inside
                             + g 2 S (n - 1) / n / B(N)
+all-reduce, two stages      a gather of S over the n / N ranks inside a node, twice, and an
+                            all-reduce of S N / n over N nodes by g n / N groups
 ==========================  =================================================================
 
 The figures are those of the link the stage is on; ``inside`` is the latency of a hop within nodes,
@@ -154,6 +156,23 @@ def all_reduce_seconds(
     terms = all_reduce_terms(ranks, nodes, num_bytes, sharing, ring=node.gloo)
     between = node.all_reduce or node.inter
     return terms.seconds(node.intra if nodes == 1 else between, node.intra)
+
+
+def all_reduce_stages(
+    node: Node, ranks: int, nodes: int, num_bytes: float, sharing: int = 1, form: Form = "flat"
+) -> tuple[Stage, ...]:
+    """Stages of an all-reduce between replicas; arguments as ``all_reduce_seconds``.
+
+    Args:
+        form: flat or hierarchical, where several nodes have several of the ranks.
+    """
+    inside = ranks // nodes
+    if form == "flat" or nodes == 1 or inside == 1:
+        seconds = all_reduce_seconds(node, ranks, nodes, num_bytes, sharing)
+        return (Stage("inter" if nodes > 1 else "intra", seconds),)
+    gather = Stage("intra", _inside(inside, num_bytes).seconds(node.intra, node.intra))
+    between = all_reduce_seconds(node, nodes, nodes, num_bytes / inside, sharing * inside)
+    return (gather, Stage("inter", between), gather)
 
 
 def _inside(ranks: int, num_bytes: float) -> Terms:

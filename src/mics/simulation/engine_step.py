@@ -16,7 +16,7 @@ from mics.communication.averaging import Sent
 from mics.communication.blocks_of_values import coded_where_fewer
 from mics.communication.joined import joined
 from mics.hardware.cluster import Cluster, host_of
-from mics.hardware.network import Stage, all_reduce_seconds, gather_stages
+from mics.hardware.network import Stage, all_reduce_seconds, all_reduce_stages, gather_stages
 from mics.simulation.compute import Times
 from mics.simulation.profiles import PROFILES, EngineName
 from mics.simulation.schedule import Schedule, UnitSeconds
@@ -132,6 +132,7 @@ class _Builder:
             self.group = world if self.profile.sharded == "world" else recipe.partition
         self._seconds: dict[int, UnitSeconds] = {}  # equal units are one object
         self.form: Form = self._choose()
+        self._form_between: Form = self._choose_between_replicas()
 
     @property
     def messages(self) -> int:
@@ -172,7 +173,8 @@ class _Builder:
         if cluster.nodes > 1 and replicas > 1 and profile.sync != "never":
             syncs = recipe.micro_steps if profile.sync == "every" else 1
             rings = sum(2 * b.sync_bytes + b.coded_bytes for b in blocks if b.reduces)
-            hop_2 = syncs * min(n, k) * rings * Fraction(replicas - 1, replicas)
+            over = replicas if self._form_between == "flat" else cluster.nodes
+            hop_2 = syncs * min(n, k) * rings * Fraction(over - 1, over)
             coded = sum(block.coded_bytes for block in blocks if block.reduces)
             outside = replicas - max(k // n, 1)  # to which every rank sends what it exchanges
             hop_2 += k * coded * Fraction(outside, replicas)
@@ -303,8 +305,11 @@ class _Builder:
 
     def _gather(self, num_bytes: int, form: Form) -> tuple[Stage, ...]:
         """Time the stages of one message, as long as they take in a step."""
+        return self._in_step(gather_stages(self._cluster.node, self.group, num_bytes, form))
+
+    def _in_step(self, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+        """Time some stages as long as they take beside computation."""
         node = self._cluster.node
-        stages = gather_stages(node, self.group, num_bytes, form)
         if node.inside == 1.0:
             return stages
         slower = {"intra": node.inside, "inter": 1.0}
@@ -318,17 +323,34 @@ class _Builder:
 
     def _synced(self, sent: Sent) -> tuple[Stage, ...]:
         """Time one message of hop 2."""
+        if not sent.coded:
+            return self._between_replicas(sent.exact, self._form_between)
+        # An exchange and a gather are the two halves of an all-reduce.
+        parts = [self._between_replicas(num_bytes, "flat") for num_bytes in sent if num_bytes]
+        return (Stage(parts[0][0].link, sum(stage.seconds for (stage,) in parts)),)
+
+    def _between_replicas(self, num_bytes: int, form: Form) -> tuple[Stage, ...]:
+        """Time an all-reduce of one form over the replicas."""
         cluster, n = self._cluster, self.group
         k, replicas = cluster.node.gpus_per_node, cluster.gpus // n
         nodes = replicas if n >= k else cluster.nodes
-        sharing = min(n, k)
+        stages = all_reduce_stages(cluster.node, replicas, nodes, num_bytes, min(n, k), form)
+        return stages if len(stages) == 1 else self._in_step(stages)
 
-        def seconds_of(num_bytes: int) -> float:
-            return all_reduce_seconds(cluster.node, replicas, nodes, num_bytes, sharing=sharing)
+    def _choose_between_replicas(self) -> Form:
+        """Choose the faster form of hop 2 for the largest block; flat where there is one stage."""
+        recipe, cluster = self._recipe, self._cluster
+        alone = cluster.nodes == 1 or self.group >= cluster.node.gpus_per_node
+        if not self.profile.two_stages or alone or recipe.hop_two in ("fp8", "int8"):
+            return "flat"
+        if recipe.form != "auto":
+            return recipe.form
+        largest = max(self._sent(unit).exact for unit in self._anatomy.blocks)
 
-        # An exchange and a gather are the two halves of an all-reduce.
-        seconds = sum(seconds_of(num_bytes) for num_bytes in sent if num_bytes)
-        return (Stage("inter" if nodes > 1 else "intra", seconds),)
+        def seconds(form: Form) -> float:
+            return sum(stage.seconds for stage in self._between_replicas(largest, form))
+
+        return "hierarchical" if seconds("hierarchical") < seconds("flat") else "flat"
 
     def _choose(self) -> Form:
         """Choose the faster form for the largest block; flat where there is one stage."""

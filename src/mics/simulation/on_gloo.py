@@ -1,9 +1,10 @@
 """The order in which mics communicates on Gloo, where nothing runs ahead of the program.
 
-Four things differ from a GPU (``gather_ahead.py``, ``landing.py``): in forward a block starts the
+Five things differ from a GPU (``gather_ahead.py``, ``landing.py``): in forward a block starts the
 next gather before it waits for its own; a gather's second stage runs when somebody waits for it; a
-reduction's second stage is issued when the next unit is reduced; and inside a node the last
-micro-step's reductions are waited for at once, since hop 2 follows.
+reduction's second stage is issued when the next unit is reduced; inside a node the last
+micro-step's reductions are waited for at once, since hop 2 follows; and of a hop 2 in two stages
+what gathers inside nodes is issued at the end (``hop_order.py``).
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class OnGloo:
         self._rank, self._blocks, self._schedule = rank, blocks, schedule
         self._gathers: dict[int, Message | None] = {}
         self._reductions: deque[_Reduction] = deque()
+        self._between_nodes: list[tuple[Message, Sequence[Stage], str]] = []
 
     def gather(self, unit: UnitSeconds, name: str) -> Message | None:
         """Start the first stage of a unit's gather, if it has one."""
@@ -69,7 +71,7 @@ class OnGloo:
         """
         sync = unit.sync if syncs else ()
         if not unit.reduce:
-            return [self._rank.send("hop 2", sync, name)] if sync else []
+            return [self._sync(sync, name)] if sync else []
         started = self._advance()
         first, *to_come = unit.reduce
         message = self._rank.send("hop 1, reductions", (first,), f"reduce {name}")
@@ -82,6 +84,14 @@ class OnGloo:
         while self._reductions:
             started += self._advance()
         return started
+
+    def finish(self) -> list[Message]:
+        """Gather inside nodes what every hop 2 has brought there, one after the other."""
+        gathers = []
+        for message, stages, name in self._between_nodes:
+            self._rank.wait(message, 2)
+            gathers.append(self._rank.send("hop 2", stages, name))
+        return gathers
 
     def _start(self, number: int) -> None:
         if number not in self._gathers:
@@ -104,5 +114,12 @@ class OnGloo:
                 continue
             self._reductions.remove(one)
             if one.sync:
-                started.append(self._rank.send("hop 2", one.sync, one.name))
+                started.append(self._sync(one.sync, one.name))
         return started
+
+    def _sync(self, stages: tuple[Stage, ...], name: str) -> Message:
+        """Start a hop 2, without what gathers inside nodes behind it."""
+        message = self._rank.send("hop 2", stages[:2], name)
+        if stages[2:]:
+            self._between_nodes.append((message, stages[2:], name))
+        return message

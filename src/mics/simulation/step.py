@@ -132,6 +132,7 @@ def _micro_step(
         started += order.reduce(blocks[number], f"{number}", syncs=syncs)
     started += order.reduce(root, "root", syncs=syncs)
     started += order.drain()
+    started += order.finish()
     for message in started:
         rank.wait(message, 2)
 
