@@ -75,7 +75,7 @@ CASES = [
     Case("float8", 4, "hierarchical", width=ODD_WIDTH, tied=True),
     Case("float8", 4, "flat", overlap=False, width=ODD_WIDTH, reshard=False),
     Case("float8", 2),
-    Case("float8", 1),
+    Case("float8", 1, "flat"),
     Case("int8", 4, "hierarchical", overlap=False, tied=True),
     Case("int8", 4),
     Case("int8", 2, reshard=False, tied=True),

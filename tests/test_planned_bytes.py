@@ -143,6 +143,7 @@ def _counted(partition: int, form: Any, reduce_dtype: torch.dtype, bits: Any) ->
     ("partition", "form", "bits"),
     [
         *[(2, "flat", None), (4, "flat", None), (4, "hierarchical", None)],
+        *[(1, "flat", None), (1, "hierarchical", None), (1, "hierarchical", "bf16")],
         *[(2, "flat", "bf16"), (2, "flat", "fp8"), (1, "flat", "int8")],
     ],
     ids=str,
@@ -152,7 +153,12 @@ def test_bytes_planned_for_ranks_on_gloo_are_what_they_count(
 ) -> None:
     counted = run_ranks(_counted, 4, partition, form, reduce_dtype, bits)
     recipe = Recipe(
-        partition, micro_steps=2, form=form, reduce_bytes=reduce_dtype.itemsize, hop_two=bits
+        partition,
+        micro_steps=2,
+        form=form,
+        reduce_bytes=reduce_dtype.itemsize,
+        hop_two=bits,
+        hop_two_form=form,
     )
     planned = inter_bytes("mics", anatomy, cluster(2, gloo=True), recipe)
     assert planned * 2 == sum(counted)

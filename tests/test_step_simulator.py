@@ -479,18 +479,18 @@ def test_replicas_of_a_node_are_summed_there_where_the_link_is_slow(
     rings, trees = Cluster(node, 4), Cluster(find_node("p4d"), 4)
     seconds, sent = {}, {}
     for form in ("auto", "flat", "hierarchical"):
-        asked = dataclasses.replace(run, form=form)  # type: ignore[arg-type]
+        asked = dataclasses.replace(run, hop_two_form=form)  # type: ignore[arg-type]
         seconds[form] = simulate_engine("mics", anatomy, made, rings, asked).seconds
         sent[form] = inter_bytes("mics", anatomy, rings, asked)
     assert seconds["auto"] == seconds["hierarchical"] < seconds["flat"]
     replicas = 32 // partition
     assert sent["auto"] == sent["hierarchical"]
     assert sent["auto"] / sent["flat"] == Fraction(3, 4) / Fraction(replicas - 1, replicas)
-    flat = dataclasses.replace(run, form="flat")
+    flat = dataclasses.replace(run, hop_two_form="flat")
     taken = [simulate_engine("mics", anatomy, made, trees, one).seconds for one in (run, flat)]
     assert taken[0] == taken[1]
     coded = dataclasses.replace(run, hop_two="int8")
-    forced = dataclasses.replace(coded, form="flat")
+    forced = dataclasses.replace(coded, hop_two_form="flat")
     assert inter_bytes("mics", anatomy, rings, coded) == inter_bytes("mics", anatomy, rings, forced)
 
 
@@ -532,7 +532,8 @@ def test_bytes_planned_are_bytes_counted(partition: int) -> None:
     counted = run_ranks(_counted, 4, partition)
     anatomy = subject("gpt2-tiny", vocabulary=1024)
     node = dataclasses.replace(find_node("p4d"), gpus_per_node=2)
-    run = Recipe(partition, micro_steps=2, form="hierarchical")
+    form: Any = "hierarchical"
+    run = Recipe(partition, micro_steps=2, form=form, hop_two_form=form)
     planned = inter_bytes("mics", anatomy, Cluster(node, 2), run)
     assert planned * 2 == sum(counted)
     assert planned > 0

@@ -163,10 +163,12 @@ def with_fragmentation(need: Memory, machine: Machine) -> float:
 def num_groups(recipe: Recipe, gpus: int, gpus_per_node: int) -> int:
     """Count the groups of ranks that a rank is in and that have more than one member.
 
-    The world is one; two stages need a group for each.
+    The world is one; two stages need a group for each, of hop 1 or, below a node, of hop 2.
     """
     p = recipe.partition
-    return 1 + (p > 1) + (p < gpus) + 2 * recipe.two_stages(gpus_per_node)
+    between_replicas = p < gpus_per_node < gpus and recipe.may_sum_inside_nodes
+    stages = recipe.two_stages(gpus_per_node) or between_replicas
+    return 1 + (p > 1) + (p < gpus) + 2 * stages
 
 
 @lru_cache(maxsize=256)

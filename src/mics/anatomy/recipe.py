@@ -53,7 +53,7 @@ class Recipe:
         micro_batch: how many sequences a rank takes in one micro-step.
         micro_steps: s, how many micro-steps make a step.
         checkpointing: whether every block's forward is computed again in backward.
-        form: of collectives over several nodes, flat or hierarchical; "auto" is the faster.
+        form: of hop 1 over several nodes, flat or hierarchical; "auto" is the faster.
         sequence: how many tokens a sequence has.
         compute_bytes: size of a number in a parameter that is gathered and computed with.
         reduce_bytes: size of a number in a gradient on the wire, in hop 1 and in hop 2.
@@ -66,6 +66,7 @@ class Recipe:
         offload: whether what blocks save for backward is on the host until then.
         hop_two: bits of what mics' replicas exchange, see ``mics.shard``; ``None`` is
             ``reduce_bytes``.
+        hop_two_form: of its all-reduces, where nodes have several replicas each; as ``form``.
         error_feedback: whether what fp8 and int8 round away is kept, in 4 bytes a value.
         dealt_states: whether each replica keeps the optimizer state of its share alone, as with
             ``mics.owned``. A step is timed as without: the bytes are the same.
@@ -89,6 +90,7 @@ class Recipe:
     stack: str = "eager"
     offload: bool = False
     hop_two: Literal["fp32", "bf16", "fp8", "int8"] | None = None
+    hop_two_form: Form | Literal["auto"] = "auto"
     error_feedback: bool = True
     dealt_states: bool = False
 
@@ -100,7 +102,7 @@ class Recipe:
         check_one_of(self, (False, True), "error_feedback", "dealt_states")
         if self.hop_two is not None:
             check_one_of(self, ("fp32", "bf16", "fp8", "int8"), "hop_two")
-        check_one_of(self, ("auto", "flat", "hierarchical"), "form")
+        check_one_of(self, ("auto", "flat", "hierarchical"), "form", "hop_two_form")
 
     def __str__(self) -> str:
         return f"p = {self.partition}, {self.setting}"
@@ -117,8 +119,13 @@ class Recipe:
         """Whether hop 2 keeps an error for each value of its blocks."""
         return self.hop_two in ("fp8", "int8") and self.error_feedback
 
+    @property
+    def may_sum_inside_nodes(self) -> bool:
+        """Whether hop 2 may run in two stages, where nodes have several replicas each."""
+        return self.hop_two_form != "flat" and self.hop_two not in ("fp8", "int8")
+
     def two_stages(self, gpus_per_node: int) -> bool:
-        """Whether collectives may run in two stages: the group spans nodes of several GPUs."""
+        """Whether those of hop 1 may run in two stages: the group spans nodes of several GPUs."""
         return self.form != "flat" and self.partition > gpus_per_node > 1
 
 

@@ -20,10 +20,14 @@ from mics.communication.collectives import AllGather
 from mics.communication.forms import choice_of, keep
 from mics.communication.ledger import Ledger
 from mics.communication.timing import time_in_turn
-from mics.communication.two_stages import hierarchical_all_gather, hierarchical_reduce_scatter
+from mics.communication.two_stages import (
+    hierarchical_all_gather,
+    hierarchical_all_reduce,
+    hierarchical_reduce_scatter,
+)
 from mics.ranks.issuing import Handle
 from mics.ranks.mesh import Groups, StageGroups, ranks_of, stage_groups
-from mics.traffic import Collective, Form, ring_flow, stage_flow, stages
+from mics.traffic import Collective, Form, StageMessage, all_reduce_stages, stage_flow, stages
 
 _BLOCKS = 8  # consecutive blocks, where gathers are pipelined
 
@@ -135,6 +139,9 @@ def _calls(
     reduces: dict[str, tuple[Callable[[], None], int]] = {
         "flat": (lambda: _done(compat.reduce_scatter(part, whole, average, shard)), 1)
     }
+    sums: dict[str, tuple[Callable[[], None], int]] = {
+        "flat": (lambda: _done(dist.all_reduce(whole, group=shard)), 1)
+    }
     if pair is not None:
         gathers["hierarchical"] = (lambda: hierarchical_all_gather(whole, mine, pair), 1)
         gathers["pipelined"] = (_pipelined(groups, whole, mine), _BLOCKS)
@@ -142,11 +149,9 @@ def _calls(
             lambda: hierarchical_reduce_scatter(part, whole, average, pair),
             1,
         )
-    return {
-        "all_gather": gathers,
-        "reduce_scatter": reduces,
-        "all_reduce": {"flat": (lambda: _done(dist.all_reduce(whole, group=shard)), 1)},
-    }
+        total = dist.ReduceOp.SUM
+        sums["hierarchical"] = (lambda: hierarchical_all_reduce(whole, total, pair), 1)
+    return {"all_gather": gathers, "reduce_scatter": reduces, "all_reduce": sums}
 
 
 def _pipelined(groups: Groups, whole: torch.Tensor, mine: torch.Tensor) -> Callable[[], None]:
@@ -187,14 +192,18 @@ def _leaves_a_node(
     two_stages: Form = "flat" if form == "flat" else "hierarchical"
     per_node: dict[int, float] = {}
     for rank in ranks:
+        issued: list[tuple[Collective, StageMessage]]
         if collective == "all_reduce":
-            sent = ring_flow(collective, ranks, rank, size, gpus_per_node).inter_bytes
+            issued = all_reduce_stages(ranks, rank, size, gpus_per_node, two_stages)
         else:
-            messages = stages(
-                ranks, rank, size, gpus_per_node, two_stages, by_all_reduce=by_all_reduce
-            )
-            flows = [stage_flow(collective, m, rank, gpus_per_node) for m in messages]
-            sent = sum((flow.inter_bytes for flow in flows), start=0 * flows[0].inter_bytes)
+            issued = [
+                (collective, message)
+                for message in stages(
+                    ranks, rank, size, gpus_per_node, two_stages, by_all_reduce=by_all_reduce
+                )
+            ]
         node = rank // gpus_per_node
-        per_node[node] = per_node.get(node, 0) + float(sent)
+        for one, message in issued:
+            sent = stage_flow(one, message, rank, gpus_per_node).inter_bytes
+            per_node[node] = per_node.get(node, 0) + float(sent)
     return int(max(per_node.values()))

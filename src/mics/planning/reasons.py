@@ -100,8 +100,8 @@ def _compared(plan: Plan, other: Plan) -> str:
     slower = other.seconds / other.tokens * plan.tokens / plan.seconds
     speed = f"take {slower:.2f}x as long per token"
     ours, theirs = plan.inter_bytes / plan.tokens, other.inter_bytes / other.tokens
-    # With a part of a node the ledger counts hop 2 as a ring of all ranks, which is not what the
-    # time of a tree follows from: such bytes explain nothing.
+    # With a part of a node the ledger counts a flat hop 2 as a ring of all ranks, which is not what
+    # the time of a tree follows from: such bytes explain nothing.
     k = plan.cluster.node.gpus_per_node
     if not ours or not theirs or min(plan.way.partition, other.way.partition) < k:
         return speed

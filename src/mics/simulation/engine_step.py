@@ -341,10 +341,10 @@ class _Builder:
         """Choose the faster form of hop 2 for the largest block; flat where there is one stage."""
         recipe, cluster = self._recipe, self._cluster
         alone = cluster.nodes == 1 or self.group >= cluster.node.gpus_per_node
-        if not self.profile.two_stages or alone or recipe.hop_two in ("fp8", "int8"):
+        if not self.profile.two_stages or alone or not recipe.may_sum_inside_nodes:
             return "flat"
-        if recipe.form != "auto":
-            return recipe.form
+        if recipe.hop_two_form != "auto":
+            return recipe.hop_two_form
         largest = max(self._sent(unit).exact for unit in self._anatomy.blocks)
 
         def seconds(form: Form) -> float:

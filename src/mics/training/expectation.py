@@ -74,6 +74,7 @@ def question_of(config: TrainConfig, batch: Batching, sequence: int) -> Question
         stack="fused" if options.compile else "eager",
         # What "auto" may choose that takes most memory: errors are fed back.
         hop_two="fp8" if options.hop_two == "auto" else options.hop_two,
+        hop_two_form=options.collectives,
         error_feedback=options.error_feedback,
         dealt_states=options.dealt_states,
     )
