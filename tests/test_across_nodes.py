@@ -222,6 +222,69 @@ def test_ranks_may_skip_what_others_use(world: int, partition: int) -> None:
                 assert torch.equal(one, first)
 
 
+class _Noted:
+    """What hop 2 issues, by unit and collective."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.calls: list[tuple[int, str]] = []
+        for number, unit in enumerate(units_of(model)):
+            issue = unit.ledger.issue
+
+            def noting(
+                hop: int, collective: Any, *more: Any, n: int = number, to: Any = issue
+            ) -> Any:
+                if hop == 2:
+                    self.calls.append((n, collective))
+                return to(hop, collective, *more)
+
+            unit.ledger.issue = noting  # type: ignore[method-assign]
+
+
+def _order(unused: bool) -> list[tuple[int, str]]:
+    torch.manual_seed(0)
+    model = _sharded(_Skipping(num_blocks=2))
+    noted = _Noted(model)
+    if unused and dist.get_rank() % 2:
+        model.left_out = frozenset([0, 1])
+    for micro in mics.micro_steps(model, torch.ones(2, 4, WIDTH)):
+        loss_of(model(micro)).backward()
+    return noted.calls
+
+
+@pytest.mark.parametrize("unused", [False, True])
+def test_a_message_goes_on_when_the_next_starts_and_gathers_at_the_end(unused: bool) -> None:
+    """Unit 0 is the root, 1 and 2 are blocks; a backward pass ends with the root."""
+    first, second, third = "reduce_scatter", "all_reduce", "all_gather"
+    expected = [
+        *[(2, first), (1, first), (2, second), (0, first), (1, second)],
+        *[(0, second), (2, third), (1, third), (0, third)],
+    ]
+    for calls in run_ranks(_order, 4, unused, ranks_per_node=2):
+        assert calls == expected
+
+
+def _of_two_minds() -> dict[Key, int]:
+    torch.manual_seed(0)
+    mesh = mesh_of_rank(1, 2)
+    model = Stack(num_blocks=40)
+    for i, block in enumerate(model.blocks):
+        form: Any = "flat" if i < 20 else "hierarchical"
+        quiet(lambda b=block, f=form: mics.fully_shard(b, mesh=mesh, collectives=f))
+    quiet(lambda: mics.fully_shard(model, mesh=mesh, collectives="flat"))
+    before = mics.predict_traffic(model)
+    for micro in mics.micro_steps(model, [torch.ones(4, WIDTH)]):
+        loss_of(model(micro)).backward()
+    assert mics.ledger(model).traffic() == before
+    return {key: count.message_bytes for key, count in before.counts.items() if key.hop == 2}
+
+
+def test_units_that_choose_their_form_otherwise_share_no_message() -> None:
+    block = 4 * sum(p.numel() for p in Stack().blocks[0].parameters())
+    for sent in run_ranks(_of_two_minds, 4, ranks_per_node=2):
+        assert sent[Key(2, "all_gather", "intra")] in range(20 * block, 20 * block + 4 * 20)
+        assert sent[Key(2, "all_reduce", "flat")] == 20 * block + 4 * 2 * WIDTH**2
+
+
 # -- what is counted ------------------------------------------------------------------------------
 
 

@@ -31,6 +31,9 @@ from mics.ranks.mesh import Groups, StageGroups, ranks_of, stage_groups
 from mics.topology import has_two_stages
 from mics.traffic import Collective, Form, all_reduce_stages
 
+_LARGEST_MEASURED = 2**24
+"""Bytes; what is larger takes time in proportion, and on slow links minutes to measure."""
+
 
 class AcrossNodes:
     """An all-reduce of gradients, flat or in two stages.
@@ -143,6 +146,7 @@ def all_reduce_of(
     assert pair is not None
     if collectives == "auto":
         num_bytes = compat.trainable_shard_numel(group) * flat.dtype.itemsize
+        num_bytes = min(num_bytes, _LARGEST_MEASURED)
         measure(groups, groups.replicas, ranks, "all_reduce", num_bytes, flat.dtype)
     return AcrossNodes(flat, group, groups, pair, ledger, collectives)
 

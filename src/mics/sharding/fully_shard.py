@@ -51,7 +51,8 @@ def fully_shard(
 
     Call it bottom-up, as FSDP2's. The differences are inside: all-gathers and reduce-scatters of a
     partition group that spans nodes may run in two stages, a 2-D mesh's all-reduce becomes hop 2
-    (see ``hop_two.py``), everything is counted, and every rank starts from the same weights.
+    (see ``hop_two.py``), in two stages too where nodes have several replicas and that is faster,
+    everything is counted, and every rank starts from the same weights.
     Parameters are DTensors on the mesh's shard axis. Collective over the mesh.
 
     Args:
