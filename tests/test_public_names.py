@@ -25,8 +25,8 @@ PUBLIC = """
 OF_TOPOLOGY = "Ranks Topology possible_partitions nodes_of has_two_stages"
 OF_TRAFFIC = """
     Collective Stage Form Key Flow Count Traffic UnitBytes Block View StageMessage
-    ring_flow exchange_flow stages stage_flow message_traffic mics unit_traffic block_traffic
-    fsdp hsdp ddp hop_2_traffic node_inter_bytes
+    ring_flow exchange_flow stages all_reduce_stages stage_flow message_traffic mics unit_traffic
+    block_traffic fsdp hsdp ddp hop_2_traffic node_inter_bytes
 """
 OF_THE_COMMAND_LINE = """
     train tokenize run new plan simulate page export import import-config bench check trace lab

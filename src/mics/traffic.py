@@ -259,7 +259,7 @@ def message_traffic(
 
 def mics(
     topology: Topology,
-    blocks: Units,
+    blocks: _Units,
     micro_steps: int,
     *,
     all_gather: Form = "hierarchical",
@@ -348,7 +348,7 @@ def hop_2_traffic(
 
 
 def fsdp(
-    topology: Topology, blocks: Units, micro_steps: int, *, gloo: bool = False, rank: int = 0
+    topology: Topology, blocks: _Units, micro_steps: int, *, gloo: bool = False, rank: int = 0
 ) -> Traffic:
     """Traffic of one step of ``rank`` under FSDP full shard / ZeRO-3: one partition, the world."""
     world = Topology(topology.nodes, topology.gpus_per_node, topology.world)
@@ -357,7 +357,7 @@ def fsdp(
 
 def hsdp(
     topology: Topology,
-    blocks: Units,
+    blocks: _Units,
     micro_steps: int,
     *,
     deferred: bool,
@@ -378,7 +378,7 @@ def hsdp(
 
 
 def ddp(
-    topology: Topology, blocks: Units, micro_steps: int, *, deferred: bool, rank: int = 0
+    topology: Topology, blocks: _Units, micro_steps: int, *, deferred: bool, rank: int = 0
 ) -> Traffic:
     """Traffic of one step of ``rank`` under DDP; ``deferred`` as with ``no_sync``.
 
@@ -389,7 +389,7 @@ def ddp(
     return mics(alone, whole, micro_steps, hop_2_every_micro_step=not deferred, rank=rank)
 
 
-Units: TypeAlias = Iterable[UnitBytes]
+_Units: TypeAlias = Iterable[UnitBytes]
 # What these two were called first; the names are public, so they stay.
 Block: TypeAlias = UnitBytes
 block_traffic = unit_traffic
