@@ -122,7 +122,16 @@ def draw_case(seed: int) -> Case:
     if draw.random() < 0.5:
         sgd["weight_decay"] = 0.1
     case = Case(seed, layout, shape, tuple(steps), draw.choice([1, 1, 2]), sgd, draw.random() < 0.5)
+    case = _in_two_stages(case) if random.Random(f"stages {seed}").random() < 0.7 else case
     return _dealt(case) if random.Random(f"deals {seed}").random() < 0.3 else case
+
+
+def _in_two_stages(case: Case) -> Case:
+    """Run hop 2 in two stages, where nodes have several replicas each."""
+    layout = case.layout
+    if (layout.partition, layout.gpus_per_node) != (1, 2):
+        return case
+    return replace(case, layout=replace(layout, collectives="hierarchical"))
 
 
 def _dealt(case: Case) -> Case:
@@ -142,8 +151,7 @@ def _dealt(case: Case) -> Case:
 
 def _layout(draw: random.Random, gpus_per_node: int) -> Layout:
     partition = draw.choice([1, 2, 2, 4])
-    has_stages = gpus_per_node == 2 and partition in (1, 4)  # of hop 2, of hop 1
-    hierarchical = has_stages and draw.random() < 0.7
+    hierarchical = partition == 4 and gpus_per_node == 2 and draw.random() < 0.7
     return Layout(
         partition,
         gpus_per_node,
