@@ -56,9 +56,7 @@ class AllGather:
         issued: Callable[[], None] | None = None,
         prepared: Callable[[], None] | None = None,
     ) -> None:
-        self._groups = groups
-        self._ledger = ledger
-        self._decide = decide
+        self._plans = Plans("all_gather", groups, ledger, decide)
         self._issued = issued
         self._prepared = prepared
         self._backend = backend_of_mesh(groups)
@@ -81,8 +79,7 @@ class AllGather:
             self._issued()
         if self._prepared is not None:
             self._prepared()
-        asked = Asked("all_gather", output_tensor, group)
-        planned = plan(asked, self._groups, self._ledger, self._decide)
+        planned = self._plans.of(output_tensor, group)
         program = partial(self._program, output_tensor, input_tensor, group, planned)
         if async_op and planned.pair is None and not self._backend.blocks:
             planned.span("flat")  # counted, and on a stream of the backend's own already
@@ -135,19 +132,16 @@ class ReduceScatter:
         before_reduce: Callable[[], None] | None = None,
         landing: Landing | None = None,
     ) -> None:
-        self._groups = groups
-        self._ledger = ledger
-        self._decide = decide
         self._issued = issued
         self._before_reduce = before_reduce
         self._landing = landing
         self._backend = backend_of_mesh(groups)
         self._exchanges = landing is not None and landing.in_node
-
-    @property
-    def by_all_reduce(self) -> bool:
+        self.by_all_reduce = self._backend.reduces_by_all_reduce and not self._exchanges
         """Whether its flat form is an all-reduce of which all but one row is thrown away."""
-        return self._backend.reduces_by_all_reduce and not self._exchanges
+        self._plans = Plans(
+            "reduce_scatter", groups, ledger, decide, by_all_reduce=self.by_all_reduce
+        )
 
     def allocate(
         self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device
@@ -168,13 +162,7 @@ class ReduceScatter:
         """Reduce-scatter; the result is ordered on the current stream, or lands later."""
         if self._issued is not None:
             self._issued()
-        asked = Asked(
-            "reduce_scatter",
-            input_tensor,
-            group,
-            by_all_reduce=self.by_all_reduce,
-        )
-        planned = plan(asked, self._groups, self._ledger, self._decide)
+        planned = self._plans.of(input_tensor, group)
         begin = partial(self._program, input_tensor, op, group, planned)
         if self._landing is not None and self._landing.reduce(
             output_tensor, op, partial(begin, with_handle)
@@ -207,45 +195,84 @@ class ReduceScatter:
 # -- what one call does --------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Asked:
-    """One collective that FSDP2 asks for; ``gathered`` is its whole message."""
-
-    collective: Collective
-    gathered: torch.Tensor
-    group: dist.ProcessGroup
-    by_all_reduce: bool = False
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Planned:
     """How one collective runs: its stages and, if it is hierarchical, their groups."""
 
-    asked: Asked
+    collective: Collective
+    device: torch.device
     ledger: Ledger
-    messages: list[StageMessage]
+    messages: dict[Stage, StageMessage]
     pair: StageGroups | None
 
     def span(self, stage: Stage) -> Span:
         """Count a stage, and return the span that times it."""
-        message = next(m for m in self.messages if m.stage == stage)
-        return self.ledger.issue(1, self.asked.collective, message, self.asked.gathered.device)
+        return self.ledger.issue(1, self.collective, self.messages[stage], self.device)
 
 
-def plan(asked: Asked, groups: Groups, ledger: Ledger, decide: Decide) -> Planned:
-    """Choose the form of one collective, and what of it is counted."""
-    ranks = ranks_of(asked.group)
-    message_bytes = asked.gathered.numel() * asked.gathered.element_size()
-    pair = stage_groups(groups, ranks)
-    form: Form = "flat"
-    if pair is not None:
-        form = decide(asked.collective, ranks, message_bytes, asked.gathered.dtype)
-    messages = stages(
-        ranks,
-        dist.get_rank(),
-        message_bytes,
-        groups.gpus_per_node,
-        form,
-        by_all_reduce=asked.by_all_reduce,
-    )
-    return Planned(asked, ledger, messages, pair if form == "hierarchical" else None)
+class Plans:
+    """How the collectives of a unit run that are of one kind.
+
+    What follows from a size and a form is worked out once. The form is asked for every time where
+    there are two: what other units have measured may be nearer by now.
+
+    Args:
+        collective: the kind.
+        groups: of the unit.
+        ledger: counts the calls.
+        decide: chooses the form.
+        by_all_reduce: see ``traffic.stages``.
+    """
+
+    def __init__(
+        self,
+        collective: Collective,
+        groups: Groups,
+        ledger: Ledger,
+        decide: Decide,
+        *,
+        by_all_reduce: bool = False,
+    ) -> None:
+        self._collective: Collective = collective
+        self._groups = groups
+        self._ledger = ledger
+        self._decide = decide
+        self._by_all_reduce = by_all_reduce
+        self._stages: dict[dist.ProcessGroup, tuple[Ranks, StageGroups | None]] = {}
+        self._known: dict[tuple[dist.ProcessGroup, int, torch.device, Form], Planned] = {}
+
+    def of(self, gathered: torch.Tensor, group: dist.ProcessGroup) -> Planned:
+        """Choose the form of one collective, and what of it is counted.
+
+        Args:
+            gathered: its whole message.
+            group: its ranks.
+        """
+        if group not in self._stages:
+            ranks = ranks_of(group)
+            self._stages[group] = ranks, stage_groups(self._groups, ranks)
+        ranks, pair = self._stages[group]
+        form: Form = "flat"
+        if pair is not None:
+            form = self._decide(self._collective, ranks, gathered.nbytes, gathered.dtype)
+        key = group, gathered.nbytes, gathered.device, form
+        planned = self._known.get(key)
+        if planned is None:
+            planned = self._known[key] = self._plan(*key)
+        return planned
+
+    def _plan(
+        self, group: dist.ProcessGroup, message_bytes: int, device: torch.device, form: Form
+    ) -> Planned:
+        ranks, pair = self._stages[group]
+        messages = stages(
+            ranks,
+            dist.get_rank(),
+            message_bytes,
+            self._groups.gpus_per_node,
+            form,
+            by_all_reduce=self._by_all_reduce,
+        )
+        by_stage = {message.stage: message for message in messages}
+        two_stages_of = pair if form == "hierarchical" else None
+        return Planned(self._collective, device, self._ledger, by_stage, two_stages_of)

@@ -16,6 +16,7 @@ from mics.ranks.mesh import PerMesh
 
 Kind = Literal["gathers", "reduces"]
 KINDS: tuple[Kind, ...] = ("gathers", "reduces")
+_NUMBERS = {kind: number for number, kind in enumerate(KINDS)}
 ENDED = -1
 """In place of a call: none comes any more."""
 
@@ -42,7 +43,7 @@ class Issued:
 
     def add(self, unit: int, kind: Kind) -> None:
         """A unit issues one more."""
-        self._calls.append(len(KINDS) * unit + KINDS.index(kind))
+        self._calls.append(len(KINDS) * unit + _NUMBERS[kind])
 
     def digest(self) -> int:
         """A number below 2**31 that differs when the order does."""

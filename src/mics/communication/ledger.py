@@ -8,7 +8,6 @@ Nothing here synchronises a device: on a GPU, times come from events read after 
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections import deque
@@ -59,7 +58,7 @@ class Ledger:
         self._pace = pace
         self._lock = threading.Lock()
         self._calls: dict[tuple[Key, StageMessage], int] = {}
-        self._seconds: dict[Key, Seconds] = {}
+        self._spent: dict[Key, tuple[float, float | None]] = {}  # total and exposed seconds
         self._events: deque[tuple[Key, Any, Any]] = deque()
 
     def issue(
@@ -90,20 +89,22 @@ class Ledger:
         """Time per key since the last reset; GPU work that has not finished is not in it yet."""
         self._collect_events()
         with self._lock:
-            return dict(self._seconds)
+            return {key: Seconds(*spent) for key, spent in self._spent.items()}
 
     def reset(self) -> None:
         """Forget everything counted so far."""
         with self._lock:
             self._calls.clear()
-            self._seconds.clear()
+            self._spent.clear()
             self._events.clear()
 
-    def _add_seconds(self, key: Key, seconds: Seconds) -> None:
+    def _add_seconds(self, key: Key, total: float, exposed: float | None) -> None:
         with self._lock:
-            self._seconds[key] = self._seconds.get(key, Seconds()) + seconds
+            before, exposed_before = self._spent.get(key, (0.0, 0.0))
+            known = None if exposed is None or exposed_before is None else exposed_before + exposed
+            self._spent[key] = before + total, known
         # What was exposed; of a device, which says nothing of it, all.
-        waited = seconds.total if seconds.exposed is None else seconds.exposed
+        waited = total if exposed is None else exposed
         if waited and self._pace is not None:
             self._pace.took(key.hop, waited, (id(self), key))
 
@@ -115,7 +116,7 @@ class Ledger:
     def _collect_events(self) -> None:
         while self._events and self._events[0][2].query():
             key, start, end = self._events.popleft()
-            self._add_seconds(key, Seconds(start.elapsed_time(end) / 1e3, None))
+            self._add_seconds(key, start.elapsed_time(end) / 1e3, None)
 
 
 class Span:
@@ -159,7 +160,7 @@ class Span:
             self._ledger._add_events(self._key, self._start_event, end)
         else:
             spent = time.perf_counter() - self._start
-            self._ledger._add_seconds(self._key, Seconds(spent, spent))
+            self._ledger._add_seconds(self._key, spent, spent)
 
     def restart(self) -> None:
         """Begin here: a second stage is issued with the first but starts after it."""
@@ -173,7 +174,7 @@ class Span:
         def done(_: object) -> None:
             if self._flight is not None:
                 self._flight.end()
-            self._ledger._add_seconds(self._key, Seconds(time.perf_counter() - self._start, 0.0))
+            self._ledger._add_seconds(self._key, time.perf_counter() - self._start, 0.0)
 
         try:
             future = work.get_future()
@@ -188,13 +189,15 @@ class Span:
         One that was not followed is timed until here, later than its end.
         """
         start = time.perf_counter()
-        with self._flight or contextlib.nullcontext():
+        if self._flight is None:
             work.wait()
-        if self._flight is not None:
+        else:
+            with self._flight:
+                work.wait()
             self._flight.end()
         end = time.perf_counter()
         total = 0.0 if self._followed else end - self._start
-        self._ledger._add_seconds(self._key, Seconds(total, end - start))
+        self._ledger._add_seconds(self._key, total, end - start)
 
 
 class Untimed:

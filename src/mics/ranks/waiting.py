@@ -82,8 +82,11 @@ def wait_for_work(work: Awaited, place: Place) -> None:
     _seen_to_wait(place)
     tracer = recorder()
     try:
-        with contextlib.nullcontext() if tracer is None else tracer.waiting(place):
+        if tracer is None:
             _wait_for_work(work, place, began)
+        else:
+            with tracer.waiting(place):
+                _wait_for_work(work, place, began)
     finally:
         _seen_to_go_on()
     _waited.seconds = getattr(_waited, "seconds", 0.0) + time.monotonic() - began
