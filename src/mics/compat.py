@@ -172,6 +172,27 @@ def param_groups(module: nn.Module) -> list[Any]:
     return list(_groups_of_state(module._get_fsdp_state()))
 
 
+def modules_under(module: nn.Module) -> list[nn.Module]:
+    """``list(module.modules())``, for what every step looks through.
+
+    2.11 to 2.15: that hands every module up through a generator of each one above it, and spells
+    its name.
+    """
+    found: dict[nn.Module, None] = {}  # in order
+    waiting: list[nn.Module] = [module]
+    while waiting:
+        one = waiting.pop()
+        if one not in found:
+            found[one] = None
+            waiting += [inner for inner in reversed(one._modules.values()) if inner is not None]
+    return list(found)
+
+
+def own_params(module: nn.Module) -> list[nn.Parameter]:
+    """Parameters of a module itself; one that is registered twice comes twice. As above."""
+    return [param for param in module._parameters.values() if param is not None]
+
+
 def modules_of(group: Any) -> tuple[nn.Module, ...]:
     """The modules that share one parameter group."""
     modules: tuple[nn.Module, ...] = group.modules
@@ -276,7 +297,15 @@ def sharded_params(group: Any) -> list[nn.Parameter]:
 
 def trainable_params(group: Any) -> list[nn.Parameter]:
     """Those of the sharded parameters that need a gradient, in the same order."""
-    return [param for param in sharded_params(group) if param.requires_grad]
+    return [one.sharded_param for one in group.fsdp_params if one.sharded_param.requires_grad]
+
+
+def has_trainable_shard(group: Any) -> bool:
+    """Whether ``trainable_shard_numel`` is not 0; the first parameter nearly always tells."""
+    for one in group.fsdp_params:
+        if one.sharded_param.requires_grad and one.padded_sharded_param_size.numel():
+            return True
+    return False
 
 
 def trainable_shard_numel(group: Any) -> int:
@@ -303,16 +332,14 @@ def fill_unused_gradients(group: Any) -> list[bool]:
     Returns:
         For each trainable parameter whether it was used.
     """
-    used = []
-    for fsdp_param in group.fsdp_params:
-        if not fsdp_param.sharded_param.requires_grad:
-            continue
-        whole = getattr(fsdp_param, "_unsharded_param", None)
-        used.append(
-            fsdp_param.unsharded_accumulated_grad is not None
-            or (whole is not None and whole.grad is not None)
-        )
-        if whole is not None and not used[-1]:
+    trainable = [one for one in group.fsdp_params if one.sharded_param.requires_grad]
+    wholes = [getattr(one, "_unsharded_param", None) for one in trainable]
+    used = [
+        one.unsharded_accumulated_grad is not None or (whole is not None and whole.grad is not None)
+        for one, whole in zip(trainable, wholes, strict=True)
+    ]
+    for whole, is_used in zip(wholes, used, strict=True):
+        if whole is not None and not is_used:
             whole.grad = _zeros_of(whole)
     return used
 
@@ -335,12 +362,29 @@ def _zeros_of(whole: torch.Tensor) -> torch.Tensor:
 
 def whole_gradients(group: Any) -> list[torch.Tensor]:
     """The gradients that a backward pass has left on whole parameters, before they are reduced."""
-    return [local_of(whole.grad) for whole in gathered_params(group) if whole.grad is not None]
+    return [whole.grad for whole in gathered_params(group) if whole.grad is not None]
+
+
+def has_whole_gradients(group: Any) -> bool:
+    """Whether there are such."""
+    for one in group.fsdp_params:
+        whole = getattr(one, "_unsharded_param", None)
+        if whole is not None and whole.grad is not None:
+            return True
+    return False
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a tensor; a plain one is all here."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def locals_of(tensors: Iterable[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """``local_of`` many tensors that nothing is to be differentiated by, such as gradients.
+
+    2.11 to 2.15: ``to_local`` makes a view of each where autograd is on, and asks whether it is.
+    """
+    return [one._local_tensor if type(one) is DTensor else one for one in tensors]
 
 
 def copy_all(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
@@ -387,13 +431,14 @@ def give_gradient(group: Any, index: int, shard: torch.Tensor) -> None:
 
 def can_stay_whole(group: Any) -> bool:
     """Whether the shards of a group are its whole parameters: one rank, nothing cast or moved."""
-    return shard_group(group).size() == 1 and all(
-        one.param_dtype is None
-        and not one.offload_to_cpu
-        and type(one._sharded_param_data) is torch.Tensor
-        and not has_gather_hook(one.sharded_param)
-        for one in group.fsdp_params
-    )
+    if shard_group(group).size() > 1:
+        return False
+    for one in group.fsdp_params:
+        if one.param_dtype is not None or one.offload_to_cpu:
+            return False
+        if type(one._sharded_param_data) is not torch.Tensor:
+            return False
+    return not with_gather_hook(group)
 
 
 def stay_whole(group: Any) -> None:
@@ -406,7 +451,8 @@ def stay_whole(group: Any) -> None:
     for one in group.fsdp_params:
         shard = one._sharded_param_data
         whole = getattr(one, "_unsharded_param", None)
-        if whole is None or local_of(whole).data_ptr() != shard.data_ptr():
+        there = whole._local_tensor if type(whole) is DTensor else whole
+        if there is None or there.data_ptr() != shard.data_ptr():
             if whole is not None:
                 del one._unsharded_param
             one.all_gather_outputs = [shard]
@@ -424,16 +470,21 @@ def whole_gradients_are_sums(group: Any) -> bool:
     """
     if shard_group(group).size() > 1 or reads_gradients_at_once(group) or not wants_reduce(group):
         return False
-    trainable = [one for one in group.fsdp_params if one.sharded_param.requires_grad]
-    kept, travels = {one.sharded_param.dtype for one in trainable}, reduce_dtype(group)
-    return divide_factor(group) is None and all(
-        one.unsharded_accumulated_grad is None
-        and getattr(one, "_unsharded_param", None) is not None
-        and one._unsharded_param.grad is not None
-        and torch.promote_types(one._unsharded_param.grad.dtype, travels) == travels
-        and kept == {travels}
-        for one in trainable
-    )
+    if divide_factor(group) is not None:
+        return False
+    travels = reduce_dtype(group)
+    for one in group.fsdp_params:
+        if not one.sharded_param.requires_grad:
+            continue
+        whole = getattr(one, "_unsharded_param", None)
+        if one.unsharded_accumulated_grad is not None or whole is None or whole.grad is None:
+            return False
+        made = whole.grad.dtype
+        if made != travels and torch.promote_types(made, travels) != travels:
+            return False
+        if one.sharded_param.dtype != travels:
+            return False
+    return True
 
 
 def take_whole_gradients(group: Any) -> list[torch.Tensor]:
@@ -441,7 +492,8 @@ def take_whole_gradients(group: Any) -> list[torch.Tensor]:
     taken = []
     for one in group.fsdp_params:
         if one.sharded_param.requires_grad:
-            taken.append(one.unsharded_grad_data)
+            gradient = one._unsharded_param.grad
+            taken.append(gradient if type(gradient) is torch.Tensor else one.unsharded_grad_data)
             one._unsharded_param.grad = None
     return taken
 
@@ -490,7 +542,9 @@ def has_gather_hook(param: torch.Tensor) -> bool:
 
 def with_gather_hook(group: Any) -> list[Any]:
     """Those of a group's parameters that do, as FSDP2 keeps them."""
-    return [one for one in group.fsdp_params if has_gather_hook(one.sharded_param)]
+    # Asked before every gather, so without the calls of ``has_gather_hook``; these are DTensors.
+    hook = "fsdp_pre_all_gather"
+    return [one for one in group.fsdp_params if hasattr(one.sharded_param._local_tensor, hook)]
 
 
 def sent_as_they_are(group: Any) -> list[tuple[torch.dtype, tuple[int, ...]]]:
@@ -717,8 +771,8 @@ def reads_gradients_at_once(group: Any) -> bool:
 
     ``FSDPModule.set_all_reduce_hook`` has no getter.
     """
-    offloads = any(fsdp_param.offload_to_cpu for fsdp_param in group.fsdp_params)
-    return offloads or group._all_reduce_hook is not None
+    offloads = [one for one in group.fsdp_params if one.offload_to_cpu]
+    return bool(offloads) or group._all_reduce_hook is not None
 
 
 def gather_beside_computation(group: Any) -> None:
@@ -788,10 +842,35 @@ def tensors_with_grad(tree: Any) -> tuple[torch.Tensor, ...]:
 
     2.13 and later look into dataclasses too, as their FSDP2 does; 2.11 and 2.12 do not.
     """
+    found: list[torch.Tensor] = []
+    _add_with_grad((tree,), found)
+    return tuple(found)
+
+
+_WITHOUT_TENSORS = (type(None), bool, int, float, str)
+
+
+def _add_with_grad(items: Iterable[Any], found: list[torch.Tensor]) -> None:
+    """Add those of some structures; torch asks each value of a block's inputs a dozen questions."""
+    for one in items:
+        kind = type(one)
+        if kind is torch.Tensor:
+            if one.requires_grad:
+                found.append(one)
+        elif kind is tuple or kind is list:
+            _add_with_grad(one, found)
+        elif kind is dict:
+            _add_with_grad(one.values(), found)
+        elif kind not in _WITHOUT_TENSORS:
+            found.extend(_with_grad_by_torch(one))
+
+
+def _with_grad_by_torch(tree: Any) -> Iterable[torch.Tensor]:
     if _collect_grad_tensors is not None:
-        return tuple(_collect_grad_tensors(tree))
+        collected: Iterable[torch.Tensor] = _collect_grad_tensors(tree)
+        return collected
     leaves: list[Any] = tree_leaves(tree)
-    return tuple(leaf for leaf in leaves if getattr(leaf, "requires_grad", False))
+    return [leaf for leaf in leaves if getattr(leaf, "requires_grad", False)]
 
 
 def outside_graphs(hook: Callable[..., Any]) -> Callable[..., Any]:
@@ -823,9 +902,14 @@ def _groups_of_state(state: Any) -> Iterator[Any]:
         yield state._fsdp_param_group
 
 
+def knows_root(state: Any) -> bool:
+    """Whether the first forward has told a sharded module's state who its root is."""
+    return state._is_root is not None
+
+
 def is_initialised(module: nn.Module) -> bool:
     """Whether the first forward has told this module who its root is."""
-    return isinstance(module, FSDPModule) and module._get_fsdp_state()._is_root is not None
+    return isinstance(module, FSDPModule) and knows_root(state_of(module))
 
 
 def is_root(module: FSDPModule) -> bool:
@@ -884,16 +968,21 @@ def _reset_by_hand(root: FSDPModule, groups: list[Any]) -> None:
 # there, and nothing public tells it or sets one without the other.
 
 
-def is_outermost(module: nn.Module) -> bool:
+def state_of(module: nn.Module) -> Any:
+    """What FSDP2 keeps of a sharded module, the same as long as that lasts."""
+    state: Any = module._get_fsdp_state()  # type: ignore[operator]
+    return state
+
+
+def is_outermost(state: Any) -> bool:
     """Whether no other sharded module's forward is around this one's, as FSDP2 keeps count."""
-    state: Any = module._get_fsdp_state()  # type: ignore[operator]
-    return state._state_ctx.iter_forward_root in (None, state)
+    around = state._state_ctx.iter_forward_root
+    return around is None or around is state
 
 
-def runs_on(module: nn.Module) -> bool:
+def runs_on(state: Any) -> bool:
     """Whether a forward of a module's state is under way that began before."""
-    state: Any = module._get_fsdp_state()  # type: ignore[operator]
-    return state._state_ctx.iter_forward_root is state
+    return bool(state._state_ctx.iter_forward_root is state)
 
 
 def groups_beside(module: nn.Module) -> list[Any]:
@@ -931,11 +1020,13 @@ def first_dtype(group: Any) -> torch.dtype:
 
 def is_untouched(group: Any) -> bool:
     """Whether the modules of a group have what FSDP2 registered last, the sharded parameters."""
-    return group.is_sharded and all(
-        (place := fsdp_param._module_info).module._parameters.get(place.param_name)
-        is fsdp_param.sharded_param
-        for fsdp_param in group.fsdp_params
-    )
+    if not group.is_sharded:
+        return False
+    for one in group.fsdp_params:
+        place = one._module_info
+        if place.module._parameters.get(place.param_name) is not one.sharded_param:
+            return False
+    return True
 
 
 def registered_params(group: Any) -> list[nn.Parameter | None]:
@@ -953,7 +1044,7 @@ def expected_params(group: Any) -> list[nn.Parameter]:
 
 def gathered_params(group: Any) -> list[nn.Parameter]:
     """The whole parameters that autograd saw of a group, in memory or not."""
-    found = (getattr(fsdp_param, "_unsharded_param", None) for fsdp_param in group.fsdp_params)
+    found = [getattr(fsdp_param, "_unsharded_param", None) for fsdp_param in group.fsdp_params]
     return [param for param in found if param is not None]
 
 
@@ -1075,12 +1166,13 @@ def checkpoint_activations(block: nn.Module) -> None:
 
 def in_backward() -> bool:
     """Whether this thread is inside a backward pass (activation recomputation included)."""
-    return backward_id() != -1
+    return bool(torch._C._current_graph_task_id() != -1)  # asked in every hook
 
 
 def backward_id() -> int:
     """A number for the backward pass this thread is in, -1 outside; no two have the same."""
-    return int(torch._C._current_graph_task_id())
+    number: int = torch._C._current_graph_task_id()
+    return number
 
 
 def at_end_of_backward(callback: Callable[[], None]) -> None:
@@ -1093,7 +1185,13 @@ def at_end_of_backward(callback: Callable[[], None]) -> None:
 
 def num_gradient_hooks(param: torch.Tensor) -> int:
     """How many post-accumulate-gradient hooks ``param`` has; torch only offers to add one."""
-    return len(getattr(param, "_post_accumulate_grad_hooks", None) or ())
+    hooks: dict[int, Any] | None = param._post_accumulate_grad_hooks
+    return len(hooks) if hooks else 0
+
+
+def has_gradient_hooks(group: Any) -> bool:
+    """Whether a trainable parameter of a group has such a hook."""
+    return bool([one for one in trainable_params(group) if one._post_accumulate_grad_hooks])
 
 
 def num_hooks(param: torch.Tensor) -> int:
@@ -1115,6 +1213,11 @@ def times_written(tensor: torch.Tensor) -> int:
     2.11 to 2.15: autograd's own counter, the only sign that a value was set or edited.
     """
     return int(tensor._version)
+
+
+def times_group_written(group: Any) -> int:
+    """How often the sharded parameters of a group were written, all together; see above."""
+    return sum([one.sharded_param._version for one in group.fsdp_params])
 
 
 def viewed(tensor: torch.Tensor) -> torch.Tensor:

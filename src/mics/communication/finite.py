@@ -42,11 +42,12 @@ class Finite:
         Gradients in fp16 are not looked at: a loss scaler tries how large they may become.
 
         Args:
-            gradients: whole ones, of one unit; none if this rank has not used it.
+            gradients: whole ones, of one unit; none if this rank has not used it. One spread over
+                axes beside the data is looked at where it is here.
         """
         if not gradients:
             return
-        smallest = min(gradients, key=torch.Tensor.numel)
+        smallest = compat.local_of(min(gradients, key=torch.Tensor.numel))
         if smallest.dtype == torch.float16:
             return
         waits, current = on_accelerator(smallest.device), compat.backward_id()

@@ -18,9 +18,7 @@ def gradients_of(group: Any) -> list[torch.Tensor]:
 
 def trainable_gradients(group: Any) -> list[torch.Tensor | None]:
     """The local shard of every trainable parameter's gradient, in group order."""
-    with torch.no_grad():
-        params = compat.trainable_params(group)
-        return [None if p.grad is None else compat.local_of(p.grad) for p in params]
+    return compat.locals_of([param.grad for param in compat.trainable_params(group)])
 
 
 def offsets_of(group: Any) -> list[int]:
@@ -41,30 +39,38 @@ def matrices_of(group: Any) -> list[tuple[int, slice]]:
     return [(n, slice(at, at + numel)) for n, at, numel in places if params[n].ndim > 1]
 
 
-def flat_buffer(group: Any) -> torch.Tensor | None:
+def flat_buffer(
+    group: Any, gradients: Sequence[torch.Tensor | None] | None = None
+) -> torch.Tensor | None:
     """The buffer that the gradients of all trainable parameters are views of.
 
     FSDP2 hands out the gradients of one reduction in this way.
+
+    Args:
+        group: the FSDP2 parameter group.
+        gradients: its ``trainable_gradients``, if somebody has asked for them already.
 
     Returns:
         [numel of the padded shards]; ``None`` when one has no gradient, or they were offloaded,
         cast, or set by somebody else.
     """
-    gradients = trainable_gradients(group)
+    gradients = trainable_gradients(group) if gradients is None else gradients
     if not gradients or gradients[0] is None:
         return None
-    first = gradients[0]
-    storage = first.untyped_storage()
-    numel = compat.trainable_shard_numel(group)
-    if storage.nbytes() != numel * first.element_size():
-        return None
-    for gradient, offset in zip(gradients, offsets_of(group), strict=True):
-        if gradient is None or gradient.dtype != first.dtype:
+    first, offset = gradients[0], 0
+    storage, dtype = first.untyped_storage(), first.dtype
+    address = storage.data_ptr()
+    for gradient, numel in zip(gradients, compat.trainable_shard_numels(group), strict=True):
+        if gradient is None or gradient.dtype != dtype:
             return None
         # Empty shards are views too; what they are must not let a rank answer as no other does.
-        elsewhere = gradient.untyped_storage().data_ptr() != storage.data_ptr()
+        elsewhere = gradient.untyped_storage().data_ptr() != address
         if elsewhere or gradient.storage_offset() != offset:
             return None
+        offset += numel
+    numel = offset
+    if storage.nbytes() != numel * first.element_size():
+        return None
     return first.new_empty(0).set_(storage, 0, (numel,), (1,))
 
 
@@ -74,11 +80,12 @@ def message_of(group: Any, dtype: torch.dtype, device: torch.device) -> torch.Te
     It is a copy where some have no gradient, see [Note: the same message on every rank] in
     ``hop_two.py``, and where gradients are offloaded or stored in another dtype than the message's.
     """
-    flat = flat_buffer(group)
+    gradients = trainable_gradients(group)
+    flat = flat_buffer(group, gradients)
     if flat is not None:
         return flat.to(device=device, dtype=dtype)
     message = torch.zeros(compat.trainable_shard_numel(group), dtype=dtype, device=device)
-    for gradient, offset in zip(trainable_gradients(group), offsets_of(group), strict=True):
+    for gradient, offset in zip(gradients, offsets_of(group), strict=True):
         if gradient is not None:
             message[offset : offset + gradient.numel()] = gradient.reshape(-1)
     return message

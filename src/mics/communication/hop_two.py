@@ -206,7 +206,7 @@ class HopTwo:
         """Whether the backward passes to come run hop 2, and there is something to reduce."""
         if self.held or not compat.wants_all_reduce(self.group):
             return False
-        return compat.trainable_shard_numel(self.group) > 0
+        return compat.has_trainable_shard(self.group)
 
     @property
     def awaits_backward(self) -> bool:
@@ -224,12 +224,16 @@ class HopTwo:
     def _watch_parameters(self) -> None:
         """See that every sharded parameter reports its gradient, and to nobody else before us."""
         params = compat.sharded_params(self.group)
-        self._num_trainable = sum(param.requires_grad for param in params)
+        self._num_trainable = 0
         for position, param in enumerate(params):
             ours = position in self._hooked and self._hooked[position][0] is param
-            if compat.num_gradient_hooks(param) > ours:
+            hooks = compat.num_gradient_hooks(param)
+            if hooks > ours:
                 raise _other_hook_error(self.group, self._replicas.size())
-            if param.requires_grad and compat.num_gradient_hooks(param) == 0:
+            if not param.requires_grad:
+                continue
+            self._num_trainable += 1
+            if hooks == 0:
                 handle = param.register_post_accumulate_grad_hook(self._after_accumulation)  # type: ignore[no-untyped-call]
                 self._hooked[position] = param, handle
 
@@ -324,16 +328,16 @@ class HopTwo:
                 compat.give_gradient(self.group, i, message[offset:])
                 self._used.received(i)
 
-    @torch.no_grad()
     def wait(self) -> None:
         """Wait for a hop 2 under way, if there is one; those in the same message are over too."""
         flight, self._flight = self._flight, None
         if flight is None:
             return
-        if self._same_steps is not None:
-            self._same_steps.check()
-        flight.wait()
-        self._synced_version = self._version()
+        with torch.no_grad():
+            if self._same_steps is not None:
+                self._same_steps.check()
+            flight.wait()
+            self._synced_version = self._version()
 
     def _version(self) -> tuple[int, int, int] | None:
         """What changes when the first gradient is zeroed, replaced or used by an optimizer.

@@ -30,7 +30,7 @@ import torch.distributed as dist
 
 from mics import compat
 from mics.communication.backend import Program
-from mics.communication.gradients import flat_buffer, gradients_of
+from mics.communication.gradients import flat_buffer, trainable_gradients
 from mics.ranks.mesh import Groups, PerMesh
 
 Begin = Callable[[torch.Tensor], Program]
@@ -66,6 +66,8 @@ class Reductions:
 
     def finish(self) -> None:
         """Wait until none is under way."""
+        if not self._under_way:  # nearly always
+            return
         with torch.no_grad():
             while self._under_way:
                 self.advance()
@@ -151,14 +153,16 @@ class Landing:
 
         That is ``output`` while there are no gradients, else the flat buffer behind them.
         """
-        trainable = compat.trainable_params(self._group)
         if op != dist.ReduceOp.AVG or compat.reads_gradients_at_once(self._group):
             return None
-        if self._landed is None and any(compat.num_gradient_hooks(p) for p in trainable):
+        if self._landed is None and compat.has_gradient_hooks(self._group):
             return None
-        whole = compat.trainable_shard_numel(self._group)
-        if output.numel() != whole or any(p.dtype != output.dtype for p in trainable):
-            return None  # some have no gradient this time, or it is cast
-        if not gradients_of(self._group):
+        trainable, whole = compat.trainable_params(self._group), output.numel()
+        if {one.dtype for one in trainable} != {output.dtype}:
+            return None  # it is cast
+        if whole != compat.trainable_shard_numel(self._group):
+            return None  # some have no gradient this time
+        gradients = trainable_gradients(self._group)
+        if all(one is None for one in gradients):
             return output
-        return flat_buffer(self._group)
+        return flat_buffer(self._group, gradients)

@@ -264,7 +264,7 @@ class _Optimizers:
 
 
 def _trained(params: Sequence[nn.Parameter]) -> int:
-    return zlib.crc32(bytes(param.requires_grad for param in params)) & 2**31 - 1
+    return zlib.crc32(bytes([param.requires_grad for param in params])) & 2**31 - 1
 
 
 class _Question:

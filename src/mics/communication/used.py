@@ -40,14 +40,16 @@ class Used:
         self.share: Share | None = None  # what this rank owns, if the unit is dealt to the replicas
         self.errors: ErrorFeedback | None = None  # of its hop 2
 
-    @torch.no_grad()
     def note(self) -> None:
         """Look at the whole gradients, before FSDP2 reduces them, and fill in what is missing.
 
         Only the first call before a reduction does: after it zeros can not be told from gradients.
         """
-        if self._noted or not compat.wants_reduce(self._group):
-            return
+        if not self._noted and compat.wants_reduce(self._group):
+            self._note()
+
+    @torch.no_grad()
+    def _note(self) -> None:
         self.make_room()
         self._finite.look(compat.whole_gradients(self._group))
         trainable = compat.trainable_params(self._group)

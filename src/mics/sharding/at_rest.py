@@ -49,15 +49,16 @@ class _Rest:
 
     def __init__(self, module: nn.Module) -> None:
         self._groups = compat.param_groups(module)
+        self._state = compat.state_of(module)
         self._handled: BaseException | None = None  # by whoever called the outermost forward
         self._uses = 0  # before it
 
     def before_forward(self, module: nn.Module, _: Any) -> None:
         if compat.in_backward():
             _register_gathered(self._groups)  # a recomputed block
-        elif compat.runs_on(module):
+        elif compat.runs_on(self._state):
             _register_gathered(self._groups)  # a further module of a list that is one unit
-        elif compat.is_outermost(module):
+        elif compat.is_outermost(self._state):
             self._handled = sys.exc_info()[1]
             if torch.is_inference_mode_enabled():
                 compat.initialise(module)
@@ -73,10 +74,10 @@ class _Rest:
                 else:
                     compat.register_gathered(group)
             check_registered(groups)
-            _let_stay_whole(module)
+            _let_stay_whole(module, groups)
 
     def after_forward(self, module: nn.Module, _: Any, output: Any) -> None:
-        if compat.in_backward() or not compat.is_outermost(module):
+        if compat.in_backward() or not compat.is_outermost(self._state):
             return
         groups = compat.groups_beside(module)
         if sys.exc_info()[1] is not self._handled:
@@ -93,13 +94,13 @@ class _Rest:
                 compat.drop_inference_buffers(group)
 
 
-def _let_stay_whole(module: nn.Module) -> None:
+def _let_stay_whole(module: nn.Module, groups: Sequence[Any]) -> None:
     """See [Note: a replica of one rank]; FSDP2 has to have taken the parameters for good."""
-    if all(compat.shard_group(group).size() > 1 for group in compat.groups_beside(module)):
+    if all(compat.shard_group(group).size() > 1 for group in groups):
         return
     compat.initialise(module)
     with torch.inference_mode(False), torch.no_grad():
-        for group in compat.groups_beside(module):
+        for group in groups:
             if compat.can_stay_whole(group):
                 compat.stay_whole(group)
 

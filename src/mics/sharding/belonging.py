@@ -110,10 +110,15 @@ def units_by_param() -> dict[int, Unit]:
     return {id(p): unit for unit in _known.units for p in compat.sharded_params(unit.group)}
 
 
-def refuse_outside(model: nn.Module, units: Sequence[Unit]) -> None:
+def refuse_outside(model: nn.Module, modules: Sequence[nn.Module], units: Sequence[Unit]) -> None:
     """Refuse to train a model with parameters that no unit reduces.
 
     Those of a DistributedDataParallel inside are reduced by it, those with a gradient hook by it.
+
+    Args:
+        model: the model.
+        modules: all of its modules.
+        units: all of its units.
 
     Raises:
         ShardError: there are some, and other ranks.
@@ -121,9 +126,12 @@ def refuse_outside(model: nn.Module, units: Sequence[Unit]) -> None:
     if not _has_other_ranks(units):
         return
     inside = {id(param) for unit in units for param in compat.sharded_params(unit.group)}
+    own = [param for module in modules for param in compat.own_params(module)]
+    if not [param for param in own if param.requires_grad and id(param) not in inside]:
+        return  # as in nearly every step
     # After a backward that raised they may still be gathered.
     inside |= {id(param) for unit in units for param in compat.gathered_params(unit.group)}
-    ddp = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
+    ddp = [module for module in modules if isinstance(module, DistributedDataParallel)]
     inside |= {id(param) for module in ddp for param in module.parameters()}
     outside = [
         name
@@ -173,7 +181,7 @@ def _holds(verdict: _Verdict, stepped: set[int]) -> bool:
 
 def _hash_of(units: Sequence[weakref.ref[Unit]]) -> int:
     alive = [unit for reference in units if (unit := reference()) is not None]
-    return hash(tuple(id(p) for unit in alive for p in compat.sharded_params(unit.group)))
+    return hash(tuple([id(p) for unit in alive for p in compat.sharded_params(unit.group)]))
 
 
 def _judge(optimizer: torch.optim.Optimizer, stepped: set[int]) -> _Verdict:

@@ -43,8 +43,10 @@ def gather_ahead(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
 
 
 def _start(model: nn.Module, units: Sequence[Unit]) -> Callable[..., None]:
+    root = compat.state_of(model)
+
     def start(*_: Any) -> None:
-        if compat.is_initialised(model) and torch.is_grad_enabled() and not compat.in_backward():
+        if compat.knows_root(root) and torch.is_grad_enabled() and not compat.in_backward():
             for unit in units:
                 if unit.hop_two is not None:
                     unit.hop_two.before_gather()

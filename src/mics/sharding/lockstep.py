@@ -27,6 +27,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -88,10 +89,6 @@ class Use:
         under_way = other.entered < self.entered < other.left
         beside = _module(self.unit) is _module(other.unit)
         return self.forward == other.forward and under_way and not beside
-
-    def is_after(self, other: Use) -> bool:
-        """Whether it is of the same forward and came after the other; one inside it did not."""
-        return self.forward == other.forward and self.entered > other.left
 
 
 def _module(unit: Skippable) -> nn.Module:
@@ -278,7 +275,8 @@ class Lockstep:
             return
         use.begun = True
         self._begun.add(use.forward)
-        self._end([other for other in self._uses if other.is_after(use)])
+        forward, left = use.forward, use.left  # one inside it does not come after it
+        self._end([one for one in self._uses if one.entered > left and one.forward == forward])
 
     def end_inside(self, unit: Skippable, moment: Moment) -> None:
         """The backward of a use is about to end: what came inside it is over first."""
@@ -319,14 +317,10 @@ class Lockstep:
         """Let uses be over, in the reverse of the order in which their forwards began and ended."""
         beginnings = [(use.left, use, True) for use in uses]
         endings = [(use.entered, use, False) for use in uses]
-        for _, use, begins in sorted([*beginnings, *endings], key=_when, reverse=True):
+        for _, use, begins in sorted([*beginnings, *endings], key=itemgetter(0), reverse=True):
             if begins and not use.begun:
                 use.begun = True
                 compat.begin_empty_backward(use.unit.group)
             elif not begins and compat.is_in_backward(use.unit.group):
                 use.unit.used.note()
                 compat.end_empty_backward(use.unit.group)
-
-
-def _when(event: tuple[int, Use, bool]) -> int:
-    return event[0]

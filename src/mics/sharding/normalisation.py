@@ -41,8 +41,8 @@ def _ranks_averaged(unit: Unit) -> float:
 @torch.no_grad()
 def _scale(units: Sequence[Unit], factor: Callable[[Unit], float | torch.Tensor]) -> None:
     for unit in units:
-        found = map(gradient_of, compat.sharded_params(unit.group))
-        shards = [compat.local_of(gradient) for gradient in found if gradient is not None]
+        found = compat.locals_of(map(gradient_of, compat.sharded_params(unit.group)))
+        shards = [shard for shard in found if shard is not None]
         if not shards:
             continue
         scale = factor(unit)

@@ -32,7 +32,7 @@ from mics.communication.used import Used
 from mics.errors import MicroStepError, MicsWarning
 from mics.sharding.belonging import refuse_outside
 from mics.sharding.normalisation import divide_by_micro_steps, divide_by_tokens
-from mics.sharding.passes import Passes, drop_unfinished, passes_of
+from mics.sharding.passes import Passes, drop_unfinished
 from mics.sharding.tokens import Counted
 from mics.sharding.units import Unit, units_of
 from mics.sharding.unreduced import refuse_unreduced
@@ -56,12 +56,14 @@ class OpenStep:
     def __init__(self, model: nn.Module, *, normalise: Normalise, in_loop: bool) -> None:
         units = units_of(model)
         refuse_unreduced(units)
-        refuse_outside(model, units)
+        modules = compat.modules_under(model)
+        refuse_outside(model, modules, units)
         _abandon(model, units)
         for unit in units:
             _refuse_other_module(unit.step)
-        for module in _sharded_modules(model):
-            module.reshard()  # what an evaluation left gathered may be older than the shards
+        for module in modules:
+            if isinstance(module, FSDPModule):
+                module.reshard()  # what an evaluation left gathered may be older than the shards
         for passes in _passes(units):
             passes.lockstep.forget()  # a forward before the step has its backward before it too
         self._model = weakref.ref(model)
@@ -254,7 +256,7 @@ class OpenStep:
         # Only after a last micro-step without a backward, or one not known to be the last, is
         # hop 2 left to do here.
         set_all_reduce(self._units, True)
-        if any(passes_of(unit) is None for unit in self._units):
+        if any(unit.find_passes() is None for unit in self._units):
             _find_roots(model)
         for passes in _passes(self._units):
             if not self._last:
@@ -352,13 +354,11 @@ def _abandon(model: nn.Module, units: list[Unit]) -> None:
 def set_all_reduce(units: list[Unit], wanted: bool) -> None:
     """Switch hop 2 on or off for the backward passes to come."""
     for unit in units:
+        if compat.wants_all_reduce(unit.group) == wanted:
+            continue
         module = compat.modules_of(unit.group)[0]
         assert isinstance(module, FSDPModule)
         module.set_requires_all_reduce(wanted, recurse=False)
-
-
-def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def _find_roots(model: nn.Module) -> None:
@@ -370,7 +370,8 @@ def _find_roots(model: nn.Module) -> None:
 
 def _passes(units: list[Unit]) -> list[Passes]:
     """Those of every tree and mesh that has run a forward, in module order."""
-    return list(dict.fromkeys(passes for unit in units if (passes := passes_of(unit)) is not None))
+    found = [unit.find_passes() for unit in units]
+    return list(dict.fromkeys(passes for passes in found if passes is not None))
 
 
 def _by_mesh(units: list[Unit]) -> list[list[Unit]]:

@@ -217,7 +217,7 @@ class Passes:
         self._under_way = False
         self.lockstep.end_backward()
         for unit in self.units:
-            if compat.is_in_backward(unit.group) or compat.whole_gradients(unit.group):
+            if compat.is_in_backward(unit.group) or compat.has_whole_gradients(unit.group):
                 unit.note()
 
     def _after_the_end(self) -> None:

@@ -81,6 +81,7 @@ class Unit:
         self._communicate(overlap=overlap, asked=hop_two)
 
         self._passes: Passes | None = None
+        self._is_alone = groups.shard.size() == 1  # in its partition group
         self._entering = False
         self._step: Step | None = None
         self._optimizer_steps = 0
@@ -164,7 +165,7 @@ class Unit:
     @property
     def trains(self) -> bool:
         """Whether it has a parameter that needs a gradient."""
-        return compat.trainable_shard_numel(self.group) > 0
+        return compat.has_trainable_shard(self.group)
 
     def tree(self) -> list[Unit]:
         """Every unit under the same root, in module order."""
@@ -183,7 +184,7 @@ class Unit:
         tracer = recorder()
         if self._entering and tracer is not None:
             tracer.arrive(self.ledger)
-        passes = self._find_passes()
+        passes = self.find_passes()
         if self._entering and passes is not None:
             passes.lockstep.arrive(self, args)
 
@@ -193,7 +194,7 @@ class Unit:
             self.landing.reductions.before_forward()
         if compat.in_backward() or not self._entering:
             return
-        passes = self._find_passes()
+        passes = self.find_passes()
         if not torch.is_grad_enabled():
             return
         if self.hop_two is not None:
@@ -220,7 +221,7 @@ class Unit:
         for one in outputs:
             one.register_hook(begin)  # type: ignore[no-untyped-call]
 
-    def _find_passes(self) -> Passes | None:
+    def find_passes(self) -> Passes | None:
         """Those of the unit's tree, once the root's first forward has told who the root is."""
         if self._passes is None:
             self._passes = passes_of(self)
@@ -237,8 +238,7 @@ class Unit:
 
         Autograd counts the writes of all optimizers but the fused ones on DTensors.
         """
-        params = compat.sharded_params(self.group)
-        return self._optimizer_steps + sum(compat.times_written(param) for param in params)
+        return self._optimizer_steps + compat.times_group_written(self.group)
 
     # -- in backward -----------------------------------------------------------------------------
 
@@ -272,7 +272,7 @@ class Unit:
         Where a replica is one rank there is nothing to reduce: they are added up at once.
         """
         self.used.note()
-        if self.trains and compat.whole_gradients_are_sums(self.group):
+        if self._is_alone and self.trains and compat.whole_gradients_are_sums(self.group):
             self._before_gradients(self.used.reduced)
             add_whole(self.group)
             if self.hop_two is not None:
@@ -295,7 +295,7 @@ class Unit:
 
     def _before_gradients(self, use: Callable[[], None]) -> None:
         """Something is about to be added to its gradients, which is the end of a use."""
-        passes = self._find_passes()  # also of a unit that this rank has always left out
+        passes = self.find_passes()  # also of a unit that this rank has always left out
         if passes is not None:
             passes.before_reduce()
         use()
@@ -330,7 +330,8 @@ def units_of(model: nn.Module) -> list[Unit]:
     Raises:
         ShardError: the model was not sharded by mics.
     """
-    units = [unit for module in model.modules() for unit in module.__dict__.get(_ATTRIBUTE, [])]
+    below = compat.modules_under(model)
+    units = [unit for module in below for unit in module.__dict__.get(_ATTRIBUTE, ())]
     if not units:
         raise ShardError(
             f"{type(model).__name__} has no module sharded by mics.",
