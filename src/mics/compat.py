@@ -360,13 +360,18 @@ def _zeros_of(whole: torch.Tensor) -> torch.Tensor:
     )
 
 
-def whole_gradients(group: Any) -> list[torch.Tensor]:
-    """The gradients that a backward pass has left on whole parameters, before they are reduced."""
-    return [whole.grad for whole in gathered_params(group) if whole.grad is not None]
+def whole_gradients(group: Any) -> list[torch.Tensor | None]:
+    """What a backward pass has left on each trainable whole parameter, before it is reduced."""
+    wholes = [
+        getattr(one, "_unsharded_param", None)
+        for one in group.fsdp_params
+        if one.sharded_param.requires_grad
+    ]
+    return [None if whole is None else whole.grad for whole in wholes]
 
 
 def has_whole_gradients(group: Any) -> bool:
-    """Whether there are such."""
+    """Whether it has left something, on a trainable one or not."""
     for one in group.fsdp_params:
         whole = getattr(one, "_unsharded_param", None)
         if whole is not None and whole.grad is not None:
@@ -847,12 +852,14 @@ def tensors_with_grad(tree: Any) -> tuple[torch.Tensor, ...]:
     return tuple(found)
 
 
-_WITHOUT_TENSORS = (type(None), bool, int, float, str)
+_WITHOUT_TENSORS = (bool, int, float, str)
 
 
 def _add_with_grad(items: Iterable[Any], found: list[torch.Tensor]) -> None:
     """Add those of some structures; torch asks each value of a block's inputs a dozen questions."""
     for one in items:
+        if one is None:  # most of what a block is given
+            continue
         kind = type(one)
         if kind is torch.Tensor:
             if one.requires_grad:
@@ -1185,13 +1192,12 @@ def at_end_of_backward(callback: Callable[[], None]) -> None:
 
 def num_gradient_hooks(param: torch.Tensor) -> int:
     """How many post-accumulate-gradient hooks ``param`` has; torch only offers to add one."""
-    hooks: dict[int, Any] | None = param._post_accumulate_grad_hooks
-    return len(hooks) if hooks else 0
+    return nums_of_gradient_hooks([param])[0]
 
 
-def has_gradient_hooks(group: Any) -> bool:
-    """Whether a trainable parameter of a group has such a hook."""
-    return bool([one for one in trainable_params(group) if one._post_accumulate_grad_hooks])
+def nums_of_gradient_hooks(params: Iterable[torch.Tensor]) -> list[int]:
+    """The same of many; every reduction asks it of all parameters of a unit."""
+    return [len(param._post_accumulate_grad_hooks or ()) for param in params]
 
 
 def num_hooks(param: torch.Tensor) -> int:

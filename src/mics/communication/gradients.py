@@ -40,27 +40,26 @@ def matrices_of(group: Any) -> list[tuple[int, slice]]:
 
 
 def flat_buffer(
-    group: Any, gradients: Sequence[torch.Tensor | None] | None = None
+    gradients: Sequence[torch.Tensor | None], numels: Sequence[int]
 ) -> torch.Tensor | None:
     """The buffer that the gradients of all trainable parameters are views of.
 
     FSDP2 hands out the gradients of one reduction in this way.
 
     Args:
-        group: the FSDP2 parameter group.
-        gradients: its ``trainable_gradients``, if somebody has asked for them already.
+        gradients: the local shards, as ``trainable_gradients`` says.
+        numels: elements of the padded shards.
 
     Returns:
         [numel of the padded shards]; ``None`` when one has no gradient, or they were offloaded,
         cast, or set by somebody else.
     """
-    gradients = trainable_gradients(group) if gradients is None else gradients
     if not gradients or gradients[0] is None:
         return None
     first, offset = gradients[0], 0
     storage, dtype = first.untyped_storage(), first.dtype
     address = storage.data_ptr()
-    for gradient, numel in zip(gradients, compat.trainable_shard_numels(group), strict=True):
+    for gradient, numel in zip(gradients, numels, strict=True):
         if gradient is None or gradient.dtype != dtype:
             return None
         # Empty shards are views too; what they are must not let a rank answer as no other does.
@@ -68,10 +67,9 @@ def flat_buffer(
         if elsewhere or gradient.storage_offset() != offset:
             return None
         offset += numel
-    numel = offset
-    if storage.nbytes() != numel * first.element_size():
+    if storage.nbytes() != offset * first.element_size():
         return None
-    return first.new_empty(0).set_(storage, 0, (numel,), (1,))
+    return first.new_empty(0).set_(storage, 0, (offset,), (1,))
 
 
 def message_of(group: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -81,7 +79,7 @@ def message_of(group: Any, dtype: torch.dtype, device: torch.device) -> torch.Te
     ``hop_two.py``, and where gradients are offloaded or stored in another dtype than the message's.
     """
     gradients = trainable_gradients(group)
-    flat = flat_buffer(group, gradients)
+    flat = flat_buffer(gradients, compat.trainable_shard_numels(group))
     if flat is not None:
         return flat.to(device=device, dtype=dtype)
     message = torch.zeros(compat.trainable_shard_numel(group), dtype=dtype, device=device)

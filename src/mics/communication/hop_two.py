@@ -225,9 +225,9 @@ class HopTwo:
         """See that every sharded parameter reports its gradient, and to nobody else before us."""
         params = compat.sharded_params(self.group)
         self._num_trainable = 0
-        for position, param in enumerate(params):
+        hooked = compat.nums_of_gradient_hooks(params)
+        for position, (param, hooks) in enumerate(zip(params, hooked, strict=True)):
             ours = position in self._hooked and self._hooked[position][0] is param
-            hooks = compat.num_gradient_hooks(param)
             if hooks > ours:
                 raise _other_hook_error(self.group, self._replicas.size())
             if not param.requires_grad:

@@ -30,7 +30,7 @@ import torch.distributed as dist
 
 from mics import compat
 from mics.communication.backend import Program
-from mics.communication.gradients import flat_buffer, trainable_gradients
+from mics.communication.gradients import flat_buffer
 from mics.ranks.mesh import Groups, PerMesh
 
 Begin = Callable[[torch.Tensor], Program]
@@ -155,14 +155,15 @@ class Landing:
         """
         if op != dist.ReduceOp.AVG or compat.reads_gradients_at_once(self._group):
             return None
-        if self._landed is None and compat.has_gradient_hooks(self._group):
+        trainable = compat.trainable_params(self._group)
+        numels = compat.trainable_shard_numels(self._group)
+        if self._landed is None and any(compat.nums_of_gradient_hooks(trainable)):
             return None
-        trainable, whole = compat.trainable_params(self._group), output.numel()
         if {one.dtype for one in trainable} != {output.dtype}:
             return None  # it is cast
-        if whole != compat.trainable_shard_numel(self._group):
+        if output.numel() != sum(numels):
             return None  # some have no gradient this time
-        gradients = trainable_gradients(self._group)
+        gradients = compat.locals_of([one.grad for one in trainable])
         if all(one is None for one in gradients):
             return output
-        return flat_buffer(self._group, gradients)
+        return flat_buffer(gradients, numels)

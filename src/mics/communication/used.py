@@ -51,10 +51,15 @@ class Used:
     @torch.no_grad()
     def _note(self) -> None:
         self.make_room()
-        self._finite.look(compat.whole_gradients(self._group))
-        trainable = compat.trainable_params(self._group)
+        gradients = compat.whole_gradients(self._group)
+        made = [one for one in gradients if one is not None]
+        self._finite.look(made)
         # A frozen unit is not reduced, and may train later.
-        self._noted, self._said = bool(trainable), False
+        self._noted, self._said = bool(gradients), False
+        if made and len(made) == len(gradients):  # as in nearly every pass
+            self._used.update(dict.fromkeys(range(len(made)), True))
+            return
+        trainable = compat.trainable_params(self._group)
         now = compat.fill_unused_gradients(self._group)
         for i, (param, used) in enumerate(zip(trainable, now, strict=True)):
             before = param.grad is not None and self._used.get(i, True)

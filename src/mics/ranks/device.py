@@ -19,8 +19,8 @@ _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLO
 
 def on_accelerator(device: torch.device | str) -> bool:
     """Whether a device, or a type of device, is an accelerator rather than the host."""
-    # Asked for every collective.
-    return (device.type if type(device) is torch.device else device) != HOST
+    kind = device.type if type(device) is torch.device else device  # asked for every collective
+    return kind != HOST
 
 
 def default_device_type() -> str:
