@@ -125,7 +125,14 @@ def predict(case: Case, run: dict[str, Any], node: Node) -> float:
     forward, backward = (slept["forward"],) * count, (slept["backward"],) * count
     computed = Times(forward, backward, before=0.0, between=0.0, after=0.0)
     form: traffic.Form = "flat" if case.form == "flat" else "hierarchical"
-    recipe = Recipe(case.partition, case.micro_batch, case.micro_steps, form=form, compute_bytes=4)
+    recipe = Recipe(
+        case.partition,
+        case.micro_batch,
+        case.micro_steps,
+        form=form,
+        hop_two_form=form,
+        compute_bytes=4,
+    )
     cluster = Cluster(node, case.nodes)
     return simulate_engine("mics", stand_in(case), computed, cluster, recipe).seconds
 
@@ -144,6 +151,7 @@ def predicted_bytes(case: Case) -> float:
             case.micro_steps,
             all_gather=form,
             reduce_scatter=form,
+            all_reduce=form,
             gloo=True,
             rank=rank,
         )

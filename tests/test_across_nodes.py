@@ -98,33 +98,38 @@ def test_there_are_no_two_stages_among_replicas_on_a_node_each_or_on_one_node() 
 # -- what is trained ------------------------------------------------------------------------------
 
 
+TWO: Any = {"collectives": "hierarchical"}
 RUNS = {
-    "a replica is a rank": (4, Run(1, 2)),
-    "two replicas of a node": (8, Run(2, 4)),
-    "blocking": (4, Run(1, 2, shard={"overlap": False})),
-    "AdamW and clipping": (4, Run(1, 2, optimizer="adamw", clip=0.1)),
-    "frozen": (4, Run(1, 2, model={"frozen": True})),
-    "tied, two uses": (4, Run(1, 2, model={"tied": True, "uses": 2})),
-    "joined": (4, Run(1, 2, model=DEEP)),
-    "bf16 between replicas": (4, Run(1, 2, shard={"hop_two": "bf16"})),
-    "bf16": (4, Run(1, 2, mp_policy=BF16)),
-    "fp16": (4, Run(1, 2, mp_policy=FP16)),
+    "a replica is a rank": (4, Run(1, 2, **TWO)),
+    "two replicas of a node": (8, Run(2, 4, **TWO)),
+    "blocking": (4, Run(1, 2, shard={"overlap": False}, **TWO)),
+    "AdamW and clipping": (4, Run(1, 2, optimizer="adamw", clip=0.1, **TWO)),
+    "frozen": (4, Run(1, 2, model={"frozen": True}, **TWO)),
+    "tied, two uses": (4, Run(1, 2, model={"tied": True, "uses": 2}, **TWO)),
+    "joined": (4, Run(1, 2, model=DEEP, **TWO)),
+    "bf16 between replicas": (4, Run(1, 2, shard={"hop_two": "bf16"}, **TWO)),
+    "bf16": (4, Run(1, 2, mp_policy=BF16, **TWO)),
+    "fp16": (4, Run(1, 2, mp_policy=FP16, **TWO)),
     "measured": (4, Run(1, 2, collectives="auto")),
     "flat": (4, Run(1, 2, collectives="flat")),
 }
 ROUNDED = {"bf16 between replicas": 2e-2, "bf16": 2e-2, "fp16": 2e-3}
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_it_trains_as_one_process_does(name: str) -> None:
-    world, run = RUNS[name]
-    if run.collectives == "auto" and name not in ("measured", "flat"):
-        run = Run(**{**vars(run), "collectives": "hierarchical"})
-    alone = train_alone(run, world)
-    outcomes = run_ranks(train_sharded, world, run, ranks_per_node=run.gpus_per_node)
-    for outcome in outcomes:
-        assert distance(outcome, alone) < ROUNDED.get(name, 1e-4)
-        assert identical(outcome, outcomes[0])
+def _train_all(runs: list[Run]) -> list[Any]:
+    return [train_sharded(run) for run in runs]
+
+
+@pytest.mark.parametrize("world", [4, 8])
+def test_it_trains_as_one_process_does(world: int) -> None:
+    runs = {name: run for name, (ranks, run) in RUNS.items() if ranks == world}
+    k = world // 2
+    per_rank = run_ranks(_train_all, world, list(runs.values()), ranks_per_node=k)
+    for number, (name, run) in enumerate(runs.items()):
+        alone, outcomes = train_alone(run, world), [found[number] for found in per_rank]
+        for outcome in outcomes:
+            assert distance(outcome, alone) < ROUNDED.get(name, 1e-4), name
+            assert identical(outcome, outcomes[0]), name
 
 
 def _gradients_of_small_numbers(form: str, policy: MixedPrecisionPolicy, factor: bool) -> Any:
@@ -163,20 +168,23 @@ class _Odd(nn.Module):
         return torch.stack([b(one) for b, one in zip(self.blocks, given, strict=True)]).sum()
 
 
-@pytest.mark.parametrize("policy", [MixedPrecisionPolicy(), BF16, FP16], ids=["fp32", "bf16", "16"])
-@pytest.mark.parametrize("factor", [False, True], ids=["mean", "sum"])
-def test_exact_sums_are_those_of_the_flat_form_to_the_bit(
-    policy: MixedPrecisionPolicy, factor: bool
-) -> None:
-    flat = run_ranks(_gradients_of_small_numbers, 4, "flat", policy, factor, ranks_per_node=2)
-    two = run_ranks(
-        _gradients_of_small_numbers, 4, "hierarchical", policy, factor, ranks_per_node=2
-    )
-    for ours, reference in zip(two, flat, strict=True):
-        for step, expected in zip(ours, reference, strict=True):
-            assert any(one.abs().sum() > 0 for one in expected)
-            for one, other in zip(step, expected, strict=True):
-                assert torch.equal(one, other)
+def _exact_sums() -> list[tuple[Any, Any]]:
+    return [
+        tuple(
+            _gradients_of_small_numbers(form, policy, factor) for form in ("flat", "hierarchical")
+        )
+        for policy in (MixedPrecisionPolicy(), BF16, FP16)
+        for factor in (False, True)
+    ]
+
+
+def test_exact_sums_are_those_of_the_flat_form_to_the_bit() -> None:
+    for found in run_ranks(_exact_sums, 4, ranks_per_node=2):
+        for flat, two in found:
+            for step, expected in zip(two, flat, strict=True):
+                assert any(one.abs().sum() > 0 for one in expected)
+                for one, other in zip(step, expected, strict=True):
+                    assert torch.equal(one, other)
 
 
 class _Skipping(Stack):
@@ -296,36 +304,45 @@ def _counted(partition: int, k: int, arguments: dict[str, Any], model: dict[str,
     for micro in mics.micro_steps(sharded, step[:, dist.get_rank()]):
         loss_of(sharded(micro)).backward()
     sent = mics.ledger(sharded).traffic()
-    assert sent == before == mics.predict_traffic(sharded, micro_steps=3)
-    return {key: count for key, count in sent.counts.items() if key.hop == 2}
+    assert sent == before == mics.predict_traffic(sharded, micro_steps=3), (arguments, model)
+    return {key: count.calls for key, count in sent.counts.items() if key.hop == 2}
+
+
+def _counted_all(ways: list[tuple[int, dict[str, Any], Any]], k: int) -> list[Any]:
+    models: list[dict[str, Any]] = [{}, DEEP, {"frozen": True}]
+    return [_counted(p, k, given, model) for p, given, _ in ways for model in models]
 
 
 @pytest.mark.parametrize(
-    ("world", "partition", "arguments", "keys"),
+    ("world", "ways"),
     [
-        (4, 1, {}, IN_TWO),
-        (8, 2, {}, IN_TWO),
-        (4, 1, {"collectives": "flat"}, FLAT),
-        (4, 2, {}, FLAT),
-        (4, 1, {"hop_two": "bf16"}, IN_TWO),
-        (4, 1, {"mp_policy": BF16, "overlap": False}, IN_TWO),
-        (4, 1, {"collectives": "auto"}, None),
-        (4, 1, {"collectives": "auto", "hop_two": "auto"}, None),
+        (8, [(2, {}, IN_TWO)]),
+        (
+            4,
+            [
+                (1, {}, IN_TWO),
+                (1, {"collectives": "flat"}, FLAT),
+                (2, {}, FLAT),
+                (1, {"hop_two": "bf16"}, IN_TWO),
+                (1, {"mp_policy": BF16, "overlap": False}, IN_TWO),
+                (1, {"collectives": "auto"}, None),
+                (1, {"collectives": "auto", "hop_two": "auto"}, None),
+            ],
+        ),
     ],
+    ids=["p = 2", "p = 1"],
 )
 def test_what_is_counted_is_what_was_predicted(
-    world: int, partition: int, arguments: dict[str, Any], keys: set[Key] | None
+    world: int, ways: list[tuple[int, dict[str, Any], set[Key] | None]]
 ) -> None:
     k = world // 2
-    for model in ({}, DEEP, {"frozen": True}):
-        found = run_ranks(_counted, world, partition, k, arguments, model, ranks_per_node=k)
-        for counts in found:
-            assert keys is None or set(counts) == keys
-            assert {key: c.calls for key, c in counts.items()} == {
-                key: c.calls for key, c in found[0].items()
-            }
-    if keys == IN_TWO:
-        assert len({count.calls for count in found[0].values()}) == 1
+    ranks = run_ranks(_counted_all, world, ways, k, ranks_per_node=k)
+    assert all(calls == ranks[0] for calls in ranks)
+    for number, calls in enumerate(ranks[0]):
+        _, given, keys = ways[number // 3]
+        assert keys is None or set(calls) == keys, given
+        if keys == IN_TWO:
+            assert len(set(calls.values())) == 1, given
 
 
 def _form_of_small_ones(units: int) -> tuple[set[Key], set[Key]]:

@@ -99,7 +99,7 @@ class _Table(nn.Module):
 
 def _shard(model: nn.Module, partition: int, **arguments: Any) -> Any:
     mesh = mesh_of_rank(partition, 2)
-    arguments = {"mp_policy": FP32, "blocks": _Table, **arguments}
+    arguments = {"mp_policy": FP32, "blocks": _Table, "collectives": "flat", **arguments}
     return quiet(lambda: mics.shard(model, mesh=mesh, **arguments))
 
 

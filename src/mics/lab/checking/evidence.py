@@ -29,12 +29,10 @@ class Evidence:
         self.shared = [one for one in self.copies if len(one.ranks) > 1]
         self.shared_numel = sum(one.numel for one in self.shared if 0 in one.ranks)
         self._sets = {one.ranks for one in self.shared}
-        self._rows = {
-            seen.call.numel // len(seen.call.ranks)
-            for step in self.last
-            for seen, _ in step.calls
-            if self.is_inside(seen.call)
-        }
+        calls = [seen.call for report in reports for step in report.steps for seen, _ in step.calls]
+        self._rows = {call.numel for call in calls if self._is_of_rows(call)}
+        summed = [c for c in calls if self.is_inside(c) and c.collective == "all_to_all"]
+        self._rows &= {call.numel // len(call.ranks) for call in summed}
         if "mics" in self.engines:
             self._read_reduces()
         self._shards = {
@@ -122,10 +120,10 @@ class Evidence:
 
         That is mics' hop 2 in two stages; the all-reduce is what counts as hop 2.
         """
-        if "mics" not in self.engines or call.collective not in _IN_BLOCKS or call.small:
+        if call.collective not in _IN_BLOCKS or call.small or not self._are_some_copies(call):
             return False
-        nodes = nodes_of_group(call.ranks, self.gpus_per_node)
-        return nodes == 1 and any(set(call.ranks) < set(ranks) for ranks in self._sets)
+        rows = call.numel // len(call.ranks) in self._rows
+        return rows and nodes_of_group(call.ranks, self.gpus_per_node) == 1
 
     def carried(self, call: Call) -> int:
         """Elements of gradients that a collective brings to copies; none if others bring them."""
@@ -135,8 +133,14 @@ class Evidence:
         return 0 if gathers or self._is_of_rows(call) or not self.is_hop_2(call) else call.numel
 
     def _is_of_rows(self, call: Call) -> bool:
-        apart = nodes_of_group(call.ranks, self.gpus_per_node) == len(call.ranks)
-        return apart and call.numel in self._rows and self._joins_copies(call)
+        """Whether it is mics' all-reduce of what copies have summed inside of nodes."""
+        if not self._joins_copies(call) or not self._are_some_copies(call):
+            return False
+        return nodes_of_group(call.ranks, self.gpus_per_node) == len(call.ranks)
+
+    def _are_some_copies(self, call: Call) -> bool:
+        known = "mics" in self.engines
+        return known and any(set(call.ranks) < set(ranks) for ranks in self._sets)
 
     def is_in_blocks(self, call: Call) -> bool:
         """Whether copies send each other blocks of bytes, as mics' hop 2 of fp8 and int8 does."""
