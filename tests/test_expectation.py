@@ -127,7 +127,8 @@ def test_a_run_a_dry_run_and_a_plan_of_the_same_settings_ask_the_same_question(
     anatomy = subject("gpt2-tiny", dtype=compute_dtype(config))
     batch = solve(config.batch, 16)
     questions.append(forecast(config, anatomy, batch, 128, torch.device("cpu")).question)
-    forms = {"forms": (parallel.collectives,)} if parallel.collectives != "auto" else {}
+    forced = parallel.collectives
+    forms = {"forms": (forced,), "hop_two_form": forced} if forced != "auto" else {}
     how = {"micro_steps": 2, "micro_batches": (4,), "checkpointing": (False,)} | forms | asked
     plans = mics.plan("gpt2-tiny", "p4d:2", sequence=128, optimizer="adamw-fused", **how)
     assert questions == [plans.question] * 2
