@@ -104,6 +104,39 @@ def test_it_trains_as_ddp_does() -> None:
     run_ranks(_beside_ddp, 4, ranks_per_node=2)
 
 
+def _frozen_for_a_while(reshard_after_backward: bool, mesh: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    alone = Stack()
+    torch.manual_seed(0)
+    ours: Any = quiet(
+        lambda: mics.shard(Stack(), mesh=mesh_of_rank(*mesh), mp_policy=MixedPrecisionPolicy())
+    )
+    ours.set_reshard_after_backward(reshard_after_backward)
+    models = alone, ours
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in models]
+    for step, batch in enumerate(batches(Run(steps=4), 1)):  # the same on every rank
+        ours(batch[0, 0])  # whose backward is left out
+        for model, optimizer in zip(models, optimizers, strict=True):
+            for name, param in model.named_parameters():
+                if name.startswith("blocks.0."):
+                    param.requires_grad_(step % 2 == 0)
+            loss_of(model(batch[0, 0])).backward()
+            optimizer.step()
+        for (name, right), own in zip(alone.named_parameters(), ours.parameters(), strict=True):
+            assert (own.grad is None) == (right.grad is None), (step, name)
+            torch.testing.assert_close(own.full_tensor(), right.data, rtol=1e-6, atol=1e-6)
+        for one in optimizers:
+            one.zero_grad()
+
+
+@pytest.mark.parametrize("mesh", [(1, 2), (2, 2)])
+@pytest.mark.parametrize("reshard_after_backward", [True, False])
+def test_what_is_frozen_between_steps_of_a_loop_by_hand_stays_as_it_is(
+    reshard_after_backward: bool, mesh: tuple[int, int]
+) -> None:
+    run_ranks(_frozen_for_a_while, 2, reshard_after_backward, mesh, ranks_per_node=2)
+
+
 def _as_fsdp2_would(variant: dict[str, Any]) -> None:
     """With and without what FSDP2 does itself for a group of one rank: not one bit apart."""
     outcomes = []

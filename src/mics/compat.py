@@ -1080,10 +1080,15 @@ def register_sharded(group: Any) -> None:
 
 
 def register_gathered(group: Any) -> None:
-    """Register the whole parameters of a group that has them in memory."""
+    """Register the whole parameters of a group that has them in memory.
+
+    They need gradients as the shards do by now; FSDP2 sees to it only where it gathers.
+    """
     if group.is_unsharded:
-        for fsdp_param in group.fsdp_params:
-            fsdp_param._setattr_on_modules(fsdp_param._unsharded_param)
+        for one in group.fsdp_params:
+            if one._unsharded_param.requires_grad != one.sharded_param.requires_grad:
+                one._unsharded_param.requires_grad_(one.sharded_param.requires_grad)
+            one._setattr_on_modules(one._unsharded_param)
 
 
 def num_uses(groups: list[Any]) -> int:
