@@ -1,7 +1,8 @@
 """How the time of a step grows with the cluster: mics and full sharding, nodes added one for one.
 
     sudo .venv/bin/python benchmarks/weak_scaling.py            # 2, 4 and 8 nodes, about 25 minutes
-    sudo .venv/bin/python benchmarks/weak_scaling.py --nodes 2 4 8 16
+    sudo .venv/bin/python benchmarks/weak_scaling.py --nodes 2 4 8 16 --engines "mics fp8" \\
+        --link 5mbit --steps 2 --out benchmarks/results/weak_scaling_bits.json  # 40 minutes
 
 A large model on a real cluster with every time stretched by one stated factor (`mics bench
 dilated`), in a lab of network namespaces with links of 25 Mbit/s. Every node brings its own work,
@@ -37,7 +38,11 @@ from matplotlib.figure import Figure
 from mics.planning.pages.colours import of_engine
 
 RESULTS = Path(__file__).parent / "results"
-ENGINES = ("mics", "fsdp2")
+TITLES = {
+    "mics": "mics",
+    "mics fp8": "mics, hop 2 in fp8",
+    "fsdp2": "full sharding (ZeRO-3, FSDP2)",
+}
 
 
 def measure(nodes: int, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -52,7 +57,7 @@ def measure(nodes: int, arguments: argparse.Namespace) -> dict[str, Any]:
         words += ["--dilation.micro-steps", str(arguments.micro_steps)]
         words += ["--dilation.blocks", str(arguments.blocks)]
         words += ["--dilation.block-bytes", str(arguments.block_bytes)]
-        words += ["--engines", *ENGINES, "--out", str(out)]
+        words += ["--engines", *arguments.engines, "--out", str(out)]
         subprocess.run(words, check=True)
         document: dict[str, Any] = json.loads(out.read_text())
         return document
@@ -82,9 +87,8 @@ def table(runs: dict[int, dict[str, Any]]) -> list[str]:
 def plot(runs: dict[int, dict[str, Any]], picture: Path) -> None:
     """Throughput in units of one node's at the fewest nodes, and efficiency below it."""
     nodes = sorted(runs)
-    colours = {name: of_engine(name) for name in ("mics", "fsdp2")}
-    titles = {"mics": "mics", "fsdp2": "full sharding (ZeRO-3, FSDP2)"}
     facts = runs[nodes[0]]
+    names = [one["engine"] for one in facts["engines"]]
     what = facts["dilation"]
     sleeps = facts["arithmetic"]["forward"] + facts["arithmetic"]["backward"]
     best = sleeps * what["blocks"] * what["micro_steps"]
@@ -96,17 +100,18 @@ def plot(runs: dict[int, dict[str, Any]], picture: Path) -> None:
         )
         speed, efficiency = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
         speed.plot(nodes, nodes, ":", color="#228833", label="ideal: computation alone")
-        for name, colour in colours.items():
+        for name in names:
+            colour, label = of_engine(name), TITLES[name]
+            line = "o--" if name == "mics fp8" else "o-"  # of mics' colour too
             times = [medians(runs[n])[name] for n in nodes]
-            label = titles[name]
             speed.plot(
                 nodes,
                 [n * best / t for n, t in zip(nodes, times, strict=True)],
-                "o-",
+                line,
                 color=colour,
                 label=label,
             )
-            efficiency.plot(nodes, [100 * times[0] / t for t in times], "o-", color=colour)
+            efficiency.plot(nodes, [100 * times[0] / t for t in times], line, color=colour)
         efficiency.axhline(100, color="#228833", linestyle=":")
         speed.set_ylabel("work per second, in nodes that only compute")
         efficiency.set_ylabel(f"% of {nodes[0]} nodes' speed per node")
@@ -122,6 +127,7 @@ def plot(runs: dict[int, dict[str, Any]], picture: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--nodes", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--engines", nargs="+", choices=TITLES, default=["mics", "fsdp2"])
     parser.add_argument("--ranks", type=int, default=2, help="per node, and per partition group")
     parser.add_argument("--link", default="25mbit")
     parser.add_argument("--cluster", default="p4d")
