@@ -6,6 +6,7 @@ two holders, ranks apart, and sees the tokens of all four ranks.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from pathlib import Path
 from typing import Any, Literal
@@ -240,3 +241,50 @@ def test_experts_on_more_ranks_than_the_root_need_a_divide_factor() -> None:
         assert "1 is on more ranks than the root of its model" in said
         assert "4 ranks, the root is on 2" in said
         assert "set_gradient_divide_factor(ranks that have other tokens)" in said
+
+
+class _Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.linear(x))
+
+
+def _layers_on_two_meshes(form: Any, without: int) -> tuple[list[torch.Tensor], bool]:
+    """Layers of one size, every other one on another mesh of the same ranks."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*[_Layer() for _ in range(6)])
+    alone = copy.deepcopy(net)
+    meshes = [
+        init_device_mesh("cpu", (WORLD, 1), mesh_dim_names=("replicate", "shard")) for _ in range(2)
+    ]
+    for number, layer in enumerate(net):
+        mics.fully_shard(layer, mesh=meshes[number % 2], mp_policy=FULL, collectives=form)
+    mics.fully_shard(net, mesh=meshes[0], mp_policy=FULL, collectives=form)
+    expected = mics.predict_traffic(net, micro_steps=MICRO_STEPS)
+    for number, _ in enumerate(mics.micro_steps(net, range(MICRO_STEPS))):
+        loss = net(_data(number, dist.get_rank())).square().mean()
+        if dist.get_rank() != without:
+            loss.backward()
+        for rank in {*range(WORLD)} - {without}:
+            (alone(_data(number, rank)).square().mean() / WORLD).backward()
+    for param, reference in zip(net.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(param.grad.full_tensor(), reference.grad)  # type: ignore[union-attr]
+    found = [param.grad.full_tensor() for param in net.parameters()]  # type: ignore[union-attr]
+    counted = mics.ledger(net).traffic()
+    return found, {k: v for k, v in counted.counts.items() if k.hop == 2} == {
+        k: v for k, v in expected.counts.items() if k.hop == 2
+    }
+
+
+@pytest.mark.parametrize("form", ["flat", "hierarchical"])
+@pytest.mark.parametrize("without", [1, -1])
+def test_a_rank_without_a_backward_sends_what_the_others_do_on_two_meshes(
+    form: str, without: int
+) -> None:
+    ranks = run_ranks(_layers_on_two_meshes, WORLD, form, without, ranks_per_node=2)
+    for found, as_predicted in ranks:
+        assert as_predicted
+        assert all(torch.equal(a, b) for a, b in zip(found, ranks[0][0], strict=True))

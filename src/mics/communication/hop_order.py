@@ -5,7 +5,8 @@ whole backward, learns of it at another moment than the others, so hop 2 does no
 happens to be complete, but when it is and all before it have started: the last unit of the model
 first, as a backward pass completes them (``DistributedDataParallel`` orders its buckets for the
 same reason). A unit that nobody used takes part with zeros. Small ones share a message
-(``joined.py``), which starts when all of them may.
+(``joined.py``), which starts when all of them may. Meshes beside each other have one order too:
+torch may give them one communicator, and a rank that waits for one has others wait for it.
 
 [Note: messages in stages]
 A message in stages goes on to its second call when the next one starts. That may take long, and
@@ -17,6 +18,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch.distributed as dist
+
 from mics.communication.hop_two import HopTwo
 from mics.communication.joined import joined
 
@@ -25,7 +28,7 @@ class HopOrder:
     """Starts the hop 2 of units in the reverse order of their modules.
 
     Args:
-        hops: of the units under one root and on one mesh, in module order.
+        hops: of the units under one root, in module order.
     """
 
     def __init__(self, hops: Sequence[HopTwo]) -> None:
@@ -74,8 +77,16 @@ def messages_of(hops: Sequence[HopTwo]) -> list[list[HopTwo]]:
     """The hops of each message, in the order in which they start.
 
     Args:
-        hops: of units under one root and on one mesh, in module order.
+        hops: of units under one root, in module order.
     """
     order = [hop for hop in reversed(hops) if hop.message_bytes]
-    sizes, kinds = [hop.message_bytes for hop in order], [hop.kind for hop in order]
-    return [[order[i] for i in message] for message in joined(sizes, kinds)]
+    meshes: dict[dist.ProcessGroup, list[int]] = {}
+    for place, hop in enumerate(order):
+        meshes.setdefault(hop.partition, []).append(place)
+    messages = []
+    for places in meshes.values():
+        sizes = [order[i].message_bytes for i in places]
+        together = joined(sizes, [order[i].kind for i in places])
+        messages += [[places[i] for i in message] for message in together]
+    messages.sort(key=lambda message: message[-1])  # may start when its last one may
+    return [[order[i] for i in message] for message in messages]

@@ -97,7 +97,7 @@ class HopTwo:
     ) -> None:
         assert groups.replicas is not None
         self.group = group
-        self._partition, self._replicas = groups.shard, groups.replicas
+        self.partition, self._replicas = groups.shard, groups.replicas  # of its mesh
         self.averaging = averaging
         self._landing = landing
         self._used = used
@@ -159,7 +159,7 @@ class HopTwo:
         if self.share.may_be_stepped and self._same_steps is not None and torch.is_grad_enabled():
             for share in self.share.beside:
                 share.may_be_stepped = (
-                    share.may_be_stepped and share.partition is not self._partition
+                    share.may_be_stepped and share.partition is not self.partition
                 )
             self._same_steps.compare_steps(self._used)
         self.share.wait()

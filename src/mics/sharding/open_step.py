@@ -258,10 +258,10 @@ class OpenStep:
         set_all_reduce(self._units, True)
         if any(unit.find_passes() is None for unit in self._units):
             _find_roots(model)
-        for passes in _passes(self._units):
+        for order in dict.fromkeys(passes.order for passes in _passes(self._units)):
             if not self._last:
-                passes.order.begin()
-            passes.order.finish()
+                order.begin()
+            order.finish()
         for hop in _hops(self._units):
             hop.wait()
         for units in _by_mesh(self._units):

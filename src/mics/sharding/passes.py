@@ -1,6 +1,7 @@
 """The backward passes of one FSDP2 tree: how they begin and end for the units of one mesh.
 
-What a rank leaves out is filled in in one order of all units, whatever mesh they are on.
+What a rank leaves out is filled in in one order of all units, whatever mesh they are on, and so
+does hop 2 start: the meshes of a tree owe it together, and their passes end together.
 
 first unit      its output's gradient comes: hop 2 is owed, the end below is queued
 every unit      what was left out after it is filled in (``lockstep.py``), its unused parameters
@@ -23,6 +24,7 @@ from torch import nn
 from mics import compat
 from mics.communication.finite import finite_of
 from mics.communication.hop_order import HopOrder
+from mics.communication.hop_two import HopTwo
 from mics.communication.issued import issued_of
 from mics.communication.landing import Landing
 from mics.communication.settling import settle
@@ -79,6 +81,7 @@ class Passes:
         units: in module order.
         root: of the tree; its own units are in every forward.
         lockstep: of the tree.
+        order: in which the units of the tree start hop 2.
         beside: the passes of every mesh of the tree, this one too; filled when all are made.
     """
 
@@ -87,12 +90,13 @@ class Passes:
         units: Sequence[Member],
         root: nn.Module,
         lockstep: Lockstep,
+        order: HopOrder,
         beside: list[Passes],
     ) -> None:
         self.units = tuple(units)
         self.groups = units[0].groups
-        self._hops = [unit.hop_two for unit in units if unit.hop_two is not None]
-        self.order = HopOrder(self._hops)
+        self._hops = _hops(units)
+        self.order = order
         self._root = root
         self.lockstep, self._beside = lockstep, beside
         root.register_forward_pre_hook(compat.outside_graphs(self._open), prepend=True)
@@ -174,17 +178,19 @@ class Passes:
                 compat.begin_empty_backward(unit.group)
 
     def before_reduce(self) -> None:
-        """FSDP2 reduces a unit: all of them owe hop 2, and the pass has an end of ours."""
+        """FSDP2 reduces a unit: all of the tree owe hop 2, and the pass has an end of ours."""
         current = compat.backward_id()
         if current == self._ends:
             return
-        self._ends = current
-        fresh = any(hop.awaits_backward for hop in self._hops)
-        for hop in self._hops:
+        hops = [hop for passes in self._beside for hop in passes._hops]
+        fresh = any(hop.awaits_backward for hop in hops)
+        for hop in hops:
             # After a second backward of one forward nobody knows who comes again; and a unit that
             # is whole without a forward may be one that a parent uses by hand.
             waits = hop.awaits_backward or compat.is_whole(hop.group)
             hop.begin_pass(unused=fresh and not waits)
+        for passes in self._beside:
+            passes._ends = current
         self.order.begin()
         compat.at_end_of_backward(self._after_the_end)
 
@@ -221,16 +227,24 @@ class Passes:
                 unit.note()
 
     def _after_the_end(self) -> None:
-        self._ends = -1
-        for unit in self.units:  # also without replicas: settling comes after every reduction
-            if unit.landing is not None:
-                unit.landing.reductions.finish()
-        wanted = any(hop.wanted for hop in self._hops) or not self._hops
+        for passes in self._beside:
+            passes._ends = -1
+            for unit in passes.units:  # also without replicas: settling comes after every reduction
+                if unit.landing is not None:
+                    unit.landing.reductions.finish()
+        settled = [passes for passes in self._beside if passes._settles]
         self.order.finish()
-        for hop in self._hops:
-            hop.close_pass()
-        if wanted and not any(unit.in_step for unit in self.units):
-            settle(self.groups, [unit.used for unit in self.units])
+        for passes in self._beside:
+            for hop in passes._hops:
+                hop.close_pass()
+        for passes in settled:
+            settle(passes.groups, [unit.used for unit in passes.units])
+
+    @property
+    def _settles(self) -> bool:
+        """Whether the end of the pass is the end of a step of the mesh."""
+        wanted = any(hop.wanted for hop in self._hops) or not self._hops
+        return wanted and not any(unit.in_step for unit in self.units)
 
 
 class _Nothing(torch.autograd.Function):
@@ -274,8 +288,13 @@ def _passes_of_tree(tree: Sequence[Member], root: nn.Module) -> dict[int, Passes
         meshes.setdefault(id(unit.groups.shard), []).append(unit)
     root.register_forward_pre_hook(compat.outside_graphs(_opens(lockstep)), prepend=True)
     beside: list[Passes] = []
-    beside += [Passes(units, root, lockstep, beside) for units in meshes.values()]
+    order = HopOrder(_hops(tree))
+    beside += [Passes(units, root, lockstep, order, beside) for units in meshes.values()]
     return dict(zip(meshes, beside, strict=True))
+
+
+def _hops(units: Sequence[Member]) -> list[HopTwo]:
+    return [unit.hop_two for unit in units if unit.hop_two is not None]
 
 
 def _opens(lockstep: Lockstep) -> Callable[[nn.Module, Any], None]:
