@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from fractions import Fraction
 from typing import Any
@@ -228,6 +229,30 @@ def test_ranks_may_skip_what_others_use(world: int, partition: int) -> None:
             if one is not None and other is not None and first is not None:
                 torch.testing.assert_close(one, other)
                 assert torch.equal(one, first)
+
+
+def _twice(form: str) -> None:
+    """Two backwards of one forward, which uses a block twice on some ranks."""
+    torch.manual_seed(0)
+    alone = Stack(num_blocks=3)
+    model = _sharded(copy.deepcopy(alone), collectives=form, mp_policy=MixedPrecisionPolicy())
+    given = torch.randn(4, 4, WIDTH, generator=torch.Generator().manual_seed(1))
+    warnings.simplefilter("ignore", mics.MicsWarning)  # hop 2 runs twice
+    for rank, own in enumerate(given):
+        alone.uses = 1 + rank % 2
+        (2 * loss_of(alone(own)) / 4).backward()
+    model.uses = 1 + dist.get_rank() % 2
+    for micro in mics.micro_steps(model, given[dist.get_rank()].unsqueeze(0)):
+        loss = loss_of(model(micro))
+        loss.backward(retain_graph=True)
+        loss.backward()
+    for param, reference in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(param.grad.full_tensor(), reference.grad)
+
+
+@pytest.mark.parametrize("form", ["flat", "hierarchical"])
+def test_a_second_backward_may_use_blocks_as_often_as_no_other_rank(form: str) -> None:
+    run_ranks(_twice, 4, form, ranks_per_node=2)
 
 
 class _Noted:

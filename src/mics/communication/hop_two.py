@@ -248,7 +248,9 @@ class HopTwo:
         """Every parameter has its gradient of one use."""
         seen = self._pass
         seen.uses -= 1
-        if seen.uses <= 0 and self.wanted:
+        # Below 0 more come than forwards were counted, as in a second backward of one: nobody knows
+        # how many, and hop 2 starts when the pass ends.
+        if seen.uses == 0 and self.wanted:
             seen.complete = True
             self.landed()
 
