@@ -47,13 +47,14 @@ RANKS = 2  # per node
 
 @dataclass(frozen=True)
 class Case:
-    """One run."""
+    """One run; ``hop_two`` is the form of hop 2, which was flat before there was another."""
 
     nodes: int
     partition: int
     micro_steps: int
     form: str = "hierarchical"
     micro_batch: int = 8
+    hop_two: str = "flat"
 
     @property
     def dilation(self) -> Dilation:
@@ -106,8 +107,13 @@ def measure_all(cases: int) -> dict[str, Any]:
     # faster than the link is, and the fit leaves them out.
     sizes = ["--sizes", "64KiB", "1MiB", "2MiB", "4MiB", "8MiB"]
     collectives = lab(4, ["collectives", *sizes, "--repeats", "5"])
-    runs = [{"case": asdict(case), "run": measure(case)} for case in (CALIBRATES, *CASES[:cases])]
+    asked = [replace(case, hop_two=case.form) for case in (CALIBRATES, *CASES[:cases])]
+    runs = [{"case": asdict(case), "run": measure(case)} for case in asked]
     return {"collectives": collectives, "runs": runs}
+
+
+def form_of(word: str) -> traffic.Form:
+    return "flat" if word == "flat" else "hierarchical"
 
 
 @cache
@@ -124,13 +130,12 @@ def predict(case: Case, run: dict[str, Any], node: Node) -> float:
     slept, count = run["arithmetic"], case.dilation.blocks
     forward, backward = (slept["forward"],) * count, (slept["backward"],) * count
     computed = Times(forward, backward, before=0.0, between=0.0, after=0.0)
-    form: traffic.Form = "flat" if case.form == "flat" else "hierarchical"
     recipe = Recipe(
         case.partition,
         case.micro_batch,
         case.micro_steps,
-        form=form,
-        hop_two_form=form,
+        form=form_of(case.form),
+        hop_two_form=form_of(case.hop_two),
         compute_bytes=4,
     )
     cluster = Cluster(node, case.nodes)
@@ -143,7 +148,7 @@ def predicted_bytes(case: Case) -> float:
     root = 4 * 2 * (64 * 64 + 64)
     blocks.append(traffic.Block(root, root, root // case.partition, gathers=1))
     topology = Topology(case.nodes, RANKS, case.partition)
-    form: traffic.Form = "flat" if case.form == "flat" else "hierarchical"
+    form = form_of(case.form)
     sent = [
         traffic.mics(
             topology,
@@ -151,7 +156,7 @@ def predicted_bytes(case: Case) -> float:
             case.micro_steps,
             all_gather=form,
             reduce_scatter=form,
-            all_reduce=form,
+            all_reduce=form_of(case.hop_two),
             gloo=True,
             rank=rank,
         )
