@@ -57,6 +57,18 @@ class Stack(nn.Module):
         return self.last(x) * self.scale
 
 
+class Skipping(Stack):
+    """Leaves out blocks."""
+
+    left_out: frozenset[int] = frozenset()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for i, block in enumerate(self.blocks):
+            x = x if i in self.left_out else block(x)
+        return self.last(x)
+
+
 @dataclass(frozen=True)
 class Run:
     """One way to train: what is the same on one process and on many, and what is not."""

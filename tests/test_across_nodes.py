@@ -13,6 +13,7 @@ import torch.distributed as dist
 from parity import (
     WIDTH,
     Run,
+    Skipping,
     Stack,
     batches,
     distance,
@@ -188,22 +189,10 @@ def test_exact_sums_are_those_of_the_flat_form_to_the_bit() -> None:
                     assert torch.equal(one, other)
 
 
-class _Skipping(Stack):
-    """Leaves out blocks."""
-
-    left_out: frozenset[int] = frozenset()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.first(x)
-        for i, block in enumerate(self.blocks):
-            x = x if i in self.left_out else block(x)
-        return self.last(x)
-
-
 def _skipping(partition: int, k: int, form: str) -> list[torch.Tensor | None]:
     """Each replica leaves out other blocks, one leaves out a backward, nobody uses the second."""
     torch.manual_seed(0)
-    model = _sharded(_Skipping(num_blocks=9), partition, k, collectives=form)
+    model = _sharded(Skipping(num_blocks=9), partition, k, collectives=form)
     replica = dist.get_rank() // partition
     model.left_out = frozenset([1, *range(replica % 4, 9, 3)])
     generator = torch.Generator().manual_seed(1)
@@ -275,7 +264,7 @@ class _Noted:
 
 def _order(unused: bool) -> list[tuple[int, str]]:
     torch.manual_seed(0)
-    model = _sharded(_Skipping(num_blocks=2))
+    model = _sharded(Skipping(num_blocks=2))
     noted = _Noted(model)
     if unused and dist.get_rank() % 2:
         model.left_out = frozenset([0, 1])

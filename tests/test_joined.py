@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from parity import Run, Stack, batches, loss_of, quiet, train_alone, train_sharded
+from parity import Run, Skipping, Stack, batches, loss_of, quiet, train_alone, train_sharded
 from ranks import mesh_of_rank, run_ranks
 from torch import nn
 
@@ -90,22 +90,10 @@ def test_joined_units_train_as_one_process_does() -> None:
                 torch.testing.assert_close(outcome.weights[name], weight, rtol=1e-4, atol=1e-5)
 
 
-class _Skipping(Stack):
-    """Leaves out blocks."""
-
-    left_out: frozenset[int] = frozenset()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.first(x)
-        for i, block in enumerate(self.blocks):
-            x = x if i in self.left_out else block(x)
-        return self.last(x)
-
-
 def _skipping(partition: int) -> list[torch.Tensor | None]:
     """Ranks of the second node leave out every third block, and nobody uses the second."""
     torch.manual_seed(0)
-    model = quiet(lambda: mics.shard(_Skipping(num_blocks=40), mesh=mesh_of_rank(partition, 2)))
+    model = quiet(lambda: mics.shard(Skipping(num_blocks=40), mesh=mesh_of_rank(partition, 2)))
     model.left_out = frozenset([1, *range(0, 40 if dist.get_rank() > 1 else 0, 3)])
     generator = torch.Generator().manual_seed(1)
     for micro in mics.micro_steps(model, torch.randn(2, 4, 13, generator=generator)):

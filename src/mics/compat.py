@@ -1195,19 +1195,17 @@ def at_end_of_backward(callback: Callable[[], None]) -> None:
     Variable._execution_engine.queue_callback(callback)
 
 
-def num_gradient_hooks(param: torch.Tensor) -> int:
-    """How many post-accumulate-gradient hooks ``param`` has; torch only offers to add one."""
-    return nums_of_gradient_hooks([param])[0]
-
-
 def nums_of_gradient_hooks(params: Iterable[torch.Tensor]) -> list[int]:
-    """The same of many; every reduction asks it of all parameters of a unit."""
+    """How many post-accumulate-gradient hooks each has; torch only offers to add one.
+
+    Every reduction asks it of all parameters of a unit.
+    """
     return [len(param._post_accumulate_grad_hooks or ()) for param in params]
 
 
 def num_hooks(param: torch.Tensor) -> int:
     """How many hooks ``param`` has that see or replace its gradient."""
-    return num_gradient_hooks(param) + len(param._backward_hooks or ())
+    return nums_of_gradient_hooks([param])[0] + len(param._backward_hooks or ())
 
 
 def as_plain_tensors() -> Any:
