@@ -24,6 +24,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from mics import compat
 from mics.communication.guard import guard
+from mics.communication.hop_order import HopOrder
 from mics.communication.hop_two import HopTwo
 from mics.communication.same_steps import same_steps_of
 from mics.communication.settling import settle
@@ -34,7 +35,7 @@ from mics.sharding.belonging import refuse_outside
 from mics.sharding.normalisation import divide_by_micro_steps, divide_by_tokens
 from mics.sharding.passes import Passes, drop_unfinished
 from mics.sharding.tokens import Counted
-from mics.sharding.units import Unit, units_of
+from mics.sharding.units import Unit, trees_of, units_of
 from mics.sharding.unreduced import refuse_unreduced
 
 _ATTRIBUTE = "_mics_open_step"
@@ -68,6 +69,7 @@ class OpenStep:
             passes.lockstep.forget()  # a forward before the step has its backward before it too
         self._model = weakref.ref(model)
         self._units = units
+        self._order = HopOrder([_hops(tree) for tree in trees_of(modules, units)])
         self._params = [p for unit in units for p in compat.sharded_params(unit.group)]
         # One of every mesh: a hop 2 asks the one of its own before it waits.
         self._same_steps = list(dict.fromkeys(same_steps_of(unit.groups) for unit in units))
@@ -159,6 +161,15 @@ class OpenStep:
         return self._params
 
     @property
+    def order(self) -> HopOrder | None:
+        """The order in which units of all its roots start hop 2; ``None`` once it was left."""
+        return self._order if self._left is None else None
+
+    def guard_first(self) -> None:
+        """Ask this about optimizers ahead of its units: it ends what they owe."""
+        guard(self)
+
+    @property
     def used(self) -> Used:
         """The first unit's, which lasts as long as the parameters."""
         return self._units[0].used
@@ -227,6 +238,7 @@ class OpenStep:
             self._check()
         self._running, self._last = True, last
         set_all_reduce(self._units, bool(last))
+        self._order.begin()  # all units owe hop 2, if the micro-step is the last
         for passes in _passes(self._units):
             passes.begin_micro_step()
         if last is not None:
@@ -258,10 +270,9 @@ class OpenStep:
         set_all_reduce(self._units, True)
         if any(unit.find_passes() is None for unit in self._units):
             _find_roots(model)
-        for order in dict.fromkeys(passes.order for passes in _passes(self._units)):
-            if not self._last:
-                order.begin()
-            order.finish()
+        if not self._last:
+            self._order.begin()
+        self._order.finish()
         for hop in _hops(self._units):
             hop.wait()
         for units in _by_mesh(self._units):

@@ -44,6 +44,13 @@ class Step(Protocol):
     def was_left(self) -> bool:
         """Whether it can not go on."""
 
+    @property
+    def order(self) -> HopOrder | None:
+        """The order in which units of all its roots start hop 2; ``None`` once it was left."""
+
+    def guard_first(self) -> None:
+        """Ask it about optimizers ahead of its units: it ends what they owe."""
+
     def before_forward(self) -> None:
         """A forward of its units begins."""
 
@@ -81,7 +88,7 @@ class Passes:
         units: in module order.
         root: of the tree; its own units are in every forward.
         lockstep: of the tree.
-        order: in which the units of the tree start hop 2.
+        order: in which the units of the tree start hop 2 outside of steps.
         beside: the passes of every mesh of the tree, this one too; filled when all are made.
     """
 
@@ -96,7 +103,7 @@ class Passes:
         self.units = tuple(units)
         self.groups = units[0].groups
         self._hops = _hops(units)
-        self.order = order
+        self._order = order
         self._root = root
         self.lockstep, self._beside = lockstep, beside
         root.register_forward_pre_hook(compat.outside_graphs(self._open), prepend=True)
@@ -106,6 +113,12 @@ class Passes:
         self._under_way = False
         for unit in units:
             issued_of(self.groups).rename(unit.number, unit.name)
+
+    @property
+    def order(self) -> HopOrder:
+        """The order in which hop 2 starts: the open step's, which may have more roots."""
+        step = self.units[0].step
+        return (None if step is None else step.order) or self._order
 
     def _open(self, root: nn.Module, args: Any) -> None:
         if compat.in_backward():
@@ -191,12 +204,12 @@ class Passes:
             hop.begin_pass(unused=fresh and not waits)
         for passes in self._beside:
             passes._ends = current
-        self.order.begin()
+        for hop in hops[:1]:
+            self.order.begin_pass(hop)
         compat.at_end_of_backward(self._after_the_end)
 
     def begin_micro_step(self) -> None:
-        """A micro-step begins: all units owe hop 2, if it is the last."""
-        self.order.begin()
+        """A micro-step begins."""
         self._ran = False
 
     def end_micro_step(self) -> None:
@@ -233,10 +246,13 @@ class Passes:
                 if unit.landing is not None:
                     unit.landing.reductions.finish()
         settled = [passes for passes in self._beside if passes._settles]
-        self.order.finish()
-        for passes in self._beside:
-            for hop in passes._hops:
-                hop.close_pass()
+        hops = [hop for passes in self._beside for hop in passes._hops]
+        started = all(self.order.end_pass(hop) for hop in hops[:1])
+        for hop in hops:
+            hop.close_pass()
+        step = self.units[0].step
+        if not started and step is not None:
+            step.guard_first()
         for passes in settled:
             settle(passes.groups, [unit.used for unit in passes.units])
 
@@ -288,7 +304,7 @@ def _passes_of_tree(tree: Sequence[Member], root: nn.Module) -> dict[int, Passes
         meshes.setdefault(id(unit.groups.shard), []).append(unit)
     root.register_forward_pre_hook(compat.outside_graphs(_opens(lockstep)), prepend=True)
     beside: list[Passes] = []
-    order = HopOrder(_hops(tree))
+    order = HopOrder([_hops(tree)])
     beside += [Passes(units, root, lockstep, order, beside) for units in meshes.values()]
     return dict(zip(meshes, beside, strict=True))
 
