@@ -32,6 +32,9 @@ import mics
 from mics import traffic
 from mics.communication import forms
 from mics.communication.forms import choices_of
+from mics.communication.two_stages import all_reduces_in_a_row
+from mics.ranks import issuing
+from mics.ranks.mesh import stage_groups
 from mics.sharding.units import units_of
 from mics.topology import Topology
 from mics.traffic import Key, UnitBytes
@@ -401,6 +404,39 @@ def _chosen(slow: str) -> Any:
 def test_auto_takes_what_was_faster() -> None:
     assert run_ranks(_chosen, 4, "flat", ranks_per_node=2) == [{"hierarchical"}] * 4
     assert run_ranks(_chosen, 4, "hierarchical", ranks_per_node=2) == [{"flat"}] * 4
+
+
+def _three_in_a_row(stages: bool) -> tuple[list[str], list[list[float]]]:
+    issued = []
+
+    def noted(name: str) -> None:
+        issue = getattr(issuing, name)
+
+        def instead(*args: Any, **keywords: Any) -> Any:
+            issued.append(name)
+            return issue(*args, **keywords)
+
+        setattr(issuing, name, instead)
+
+    groups = units_of(_sharded(Stack()))[0].groups
+    assert groups.replicas is not None
+    pair = stage_groups(groups, range(4))
+    noted("all_reduce")
+    noted("all_gather")
+    messages = [torch.arange(5.0) + dist.get_rank() * 10**i for i in range(3)]  # 5: one is padded
+    total = dist.ReduceOp.SUM
+    all_reduces_in_a_row(messages, total, groups.replicas, pair if stages else None)
+    return issued, [message.tolist() for message in messages]
+
+
+def test_what_is_timed_in_a_row_is_under_way_together() -> None:
+    sums = [[4.0 * j + 6 * 10**i for j in range(5)] for i in range(3)]
+    for issued, found in run_ranks(_three_in_a_row, 4, True, ranks_per_node=2):
+        assert issued == ["all_reduce"] * 3 + ["all_gather"] * 3
+        assert found == sums
+    for issued, found in run_ranks(_three_in_a_row, 4, False, ranks_per_node=2):
+        assert issued == ["all_reduce"] * 3
+        assert found == sums
 
 
 def _dealt(form: str) -> set[Key]:

@@ -112,3 +112,17 @@ def test_it_measures_in_earnest_and_says_so(capfd: pytest.CaptureFixture[str]) -
     bits, others = zip(*run_ranks(_in_earnest, 4), strict=True)
     assert all(others) and len(set(map(tuple, bits))) == 1
     assert capfd.readouterr().err.count("over 2 replicas: ") == 2
+
+
+def _of_two_forms() -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        timed = _found(patch, 1.0, 0.5)
+        mesh = mics.init_mesh(partition=1, gpus_per_node=2)
+        for collectives in ("flat", "hierarchical", "flat"):
+            block = nn.Linear(WIDTH, WIDTH)
+            mics.fully_shard(block, mesh=mesh, hop_two="auto", collectives=collectives)
+    return len(timed)
+
+
+def test_what_is_exact_in_another_form_is_timed_again() -> None:
+    assert run_ranks(_of_two_forms, 4, ranks_per_node=2) == [2] * 4

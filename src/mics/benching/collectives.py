@@ -18,11 +18,12 @@ from mics.benching.spread import Spread
 from mics.communication.backend import backend_of_mesh
 from mics.communication.collectives import AllGather
 from mics.communication.forms import choice_of, keep
+from mics.communication.in_a_row import IN_A_ROW
 from mics.communication.ledger import Ledger
 from mics.communication.timing import time_in_turn
 from mics.communication.two_stages import (
+    all_reduces_in_a_row,
     hierarchical_all_gather,
-    hierarchical_all_reduce,
     hierarchical_reduce_scatter,
 )
 from mics.ranks.issuing import Handle
@@ -37,7 +38,8 @@ class Measured:
     """One collective of one size: seconds per call, and what physics allows.
 
     ``form`` is "flat", "hierarchical", or "pipelined": hierarchical gathers of consecutive blocks,
-    the next one's inter stage under way while this one's intra stage runs; seconds per block.
+    the next one's inter stage under way while this one's intra stage runs; seconds per block. Of
+    all-reduces several are under way together in both forms, as in hop 2; seconds per message.
     ``between_nodes`` is what leaves the busiest node per call, in bytes; ``floor`` those bytes over
     the link's rate, in seconds; ``None`` where the rate is not known.
     """
@@ -139,8 +141,9 @@ def _calls(
     reduces: dict[str, tuple[Callable[[], None], int]] = {
         "flat": (lambda: _done(compat.reduce_scatter(part, whole, average, shard)), 1)
     }
+    total, messages = dist.ReduceOp.SUM, [torch.zeros_like(whole) for _ in range(IN_A_ROW)]
     sums: dict[str, tuple[Callable[[], None], int]] = {
-        "flat": (lambda: _done(dist.all_reduce(whole, group=shard)), 1)
+        "flat": (lambda: all_reduces_in_a_row(messages, total, shard), IN_A_ROW)
     }
     if pair is not None:
         gathers["hierarchical"] = (lambda: hierarchical_all_gather(whole, mine, pair), 1)
@@ -149,8 +152,10 @@ def _calls(
             lambda: hierarchical_reduce_scatter(part, whole, average, pair),
             1,
         )
-        total = dist.ReduceOp.SUM
-        sums["hierarchical"] = (lambda: hierarchical_all_reduce(whole, total, pair), 1)
+        sums["hierarchical"] = (
+            lambda: all_reduces_in_a_row(messages, total, shard, pair),
+            IN_A_ROW,
+        )
     return {"all_gather": gathers, "reduce_scatter": reduces, "all_reduce": sums}
 
 

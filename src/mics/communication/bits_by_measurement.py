@@ -1,7 +1,8 @@
 """``hop_two="auto"``: fp8 in a unit's hop 2 where that is faster on the links at hand, else exact.
 
 Blocks cost time of the device or the CPU and save time of the link. Which is more, only a
-measurement tells: every size is timed once, as its first unit is made, and the slowest rank counts.
+measurement tells: every size is timed once, as its first unit is made, several messages together as
+hop 2 comes (``in_a_row.py``), and the slowest rank counts.
 A tie goes to what is exact. The first mesh of a job to measure a size chooses for those beside it
 too, see [Note: alike beside each other] in ``forms.py``.
 """
@@ -17,8 +18,8 @@ import torch.distributed as dist
 
 from mics import compat
 from mics.communication.averaging import Averaging
-from mics.communication.backend import at_once, run
 from mics.communication.fewer_bits import Asked, HopTwoBits, averaging_in
+from mics.communication.in_a_row import IN_A_ROW, ROUNDS, run_in_a_row
 from mics.communication.ledger import Ledger
 from mics.communication.timing import time_in_turn
 from mics.quantities import dtype_name, size
@@ -26,7 +27,6 @@ from mics.ranks.agreement import first_word
 from mics.ranks.console import say
 from mics.ranks.mesh import Groups, PerMesh
 
-_REPEATS = 5
 _MARGIN = 0.1  # part of the all-reduce's time that has to be won: encoding is beside the backward
 _CODE: HopTwoBits = "fp8"
 _EXACT = "exact"
@@ -51,7 +51,8 @@ def settle(asked: Asked, group: Any, groups: Groups) -> Asked:
     numel = compat.trainable_shard_numel(group)
     if numel == 0:
         return exact
-    name = f"{numel} of {dtype_name(compat.reduce_dtype(group))} over {groups.num_replicas}"
+    dtype = dtype_name(compat.reduce_dtype(group))
+    name = f"{numel} of {dtype} over {groups.num_replicas}, {asked.collectives}"
     chosen = _chosen_of(groups)
     if name not in chosen:
         chosen[name] = _measure(name, exact, coded, group, groups)
@@ -64,12 +65,9 @@ def _measure(name: str, exact: Asked, coded: Asked, group: Any, groups: Groups) 
         _EXACT: averaging_in(exact, group, groups, ledger),
         _CODE: averaging_in(coded, group, groups, ledger),
     }
-    calls = {
-        way: partial(_average, averaging, _message(averaging, group, groups))
-        for way, averaging in ways.items()
-    }
-    times = time_in_turn(calls, _REPEATS, groups.device, groups.axes)
-    seconds = {way: statistics.median(times[way]) for way in ways}
+    calls = {way: partial(_average, averaging, group, groups) for way, averaging in ways.items()}
+    times = time_in_turn(calls, ROUNDS, groups.device, groups.axes)
+    seconds = {way: statistics.median(times[way]) / IN_A_ROW for way in ways}
     faster = _CODE if seconds[_CODE] < seconds[_EXACT] * (1 - _MARGIN) else _EXACT
     key = f"mics hop 2 in bits, {name}, {groups.gpus_per_node} per node"
     word = first_word(key, faster)
@@ -81,11 +79,13 @@ def _measure(name: str, exact: Asked, coded: Asked, group: Any, groups: Groups) 
     return word
 
 
-def _message(averaging: Averaging, group: Any, groups: Groups) -> torch.Tensor:
-    numel = compat.trainable_shard_numel(group)
-    return torch.zeros(numel, dtype=averaging.dtype, device=groups.device)
-
-
 @torch.no_grad()
-def _average(averaging: Averaging, message: torch.Tensor) -> None:
-    run(averaging.program(message, at_once))
+def _average(averaging: Averaging, group: Any, groups: Groups) -> None:
+    assert groups.replicas is not None
+    numel = compat.trainable_shard_numel(group)
+    messages = [
+        torch.zeros(numel, dtype=averaging.dtype, device=groups.device) for _ in range(IN_A_ROW)
+    ]
+    programs = [partial(averaging.program, message) for message in messages]
+    in_stages = averaging.in_stages(messages[0].nbytes)
+    run_in_a_row(programs, groups.replicas, groups.device, in_stages=in_stages)

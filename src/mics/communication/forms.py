@@ -3,7 +3,8 @@
 On slow links the hierarchical form wins by the bytes it saves; on fabrics of hundreds of GB/s per
 node flat can win for large messages. Nothing but a measurement on the links at hand can tell, so
 each (group, collective, size class, dtype) is timed once before the first step, the slowest rank's
-times are agreed on, and the outcome is kept in a profile file for the next run.
+times are agreed on, and the outcome is kept in a profile file for the next run. All-reduces are
+timed as hop 2 comes, several under way together (``in_a_row.py``).
 
 [Note: alike beside each other]
 With tensor parallelism several meshes stand beside each other, and each has copies of what is not
@@ -25,10 +26,11 @@ import torch
 import torch.distributed as dist
 
 from mics.communication.collectives import Decide
+from mics.communication.in_a_row import IN_A_ROW, ROUNDS
 from mics.communication.timing import time_in_turn
 from mics.communication.two_stages import (
+    all_reduces_in_a_row,
     hierarchical_all_gather,
-    hierarchical_all_reduce,
     hierarchical_reduce_scatter,
 )
 from mics.errors import ShardError
@@ -181,28 +183,32 @@ def _time_forms(
     numel: int,
     dtype: torch.dtype,
 ) -> tuple[float, float]:
-    """Median seconds of the flat and the hierarchical form, of the slowest rank of the mesh."""
-    whole = torch.zeros(numel, dtype=dtype, device=groups.device)
-    shard = torch.zeros(numel // group.size(), dtype=dtype, device=groups.device)
+    """Median seconds of a flat and of a hierarchical one, of the slowest rank of the mesh."""
+    device, total = groups.device, dist.ReduceOp.SUM
     calls: dict[Form, Callable[[], object]]
-    total = dist.ReduceOp.SUM
+    repeats, each = _REPEATS, 1
+    whole = torch.zeros(numel, dtype=dtype, device=device)
+    shard = torch.zeros(numel // group.size(), dtype=dtype, device=device)
     if collective == "all_gather":
         calls = {
             "flat": lambda: issuing.all_gather(whole, shard, group),
             "hierarchical": lambda: hierarchical_all_gather(whole, shard, pair),
         }
     elif collective == "all_reduce":
+        repeats, each = ROUNDS, IN_A_ROW
+        messages = [whole, *(torch.zeros_like(whole) for _ in range(each - 1))]
         calls = {
-            "flat": lambda: issuing.all_reduce(whole, total, group),
-            "hierarchical": lambda: hierarchical_all_reduce(whole, total, pair),
+            "flat": lambda: all_reduces_in_a_row(messages, total, group),
+            "hierarchical": lambda: all_reduces_in_a_row(messages, total, group, pair),
         }
     else:
         calls = {
             "flat": lambda: issuing.reduce_scatter(shard, whole, total, group),
             "hierarchical": lambda: hierarchical_reduce_scatter(shard, whole, total, pair),
         }
-    seconds = time_in_turn(calls, _REPEATS, groups.device, groups.axes)
-    return statistics.median(seconds["flat"]), statistics.median(seconds["hierarchical"])
+    seconds = time_in_turn(calls, repeats, device, groups.axes)
+    flat, hierarchical = (statistics.median(seconds[form]) for form in get_args(Form))
+    return flat / each, hierarchical / each
 
 
 # -- the profile file ----------------------------------------------------------------------------

@@ -16,13 +16,15 @@ rank, which is reduced inside the node, all-reduced between nodes and gathered i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
 from mics import compat
 from mics.communication.backend import Backend, Issue, Program, at_once, backend_of, run
+from mics.communication.in_a_row import run_in_a_row
 from mics.communication.ledger import Timed, Untimed
 from mics.ranks import issuing
 from mics.ranks.mesh import StageGroups
@@ -149,7 +151,30 @@ def hierarchical_reduce_scatter(
     run(reduce_scatter(output, input, op, pair, (Untimed(), Untimed()), at_once, backend))
 
 
-def hierarchical_all_reduce(message: torch.Tensor, op: compat.ReduceOp, pair: StageGroups) -> None:
-    """All-reduce as ``all_reduce`` does, at once and uncounted."""
-    backend = backend_of(pair.intra, message.device)
-    run(all_reduce(message, op, pair, lambda _: Untimed(), at_once, backend))
+def all_reduces_in_a_row(
+    messages: Sequence[torch.Tensor],
+    op: compat.ReduceOp,
+    group: dist.ProcessGroup,
+    pair: StageGroups | None = None,
+) -> None:
+    """All-reduce several messages as hop 2 comes (``in_a_row.py``), at once and uncounted.
+
+    Args:
+        messages: each reduced in place.
+        op: AVG or SUM.
+        group: all ranks.
+        pair: the groups of the stages; ``None`` reduces flat.
+    """
+    device = messages[0].device
+
+    def program(message: torch.Tensor, issue: Issue) -> Program:
+        if pair is not None:
+            backend = backend_of(pair.intra, device)
+            yield from all_reduce(message, op, pair, lambda _: Untimed(), issue, backend)
+            return
+        yield from issue(
+            Untimed(), lambda async_op: issuing.all_reduce(message, op, group, async_op=async_op)
+        )
+
+    programs = [partial(program, message) for message in messages]
+    run_in_a_row(programs, group, device, in_stages=pair is not None)
