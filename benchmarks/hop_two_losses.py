@@ -3,6 +3,9 @@
     python benchmarks/hop_two_losses.py                       # small: 100 steps, 1 seed
     python benchmarks/hop_two_losses.py --steps 500 --seeds 3 --out benchmarks/results # 90 min
 
+One model at a time may be measured (``--models bert``): results of the other in the folder stay, if
+they are of as many steps and seeds.
+
 A GPT and a BERT of 5.6 million parameters train in fp32 on 2 Gloo ranks of this machine
 (2 replicas of one rank, 2 micro-steps) in every choice of ``hop_two``, fp8 and int8 also without
 error feedback. Compared is the mean of the last losses: the difference from fp32's, seed by seed,
@@ -112,8 +115,9 @@ def as_text(results: dict[str, Any]) -> str:
     lines = [
         "# Losses with hop 2 in fewer bits",
         "",
-        f"`{results['command']}`, {results['date']}, torch {results['torch']}, mics "
-        f"{results['mics']}, {results['machine']}, fp32, 2 Gloo ranks: 2 replicas of one, "
+        "; ".join(f"{model}: {measured}" for model, measured in results["measured"].items())
+        + f"; torch {results['torch']}, mics {results['mics']}, {results['machine']}, fp32, 2 Gloo "
+        "ranks: 2 replicas of one, "
         f"2 micro-steps of 2 sequences of {SEQUENCE} tokens; {results['steps']} steps, "
         f"{results['seeds']} seed(s). Losses are nats per token, means of the last steps.",
         "",
@@ -135,6 +139,17 @@ def write(results: dict[str, Any], folder: Path) -> None:
     (folder / "hop_two_losses.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
+def take_over(results: dict[str, Any], folder: Path) -> None:
+    """Keep what was measured before of as many steps and seeds."""
+    file = folder / "hop_two_losses.json"
+    if not file.exists():
+        return
+    before = json.loads(file.read_text())
+    if all(before[what] == results[what] for what in ("steps", "seeds", "torch", "machine")):
+        for part in ("measured", "models"):
+            results[part] = dict(before[part])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=100)
@@ -144,15 +159,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a folder for the results; else they are printed")
     given = parser.parse_args()
     results: dict[str, Any] = {
-        "command": f"python benchmarks/hop_two_losses.py {' '.join(sys.argv[1:])}".strip(),
-        "date": datetime.date.today().isoformat(),
         "torch": torch.__version__,
         "mics": mics.__version__,
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
         "steps": given.steps,
         "seeds": given.seeds,
+        "measured": {},
         "models": {},
     }
+    command = f"`python benchmarks/hop_two_losses.py {' '.join(sys.argv[1:])}`"
+    if given.out is not None:
+        take_over(results, given.out)
     with tempfile.TemporaryDirectory() as scratch:
         for model in given.models:
             runs = {
@@ -164,6 +181,7 @@ def main() -> None:
                 ]
                 for choice in dict.fromkeys(["fp32", *given.choices])
             }
+            results["measured"][model] = f"{command}, {datetime.date.today().isoformat()}"
             results["models"][model] = [
                 row_of(choice, of_seeds, runs["fp32"]) for choice, of_seeds in runs.items()
             ]

@@ -19,8 +19,9 @@ from mics.quantities import parse_milliseconds, parse_rate
 
 _BRIDGE = "br0"
 _MTU = 9000  # jumbo frames, as between the nodes of a cluster: headers are 1 % instead of 7
-_BUFFER_SECONDS = 0.02  # how long a packet may wait for its turn before it is dropped,
+_BUFFER_SECONDS = 0.02  # how long a packet may wait in the switch before it is dropped,
 _BUFFER_BYTES = 2**18  # unless the link is so slow that few packets could
+_OWN_PACKETS = 1000  # of a node wait for its cable, Linux' txqueuelen: a NIC drops none of its host
 _OURS = re.compile(rf"{PREFIX}([a-z0-9]{{1,8}})-(?:switch|node\d+)")
 _SWEEPS = 50  # through a namespace whose processes start others while they are killed
 
@@ -121,6 +122,8 @@ def _shape(namespace: str, interface: str, rate: str) -> None:
     bytes_per_second = bits_per_second(rate) / 8
     burst = max(2 * _MTU, round(bytes_per_second / 250))  # 4 ms: the clock of old kernels
     limit = max(_BUFFER_BYTES, round(bytes_per_second * _BUFFER_SECONDS))
+    if interface == NODE_END:
+        limit = max(limit, _OWN_PACKETS * _MTU)
     call(
         *("tc", "-n", namespace, "qdisc", "replace", "dev", interface, "root", "tbf"),
         *("rate", rate, "burst", str(burst), "limit", str(limit)),
