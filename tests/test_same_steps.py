@@ -162,7 +162,7 @@ def test_a_rank_that_skips_the_forward_of_a_step_is_named() -> None:
 def test_ranks_that_ran_other_numbers_of_collectives_are_named_by_partition_group() -> None:
     def facts_of(collectives: int) -> Facts:
         return facts(0, more=True, said="beforehand", normalise=None, optimizer_steps=0,
-                     optimizers=0, trained=0, collectives=collectives)  # fmt: skip
+                     optimizers=0, trained=0, issued=(0, collectives))  # fmt: skip
 
     error = disagreement(dict(enumerate(map(facts_of, [7, 7, 9, 8]))), 2)
     assert str(error) == (

@@ -178,3 +178,91 @@ def test_an_optimizer_inside_the_last_micro_step_sees_hop_2_of_all_models() -> N
     for stepped in run_ranks(_stepped_inside, WORLD):
         for name, param in alone["a"].named_parameters():
             torch.testing.assert_close(stepped[name], param.detach(), msg=name)
+
+
+def _each_in_a_step_of_its_own(used: list[Used], apart: bool) -> dict[str, torch.Tensor]:
+    towers = _sharded(1)
+    mine = used[dist.get_rank()]
+    with mics.micro_step(towers["a"], last=True), mics.micro_step(towers["b"], last=True):
+        losses = _losses(towers, 0, dist.get_rank(), mine)
+        for loss in losses if apart else [sum(losses)]:
+            loss.backward()  # type: ignore[union-attr]
+    return _whole(towers)
+
+
+TOGETHER: dict[str, list[Used]] = {
+    "nothing": ALL,
+    "the outer on one rank": ["ab", "b", "ab", "ab"],
+    "the inner on some": ["ab", "a", "ab", "a"],
+    "each on some": ["b", "a", "ab", "b"],
+    "blocks of the outer": ["ab", "Ab", "ab", "ab"],
+}
+
+
+@pytest.mark.parametrize("apart", [True, False])
+@pytest.mark.parametrize("left_out", TOGETHER)
+def test_so_do_models_whose_steps_are_open_together(left_out: str, apart: bool) -> None:
+    used = TOGETHER[left_out]
+    alone = _alone([used])
+    for rank, gradients in enumerate(run_ranks(_each_in_a_step_of_its_own, WORLD, used, apart)):
+        assert gradients.keys() == alone.keys(), rank
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, alone[name], msg=f"{rank} {name}")
+
+
+def _stepped_in_both(used: list[Used]) -> dict[str, torch.Tensor]:
+    towers = _sharded(1)
+    optimizers = [torch.optim.SGD(tower.parameters(), lr=1.0) for tower in towers.values()]
+    rank = dist.get_rank()
+    with mics.micro_step(towers["a"], last=True), mics.micro_step(towers["b"], last=True):
+        sum(_losses(towers, 0, rank, used[rank])).backward()  # type: ignore[union-attr]
+        for optimizer in optimizers:
+            optimizer.step()
+    return {name: p.full_tensor() for name, p in towers.named_parameters()}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("left_out", TOGETHER)
+def test_optimizers_may_step_inside_of_both(left_out: str) -> None:
+    used = TOGETHER[left_out]
+    alone = _towers()
+    for rank, names in enumerate(used):
+        (sum(_losses(alone, 0, rank, names)) / WORLD).backward()  # type: ignore[union-attr]
+    torch.optim.SGD(alone.parameters(), lr=1.0).step()
+    for stepped in run_ranks(_stepped_in_both, WORLD, used):
+        for name, param in alone.named_parameters():
+            torch.testing.assert_close(stepped[name], param.detach(), msg=name)
+
+
+def _one_after_the_other(used: list[Used]) -> dict[str, torch.Tensor]:
+    towers = _sharded(1)
+    rank = dist.get_rank()
+    with mics.micro_step(towers["a"], last=True):
+        for loss in _losses({"a": towers["a"]}, 0, rank, used[rank].replace("b", "")):
+            loss.backward()
+        with mics.micro_step(towers["b"], last=True):
+            for loss in _losses({"b": towers["b"]}, 0, rank, used[rank].replace("a", "")):
+                loss.backward()
+    return _whole(towers)
+
+
+def test_a_step_that_begins_when_only_some_have_started_the_other_is_refused() -> None:
+    for text in errors_of_ranks(_one_after_the_other, WORLD, ["ab", "b", "ab", "ab"]):
+        assert "Ranks ran hop 2 of other units" in text or "RankError" in text
+    alone = _alone([ALL])
+    for gradients in run_ranks(_one_after_the_other, WORLD, ALL):
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, alone[name], msg=name)
+
+
+def _without_steps(used: list[list[Used]]) -> dict[str, torch.Tensor]:
+    towers = _sharded(1)
+    for of_ranks in used:
+        for loss in _losses(towers, 0, dist.get_rank(), of_ranks[dist.get_rank()]):
+            loss.backward()
+    return _whole(towers)
+
+
+def test_passes_without_steps_that_leave_out_a_model_are_refused() -> None:
+    used = [["ab", "b", "ab", "ab"], ALL]
+    for text in errors_of_ranks(_without_steps, WORLD, used):
+        assert "Ranks ran hop 2 of other units" in text

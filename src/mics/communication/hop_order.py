@@ -7,7 +7,8 @@ first, as a backward pass completes them (``DistributedDataParallel`` orders its
 same reason). A unit that nobody used takes part with zeros. Small ones share a message
 (``joined.py``), which starts when all of them may. Meshes beside each other have one order too:
 torch may give them one communicator, and a rank that waits for one has others wait for it. So have
-the models of one step, which a rank may leave out whole: one comes after the other.
+the models of one step, which a rank may leave out whole: one comes after the other. A step that
+begins inside another's last micro-step comes before what that has not started.
 
 [Note: messages in stages]
 A message in stages goes on to its second call when the next one starts. That may take long, and
@@ -36,12 +37,14 @@ class HopOrder:
     """
 
     def __init__(self, trees: Sequence[Sequence[HopTwo]]) -> None:
-        self._trees = trees
-        self._tree_of = {id(hop): tree for tree, hops in enumerate(trees) for hop in hops}
+        self._own = list(trees)
+        self._trees = list(trees)
+        self._tree_of = _places(self._trees)
         # Trees that have not started all. They owe at once: the first forward, which makes this,
         # may be of a step that has begun, and a rank may leave out its backward.
         self._owed = self._all()
         self._ended: set[int] = set()  # trees whose pass is over: what is not ready starts too
+        self._from = 0  # the first tree that need not wait for its step to end
         # Of the first that owes, made anew, for what is trained may be; and what of it has started.
         self._messages: list[list[HopTwo]] | None = None
         self._next = 0
@@ -50,11 +53,31 @@ class HopOrder:
         self._tree_under_way = -1
 
     def begin(self) -> None:
-        """All units owe a hop 2."""
+        """All units owe a hop 2, those of no other step."""
+        self._trees = list(self._own)
+        self._tree_of = _places(self._trees)
         self._owed = self._all()
         self._ended.clear()
+        self._from = 0
         self._messages = None
         self._under_way = []
+
+    def let_in(self, other: HopOrder) -> None:
+        """All units of another step owe a hop 2, ahead of what has not started here.
+
+        That waits for the end of its own step: ranks talk at the end of the other one.
+        """
+        first = self._from = len(self._trees)
+        self._trees += other._own
+        self._tree_of = _places(self._trees)
+        self._owed = [first + tree for tree in other._all()] + self._owed
+        self._messages = None
+
+    def let_out(self, other: HopOrder) -> None:
+        """Another step was left: nothing waits for its units."""
+        gone = {self._tree_of.get(id(hop)) for hops in other._own for hop in hops}
+        self._owed = [tree for tree in self._owed if tree not in gone]
+        self._messages = None
 
     def begin_pass(self, hop: HopTwo) -> None:
         """The units under the root of one owe a hop 2; if they have had one, then another."""
@@ -67,8 +90,13 @@ class HopOrder:
 
     def advance(self) -> None:
         """Start those whose turn it is and that are ready."""
+        self._advance(set())
+
+    def _advance(self, at_their_end: set[int]) -> None:
         while self._owed:
             tree = self._owed[0]
+            if tree < self._from and tree not in at_their_end:
+                return
             if not self._start(tree, only_ready=tree not in self._ended):
                 return
             self._owed.pop(0)
@@ -81,19 +109,27 @@ class HopOrder:
             Whether it has been their turn.
         """
         tree = self._tree_of[id(hop)]
-        self._end({tree})
+        self._ended.add(tree)
+        self._go_on(set())
         return tree not in self._owed
 
-    def finish(self) -> None:
-        """Start all that have not started, and let those in stages go on."""
-        self._end(set(self._all()))
+    def finish(self, step: HopOrder) -> None:
+        """Start all of a step that have not started, and what is ahead of them.
+
+        Args:
+            step: the order of its own, which may be this.
+        """
+        mine = {self._tree_of[id(hop)] for hops in step._own for hop in hops}
+        last = max((place for place, tree in enumerate(self._owed) if tree in mine), default=-1)
+        ending = mine | set(self._owed[: last + 1])
+        self._ended |= ending
+        self._go_on(ending)
 
     def _all(self) -> list[int]:
-        return list(reversed(range(len(self._trees))))
+        return list(reversed(range(len(self._own))))
 
-    def _end(self, trees: set[int]) -> None:
-        self._ended |= trees
-        self.advance()
+    def _go_on(self, at_their_end: set[int]) -> None:
+        self._advance(at_their_end)
         if self._tree_under_way not in self._owed:
             self._let_go_on()
 
@@ -125,6 +161,11 @@ class HopOrder:
             self._under_way.append(first)
             self._tree_under_way = tree
         return True
+
+
+def _places(trees: Sequence[Sequence[HopTwo]]) -> dict[int, int]:
+    """The number of each hop's tree, the latest if there are several."""
+    return {id(hop): tree for tree, hops in enumerate(trees) for hop in hops}
 
 
 def messages_of(hops: Sequence[HopTwo]) -> list[list[HopTwo]]:

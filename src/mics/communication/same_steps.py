@@ -13,6 +13,9 @@ Numbers that are equal on all ranks unless one of them does what the others do n
     optimizers         a checksum of what they stepped: of two, one may have stepped twice
     trained            a checksum of every parameter's ``requires_grad``: a parameter frozen on one
                        rank alone leaves its reduce-scatter another size
+    hops               a checksum of the units whose hop 2 has started since a step ended: of two
+                       models a rank may leave one out, in passes without a step, and the other's
+                       messages would come in its place
     collectives        issued so far in this rank's partition group, which have to be equal inside
                        of it alone: a forward that was left out on one rank pairs the others'
                        gathers with those of its next one
@@ -33,6 +36,7 @@ import torch.distributed as dist
 from torch import nn
 
 from mics.communication.guard import guard
+from mics.communication.issued import issued_of
 from mics.communication.step_facts import (
     NAMES,
     Facts,
@@ -76,6 +80,7 @@ class SameSteps:
         self._replicas = groups.num_replicas
         self._replica = 0 if groups.replicas is None else groups.replicas.rank()
         self._partition, self._layout = counted(groups.shard), groups.layout
+        self._issued = issued_of(groups)
         self._group: dist.ProcessGroup | None = None
         self._open: dict[int, _Question] = {}  # of every step that is open, by its owner
         # The number of every step that is open, and what it trains, by its owner.
@@ -120,7 +125,7 @@ class SameSteps:
             optimizer_steps=self._optimizers.steps,
             optimizers=self._optimizers.digest,
             trained=trained,
-            collectives=self._collectives(),
+            issued=(self._issued.started, self._collectives()),
         )
         question = _Question(mine, self.group, self._ranks, (self._replica, self._replicas))
         self._open[id(owner)] = question
@@ -155,7 +160,7 @@ class SameSteps:
             optimizer_steps=self._optimizers.steps,
             optimizers=self._optimizers.digest,
             trained=_trained(params),
-            collectives=collectives,
+            issued=(self._issued.started, collectives),
         )
 
     def compare_steps(self, used: Used) -> None:

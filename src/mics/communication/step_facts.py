@@ -35,6 +35,7 @@ class Facts(NamedTuple):
         optimizer_steps: taken so far by optimizers of the mesh's models.
         optimizers: a checksum of what they stepped, in order.
         trained: a checksum of ``requires_grad``.
+        hops: a checksum of the units whose hop 2 has started since a step ended, in order.
         collectives: issued so far in the partition group; equal inside of it alone.
     """
 
@@ -45,6 +46,7 @@ class Facts(NamedTuple):
     optimizer_steps: int
     optimizers: int
     trained: int
+    hops: int
     collectives: int
 
 
@@ -61,9 +63,10 @@ def facts(
     optimizer_steps: int,
     optimizers: int,
     trained: int,
-    collectives: int,
+    issued: tuple[int, int],
 ) -> Facts:
-    """What this rank says."""
+    """What this rank says; ``issued`` are its hops and its collectives."""
+    hops, collectives = issued
     return Facts(
         ran,
         int(more),
@@ -72,6 +75,7 @@ def facts(
         optimizer_steps & _LARGEST,
         optimizers & _LARGEST,
         trained & _LARGEST,
+        hops & _LARGEST,
         collectives & _LARGEST,
     )
 
@@ -142,6 +146,14 @@ _WRONG = [
         "param.requires_grad_(...) on every rank",
     ),
     _Wrong(
+        "hops",
+        "Ranks ran hop 2 of other units, or in another order: the gradients of one were averaged "
+        "with those of another, and this step is wrong.",
+        lambda hops: f"the checksum {hops:08x}",
+        "mics.micro_steps(nn.ModuleList([a, b]), ...) where one step trains several models, of "
+        "which a rank may leave out any",
+    ),
+    _Wrong(
         "collectives",
         "Ranks of a partition group have run different numbers of its collectives: one has left "
         "out a forward or a backward, and what the others sent was taken for its next one's.",
@@ -157,6 +169,7 @@ def in_words(fact: str) -> str:
         "optimizer_steps": "optimizer steps",
         "optimizers": "optimizers",
         "trained": "trained parameters",
+        "hops": "units in hop 2",
         "collectives": "forward and backward passes",
     }.get(fact, "micro-steps")
 

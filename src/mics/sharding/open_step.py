@@ -29,6 +29,7 @@ from mics.communication.hop_two import HopTwo
 from mics.communication.same_steps import same_steps_of
 from mics.communication.settling import settle
 from mics.communication.step_facts import Normalise, Said
+from mics.communication.turns import Turn
 from mics.communication.used import Used
 from mics.errors import MicroStepError, MicsWarning
 from mics.sharding.belonging import refuse_outside
@@ -69,7 +70,7 @@ class OpenStep:
             passes.lockstep.forget()  # a forward before the step has its backward before it too
         self._model = weakref.ref(model)
         self._units = units
-        self._order = HopOrder([_hops(tree) for tree in trees_of(modules, units)])
+        self._turn = Turn(HopOrder([_hops(tree) for tree in trees_of(modules, units)]))
         self._params = [p for unit in units for p in compat.sharded_params(unit.group)]
         # One of every mesh: a hop 2 asks the one of its own before it waits.
         self._same_steps = list(dict.fromkeys(same_steps_of(unit.groups) for unit in units))
@@ -147,6 +148,7 @@ class OpenStep:
             for questions in self._same_steps:
                 questions.forget(self)
             set_all_reduce(self._units, True)
+        self._turn.leave()
         if self._left is None:
             self._close()
 
@@ -163,11 +165,7 @@ class OpenStep:
     @property
     def order(self) -> HopOrder | None:
         """The order in which units of all its roots start hop 2; ``None`` once it was left."""
-        return self._order if self._left is None else None
-
-    def guard_first(self) -> None:
-        """Ask this about optimizers ahead of its units: it ends what they owe."""
-        guard(self)
+        return self._turn.order if self._left is None else None
 
     @property
     def used(self) -> Used:
@@ -238,7 +236,7 @@ class OpenStep:
             self._check()
         self._running, self._last = True, last
         set_all_reduce(self._units, bool(last))
-        self._order.begin()  # all units owe hop 2, if the micro-step is the last
+        self._turn.begin(last=bool(last))
         for passes in _passes(self._units):
             passes.begin_micro_step()
         if last is not None:
@@ -270,9 +268,7 @@ class OpenStep:
         set_all_reduce(self._units, True)
         if any(unit.find_passes() is None for unit in self._units):
             _find_roots(model)
-        if not self._last:
-            self._order.begin()
-        self._order.finish()
+        self._turn.finish(owed=not self._last)
         for hop in _hops(self._units):
             hop.wait()
         for units in _by_mesh(self._units):

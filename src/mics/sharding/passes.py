@@ -48,9 +48,6 @@ class Step(Protocol):
     def order(self) -> HopOrder | None:
         """The order in which units of all its roots start hop 2; ``None`` once it was left."""
 
-    def guard_first(self) -> None:
-        """Ask it about optimizers ahead of its units: it ends what they owe."""
-
     def before_forward(self) -> None:
         """A forward of its units begins."""
 
@@ -249,10 +246,7 @@ class Passes:
         hops = [hop for passes in self._beside for hop in passes._hops]
         started = all(self.order.end_pass(hop) for hop in hops[:1])
         for hop in hops:
-            hop.close_pass()
-        step = self.units[0].step
-        if not started and step is not None:
-            step.guard_first()
+            hop.close_pass(awaits_turn=not started)
         for passes in settled:
             settle(passes.groups, [unit.used for unit in passes.units])
 

@@ -100,8 +100,9 @@ class Unit:
             asked = settle(asked, group, groups)
             averaging = averaging_in(asked, group, groups, self.ledger)
             self.used.errors = averaging.errors
+            starts = partial(issued_of(groups).start_hop_two, self.number)
             self.hop_two = HopTwo(
-                group, groups, averaging, self.landing, self.used, self._became_ready
+                group, groups, averaging, self.landing, self.used, self._became_ready, starts
             )
         issued = partial(issued_of(groups).add, self.number)
         self.all_gather = AllGather(
