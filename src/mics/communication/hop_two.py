@@ -114,7 +114,6 @@ class HopTwo:
         self._pass = _Pass()
         self.held = False  # whether passes are parts of a larger one, whose end is awaited
         self._unsynced = False  # .grad holds something no other replica has seen
-        self._awaits_turn = False  # which an open step gives it, before optimizers too
         self._synced_version: tuple[int, int, int] | None = None  # of .grad as hop 2 left it
         self._flight: Flight | None = None
         self._in_stages = False  # whether the one under way has more to be issued
@@ -140,8 +139,6 @@ class HopTwo:
         """Refuse an optimizer of gradients that differ between replicas, see ``guard.Owner``."""
         if not self.has_partial_gradients:
             return False
-        if self._awaits_turn:
-            return True
         if any(id(p) in stepped for p in compat.sharded_params(self.group)):
             names = first_of(compat.param_names(self.group))
             raise MicroStepError(
@@ -225,7 +222,6 @@ class HopTwo:
             unused: no gradient of the group comes in it.
         """
         self._pass = _Pass(self._pass.uses, complete=unused)
-        self._awaits_turn = False
 
     def _watch_parameters(self) -> None:
         """See that every sharded parameter reports its gradient, and to nobody else before us."""
@@ -260,14 +256,9 @@ class HopTwo:
             seen.complete = True
             self.landed()
 
-    def close_pass(self, *, awaits_turn: bool) -> None:
-        """Wait for hop 2; what was left out of it is kept from optimizers.
-
-        Args:
-            awaits_turn: whether it has not started for what comes before it in the order of hops.
-        """
+    def close_pass(self) -> None:
+        """Wait for hop 2; what was left out of it is kept from optimizers."""
         self.wait()
-        self._awaits_turn = awaits_turn
         self._pass = _Pass()
         if self._unsynced:
             guard(self)
@@ -311,7 +302,7 @@ class HopTwo:
             if hop.share is not None:
                 hop.share.wait()  # a rank may have left out the forward
             hop._starts()
-            hop._unsynced = hop._awaits_turn = False
+            hop._unsynced = False
             hop._pass.synced = True
         num_bytes = sum(hop.message_bytes for hop in hops)
         self._in_stages = self.share is None and self.averaging.in_stages(num_bytes)

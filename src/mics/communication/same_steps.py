@@ -14,8 +14,8 @@ Numbers that are equal on all ranks unless one of them does what the others do n
     trained            a checksum of every parameter's ``requires_grad``: a parameter frozen on one
                        rank alone leaves its reduce-scatter another size
     hops               a checksum of the units whose hop 2 has started since a step ended: of two
-                       models a rank may leave one out, in passes without a step, and the other's
-                       messages would come in its place
+                       models a rank may leave one out, and the other's messages would come in its
+                       place
     collectives        issued so far in this rank's partition group, which have to be equal inside
                        of it alone: a forward that was left out on one rank pairs the others'
                        gathers with those of its next one

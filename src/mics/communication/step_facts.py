@@ -150,8 +150,7 @@ _WRONG = [
         "Ranks ran hop 2 of other units, or in another order: the gradients of one were averaged "
         "with those of another, and this step is wrong.",
         lambda hops: f"the checksum {hops:08x}",
-        "mics.micro_steps(nn.ModuleList([a, b]), ...) where one step trains several models, of "
-        "which a rank may leave out any",
+        "every model of a step on every rank, with its loss times 0 where a batch does not need it",
     ),
     _Wrong(
         "collectives",

@@ -24,19 +24,17 @@ from torch.distributed.fsdp import FSDPModule
 
 from mics import compat
 from mics.communication.guard import guard
-from mics.communication.hop_order import HopOrder
 from mics.communication.hop_two import HopTwo
 from mics.communication.same_steps import same_steps_of
 from mics.communication.settling import settle
 from mics.communication.step_facts import Normalise, Said
-from mics.communication.turns import Turn
 from mics.communication.used import Used
 from mics.errors import MicroStepError, MicsWarning
 from mics.sharding.belonging import refuse_outside
 from mics.sharding.normalisation import divide_by_micro_steps, divide_by_tokens
 from mics.sharding.passes import Passes, drop_unfinished
 from mics.sharding.tokens import Counted
-from mics.sharding.units import Unit, trees_of, units_of
+from mics.sharding.units import Unit, units_of
 from mics.sharding.unreduced import refuse_unreduced
 
 _ATTRIBUTE = "_mics_open_step"
@@ -70,7 +68,6 @@ class OpenStep:
             passes.lockstep.forget()  # a forward before the step has its backward before it too
         self._model = weakref.ref(model)
         self._units = units
-        self._turn = Turn(HopOrder([_hops(tree) for tree in trees_of(modules, units)]))
         self._params = [p for unit in units for p in compat.sharded_params(unit.group)]
         # One of every mesh: a hop 2 asks the one of its own before it waits.
         self._same_steps = list(dict.fromkeys(same_steps_of(unit.groups) for unit in units))
@@ -148,7 +145,6 @@ class OpenStep:
             for questions in self._same_steps:
                 questions.forget(self)
             set_all_reduce(self._units, True)
-        self._turn.leave()
         if self._left is None:
             self._close()
 
@@ -161,11 +157,6 @@ class OpenStep:
     def params(self) -> list[nn.Parameter]:
         """What the step makes gradients of, in the order of its units."""
         return self._params
-
-    @property
-    def order(self) -> HopOrder | None:
-        """The order in which units of all its roots start hop 2; ``None`` once it was left."""
-        return self._turn.order if self._left is None else None
 
     @property
     def used(self) -> Used:
@@ -236,7 +227,6 @@ class OpenStep:
             self._check()
         self._running, self._last = True, last
         set_all_reduce(self._units, bool(last))
-        self._turn.begin(last=bool(last))
         for passes in _passes(self._units):
             passes.begin_micro_step()
         if last is not None:
@@ -268,7 +258,10 @@ class OpenStep:
         set_all_reduce(self._units, True)
         if any(unit.find_passes() is None for unit in self._units):
             _find_roots(model)
-        self._turn.finish(owed=not self._last)
+        for order in dict.fromkeys(passes.order for passes in _passes(self._units)):
+            if not self._last:
+                order.begin()
+            order.finish()
         for hop in _hops(self._units):
             hop.wait()
         for units in _by_mesh(self._units):

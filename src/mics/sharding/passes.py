@@ -44,10 +44,6 @@ class Step(Protocol):
     def was_left(self) -> bool:
         """Whether it can not go on."""
 
-    @property
-    def order(self) -> HopOrder | None:
-        """The order in which units of all its roots start hop 2; ``None`` once it was left."""
-
     def before_forward(self) -> None:
         """A forward of its units begins."""
 
@@ -85,7 +81,7 @@ class Passes:
         units: in module order.
         root: of the tree; its own units are in every forward.
         lockstep: of the tree.
-        order: in which the units of the tree start hop 2 outside of steps.
+        order: in which the units of the tree start hop 2.
         beside: the passes of every mesh of the tree, this one too; filled when all are made.
     """
 
@@ -100,7 +96,7 @@ class Passes:
         self.units = tuple(units)
         self.groups = units[0].groups
         self._hops = _hops(units)
-        self._order = order
+        self.order = order
         self._root = root
         self.lockstep, self._beside = lockstep, beside
         root.register_forward_pre_hook(compat.outside_graphs(self._open), prepend=True)
@@ -110,12 +106,6 @@ class Passes:
         self._under_way = False
         for unit in units:
             issued_of(self.groups).rename(unit.number, unit.name)
-
-    @property
-    def order(self) -> HopOrder:
-        """The order in which hop 2 starts: the open step's, which may have more roots."""
-        step = self.units[0].step
-        return (None if step is None else step.order) or self._order
 
     def _open(self, root: nn.Module, args: Any) -> None:
         if compat.in_backward():
@@ -201,12 +191,12 @@ class Passes:
             hop.begin_pass(unused=fresh and not waits)
         for passes in self._beside:
             passes._ends = current
-        for hop in hops[:1]:
-            self.order.begin_pass(hop)
+        self.order.begin()
         compat.at_end_of_backward(self._after_the_end)
 
     def begin_micro_step(self) -> None:
-        """A micro-step begins."""
+        """A micro-step begins: all units owe hop 2, if it is the last."""
+        self.order.begin()
         self._ran = False
 
     def end_micro_step(self) -> None:
@@ -243,10 +233,10 @@ class Passes:
                 if unit.landing is not None:
                     unit.landing.reductions.finish()
         settled = [passes for passes in self._beside if passes._settles]
-        hops = [hop for passes in self._beside for hop in passes._hops]
-        started = all(self.order.end_pass(hop) for hop in hops[:1])
-        for hop in hops:
-            hop.close_pass(awaits_turn=not started)
+        self.order.finish()
+        for passes in self._beside:
+            for hop in passes._hops:
+                hop.close_pass()
         for passes in settled:
             settle(passes.groups, [unit.used for unit in passes.units])
 
@@ -298,7 +288,7 @@ def _passes_of_tree(tree: Sequence[Member], root: nn.Module) -> dict[int, Passes
         meshes.setdefault(id(unit.groups.shard), []).append(unit)
     root.register_forward_pre_hook(compat.outside_graphs(_opens(lockstep)), prepend=True)
     beside: list[Passes] = []
-    order = HopOrder([_hops(tree)])
+    order = HopOrder(_hops(tree))
     beside += [Passes(units, root, lockstep, order, beside) for units in meshes.values()]
     return dict(zip(meshes, beside, strict=True))
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.utils.hooks import RemovableHandle
 
 from mics import compat
@@ -340,23 +339,6 @@ def units_of(model: nn.Module) -> list[Unit]:
             write="model = mics.shard(model), or mics.fully_shard(block, mesh=mesh) for each block",
         )
     return units
-
-
-def trees_of(modules: Sequence[nn.Module], units: Sequence[Unit]) -> list[list[Unit]]:
-    """Some units by their root, in module order, also of roots that have run no forward yet.
-
-    Args:
-        modules: that contain them, in order.
-        units: of whole trees.
-    """
-    trees: list[list[Unit]] = []
-    seen: set[nn.Module] = set()
-    for module in modules:
-        if isinstance(module, FSDPModule) and module not in seen:
-            below = set(compat.modules_under(module))
-            seen |= below
-            trees.append([one for one in units if compat.modules_of(one.group)[0] in below])
-    return trees
 
 
 def _measure(group: Any, groups: Groups) -> None:
