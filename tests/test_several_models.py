@@ -54,9 +54,9 @@ def _alone(used: list[list[Used]]) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in towers.named_parameters() if p.grad is not None}
 
 
-def _sharded(partition: int, **keywords: Any) -> nn.ModuleDict:
+def _sharded(**keywords: Any) -> nn.ModuleDict:
     towers = _towers()
-    mesh = mics.init_mesh(partition=partition, gpus_per_node=2)
+    mesh = mics.init_mesh(partition=1, gpus_per_node=2)
     for tower in towers.values():
         for block in tower.blocks:  # type: ignore[union-attr]
             quiet(
@@ -95,8 +95,8 @@ def _step(towers: nn.ModuleDict, used: list[list[Used]], loop: Loop) -> None:
         backward(micro_step, used[micro_step][rank])
 
 
-def _gradients(partition: int, used: list[list[Used]], loop: Loop, collectives: Any) -> Any:
-    towers = _sharded(partition, collectives=collectives)
+def _gradients(used: list[list[Used]], loop: Loop, collectives: Any) -> Any:
+    towers = _sharded(collectives=collectives)
     found = []
     for _ in range(2):  # in the second step all have run, and FSDP2 knows the roots
         _step(towers, used, loop)
@@ -129,7 +129,7 @@ def test_models_that_ranks_leave_out_are_right_or_refused(
 ) -> None:
     used = LEFT_OUT[left_out]
     alone = _alone(used)
-    found = collect_ranks(_gradients, WORLD, 1, used, loop, collectives, stop_at_first=False)
+    found = collect_ranks(_gradients, WORLD, used, loop, collectives, stop_at_first=False)
     if any(kind == "raised" for kind, _ in found):
         assert left_out != "nothing"
         assert all("Ranks ran hop 2" in text or "RankError" in text for _, text in found)
@@ -143,14 +143,14 @@ def test_models_that_ranks_leave_out_are_right_or_refused(
 
 def test_models_that_all_ranks_use_may_be_in_stages_and_in_one_pass() -> None:
     alone = _alone([ALL, ALL])
-    for steps in run_ranks(_gradients, WORLD, 1, [ALL, ALL], "together", "hierarchical"):
+    for steps in run_ranks(_gradients, WORLD, [ALL, ALL], "together", "hierarchical"):
         for gradients in steps:
             for name, gradient in gradients.items():
                 torch.testing.assert_close(gradient, alone[name], msg=name)
 
 
 def _without_steps(used: list[list[Used]]) -> dict[str, torch.Tensor]:
-    towers = _sharded(1)
+    towers = _sharded()
     for of_ranks in used:
         for loss in _losses(towers, 0, dist.get_rank(), of_ranks[dist.get_rank()]):
             loss.backward()

@@ -65,7 +65,10 @@ def _measure(name: str, exact: Asked, coded: Asked, group: Any, groups: Groups) 
         _EXACT: averaging_in(exact, group, groups, ledger),
         _CODE: averaging_in(coded, group, groups, ledger),
     }
-    calls = {way: partial(_average, averaging, group, groups) for way, averaging in ways.items()}
+    calls = {
+        way: partial(_average, averaging, _messages(averaging, group, groups), groups)
+        for way, averaging in ways.items()
+    }
     times = time_in_turn(calls, ROUNDS, groups.device, groups.axes)
     seconds = {way: statistics.median(times[way]) / IN_A_ROW for way in ways}
     faster = _CODE if seconds[_CODE] < seconds[_EXACT] * (1 - _MARGIN) else _EXACT
@@ -79,13 +82,15 @@ def _measure(name: str, exact: Asked, coded: Asked, group: Any, groups: Groups) 
     return word
 
 
-@torch.no_grad()
-def _average(averaging: Averaging, group: Any, groups: Groups) -> None:
-    assert groups.replicas is not None
+def _messages(averaging: Averaging, group: Any, groups: Groups) -> list[torch.Tensor]:
     numel = compat.trainable_shard_numel(group)
-    messages = [
-        torch.zeros(numel, dtype=averaging.dtype, device=groups.device) for _ in range(IN_A_ROW)
-    ]
+    message = torch.zeros(numel, dtype=averaging.dtype, device=groups.device)
+    return [message, *(torch.zeros_like(message) for _ in range(IN_A_ROW - 1))]
+
+
+@torch.no_grad()
+def _average(averaging: Averaging, messages: list[torch.Tensor], groups: Groups) -> None:
+    assert groups.replicas is not None
     programs = [partial(averaging.program, message) for message in messages]
     in_stages = averaging.in_stages(messages[0].nbytes)
     run_in_a_row(programs, groups.replicas, groups.device, in_stages=in_stages)
