@@ -111,7 +111,7 @@ REFUSED: dict[str, tuple[Callable[[], None], str]] = {
     "a rule by layers": (layerwise_rule, "elementwise=[Layerwise]"),
     "written in flight": (written(False), "was written outside of an optimizer's step"),
     "written later": (written(True), "was written outside of an optimizer's step"),
-    "dropped on one rank": (dropped_on_one_rank, "rank(s) 2: the checksum"),
+    "dropped on one rank": (dropped_on_one_rank, "rank(s) 2: steps what it owns of"),
     "other options": (other_options, "with other options"),
 }
 

@@ -10,7 +10,8 @@ Numbers that are equal on all ranks unless one of them does what the others do n
 
     optimizer steps    taken so far by optimizers of the model: one that was left out on a rank, or
                        taken once more, leaves its shard behind the others
-    optimizers         a checksum of what they stepped: of two, one may have stepped twice
+    optimizers         a checksum of what they stepped, and with which options: of two, one may
+                       have stepped twice, or with another learning rate
     trained            a checksum of every parameter's ``requires_grad``: a parameter frozen on one
                        rank alone leaves its reduce-scatter another size
     hops               a checksum of the units whose hop 2 has started since a step ended: of two
@@ -26,7 +27,6 @@ message. Only when they differ a second one brings every rank's numbers, to name
 
 from __future__ import annotations
 
-import weakref
 import zlib
 from collections.abc import Sequence
 from typing import Protocol
@@ -35,8 +35,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mics.communication.guard import guard
 from mics.communication.issued import issued_of
+from mics.communication.optimizer_options import Optimizers
 from mics.communication.step_facts import (
     NAMES,
     Facts,
@@ -44,16 +44,17 @@ from mics.communication.step_facts import (
     Said,
     disagreement,
     facts,
+    first_difference,
     in_words,
 )
 from mics.communication.used import Used
 from mics.errors import MicroStepError
-from mics.ranks.agreement import check_agreement
+from mics.ranks.agreement import check_agreement, where_they_differ
 from mics.ranks.issuing import all_gather, all_reduce, make_group
 from mics.ranks.mesh import Groups, PerMesh
 from mics.ranks.whereabouts import counted, in_step, leave_step, out_of_step
 
-_NOBODY = -(2**31)  # what a rank says of a partition group that it is not in
+NOBODY = -(2**31)  # what a rank says of what it does not know: another partition group
 
 
 class Asker(Protocol):
@@ -77,8 +78,8 @@ class SameSteps:
 
     def __init__(self, groups: Groups) -> None:
         self._ranks = groups.whole.mesh.flatten().tolist()  # not groups, which would keep itself
-        self._replicas = groups.num_replicas
-        self._replica = 0 if groups.replicas is None else groups.replicas.rank()
+        replica = 0 if groups.replicas is None else groups.replicas.rank()
+        self._place = replica, groups.num_replicas
         self._partition, self._layout = counted(groups.shard), groups.layout
         self._issued = issued_of(groups)
         self._group: dist.ProcessGroup | None = None
@@ -86,7 +87,7 @@ class SameSteps:
         # The number of every step that is open, and what it trains, by its owner.
         self._steps: dict[int, tuple[int, int]] = {}
         self._begun = 0
-        self._optimizers = _Optimizers()
+        self._optimizers = Optimizers()
         self._trained: dict[int, int] = {}  # a checksum, by the first parameter of a model
 
     @property
@@ -127,7 +128,7 @@ class SameSteps:
             trained=trained,
             issued=(self._issued.started, self._collectives()),
         )
-        question = _Question(mine, self.group, self._ranks, (self._replica, self._replicas))
+        question = _Question(mine, self.group, self._ranks, self._place, self._optimizers)
         self._open[id(owner)] = question
         if is_first:
             model = id(owner.params[0])
@@ -183,9 +184,27 @@ class SameSteps:
         if not torch.equal(said[0], -said[1]):
             raise self.refuse(mine)
 
-    def note(self, stepped: str) -> None:
-        """Remember what an optimizer is about to step, which ranks compare with all the rest."""
-        self._optimizers.digest = zlib.crc32(stepped.encode(), self._optimizers.digest) & 2**31 - 1
+    def options_to_come(self) -> tuple[int, int]:
+        """A checksum of the options that optimizers step with next, and its negative.
+
+        Ranks compare the largest of each; one that does not know them has no say.
+        """
+        options = self._optimizers.to_come()
+        return (NOBODY, NOBODY) if options is None else (options, -options)
+
+    def refuse_options(self) -> MicroStepError:
+        """The error of ranks that would step with other options; collective over all of them."""
+        lines = self._optimizers.lines_to_come()
+        return MicroStepError(
+            "Optimizers of the ranks have other options, and would step their shards unlike.",
+            numbers=where_they_differ(lines, self._ranks, self.group) or "",
+            write="the same options on every rank; a schedule by what all ranks know, such as an "
+            "all-reduced loss",
+        )
+
+    def note(self, lines: Sequence[str]) -> None:
+        """Remember what is done to gradients and weights, which ranks compare with all the rest."""
+        self._optimizers.note(lines)
 
     def meet_to_step(
         self, params: Sequence[nn.Parameter], used: Used, subject: str, stepped: Sequence[str]
@@ -203,9 +222,9 @@ class SameSteps:
             MicroStepError: on every rank, when what was done before differs; it names the ranks.
         """
         self.check()
-        self.note("\n".join(stepped))
+        self.note(stepped)
         mine = self.at_the_end(params, used, collectives=self._collectives())
-        question = _Question(mine, self.group, self._ranks, (self._replica, self._replicas))
+        question = _Question(mine, self.group, self._ranks, self._place, self._optimizers)
         if question.different() == ["optimizers"]:
             check_agreement({subject: stepped}, [self.group], torch.device("cpu"))
         question.check()
@@ -216,7 +235,8 @@ class SameSteps:
 
     def refuse(self, mine: Facts) -> MicroStepError:
         """The error of ranks that have said different things; collective over all of them."""
-        return _disagreement(mine, self.group, self._ranks, self._replicas, "ends of the step")
+        what = "ends of the step"
+        return _disagreement(mine, self.group, self._ranks, self._place[1], what, self._optimizers)
 
     def end(self, owner: Asker) -> None:
         """Forget a step that has ended."""
@@ -239,35 +259,6 @@ same_steps_of = PerMesh(SameSteps)
 """The questions of a mesh."""
 
 
-class _Optimizers:
-    """Counts the steps of every optimizer that holds parameters of a mesh's models."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self.digest = 0
-        # No weak reference to a parameter: ``module.to`` could not swap it.
-        self._models: dict[int, tuple[weakref.ref[Used], dict[int, int]]] = {}
-
-    def watch(self, params: Sequence[nn.Parameter], used: Used) -> None:
-        """Count the optimizers of these parameters, as long as ``used`` lasts."""
-        ids = {id(param): place for place, param in enumerate(params)}
-        self._models = {key: model for key, model in self._models.items() if model[0]() is not None}
-        self._models[id(used)] = weakref.ref(used), ids
-        guard(self)
-
-    def check_optimizer(self, stepped: set[int]) -> bool:
-        """Count a step, see ``guard.Owner``; nothing is refused."""
-        # Ids of a model that is gone may be those of others by now, on some ranks only.
-        watched = [ids for first, ids in self._models.values() if first() is not None]
-        places = [[place for key, place in ids.items() if key in stepped] for ids in watched]
-        # A model that is gone on some ranks only, so far, has none.
-        stepped_here = sorted(some for some in places if some)
-        if stepped_here:
-            self.steps += 1
-            self.digest = zlib.crc32(repr(stepped_here).encode(), self.digest) & 2**31 - 1
-        return True
-
-
 def _trained(params: Sequence[nn.Parameter]) -> int:
     return zlib.crc32(bytes([param.requires_grad for param in params])) & 2**31 - 1
 
@@ -280,6 +271,7 @@ class _Question:
         group: all ranks of the mesh.
         ranks: they, by their numbers in the job.
         replica: which of how many this rank belongs to.
+        optimizers: what they have done, in case that ranks differ in it.
     """
 
     def __init__(
@@ -288,10 +280,12 @@ class _Question:
         group: dist.ProcessGroup,
         ranks: Sequence[int],
         replica: tuple[int, int],
+        optimizers: Optimizers,
     ) -> None:
+        self._optimizers = optimizers
         self._mine, self._group, self._ranks, self._replicas = mine, group, ranks, replica[1]
         *numbers, collectives = mine
-        upper, lower = [_NOBODY] * self._replicas, [_NOBODY] * self._replicas
+        upper, lower = [NOBODY] * self._replicas, [NOBODY] * self._replicas
         upper[replica[0]], lower[replica[0]] = collectives, -collectives
         largest = [*numbers, *upper, *(-number for number in numbers), *lower]
         self._largest = torch.tensor(largest, dtype=torch.int32)
@@ -322,8 +316,8 @@ class _Question:
         different = self.different()
         if not different:
             return
-        what = in_words(different[0])
-        raise _disagreement(self._mine, self._group, self._ranks, self._replicas, what)
+        what, told = in_words(different[0]), self._optimizers
+        raise _disagreement(self._mine, self._group, self._ranks, self._replicas, what, told)
 
     def different(self) -> list[str]:
         """Names of the facts that are not the same on all ranks that have to agree; it waits."""
@@ -331,11 +325,16 @@ class _Question:
         largest, minus_least = self._largest.view(2, -1).tolist()
         names = [*NAMES, *NAMES[-1:] * (self._replicas - 1)]
         pairs = zip(names, largest, minus_least, strict=True)
-        return [name for name, most, minus in pairs if most != -minus and most != _NOBODY]
+        return [name for name, most, minus in pairs if most != -minus and most != NOBODY]
 
 
 def _disagreement(
-    mine: Facts, group: dist.ProcessGroup, ranks: Sequence[int], replicas: int, what: str
+    mine: Facts,
+    group: dist.ProcessGroup,
+    ranks: Sequence[int],
+    replicas: int,
+    what: str,
+    optimizers: Optimizers,
 ) -> MicroStepError:
     """Bring every rank's facts together and say where they differ; collective."""
     rows = torch.empty(len(ranks) * len(mine), dtype=torch.int32)
@@ -348,4 +347,7 @@ def _disagreement(
     table = rows.view(-1, len(mine)).tolist()
     in_order = dist.get_process_group_ranks(group)  # which need not be the mesh's
     said = {rank: Facts(*row) for rank, row in zip(in_order, table, strict=True)}
-    return disagreement({rank: said[rank] for rank in ranks}, len(ranks) // replicas)
+    where = None
+    if first_difference(list(said.values())) == "optimizers":
+        where = where_they_differ(optimizers.lines(), ranks, group)
+    return disagreement({rank: said[rank] for rank in ranks}, len(ranks) // replicas, where)

@@ -3,7 +3,8 @@
 One small message over all ranks of a mesh, on the host, when the last reduction of a step has been
 issued. It says which parameters each rank has used (see [Note: used and unused] in ``used.py``),
 a digest of the collectives each partition group was given (``issued.py``), what optimizers have
-done and what is trained (``step_facts.py``), and whose gradients are no numbers (``finite.py``).
+done and what is trained (``step_facts.py``), which options they step with next
+(``optimizer_options.py``), and whose gradients are no numbers (``finite.py``).
 Ranks along other axes tell each other beforehand what they have of the same parameters
 (``beside.py``).
 Nothing has been changed by then but gradients, so a step that went wrong is refused before an
@@ -22,7 +23,7 @@ from mics.communication.beside import drift_error, tell_others
 from mics.communication.finite import finite_of
 from mics.communication.issued import ENDED, issued_of
 from mics.communication.pace import pace_of
-from mics.communication.same_steps import same_steps_of
+from mics.communication.same_steps import NOBODY, same_steps_of
 from mics.communication.used import Used
 from mics.errors import MicroStepError
 from mics.ranks.issuing import all_reduce
@@ -39,8 +40,9 @@ def settle(groups: Groups, used: Sequence[Used]) -> None:
 
     Raises:
         MicroStepError: on every rank, when the ranks of a partition group issued other collectives,
-            when ranks have taken other optimizer steps or train other parameters, or when copies
-            of a parameter along an axis beside the data are not alike.
+            when ranks have taken other optimizer steps, would step with other options or train
+            other parameters, or when copies of a parameter along an axis beside the data are not
+            alike.
     """
     flags = [unit.flags() for unit in used]
     params = [param for unit in used for param in unit.params]
@@ -91,14 +93,18 @@ def _by_anybody(
     questions = same_steps_of(groups)
     mine = questions.at_the_end(params, first)
     said = torch.tensor([mine, [-number for number in mine]]).flatten()
-    message = torch.cat([digests.flatten(), said, whose, one_list])
+    to_come = torch.tensor(questions.options_to_come())
+    message = torch.cat([digests.flatten(), said, to_come, whose, one_list])
     control = questions.group
     all_reduce(message, dist.ReduceOp.MAX, control, name="end of the step")
-    sizes = [digests.numel(), said.numel(), len(whose), len(one_list)]
-    first_part, said, whose, last_part = torch.split(message, sizes)
+    sizes = [digests.numel(), said.numel(), len(to_come), len(whose), len(one_list)]
+    first_part, said, to_come, whose, last_part = torch.split(message, sizes)
     if not torch.equal(said[: len(mine)], -said[len(mine) :]):
         issued_of(groups).clear()
         raise questions.refuse(mine)
+    if to_come[0] not in (NOBODY, -to_come[1]):
+        issued_of(groups).clear()
+        raise questions.refuse_options()
     largest, smallest = first_part.view(2, -1)
     if not torch.equal(largest, -smallest):
         raise _other_collectives(groups, control)

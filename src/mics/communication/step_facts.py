@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -137,7 +137,8 @@ _WRONG = [
         "Ranks have stepped other optimizers, or the same in another order or with other options: "
         "their parameters belong to different steps by now.",
         lambda optimizers: f"the checksum {optimizers:08x}",
-        "the same optimizers on every rank, in the same order, with the same options and gradients",
+        "the same optimizers on every rank, in the same order, with the same options and "
+        "gradients; a schedule by what all ranks know, such as an all-reduced loss",
     ),
     _Wrong(
         "trained",
@@ -173,12 +174,21 @@ def in_words(fact: str) -> str:
     }.get(fact, "micro-steps")
 
 
-def disagreement(said: Mapping[int, Facts], partition: int) -> MicroStepError:
+def first_difference(said: Sequence[Facts]) -> str | None:
+    """The first fact, of those in which all ranks agree, in which they do not."""
+    names = [wrong.fact for wrong in _WRONG if wrong.fact != "collectives"]
+    return next((n for n in names if len({getattr(one, n) for one in said}) > 1), None)
+
+
+def disagreement(
+    said: Mapping[int, Facts], partition: int, optimizers: str | None = None
+) -> MicroStepError:
     """The error of ranks that differ in what they have to agree on.
 
     Args:
         said: by the ranks' numbers in the job, partition group by partition group.
         partition: p, ranks of a partition group.
+        optimizers: where optimizers differ, in words, if that is known.
     """
     ranks = list(said)
     for wrong in _WRONG:
@@ -197,5 +207,7 @@ def disagreement(said: Mapping[int, Facts], partition: int) -> MicroStepError:
                     after = f"After {said[ranks[first]].ran} micro-step(s) some ranks have more "
                     after += "and others have not"
                 numbers = f"{after}: {told}." if wrong.fact != "ran" else f"{told}.".capitalize()
+                if wrong.fact == "optimizers":
+                    numbers = optimizers or numbers
                 return MicroStepError(wrong.what, numbers=numbers, write=wrong.write)
     raise AssertionError("the ranks agree")

@@ -8,15 +8,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 
 import torch
 import torch.distributed as dist
 
 from mics import compat
 from mics.errors import DisagreementError
+from mics.ranks.drawing import ranks_text
 from mics.ranks.issuing import all_gather
 
 _MOST_NAMED = 8
+_NOTHING = "nothing of the kind"
 
 
 def gather_text(text: str, group: dist.ProcessGroup, device: torch.device) -> list[str]:
@@ -39,6 +42,32 @@ def gather_text(text: str, group: dist.ProcessGroup, device: torch.device) -> li
 def first_word(name: str, mine: str) -> str:
     """The word of the first rank of the job that has one to say under a name; nobody waits."""
     return bytes(compat.job_store().compare_set(name, "", mine)).decode()
+
+
+def where_they_differ(
+    lines: Sequence[str], ranks: Sequence[int], group: dist.ProcessGroup
+) -> str | None:
+    """The first of some lines in which ranks differ, and who has which; collective.
+
+    Args:
+        lines: of this rank.
+        ranks: whose numbers are told, in their order.
+        group: of them all; it communicates on the host.
+
+    Returns:
+        ``None`` where the lines are alike.
+    """
+    texts = gather_text(json.dumps(list(lines)), group, torch.device("cpu"))
+    told = zip(dist.get_process_group_ranks(group), map(json.loads, texts), strict=True)
+    said: dict[int, list[str]] = dict(told)
+    for entries in zip_longest(*(said[rank] for rank in ranks), fillvalue=_NOTHING):
+        by_entry: dict[str, list[int]] = {}
+        for rank, entry in zip(ranks, entries, strict=True):
+            by_entry.setdefault(entry, []).append(rank)
+        if len(by_entry) > 1:
+            parts = [f"ank(s) {ranks_text(some)}: {entry}" for entry, some in by_entry.items()]
+            return f"R{'; r'.join(parts)}."
+    return None
 
 
 def check_agreement(

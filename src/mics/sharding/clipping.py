@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,10 +20,12 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.utils import clip_grads_with_norm_
 
 from mics import compat
-from mics.communication.shares import owned_of
+from mics.communication.same_steps import same_steps_of
+from mics.communication.shares import owned_of, stands_for
 from mics.communication.signposts import bare, bared, read
 from mics.errors import ConfigError, NormError
 from mics.ranks.issuing import all_reduce
+from mics.sharding.belonging import units_by_param
 from mics.sharding.owned import await_shards
 from mics.sharding.spread import Spread, spread_of
 
@@ -97,6 +100,7 @@ def clip_grad_norm_(
     params = [param if (part := owned_of(param)) is None else part for param in given]
     _check_order(norm_type)
     spread = spread_of(params)
+    _tell_others(params, max_norm, norm_type)
     with bared(params):
         gradients = [param.grad for param in params]
         norm = _finite(_norm(spread, gradients, norm_type, foreach), norm_type, error_if_nonfinite)
@@ -104,6 +108,22 @@ def clip_grad_norm_(
             alike = [p for p, one in zip(params, spread.of, strict=True) if one == split]
             clip_grads_with_norm_(alike, max_norm, norm, foreach)
     return norm
+
+
+def _tell_others(params: Sequence[torch.Tensor], max_norm: Any, norm_type: float) -> None:
+    """Let ranks compare by what they have clipped, with the optimizer's options.
+
+    Replicas and partition groups that clip by another norm would step other gradients. A norm that
+    is a tensor is not read: it may be on a device.
+    """
+    largest = "a tensor" if isinstance(max_norm, torch.Tensor) else float(max_norm)
+    by_param = units_by_param()
+    ids = [id(stands_for(param)) for param in params]
+    units = [by_param[key] for key in ids if key in by_param]
+    for groups in {unit.groups.shard: unit.groups for unit in units}.values():
+        same_steps_of(groups).note(
+            [f"gradients clipped to max_norm = {largest}, norm_type = {float(norm_type)}"]
+        )
 
 
 def _check_order(norm_type: float) -> None:

@@ -18,7 +18,6 @@ from mics.errors import MicroStepError, ShardError
 from mics.ranks.agreement import check_agreement
 from mics.ranks.whereabouts import during
 from mics.sharding.belonging import known_units
-from mics.sharding.steppers import spelled_options
 from mics.sharding.tensor_parts import kind_of
 from mics.sharding.units import Unit, units_of
 
@@ -230,7 +229,7 @@ def _see(optimizer: torch.optim.Optimizer, _: set[int]) -> None:
     for partition, groups in meshes.items():
         owned_here = [p for one in shares if one.partition is partition for p in one.params]
         stepped = [param.grad is not None for param in owned_here]
-        same_steps_of(groups).note(f"{spelled_options(optimizer.param_groups)} {stepped}")
+        same_steps_of(groups).note([f"steps what it owns of {stepped}"])
     if optimizer not in _seen:
         _seen.add(optimizer)
         optimizer.register_step_post_hook(_gather)

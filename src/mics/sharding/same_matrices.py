@@ -19,13 +19,13 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from mics.communication.optimizer_options import spelled_options
 from mics.communication.same_steps import same_steps_of
 from mics.errors import DisagreementError, MicroStepError
 from mics.quantities import dtype_name
 from mics.ranks.agreement import check_agreement
 from mics.ranks.issuing import host_group
 from mics.ranks.mesh import axes_beside
-from mics.sharding.steppers import spelled_options
 from mics.sharding.units import Unit
 from mics.topology import Ranks
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from mics.communication.optimizer_options import options_of
 from mics.errors import ConfigError, ShardError
 from mics.sharding.tensor_parts import kind_of, values_of
-
-_NAMES = ("params", "param_names")
 
 
 class Steppers:
@@ -163,30 +162,6 @@ def as_given(params: Any) -> list[Any]:
         else one
         for one in params
     ]
-
-
-def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
-    """What a group says of its parameters."""
-    return {name: value for name, value in group.items() if name not in _NAMES}
-
-
-def spelled_options(groups: Iterable[Mapping[str, Any]]) -> str:
-    """The options of groups that are numbers or words, which ranks have in common."""
-    plain = (bool, int, float, str, type(None))
-    listed = [
-        {name: tuple(v) if isinstance(v, list) else v for name, v in options_of(group).items()}
-        for group in groups
-    ]
-    return repr(
-        [
-            {n: v for n, v in group.items() if all(isinstance(one, plain) for one in _parts(v))}
-            for group in listed
-        ]
-    )
-
-
-def _parts(value: Any) -> tuple[Any, ...]:
-    return value if isinstance(value, tuple) else (value,)
 
 
 def is_alike(param: torch.Tensor, value: Any) -> bool:
