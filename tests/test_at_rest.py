@@ -11,7 +11,7 @@ import torch
 from models import full, loss_of, seeded, shard_blocks, weights
 from ranks import run_ranks
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
@@ -36,6 +36,9 @@ class Net(nn.Module):
         if self.fails:
             raise ValueError("in the middle")
         return checkpoint(self.last, x, use_reentrant=False) if self.recomputes else self.last(x)
+
+    def again(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self(x)) + self.blocks[1](x)
 
     def example(self, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         generator = torch.Generator().manual_seed(seed)
@@ -173,6 +176,34 @@ def test_a_forward_after_the_weights_have_changed_uses_the_new_ones():
                     outputs.append(model(model.example(1)[0]).detach())
                 if not all(torch.allclose(outputs[0], other, atol=1e-6) for other in outputs):
                     wrong.append(f"{change.__name__}: {name}")
+        return wrong
+
+    assert run_ranks(rank, 4) == [[]] * 4
+
+
+def test_a_registered_method_computes_with_the_weights_of_now():
+    """FSDP2 begins it without a hook of ours, and takes what a forward has left for gathered."""
+
+    def rank() -> list[str]:
+        wrong = []
+        for reshard in RESHARD:
+            models = _both(reshard)
+            register_fsdp_forward_method(models[0], "again")
+            outputs = []
+            for model in models:
+                model(model.example(0)[0])  # with gradients, and no backward
+                with torch.no_grad():
+                    for param in model.parameters():
+                        param.mul_(2)
+                    outputs.append(model.again(model.example(1)[0]))
+                loss_of(model, model.example(3)).backward()
+            if not torch.allclose(*outputs, atol=1e-6):
+                wrong.append(str(reshard))
+            ours, theirs = ([p.grad for p in model.parameters()] for model in models)
+            if not all(
+                torch.allclose(full(a), b, atol=1e-6) for a, b in zip(ours, theirs, strict=True)
+            ):
+                wrong.append(f"{reshard}, gradients")
         return wrong
 
     assert run_ranks(rank, 4) == [[]] * 4

@@ -14,6 +14,9 @@ when the outermost forward ends,
                         activations look there; another forward gathers anew
     by an exception     FSDP2 is brought back to rest
 
+A method registered with ``register_fsdp_forward_method`` begins without a hook of ours: FSDP2 takes
+what an earlier forward has kept for what it needs. The modules that it calls gather anew.
+
 A forward under ``inference_mode`` leaves buffers behind that autograd refuses; they are dropped.
 
 [Note: a replica of one rank]
@@ -26,7 +29,7 @@ registered changes as everywhere.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -57,8 +60,13 @@ class _Rest:
         if compat.in_backward():
             _register_gathered(self._groups)  # a recomputed block
         elif compat.runs_on(self._state):
-            _register_gathered(self._groups)  # a further module of a list that is one unit
-        elif compat.is_outermost(self._state):
+            if _is_list(self._groups):
+                _register_gathered(self._groups)  # a further module of a list that is one unit
+            else:
+                _free(self._groups)  # inside a method that began without our hook
+        elif not compat.is_outermost(self._state):
+            _free(group for group in self._groups if compat.is_kept(group))
+        else:
             self._handled = sys.exc_info()[1]
             if torch.is_inference_mode_enabled():
                 compat.initialise(module)
@@ -67,12 +75,7 @@ class _Rest:
             for group in groups:
                 if torch.is_inference_mode_enabled() and not compat.can_stay_whole(group):
                     compat.make_buffers_of_one(group)
-                if not compat.is_kept(group):
-                    continue
-                if compat.reshards_after_backward(group):
-                    compat.free(group)  # the shards may have changed since
-                else:
-                    compat.register_gathered(group)
+            _free(group for group in groups if compat.is_kept(group))
             check_registered(groups)
             _let_stay_whole(module, groups)
 
@@ -92,6 +95,19 @@ class _Rest:
         if torch.is_inference_mode_enabled():
             for group in groups:
                 compat.drop_inference_buffers(group)
+
+
+def _is_list(groups: Sequence[Any]) -> bool:
+    return any(len(compat.modules_of(group)) > 1 for group in groups)
+
+
+def _free(groups: Iterable[Any]) -> None:
+    """Let groups be gathered anew, but where a user wants them kept after backward."""
+    for group in groups:
+        if compat.reshards_after_backward(group):
+            compat.free(group)  # the shards may have changed since
+        elif compat.is_kept(group):
+            compat.register_gathered(group)
 
 
 def _let_stay_whole(module: nn.Module, groups: Sequence[Any]) -> None:
