@@ -1203,6 +1203,11 @@ def nums_of_gradient_hooks(params: Iterable[torch.Tensor]) -> list[int]:
     return [len(param._post_accumulate_grad_hooks or ()) for param in params]
 
 
+def have_tensor_hooks(params: Iterable[torch.Tensor]) -> bool:
+    """Whether one has a hook of ``Tensor.register_hook``, which torch does not tell."""
+    return any(param._backward_hooks for param in params)
+
+
 def num_hooks(param: torch.Tensor) -> int:
     """How many hooks ``param`` has that see or replace its gradient."""
     return nums_of_gradient_hooks([param])[0] + len(param._backward_hooks or ())

@@ -22,6 +22,7 @@ from mics.sharding.at_rest import rest_after_forward
 from mics.sharding.belonging import remember_replaced, remember_unit
 from mics.sharding.data_axes import Axes, axes_on, groups_on
 from mics.sharding.gather_hooks import check_gather_hooks
+from mics.sharding.gradient_hooks import refuse_lost_hooks
 from mics.sharding.other_axes import refuse_parallel_resharding, unsharded
 from mics.sharding.placements import Placements
 from mics.sharding.same_model import check_same_model, on_meta
@@ -119,6 +120,7 @@ def fully_shard(
     check_same_model(modules, groups.axes, groups.device, ignored, more)
     check_bits(hop_two)
     policy = mp_policy or MixedPrecisionPolicy()
+    refuse_lost_hooks(modules, ignored)
     check_gather_hooks(
         modules,
         placements,

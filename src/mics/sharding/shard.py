@@ -41,6 +41,7 @@ from mics.sharding.data_axes import Axes, axes_on, groups_on
 from mics.sharding.fully_shard import UnitOptions, shard_unit
 from mics.sharding.gather_ahead import gather_ahead
 from mics.sharding.gather_hooks import check_gather_hooks
+from mics.sharding.gradient_hooks import refuse_lost_hooks
 from mics.sharding.initialisers import Initialise
 from mics.sharding.materialise import Materialiser
 from mics.sharding.offload import Offload, refuse_offload
@@ -159,6 +160,7 @@ def shard(
         reason = f"partition {groups.shard.size()}: the mesh's"
     check_bits(hop_two)
     placements = along_longer_dims(groups)
+    refuse_lost_hooks([model], ignored)
     check_gather_hooks(
         [model], placements, policy, ignored=ignored, reshard_after_forward=reshard_after_forward
     )

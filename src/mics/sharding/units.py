@@ -34,6 +34,7 @@ from mics.errors import MicroStepError, ShardError
 from mics.ranks.heartbeat import hold_in
 from mics.ranks.mesh import Groups, ranks_of
 from mics.ranks.recording import recorder
+from mics.sharding.gradient_hooks import refuse_idle_hooks
 from mics.sharding.lockstep import Moment, Use
 from mics.sharding.passes import Passes, Step, passes_of
 
@@ -296,6 +297,7 @@ class Unit:
 
     def _before_gradients(self, use: Callable[[], None]) -> None:
         """Something is about to be added to its gradients, which is the end of a use."""
+        refuse_idle_hooks(self.group)
         passes = self.find_passes()  # also of a unit that this rank has always left out
         if passes is not None:
             passes.before_reduce()
