@@ -33,6 +33,7 @@ from mics.errors import MicroStepError, MicsWarning
 from mics.sharding.belonging import refuse_outside
 from mics.sharding.normalisation import divide_by_micro_steps, divide_by_tokens
 from mics.sharding.passes import Passes, drop_unfinished
+from mics.sharding.same_replicas import check_same_replicas
 from mics.sharding.tokens import Counted
 from mics.sharding.units import Unit, units_of
 from mics.sharding.unreduced import refuse_unreduced
@@ -265,7 +266,9 @@ class OpenStep:
         for hop in _hops(self._units):
             hop.wait()
         for units in _by_mesh(self._units):
-            settle(units[0].groups, [unit.used for unit in units])
+            used = [unit.used for unit in units]
+            settle(units[0].groups, used)
+            check_same_replicas(units[0].groups, used)
         if self._normalise == "micro_steps":
             divide_by_micro_steps(self._units, self.index)
         elif self._normalise is not None:

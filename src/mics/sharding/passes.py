@@ -33,6 +33,7 @@ from mics.ranks.device import is_capturing
 from mics.ranks.mesh import Groups
 from mics.sharding.lockstep import Lockstep, Moment, Skippable, Use
 from mics.sharding.other_axes import refuse_left_out
+from mics.sharding.same_replicas import check_same_replicas
 
 _ATTRIBUTE = "_mics_passes"
 
@@ -238,7 +239,9 @@ class Passes:
             for hop in passes._hops:
                 hop.close_pass()
         for passes in settled:
-            settle(passes.groups, [unit.used for unit in passes.units])
+            used = [unit.used for unit in passes.units]
+            settle(passes.groups, used)
+            check_same_replicas(passes.groups, used)
 
     @property
     def _settles(self) -> bool:
