@@ -315,6 +315,22 @@ def test_a_bare_tokenizer_json_and_a_folder_in_the_home_are_found(
     assert folder.tokenizer.decode(ids) == file.tokenizer.decode(ids)
 
 
+def test_a_document_is_neither_cut_nor_padded_whatever_the_tokenizers_file_says(
+    texts: Path, tmp_path: Path
+) -> None:
+    train_bpe([text.encode() for text in TEXTS], 300).save(tmp_path / "plain")
+    backend = Backend.from_file(str(tmp_path / "plain" / "tokenizer.json"))
+    backend.enable_truncation(3)
+    backend.enable_padding(length=64)
+    backend.save(str(tmp_path / "odd.json"))
+    plain, odd = (
+        prepare(texts, tmp_path / f"run{n}", tokenizer=str(tmp_path / name))
+        for n, name in enumerate(["plain/tokenizer.json", "odd.json"])
+    )
+    assert plain.train.num_tokens == odd.train.num_tokens
+    assert same(plain, odd)
+
+
 def test_ids_with_gaps_are_kept_whole(tmp_path: Path) -> None:
     vocabulary = {"a": 0, "</s>": 2, "b": 70_000}
     backend = Backend(backends.WordLevel(vocabulary, "a"))

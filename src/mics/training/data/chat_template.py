@@ -66,8 +66,6 @@ class ChatTemplate:
             )
         tokenizer.reads_specials = True
         self._fast: Any = tokenizer.fast
-        self._fast.backend_tokenizer.no_truncation()  # whatever its file says
-        self._fast.backend_tokenizer.no_padding()
         self.marks_answers = bool(_MARKS.search(template))
 
     def spoken(self, conversations: Sequence[Conversation]) -> list[Spoken]:

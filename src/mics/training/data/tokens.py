@@ -52,6 +52,9 @@ class Tokenizer:
                 write="a tokenizer with an eos_token or sep_token",
             )
         self._fast = fast
+        # Whatever its file says: a document is all of its text, and nothing more.
+        fast.backend_tokenizer.no_truncation()
+        fast.backend_tokenizer.no_padding()
         self.is_bytes = is_bytes
         self.reads_specials = False
         # Ids may have gaps, so that the largest says more than their number.
