@@ -196,6 +196,16 @@ def test_a_setting_that_cannot_be_right_is_named(which: str, tmp_path: Path) -> 
     )
 
 
+@pytest.mark.parametrize("layers", [10**9, -1, 0])
+def test_a_size_is_limited_under_the_name_that_its_model_has_for_it(
+    layers: int, tmp_path: Path
+) -> None:
+    load_config("gpt2-tiny", vocabulary=96, separator=0).save_pretrained(tmp_path)
+    write_config(tmp_path, n_layer=layers)
+    said = refused(lambda: load_config(str(tmp_path), vocabulary=1, separator=0), ConfigError)
+    assert f"has n_layer = {layers}" in said
+
+
 @pytest.mark.parametrize("text", ["[1]", "{", "[" * 100_000, ""])
 def test_a_configuration_that_is_no_table_is_named(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from mics.errors import ConfigError
 from mics.models.presets import PRESETS
@@ -133,7 +133,9 @@ def _check_settings(name: str, settings: dict[str, Any]) -> None:
     is_list = isinstance(architectures, list) and all(isinstance(a, str) for a in architectures)
     if architectures is not None and not is_list:
         raise _refused(name, f"architectures = {architectures!r}", "a list of class names")
-    for key, most in _MOST.items():
+    own = _own_names(settings.get("model_type"))
+    limits = [*_MOST.items(), *((own[name], most) for name, most in _MOST.items())]
+    for key, most in limits:
         size = settings.get(key)
         # A list is one size per layer, of the few families that have them.
         is_size = type(size) is list or (type(size) is int and 0 < size <= most)
@@ -149,6 +151,13 @@ def _check_settings(name: str, settings: dict[str, Any]) -> None:
         named = getattr(torch, str(dtype).removeprefix("torch."), None)
         if dtype is not None and not isinstance(named, torch.dtype):
             raise _refused(name, f"{key} = {dtype!r}", "float32, bfloat16 or float16")
+
+
+def _own_names(model_type: Any) -> dict[str, str]:
+    """What a kind of model calls the sizes that have a limit, as GPT-2's layers are ``n_layer``."""
+    known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
+    own = CONFIG_MAPPING[model_type].attribute_map if known else {}
+    return {key: own.get(key, key) for key in _MOST}
 
 
 def _refused(name: str, what: str, write: str) -> ConfigError:
