@@ -143,6 +143,7 @@ def test_a_run_chooses_its_partition_and_compares_what_was_predicted(
         signal.SIGTERM,
         pytest.param(signal.SIGINT, marks=pytest.mark.extra),
         pytest.param(signal.SIGQUIT, marks=pytest.mark.extra),
+        pytest.param(signal.SIGUSR1, marks=pytest.mark.extra),
     ],
 )
 def test_a_signal_saves_and_ends_cleanly_and_the_same_command_goes_on(

@@ -24,7 +24,8 @@ import transformers.models.gpt2.modeling_gpt2
 import transformers.models.llama.modeling_llama
 import transformers.models.roberta.modeling_roberta  # noqa: F401
 from parity import quiet
-from ranks import errors_of_ranks, run_ranks
+from ranks import RankFailed, errors_of_ranks, run_ranks
+from test_checkpoint_damage import forge
 
 import mics
 from mics.checkpoint import writing
@@ -279,7 +280,9 @@ def _stopping_after(steps: int) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGQUIT", "SIGHUP"])
+@pytest.mark.parametrize(
+    "name", ["SIGTERM", "SIGINT", "SIGQUIT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"]
+)
 def test_every_signal_that_asks_to_end_is_a_wish_to_stop(name: str) -> None:
     number = signal.Signals[name]
     before = signal.getsignal(number)
@@ -346,6 +349,30 @@ def _options_after(config: TrainConfig) -> list[dict[str, Any]]:
         patch.setattr(loop, "take_step", watching)
         train(config)
     return seen
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("step", -5), ("step", 2**60), ("position", 1.5), ("tokens", True)]
+)
+def test_a_checkpoint_that_is_nowhere_is_refused(
+    tmp_path: Path, corpus: Path, name: str, value: Any
+) -> None:
+    config = _alone(settings(tmp_path, corpus, run={"steps": 3}))
+    run_ranks(_train_and_stop_after, 1, config, 2)
+    (checkpoint,) = config.run.folder.glob("step-*")
+    forge(checkpoint, lambda t: t["extra"].update({name: value}))
+    with pytest.raises(RankFailed, match="says that the run is where no run can be"):
+        run_ranks(loop.train, 1, config)
+
+
+def test_one_more_step_at_the_last_rate_is_no_jump(
+    tmp_path: Path, corpus: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = _alone(settings(tmp_path, corpus, run={"steps": 3}))
+    run_ranks(loop.train, 1, config)
+    more = dataclasses.replace(config, run=dataclasses.replace(config.run, steps=4))
+    run_ranks(loop.train, 1, more)
+    assert "THE LEARNING RATE JUMPS" not in capfd.readouterr().err
 
 
 def test_a_learning_rate_that_jumps_is_announced(

@@ -14,6 +14,8 @@ from mics.checkpoint.differences import not_to_be
 
 _NO_NUMBERS = ("foreach", "fused", "capturable", "differentiable", "maximize")
 
+_LEAST_0 = ("lr", "eps", "weight_decay", "momentum")
+
 _LIKE_PARAMETER = frozenset(
     (
         *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg"),
@@ -39,8 +41,12 @@ def check_options(
             fits = _fits(value, here[option])
         else:
             fits = _is_finite(value)
-        if option == "lr":
+        if option in _LEAST_0:
             fits = fits and (isinstance(value, torch.Tensor) or (_is_number(value) and value >= 0))
+        if option == "betas":
+            fits = fits and all(0 <= beta < 1 for beta in value if _is_number(beta))
+        if option == "maximize":  # another sign is another training
+            fits = fits and bool(value) == bool(here.get(option))
         if not fits:
             raise not_to_be(folder, name, f"It is {value!r} there, {here.get(option)!r} here")
 
@@ -108,6 +114,8 @@ def check_state(
             raise not_to_be(folder, f"the step of {name}", f"It is {step!r}")
         if not of_torch:
             continue
+        if "exp_avg" in state and "step" not in state:
+            raise not_to_be(folder, f"the state of {name}", "It has exp_avg and no step")
         for key in _LIKE_PARAMETER & state.keys():
             value = state[key]
             if value is not None and getattr(value, "shape", None) != param.shape:
@@ -115,7 +123,8 @@ def check_state(
                 why = f"It is {shown}, and the parameter is {list(param.shape)}"
                 raise not_to_be(folder, f"{key} of {name}", why)
     if of_torch and not isinstance(optimizer, torch.optim.Adafactor | torch.optim.LBFGS):
-        known = {name: set(_LIKE_PARAMETER & state.keys()) for name, (_, state) in states.items()}
+        asked = _LIKE_PARAMETER | {"step"}
+        known = {name: set(asked & state.keys()) for name, (_, state) in states.items()}
         _check_same_keys(folder, {name: keys for name, keys in known.items() if keys})
 
 

@@ -63,8 +63,11 @@ def choose_device_type(wanted: str, ranks_here: int) -> str:
 Work = Callable[..., int]
 """What a rank does: called with its ``Launch`` and more, returns the rank's exit code."""
 
-# SIGTERM from a scheduler, ctrl-C and ctrl-\ from a person, and a terminal that was closed.
-_PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+# A scheduler's, ctrl-C and ctrl-\ from a person, and a terminal that was closed.
+_PASSED_ON = (
+    *(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT),
+    *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU),
+)
 
 
 def run_local_ranks(

@@ -34,6 +34,7 @@ from mics.training.schedules import learning_rate
 from mics.training.setup import Run
 
 _RULE = "skips"
+_MOST = 2**53
 
 
 class Keeper:
@@ -165,12 +166,12 @@ class Keeper:
         config, steps = self.run.config.optimizer, self.run.config.run.steps
         if step < 1 or step >= steps:
             return
-        here = learning_rate(config, step, steps)
-        if math.isclose(here, taken, rel_tol=1e-3):
+        here, following = (learning_rate(config, one, steps) for one in (step, step + 1))
+        if any(math.isclose(one, taken, rel_tol=1e-3) for one in (here, following)):
             return
         say(
             f"THE LEARNING RATE JUMPS: step {step} was taken with {taken:.1e}, step {step + 1} is "
-            f"with {learning_rate(config, step + 1, steps):.1e}, as {steps} steps, decay "
+            f"with {following:.1e}, as {steps} steps, decay "
             f"{config.decay} and peak {config.learning_rate:.1e} have it. To go on without a jump: "
             f"--optimizer.learning-rate {taken:.4g} --optimizer.decay none --optimizer.warmup 0"
             f"{self._same_shape(here, taken)}"
@@ -211,7 +212,7 @@ class Keeper:
     def _progress(self, found: Path, extra: Any) -> Progress:
         """Raises where the checkpoint is of another run's data, unless it was named."""
         try:
-            at = Progress(*(int(extra[name]) for name in ("step", "position", "tokens")))
+            where = [extra[name] for name in ("step", "position", "tokens")]
             data = str(extra["data"])
         except (KeyError, TypeError, ValueError):
             raise ConfigError(
@@ -219,6 +220,13 @@ class Keeper:
                 numbers=f"Its extra has {', '.join(extra) or 'nothing'}.",
                 write="mics.load in a loop of your own, or --model.weights to start from weights",
             ) from None
+        if any(type(one) is not int or not 0 <= one < _MOST for one in where):
+            raise ConfigError(
+                f"{found} says that the run is where no run can be.",
+                numbers=f"step, position and tokens are {where}.",
+                write="an older checkpoint: --run.resume <its folder>",
+            )
+        at = Progress(*where)
         if data == self.run.data.fingerprint:
             return at
         if self.run.config.run.resume == "auto":

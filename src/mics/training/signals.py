@@ -1,4 +1,7 @@
-"""A wish to stop: SIGTERM from a scheduler, Ctrl-C or Ctrl-\\ from a person, a closed terminal."""
+"""A wish to stop: from a scheduler, Ctrl-C or Ctrl-\\ from a person, a closed terminal.
+
+Schedulers send SIGTERM, and before it what they are asked to (Slurm's ``--signal=USR1@60``).
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,10 @@ import threading
 from types import FrameType
 from typing import Any
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
+_SIGNALS = (
+    *(signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP),
+    *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU),
+)
 
 
 class StopRequest:
