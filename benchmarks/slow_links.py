@@ -26,6 +26,7 @@ from mics.errors import MicsError
 RESULTS = Path(__file__).parent / "results"
 DEEPSPEED = ("mics", *RELEASES)
 OWNED = ("mics", "mics owned")
+IN_A_ROW = ("--in-a-row", "4")
 BITS = ("mics", *MODES, "hsdp deferred", "computation")
 
 
@@ -53,7 +54,7 @@ MEASUREMENTS = {
     "inside": Measurement(4, 2, "200mbit", INSIDE),
     "inside_deepspeed": Measurement(4, 2, "200mbit", INSIDE, DEEPSPEED),
     "inside_bits": Measurement(4, 2, "200mbit", INSIDE, BITS),
-    "inside_owned": Measurement(4, 2, "200mbit", (*INSIDE, "--in-a-row", "4"), OWNED),
+    "inside_owned": Measurement(4, 2, "200mbit", (*INSIDE, *IN_A_ROW), OWNED),
     "inside_rows4": Measurement(4, 2, "200mbit", (*INSIDE, "--workload.rows", "4")),
     "bert": Measurement(4, 2, "200mbit", BERT),
     "bert_deepspeed": Measurement(4, 2, "200mbit", BERT, DEEPSPEED),
@@ -61,6 +62,9 @@ MEASUREMENTS = {
     "dilated_p3dn": Measurement(4, 2, "100mbit", DILATED),
     "dilated_p3dn_4": Measurement(4, 2, "100mbit", (*DILATED, *FOUR)),
     "dilated_p3dn_4_bits": Measurement(4, 2, "100mbit", (*DILATED, *FOUR), BITS),
+    "dilated_p3dn_4_owned": Measurement(4, 2, "100mbit", (*DILATED, *FOUR, *IN_A_ROW), OWNED),
+    # Every time twice as long, what the host does not: how much of a ratio is the host's.
+    "dilated_p3dn_4_slower": Measurement(4, 2, "50mbit", (*DILATED, *FOUR), BITS),
     "dilated_p3dn_4_deepspeed": Measurement(4, 2, "100mbit", (*DILATED, *FOUR), DEEPSPEED),
     "dilated_p4d": Measurement(4, 2, "100mbit", (*DILATED, "--dilation.cluster", "p4d")),
     "dilated_spanning": Measurement(4, 2, "100mbit", ("dilated", "--partition", "4")),
