@@ -182,6 +182,19 @@ def test_a_forged_value_is_refused_before_anything_is_changed(name: str, tmp_pat
     assert same(everything(model, optimizer), before)
 
 
+@pytest.mark.parametrize("optimizer", [O.Adafactor, O.Adadelta, O.ASGD, O.NAdam, O.RMSprop])
+def test_options_of_torchs_other_optimizers_load(optimizer: Any, tmp_path: Path) -> None:
+    """Adafactor's epsilons are a pair, of which one may be None."""
+    for again in (False, True):
+        model = mlp()
+        one = optimizer(model.parameters())
+        step(model, one)
+        if again:
+            mics.load(tmp_path / "c", model=model, optimizer=one)
+        else:
+            mics.save(tmp_path / "c", model=model, optimizer=one)
+
+
 def test_files_that_are_not_what_the_manifest_says_are_refused_unchanged(tmp_path: Path) -> None:
     """A file of valid checksum: another dtype, a random state that no generator takes."""
     for at, (key, new, words) in enumerate(

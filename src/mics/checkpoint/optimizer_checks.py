@@ -41,9 +41,11 @@ def check_options(
             fits = _fits(value, here[option])
         else:
             fits = _is_finite(value)
-        if option in _LEAST_0:
-            fits = fits and (isinstance(value, torch.Tensor) or (_is_number(value) and value >= 0))
-        if option == "betas":
+        if option == "lr":
+            fits = fits and (isinstance(value, torch.Tensor) or _is_number(value))
+        if option in _LEAST_0 and _is_number(value):  # Adafactor's epsilons are two
+            fits = fits and value >= 0
+        if option == "betas" and isinstance(value, list | tuple):
             fits = fits and all(0 <= beta < 1 for beta in value if _is_number(beta))
         if option == "maximize":  # another sign is another training
             fits = fits and bool(value) == bool(here.get(option))
