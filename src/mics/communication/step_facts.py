@@ -175,7 +175,7 @@ def in_words(fact: str) -> str:
 
 
 def first_difference(said: Sequence[Facts]) -> str | None:
-    """The first fact, of those in which all ranks agree, in which they do not."""
+    """The first fact that all ranks have to agree on and do not."""
     names = [wrong.fact for wrong in _WRONG if wrong.fact != "collectives"]
     return next((n for n in names if len({getattr(one, n) for one in said}) > 1), None)
 

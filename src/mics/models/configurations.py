@@ -133,9 +133,7 @@ def _check_settings(name: str, settings: dict[str, Any]) -> None:
     is_list = isinstance(architectures, list) and all(isinstance(a, str) for a in architectures)
     if architectures is not None and not is_list:
         raise _refused(name, f"architectures = {architectures!r}", "a list of class names")
-    own = _own_names(settings.get("model_type"))
-    limits = [*_MOST.items(), *((own[name], most) for name, most in _MOST.items())]
-    for key, most in limits:
+    for key, most in _limits(settings.get("model_type")).items():
         size = settings.get(key)
         # A list is one size per layer, of the few families that have them.
         is_size = type(size) is list or (type(size) is int and 0 < size <= most)
@@ -153,11 +151,11 @@ def _check_settings(name: str, settings: dict[str, Any]) -> None:
             raise _refused(name, f"{key} = {dtype!r}", "float32, bfloat16 or float16")
 
 
-def _own_names(model_type: Any) -> dict[str, str]:
-    """What a kind of model calls the sizes that have a limit, as GPT-2's layers are ``n_layer``."""
+def _limits(model_type: Any) -> dict[str, int]:
+    """The largest sizes, also under names that a kind of model has, as GPT-2's ``n_layer``."""
     known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
     own = CONFIG_MAPPING[model_type].attribute_map if known else {}
-    return {key: own.get(key, key) for key in _MOST}
+    return _MOST | {own.get(key, key): most for key, most in _MOST.items()}
 
 
 def _refused(name: str, what: str, write: str) -> ConfigError:

@@ -65,8 +65,9 @@ def where_they_differ(
         for rank, entry in zip(ranks, entries, strict=True):
             by_entry.setdefault(entry, []).append(rank)
         if len(by_entry) > 1:
-            parts = [f"ank(s) {ranks_text(some)}: {entry}" for entry, some in by_entry.items()]
-            return f"R{'; r'.join(parts)}."
+            each = [f"rank(s) {ranks_text(some)}: {entry}" for entry, some in by_entry.items()]
+            text = "; ".join(each)
+            return f"{text[0].upper()}{text[1:]}."
     return None
 
 

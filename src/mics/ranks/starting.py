@@ -63,11 +63,11 @@ def choose_device_type(wanted: str, ranks_here: int) -> str:
 Work = Callable[..., int]
 """What a rank does: called with its ``Launch`` and more, returns the rank's exit code."""
 
-# A scheduler's, ctrl-C and ctrl-\ from a person, and a terminal that was closed.
-_PASSED_ON = (
+ASK_TO_END = (
     *(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT),
     *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU),
 )
+"""A scheduler's signals, ctrl-C and ctrl-\\ from a person, and a terminal that was closed."""
 
 
 def run_local_ranks(
@@ -137,7 +137,7 @@ def _starting_in(folder: Path) -> Iterator[None]:
     A rank that has a signal before it has set its handlers would lose it.
     """
     before, tempfile.tempdir = tempfile.tempdir, str(folder)
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ASK_TO_END)
     try:
         yield
     finally:
@@ -205,10 +205,10 @@ def _local_rank(
 def _become(rank: int, ranks: int) -> None:
     """Take over from the process that started this one: signals, threads and environment."""
     tempfile.tempdir = None
-    for number in _PASSED_ON:  # SIGINT comes from the kernel too, when the parent dies
+    for number in ASK_TO_END:  # SIGINT comes from the kernel too, when the parent dies
         if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ASK_TO_END)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
     overruled = listen_on_loopback()
@@ -256,7 +256,7 @@ class _Signals:
 def _passing_signals_on() -> Iterator[_Signals]:
     """Hand the signals that would end this process to the ranks, which decide what to do."""
     signals = _Signals()
-    before = {number: signal.getsignal(number) for number in _PASSED_ON}
+    before = {number: signal.getsignal(number) for number in ASK_TO_END}
     if before[signal.SIGHUP] is signal.SIG_IGN:  # nohup
         del before[signal.SIGHUP]
     for number in before:

@@ -4,14 +4,15 @@ Hop 2 gives all replicas the same gradients, so replicas that begin alike stay a
 and those that do not never come together. Weights are made alike when a model is sharded; what
 follows may part them: values drawn after sharding by ranks that are seeded unlike, a file that some
 ranks have loaded. So at the end of the first step of every unit a checksum of the bits of its
-shards is compared by the ranks that hold the same ones. It waits for the device, once.
+shards is compared by the ranks that hold the same ones. It waits for the device, in that step
+alone.
 """
 
 from __future__ import annotations
 
 import weakref
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -23,10 +24,8 @@ from mics.errors import MicroStepError
 from mics.ranks.agreement import where_they_differ
 from mics.ranks.issuing import all_reduce
 from mics.ranks.mesh import Groups
+from mics.sharding.same_start import fingerprint
 from mics.sharding.tensor_parts import plain_parts
-
-_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_SUMS = 7  # of every seventh value: values that have changed places are seen too
 
 _compared: weakref.WeakSet[Used] = weakref.WeakSet()
 
@@ -48,8 +47,8 @@ def check_same_replicas(groups: Groups, used: Sequence[Used]) -> None:
     if not fresh or groups.num_replicas == 1:
         return
     _compared.update(fresh)
-    sums = _sums(fresh)
-    digest = zlib.crc32(repr(list(sums.values())).encode()) & 2**31 - 1
+    prints = _prints(fresh)
+    digest = zlib.crc32(repr(list(prints.values())).encode()) & 2**31 - 1
     said = torch.full((2, groups.shard.size()), NOBODY, dtype=torch.int64)
     said[:, groups.shard.rank()] = torch.tensor([digest, -digest])
     control = same_steps_of(groups).group
@@ -59,9 +58,7 @@ def check_same_replicas(groups: Groups, used: Sequence[Used]) -> None:
     if not places:
         return
     alike = groups.whole.mesh.view(-1, groups.shard.size())[:, places[0]].tolist()
-    lines = [
-        f"{name} has checksum {zlib.crc32(repr(of).encode()):08x}" for name, of in sums.items()
-    ]
+    lines = [f"{name} has checksum {one & 2**32 - 1:08x}" for name, one in prints.items()]
     raise MicroStepError(
         "Replicas begin with other weights: each would train a model of its own.",
         numbers=where_they_differ(lines, alike, control) or "",
@@ -70,34 +67,11 @@ def check_same_replicas(groups: Groups, used: Sequence[Used]) -> None:
     )
 
 
-def _sums(used: Sequence[Used]) -> dict[str, list[int]]:
-    """Sums of the bits of every parameter's shard, by name."""
-    found: dict[str, torch.Tensor] = {}
-    for number, (name, part) in enumerate(_parts(used)):
-        flat = part.contiguous().view(-1).view(_INTEGER.get(part.itemsize, torch.uint8))
-        even = flat.numel() // _SUMS * _SUMS
-        rows = flat[:even].view(-1, _SUMS).sum(0, dtype=torch.int64)
-        rest = flat[even:].sum(0, dtype=torch.int64, keepdim=True)
-        found[f"{name} (parameter {number})"] = torch.cat([rows, rest])
-    return {name: sums.tolist() for name, sums in _on_host(found).items()}
-
-
-def _parts(used: Sequence[Used]) -> Iterator[tuple[str, torch.Tensor]]:
-    for one in used:
-        for name, param in zip(one.names, one.params, strict=True):
-            yield from plain_parts(name, compat.local_of(param.detach()))
-
-
-def _on_host(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """All of them by one copy from each device."""
-    by_device: dict[torch.device, list[str]] = {}
-    for name, one in found.items():
-        by_device.setdefault(one.device, []).append(name)
-    rows = {
-        name: row
-        for device_names in by_device.values()
-        for name, row in zip(
-            device_names, torch.stack([found[n] for n in device_names]).cpu(), strict=True
-        )
+def _prints(used: Sequence[Used]) -> dict[str, int]:
+    """Fingerprints of the shards of every parameter, by name and number: names may be alike."""
+    params = (pair for one in used for pair in zip(one.names, one.params, strict=True))
+    parts = (part for name, param in params for part in plain_parts(name, compat.local_of(param)))
+    return {
+        f"{name} (parameter {number})": int(fingerprint(part))
+        for number, (name, part) in enumerate(parts)
     }
-    return {name: rows[name] for name in found}

@@ -10,10 +10,7 @@ import threading
 from types import FrameType
 from typing import Any
 
-_SIGNALS = (
-    *(signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP),
-    *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU),
-)
+from mics.ranks.starting import ASK_TO_END
 
 
 class StopRequest:
@@ -31,7 +28,7 @@ class StopRequest:
         self._before: dict[signal.Signals, Any] = {}
         if threading.current_thread() is not threading.main_thread():
             return self
-        before = {number: signal.getsignal(number) for number in _SIGNALS}
+        before = {number: signal.getsignal(number) for number in ASK_TO_END}
         if before[signal.SIGHUP] is signal.SIG_IGN:
             del before[signal.SIGHUP]
         for number in before:
